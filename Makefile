@@ -1,0 +1,70 @@
+# make help lists the targets. The first line of each program's recipe is the whole build.
+
+CXX      ?= g++
+NVCC     ?= nvcc
+CXXFLAGS ?= -std=c++17 -O3 -march=native -fopenmp
+LIBS     ?= -isystem /usr/include/eigen3 -lutf8proc
+PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libutf8proc-dev libstb-dev catch2 python3
+
+# GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
+WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
+HEADERS   = ssm_reference.hpp tokenizer.hpp mamba.hpp
+TESTS     = $(patsubst tests/%.cpp,build/%.o,$(wildcard tests/*.cpp))
+CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
+
+.PHONY: help run test debug bench format lint clean setup
+
+help:           ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
+
+run: setup mamba  ## install what is missing, build, and tell a story from the shipped weights
+	./mamba "Once upon a time"
+
+test: setup mamba build/tests  ## the same, then all tests that this machine can run
+	python3 tests/test_fetch.py
+	python3 tests/test_command_line.py ./mamba
+	./build/tests
+	@command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 || echo "GPU tests: skipped, no GPU here"
+
+mamba: mamba.cpp $(HEADERS)
+	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
+
+# Tests are built for quick compilation; the reference's loops keep their vectors.
+build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS)
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) -O1 $(WARNINGS) -c $< -o $@ $(LIBS)
+
+build/tests: $(TESTS)
+	$(CXX) $(CXXFLAGS) $(TESTS) -o $@ $(LIBS) $(CATCH2)
+
+SANITIZE = -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+debug: setup  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@mkdir -p build/debug
+	for t in tests/*.cpp; do $(CXX) $(SANITIZE) $(WARNINGS) -c $$t -o build/debug/$$(basename $$t .cpp).o $(LIBS) || exit 1; done
+	$(CXX) $(SANITIZE) build/debug/*.o -o build/debug/tests $(LIBS) $(CATCH2)
+	$(CXX) $(SANITIZE) mamba.cpp -o build/debug/mamba $(LIBS)
+	./build/debug/tests
+	python3 tests/test_command_line.py build/debug/mamba
+
+bench: setup mamba  ## decode and prefill of the 130m shape against this machine's limits
+	./mamba bench bandwidth
+	./mamba bench matmul
+	for dtype in f32 bf16 f16; do ./mamba bench decode --dtype $$dtype; ./mamba bench prefill --dtype $$dtype; done
+
+format:         ## clang-format all sources
+	clang-format -i *.hpp *.cpp tests/*.hpp tests/*.cpp
+
+lint: setup     ## clang-tidy and cppcheck
+	clang-tidy --quiet mamba.cpp -- -std=c++17 -fopenmp -isystem /usr/include/eigen3
+	cppcheck --quiet --std=c++17 --inline-suppr --enable=warning,performance,portability --error-exitcode=1 *.hpp mamba.cpp
+
+clean:          ## remove what was built
+	rm -rf build mamba mamba_cuda
+
+setup:
+	@missing=; for p in $(PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then echo "please install:$$missing (names of Debian packages)"; \
+	  [ -f /usr/include/eigen3/Eigen/Core ] && exit 0 || exit 1; fi; \
+	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; echo "installing:$$missing"; \
+	$$sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $$sudo apt-get install -y -qq $$missing

@@ -1,0 +1,2866 @@
+// mamba.hpp - the small loader and generator that mamba.cpp and mamba.cu share.
+//
+//   1. Errors and files     one line per error; files mapped in, written beside and renamed
+//   2. Config               config.json of both published layouts
+//   3. Checkpoints          safetensors, pytorch_model.bin; F32, F16, BF16
+//   4. Weights              the one table {name, shape, destination} that loads a model
+//   5. Sampler              greedy, temperature, top-k, top-p, min-p, repetition penalty
+//   6. Sequences            walking a text in pieces; saving and loading the state; generation
+//   7. Evaluation           logits to a file, perplexity
+//   8. Pictures             line charts and heat maps as PNG
+//   9. Command line
+//
+// What a program brings is an Engine, a class with
+//   Engine(const Checkpoint&, const Config&, const EngineOptions&)
+//   config()                        the Config
+//   State                           what is remembered of one text; state_tensors(state) lists it
+//   new_state()                     the state before the first token (zeros)
+//   prefill(state, ids, L)          takes L tokens at once, returns the logits after the last
+//   forward(state, ids, L, sink)    the same, and calls sink(first, logits) for all positions in order
+//   step(state, id)                 takes one token by the step functions, returns its logits
+//   generate(...)                   section 6; generate_on_host does for a program without its own
+//   bench(BenchOptions)             its own measurements
+#pragma once
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <iomanip>
+#include <iostream>
+#include <iterator>
+#include <limits>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "ssm_reference.hpp"
+#include "tokenizer.hpp"
+
+
+#pragma GCC diagnostic push  // stb's headers do not mind the warnings that we do
+#pragma GCC diagnostic ignored "-Wunused-function"
+#pragma GCC diagnostic ignored "-Wmissing-field-initializers"
+#define STB_IMAGE_WRITE_STATIC
+#define STB_IMAGE_WRITE_IMPLEMENTATION
+#include <stb/stb_easy_font.h>
+#include <stb/stb_image_write.h>
+#pragma GCC diagnostic pop
+
+namespace mamba {
+
+using ssm::Index;
+using ssm::Matrix;
+using Json = nlohmann::json;
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are little-endian");
+
+// =======================================================================================
+// 1. Errors and files
+// =======================================================================================
+//
+// Every error is one line, "what: where: expected ..., found ...", thrown as a
+// std::runtime_error. Whatever bytes a file holds, reading it ends in a value or in such a
+// line. A window of bytes is a std::string_view; numbers leave it through memcpy, because
+// nothing in a file promises to be aligned.
+
+/// Throws the parts as one line. Control characters, which only a broken file brings, go.
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  std::string line = out.str();
+  std::replace_if(
+      line.begin(), line.end(), [](unsigned char c) { return c < 32; }, '?');
+  throw std::runtime_error(line);
+}
+
+/// A name out of a file, fit for an error line: printable, quoted, and not a page long.
+inline std::string quote(std::string_view name, std::size_t longest = 80) {
+  std::string text(name.substr(0, longest));
+  std::replace_if(
+      text.begin(), text.end(), [](char c) { return c < 32 || c > 126; }, '?');
+  return "'" + text + (name.size() > longest ? "...'" : "'");
+}
+
+/// A file mapped into memory, read-only. Pages are read when they are first touched.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path) {
+    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file < 0) fail("cannot open: ", path, ": ", std::strerror(errno));
+    struct stat status = {};
+    const bool regular = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);
+    const auto size = regular ? static_cast<std::size_t>(status.st_size) : 0;
+    void* data =
+        size == 0 ? nullptr : ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+    const int error = errno;
+    ::close(file);
+    if (!regular) fail("cannot read: ", path, ": expected a file, found something else");
+    if (data == MAP_FAILED) fail("cannot map: ", path, ": ", std::strerror(error));
+    data_ = {data, Unmap{size}};
+  }
+  std::size_t size() const { return data_ ? data_.get_deleter().size : 0; }
+  std::string_view bytes() const { return {static_cast<const char*>(data_.get()), size()}; }
+
+ private:
+  struct Unmap {
+    std::size_t size;
+    void operator()(void* data) const { ::munmap(data, size); }
+  };
+  std::unique_ptr<void, Unmap> data_;
+};
+
+/// A file that appears under its name only when it is whole: the bytes go to a file beside
+/// it, and commit() renames that. Without commit() nothing stays; after a signal, at most
+/// the file beside it. What is not a regular file, such as /dev/stdout, is written
+/// directly.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::string path) : path_(std::move(path)), part_(path_) {
+    struct stat status = {};
+    direct_ = ::stat(path_.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
+    if (!direct_) part_ += "." + std::to_string(::getpid()) + ".part";
+    file_ = ::open(part_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    check(file_ >= 0);
+  }
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  ~AtomicFile() {
+    if (file_ >= 0) ::close(file_);
+    if (!direct_ && !committed_) ::unlink(part_.c_str());
+  }
+
+  void write(std::string_view bytes) {
+    while (!bytes.empty()) {
+      const ssize_t n = ::write(file_, bytes.data(), bytes.size());
+      check(n >= 0 || errno == EINTR);
+      bytes.remove_prefix(n < 0 ? 0 : static_cast<std::size_t>(n));
+    }
+  }
+  void commit() {
+    check(direct_ || ::fsync(file_) == 0);
+    check(::close(std::exchange(file_, -1)) == 0);
+    check(direct_ || std::rename(part_.c_str(), path_.c_str()) == 0);
+    committed_ = true;
+  }
+
+ private:
+  void check(bool good) const {
+    if (!good) fail("cannot write: ", path_, ": ", std::strerror(errno));
+  }
+
+  std::string path_, part_;
+  int file_ = -1;
+  bool direct_ = false, committed_ = false;
+};
+
+/// Walks a window of bytes and never steps past its end.
+class ByteReader {
+ public:
+  ByteReader(std::string_view bytes, std::string where)
+      : bytes_(bytes), where_(std::move(where)) {}
+
+  std::string_view take(std::uint64_t n) {
+    if (n > bytes_.size() - at_)
+      fail("truncated: ", where_, ": expected ", n, " bytes at offset ", at_, ", found ",
+           bytes_.size() - at_);
+    const std::string_view window = bytes_.substr(at_, n);
+    at_ += n;
+    return window;
+  }
+  template <class Number>
+  Number read() {
+    Number number;
+    std::memcpy(&number, take(sizeof number).data(), sizeof number);
+    return number;
+  }
+  std::string_view line() {
+    const std::size_t end = bytes_.find('\n', at_);
+    if (end == std::string_view::npos) take(bytes_.size() - at_ + 1);
+    const std::string_view text = take(end - at_);
+    take(1);
+    return text;
+  }
+  void seek(std::uint64_t offset) {
+    at_ = 0;
+    take(offset);
+  }
+  std::size_t position() const { return at_; }
+  const std::string& where() const { return where_; }
+
+ private:
+  std::string_view bytes_;
+  std::string where_;
+  std::size_t at_ = 0;
+};
+
+/// JSON with what a careless parser lets through refused: depth bombs and repeated keys.
+inline Json parse_json(std::string_view text, const std::string& where) {
+  constexpr int kDeepest = 64;
+  std::vector<std::set<std::string>> keys;  // those of each object that is still open
+  const auto check = [&](int depth, Json::parse_event_t event, Json& parsed) {
+    using Event = Json::parse_event_t;
+    if (depth > kDeepest) fail("bad JSON: ", where, ": nested deeper than ", kDeepest);
+    if (event == Event::object_start) keys.emplace_back();
+    if (event == Event::object_end) keys.pop_back();
+    if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second)
+      fail("bad JSON: ", where, ": the key ", quote(parsed.get<std::string>()),
+           " appears twice");
+    return true;
+  };
+  try {
+    return Json::parse(text.begin(), text.end(), check);
+  } catch (const Json::exception& error) {
+    fail("bad JSON: ", where, ": ", quote(error.what(), 200));
+  }
+}
+
+// =======================================================================================
+// 2. Config
+// =======================================================================================
+//
+// The sizes of a model, from config.json as published: in the Hugging Face layout
+// ("model_type": "mamba" or "mamba2", names and defaults of transformers' MambaConfig and
+// Mamba2Config) or in that of the original package ("d_model", "ssm_cfg", defaults of
+// mamba_ssm). What this project does not compute is refused by name.
+
+struct Config : ssm::Sizes {
+  Index chunk = 0;             // Mamba-2: tokens that one chunk of SSD covers, as trained
+  bool tie_embeddings = true;  // the head is the embedding, transposed
+  bool use_bias = false;       // in in_proj and out_proj
+  bool use_conv_bias = true;
+  bool residual_in_fp32 = true;  // what the file says; the stream is float32 here
+  Token bos_token_id = 0;        // -1: none
+  Token eos_token_id = 0;        // -1: none
+};
+
+// No size may exceed its limit, so that products of sizes stay far below 2^63.
+constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 1 << 16, kMaxVocab = 1 << 28;
+
+/// Python writes Infinity, -Infinity and NaN where JSON has no word for them: outside of
+/// strings, put them in quotes.
+inline std::string quote_bare_floats(std::string_view text) {
+  std::string json;
+  for (std::size_t i = 0; i < text.size();) {
+    std::size_t n = 1;  // length of the token at i
+    bool bare = false;
+    if (text[i] == '"') {
+      while (i + n < text.size() && text[i + n] != '"') n += text[i + n] == '\\' ? 2 : 1;
+      ++n;
+    } else {
+      for (const std::string_view word : {"-Infinity", "Infinity", "NaN"})
+        if (!bare && text.substr(i, word.size()) == word) n = word.size(), bare = true;
+    }
+    json += bare ? '"' + std::string(text.substr(i, n)) + '"' : text.substr(i, n);
+    i += n;
+  }
+  return json;
+}
+
+/// The fields of one JSON object, checked; a field that is absent or null has its default.
+struct Fields {
+  const Json& object;
+  std::string where;
+
+  const Json* find(const char* key) const {
+    const auto field = object.find(key);
+    return field == object.end() || field->is_null() ? nullptr : &*field;
+  }
+  [[noreturn]] void wrong(const char* key, const std::string& expected) const {
+    const Json found = object.contains(key) ? object[key] : Json();
+    fail("bad config: ", where, ": ", key, ": expected ", expected, ", found ",
+         quote(found.dump(-1, ' ', true, Json::error_handler_t::replace)));
+  }
+  std::int64_t integer(const char* key, std::int64_t absent, std::int64_t low,
+                       std::int64_t high) const {
+    const Json* value = find(key);
+    if (value == nullptr) return absent;
+    const bool huge = value->is_number_unsigned() && value->get<std::uint64_t>() >> 63 != 0;
+    if (!value->is_number_integer() || huge || *value < low || *value > high)
+      wrong(key, "an integer from " + std::to_string(low) + " to " + std::to_string(high));
+    return value->get<std::int64_t>();
+  }
+  bool flag(const char* key, bool absent) const {
+    const Json* value = find(key);
+    if (value != nullptr && !value->is_boolean()) wrong(key, "true or false");
+    return value == nullptr ? absent : value->get<bool>();
+  }
+  /// Fails where the flag is there and not what this project computes.
+  void only(const char* key, bool computed) const {
+    if (flag(key, computed) != computed) wrong(key, computed ? "true" : "false");
+  }
+  std::string text(const char* key, const char* absent) const {
+    const Json* value = find(key);
+    if (value != nullptr && !value->is_string()) wrong(key, "a string");
+    return value == nullptr ? absent : value->get<std::string>();
+  }
+  /// A number, where Infinity may be a word or {"__float__": "Infinity"}.
+  double number(const char* key, const Json& value) const {
+    const Json& plain = value.contains("__float__") ? value["__float__"] : value;
+    if (plain == "Infinity") return std::numeric_limits<double>::infinity();
+    if (!plain.is_number()) wrong(key, "a number");
+    return plain.get<double>();
+  }
+  double number(const char* key, double absent) const {
+    const Json* value = find(key);
+    return value == nullptr ? absent : number(key, *value);
+  }
+  /// A token id, of a list of ids the first; -1 is none.
+  Token token(const char* key, Token absent) const {
+    const Json* value = find(key);
+    if (value == nullptr) return object.contains(key) ? -1 : absent;
+    const Json one = {
+        {key, value->is_array() && !value->empty() ? value->front() : *value}};
+    return static_cast<Token>(Fields{one, where}.integer(key, -1, -1, kMaxVocab));
+  }
+};
+
+/// The config in either layout: names are (Hugging Face, original). In the original, what
+/// belongs to one block is in ssm_cfg.
+inline Config config_from_json(const Json& json, bool original, const std::string& path) {
+  const Fields fields{json, path};
+  const Json none = Json::object();
+  const Json* ssm_cfg = fields.find("ssm_cfg");
+  if (ssm_cfg != nullptr && !ssm_cfg->is_object()) fields.wrong("ssm_cfg", "an object");
+  const Fields block =
+      original ? Fields{ssm_cfg == nullptr ? none : *ssm_cfg, path} : fields;
+  const auto name = [&](const char* hugging_face, const char* ours) {
+    return original ? ours : hugging_face;
+  };
+  const std::string type =
+      original ? block.text("layer", "Mamba1") : fields.text("model_type", "");
+  const bool two = type == name("mamba2", "Mamba2");
+  if (!two && type != name("mamba", "Mamba1"))
+    block.wrong(name("model_type", "layer"), name("mamba or mamba2", "Mamba1 or Mamba2"));
+  const auto by_layout = [&](std::int64_t mamba, std::int64_t mamba2, std::int64_t both) {
+    return original ? both : two ? mamba2 : mamba;
+  };
+  const auto size = [&](const char* key, std::int64_t absent) {
+    return block.integer(key, absent, 1, kMaxWidth);
+  };
+
+  Config c;
+  c.version = two ? 2 : 1;
+  c.d_model = fields.integer(name("hidden_size", "d_model"), by_layout(768, 4096, 2560), 1,
+                             kMaxWidth);
+  c.n_layer = fields.integer(name("num_hidden_layers", "n_layer"), by_layout(32, 64, 64), 1,
+                             kMaxLayers);
+  c.vocab_size = fields.integer("vocab_size", by_layout(50280, 32768, 50277), 1, kMaxVocab);
+  c.tie_embeddings =
+      fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
+  c.residual_in_fp32 = fields.flag("residual_in_fp32", true);
+  c.bos_token_id = fields.token("bos_token_id", 0);
+  c.eos_token_id = fields.token("eos_token_id", static_cast<Token>(by_layout(0, 2, 0)));
+  c.norm_eps = original ? c.norm_eps : fields.number("layer_norm_epsilon", c.norm_eps);
+  c.d_state = size(name("state_size", "d_state"), two ? 128 : 16);
+  c.d_conv = size(name("conv_kernel", "d_conv"), 4);
+  c.use_bias = block.flag(name("use_bias", "bias"), false);
+  c.use_conv_bias = block.flag(name("use_conv_bias", "conv_bias"), true);
+  const double d_inner =
+      std::floor(block.number("expand", 2) * static_cast<double>(c.d_model));
+  if (!(d_inner >= 1 && d_inner <= kMaxWidth))
+    block.wrong("expand",
+                "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
+  c.d_inner = static_cast<std::int64_t>(d_inner);
+  if (two) {
+    c.head_dim = size(name("head_dim", "headdim"), 64);
+    c.n_heads = original ? c.d_inner / c.head_dim : size("num_heads", 128);
+    c.n_groups = size(name("n_groups", "ngroups"), by_layout(0, 8, 1));
+    c.chunk = size("chunk_size", 256);
+    const char* limit = name("time_step_limit", "dt_limit");
+    if (const Json* pair = block.find(limit)) {
+      if (!pair->is_array() || pair->size() != 2) block.wrong(limit, "two numbers");
+      c.dt_min = block.number(limit, (*pair)[0]);
+      c.dt_max = block.number(limit, (*pair)[1]);
+      if (!(0 <= c.dt_min && c.dt_min <= c.dt_max)) block.wrong(limit, "0 <= low <= high");
+    }
+  } else {
+    const char* rank = name("time_step_rank", "dt_rank");
+    const bool automatic = block.find(rank) == nullptr || *block.find(rank) == "auto";
+    c.dt_rank = automatic ? (c.d_model + 15) / 16 : size(rank, 0);  // ceil(D / 16)
+    if (!original) c.d_inner = size("intermediate_size", c.d_inner);
+  }
+
+  // What else a model of these layouts may be, and is not here.
+  fields.only("rms_norm", true);
+  if (original) {  // in the Hugging Face layout norm_before_gate means nothing:
+                   // transformers
+    block.only("rmsnorm", true);  // ignores it, and Mamba-Codestral-7B has it wrong
+    block.only("norm_before_gate", false);
+    block.only("D_has_hdim", false);
+    block.integer("d_ssm", c.d_inner, c.d_inner, c.d_inner);
+    fields.integer("d_intermediate", 0, 0, 0);
+    const Json* attention = fields.find("attn_layer_idx");
+    if (attention != nullptr && !attention->empty()) fields.wrong("attn_layer_idx", "[]");
+  } else if (const std::string act = fields.text("hidden_act", "silu");
+             act != "silu" && act != "swish") {
+    fields.wrong("hidden_act", "silu");
+  }
+  return c;
+}
+
+/// Reads DIR/config.json in either layout.
+inline Config read_config(const std::string& directory) {
+  const std::string path = directory + "/config.json";
+  const MappedFile file(path);
+  const Json json = parse_json(quote_bare_floats(file.bytes()), path);
+  if (!json.is_object()) fail("bad config: ", path, ": expected an object");
+  const bool original = json.contains("d_model") && !json.contains("hidden_size");
+  if (!original && !json.contains("model_type"))
+    fail("bad config: ", path,
+         ": expected model_type (Hugging Face) or d_model (original), ", "found neither");
+  const Config c = config_from_json(json, original, path);
+  if (!(c.norm_eps > 0 && c.norm_eps < 1))
+    fail("bad config: ", path, ": layer_norm_epsilon: expected a number between 0 and 1, ",
+         "found ", c.norm_eps);
+  if (c.version == 2 && c.d_inner != c.n_heads * c.head_dim)
+    fail("bad config: ", path, ": expected heads * head_dim = d_inner = ", c.d_inner,
+         ", found ", c.n_heads, " * ", c.head_dim);
+  if (c.version == 2 && c.n_heads % c.n_groups != 0)
+    fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads,
+         " heads, found ", c.n_groups);
+  return c;
+}
+
+/// Writes DIR/config.json in the Hugging Face layout.
+inline void write_config(const std::string& directory, const Config& c) {
+  const bool two = c.version == 2;
+  nlohmann::ordered_json json = {
+      {"architectures", {two ? "Mamba2ForCausalLM" : "MambaForCausalLM"}},
+      {"model_type", two ? "mamba2" : "mamba"},
+      {"vocab_size", c.vocab_size},
+      {"hidden_size", c.d_model},
+      {"num_hidden_layers", c.n_layer},
+      {"state_size", c.d_state},
+      {"conv_kernel", c.d_conv},
+      {"layer_norm_epsilon", c.norm_eps},
+      {"hidden_act", "silu"},
+      {"use_bias", c.use_bias},
+      {"use_conv_bias", c.use_conv_bias},
+      {"residual_in_fp32", c.residual_in_fp32},
+      {"tie_word_embeddings", c.tie_embeddings}};
+  if (c.d_inner % c.d_model == 0)
+    json["expand"] = c.d_inner / c.d_model;
+  else
+    json["expand"] = static_cast<double>(c.d_inner) / static_cast<double>(c.d_model);
+  if (two) {
+    json["num_heads"] = c.n_heads;
+    json["head_dim"] = c.head_dim;
+    json["n_groups"] = c.n_groups;
+    json["chunk_size"] = c.chunk;
+    if (c.dt_min > 0 || std::isfinite(c.dt_max)) {
+      json["time_step_limit"] = {c.dt_min, c.dt_max};
+      if (std::isinf(c.dt_max)) json["time_step_limit"][1] = {{"__float__", "Infinity"}};
+    }
+  } else {
+    json["intermediate_size"] = c.d_inner;
+    json["time_step_rank"] = c.dt_rank;
+  }
+  for (const auto& [key, id] : {std::pair("bos_token_id", c.bos_token_id),
+                                std::pair("eos_token_id", c.eos_token_id),
+                                std::pair("pad_token_id", c.eos_token_id)})
+    json[key] = id < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(id);
+  AtomicFile file(directory + "/config.json");
+  file.write(json.dump(2) + "\n");
+  file.commit();
+}
+
+// =======================================================================================
+// 3. Checkpoints
+// =======================================================================================
+
+// --- 3.1 Tensors and their dtypes -------------------------------------------------------
+
+// In the order of kDTypes; the first four are what weights may be.
+// clang-format off
+enum class DType {
+  F64, F32, F16, BF16,  // weights
+  I64, I32, I16, I8, U64, U32, U16, U8, BOOL, F8_E4M3, F8_E5M2
+};
+// clang-format on
+
+struct DTypeInfo {
+  const char* name;           // in safetensors
+  const char* torch;          // in PyTorch
+  const char* torch_storage;  // the class of its storages in PyTorch, if there is one
+  std::size_t size;           // bytes of one value
+};
+inline constexpr std::array<DTypeInfo, 15> kDTypes = {{
+    {"F64", "float64", "DoubleStorage", 8},
+    {"F32", "float32", "FloatStorage", 4},
+    {"F16", "float16", "HalfStorage", 2},
+    {"BF16", "bfloat16", "BFloat16Storage", 2},
+    {"I64", "int64", "LongStorage", 8},
+    {"I32", "int32", "IntStorage", 4},
+    {"I16", "int16", "ShortStorage", 2},
+    {"I8", "int8", "CharStorage", 1},
+    {"U64", "uint64", "", 8},
+    {"U32", "uint32", "", 4},
+    {"U16", "uint16", "", 2},
+    {"U8", "uint8", "ByteStorage", 1},
+    {"BOOL", "bool", "BoolStorage", 1},
+    {"F8_E4M3", "float8_e4m3fn", "", 1},
+    {"F8_E5M2", "float8_e5m2", "", 1},
+}};
+inline const DTypeInfo& info(DType dtype) {
+  return kDTypes[static_cast<std::size_t>(dtype)];
+}
+inline const char* dtype_name(DType dtype) { return info(dtype).name; }
+inline std::size_t dtype_size(DType dtype) { return info(dtype).size; }
+
+/// A named window into a file or a buffer. Its data may be unaligned.
+struct Tensor {
+  std::string name;
+  DType dtype = DType::F32;
+  std::vector<std::int64_t> shape;  // row-major; empty: one value
+  const void* data = nullptr;
+  std::shared_ptr<const void> keep_alive;  // the mapping or buffer that data points into
+
+  /// The number of values. Readers have checked that it cannot overflow.
+  std::size_t size() const {
+    std::size_t n = 1;
+    for (const std::int64_t extent : shape) n *= static_cast<std::size_t>(extent);
+    return n;
+  }
+  std::size_t byte_size() const { return size() * dtype_size(dtype); }
+  std::string_view bytes() const { return {static_cast<const char*>(data), byte_size()}; }
+};
+
+inline std::string shape_text(const std::vector<std::int64_t>& shape) {
+  std::string text = "(";
+  for (std::size_t i = 0; i < shape.size() && i < 16; ++i)
+    text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
+  return text + (shape.size() > 16 ? ", ...)" : ")");
+}
+
+struct Checkpoint {
+  std::map<std::string, Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+  std::string where;  // the file that it was read from, for error lines
+
+  const Tensor* find(const std::string& name) const {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? nullptr : &found->second;
+  }
+  const Tensor& at(const std::string& name) const {
+    const Tensor* tensor = find(name);
+    if (tensor == nullptr)
+      fail("missing tensor: ", where, ": expected ", name, ", found none");
+    return *tensor;
+  }
+};
+
+/// Bytes of a tensor with this shape, every step checked.
+inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype,
+                                   const std::string& where) {
+  std::int64_t n = static_cast<std::int64_t>(dtype_size(dtype));
+  for (const std::int64_t extent : shape)
+    if (extent < 0 || __builtin_mul_overflow(n, extent, &n))
+      fail("bad shape: ", where, ": expected sizes >= 0 with a product below 2^63, found ",
+           shape_text(shape));
+  return static_cast<std::uint64_t>(n);
+}
+
+// --- 3.2 Numbers ------------------------------------------------------------------------
+//
+// bfloat16 is the upper half of a float32: 1 sign, 8 exponent, 7 fraction bits. float16 has
+// 1 + 5 + 10; its exponent bias is 15 instead of 127, hence the 112 below, and an exponent
+// of zero means fraction * 2^-24. Widening is exact. Narrowing rounds to the nearest, ties
+// to even; what is too large becomes infinite, and NaN stays NaN. The loops over whole
+// tensors have no branches, so compilers vectorise them.
+
+template <class To, class From>
+To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<To>);
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline float bf16_to_float(std::uint16_t b) {
+  return bit_cast<float>(static_cast<std::uint32_t>(b) << 16);
+}
+
+inline float f16_to_float(std::uint16_t h) {
+  const std::uint32_t sign = (h & 0x8000u) << 16, size = (h & 0x7fffu) << 13;
+  const std::uint32_t bias = (size >= 31u << 23 ? 224u : 112u) << 23;  // 31: NaN, infinity
+  const float tiny = static_cast<float>(h & 1023) * 0x1p-24f;
+  return bit_cast<float>(sign |
+                         (size < 1u << 23 ? bit_cast<std::uint32_t>(tiny) : size + bias));
+}
+
+inline std::uint16_t float_to_bf16(float value) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return static_cast<std::uint16_t>(nan ? bits >> 16 | 0x40 : rounded);
+}
+
+inline std::uint16_t float_to_f16(float value) {
+  const std::uint32_t bits = bit_cast<std::uint32_t>(value), size = bits & 0x7fffffff;
+  const std::uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+  // Below 2^-14, adding 0.5 makes the float's last bit worth 2^-24, as in float16.
+  const std::uint32_t tiny =
+      bit_cast<std::uint32_t>(bit_cast<float>(size < 0x38800000 ? size : 0) + 0.5f) -
+      0x3f000000;
+  const std::uint32_t nan = 0x7e00 | (size >> 13 & 1023);
+  const std::uint32_t half = size > 0x7f800000    ? nan
+                             : size >= 0x477ff000 ? 0x7c00  // 65520 and above
+                             : size >= 0x38800000 ? normal
+                                                  : tiny;
+  return static_cast<std::uint16_t>((bits >> 16 & 0x8000) | half);
+}
+
+template <class Stored, class Out, class Value>
+void convert_each(const Tensor& tensor, Out* out, Value value) {
+  const char* bytes = static_cast<const char*>(tensor.data);
+  const std::size_t n = tensor.size();
+  for (std::size_t i = 0; i < n; ++i) {
+    Stored stored;
+    std::memcpy(&stored, bytes + i * sizeof stored, sizeof stored);
+    out[i] = static_cast<Out>(value(stored));
+  }
+}
+
+/// The tensor's values as float or double (from F64, F32, F16, BF16) or as int64_t (from
+/// I64, I32).
+template <class Out>
+void convert(const Tensor& tensor, Out* out) {
+  constexpr bool kReal = std::is_floating_point_v<Out>;
+  static_assert(kReal || std::is_same_v<Out, std::int64_t>);
+  const auto same = [](auto value) { return value; };
+  if (kReal && tensor.dtype == DType::F64) return convert_each<double>(tensor, out, same);
+  if (kReal && tensor.dtype == DType::F32) return convert_each<float>(tensor, out, same);
+  if (kReal && tensor.dtype == DType::F16)
+    return convert_each<std::uint16_t>(tensor, out, f16_to_float);
+  if (kReal && tensor.dtype == DType::BF16)
+    return convert_each<std::uint16_t>(tensor, out, bf16_to_float);
+  if (!kReal && tensor.dtype == DType::I64)
+    return convert_each<std::int64_t>(tensor, out, same);
+  if (!kReal && tensor.dtype == DType::I32)
+    return convert_each<std::int32_t>(tensor, out, same);
+  fail("wrong dtype: ", quote(tensor.name), ": expected ",
+       kReal ? "F64, F32, F16 or BF16" : "I64 or I32", ", found ",
+       dtype_name(tensor.dtype));
+}
+
+template <class Out>
+std::vector<Out> values(const Tensor& tensor) {
+  std::vector<Out> out(tensor.size());
+  convert(tensor, out.data());
+  return out;
+}
+
+/// A tensor that shows the caller's values, which must outlive it.
+template <class Value>
+Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Value* data) {
+  constexpr bool kReal = std::is_floating_point_v<Value>;
+  static_assert(std::is_arithmetic_v<Value> && std::is_signed_v<Value> &&
+                sizeof(Value) >= 4);
+  const DType dtype = sizeof(Value) == 8 ? kReal ? DType::F64 : DType::I64
+                      : kReal            ? DType::F32
+                                         : DType::I32;
+  return {std::move(name), dtype, std::move(shape), data, nullptr};
+}
+
+/// The tensor in another dtype (F64, F32, F16, BF16), in a buffer of its own.
+inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
+  const std::size_t n = tensor.size();
+  const auto store = [&](auto buffer) -> Tensor {
+    return {tensor.name, dtype, tensor.shape, buffer->data(), buffer};
+  };
+  if (dtype == DType::F64)
+    return store(std::make_shared<std::vector<double>>(values<double>(tensor)));
+  const auto floats = std::make_shared<std::vector<float>>(values<float>(tensor));
+  if (dtype == DType::F32) return store(floats);
+  if (dtype != DType::F16 && dtype != DType::BF16)
+    fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
+  const auto halves = std::make_shared<std::vector<std::uint16_t>>(n);
+  std::transform(floats->begin(), floats->end(), halves->begin(),
+                 dtype == DType::F16 ? float_to_f16 : float_to_bf16);
+  return store(halves);
+}
+
+template <class Bits>
+std::size_t count_masked(const Tensor& tensor, Bits mask) {
+  const char* bytes = static_cast<const char*>(tensor.data);
+  const std::size_t n = tensor.size();
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, bytes + i * sizeof bits, sizeof bits);
+    count += (bits & mask) == mask;
+  }
+  return count;
+}
+
+/// One line for each tensor with a NaN or an infinity: a value whose exponent is all ones.
+inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
+  std::vector<std::string> lines;
+  for (const auto& [name, tensor] : checkpoint.tensors) {
+    std::size_t bad = 0;
+    if (tensor.dtype == DType::F64)
+      bad = count_masked<std::uint64_t>(tensor, 0x7ffull << 52);
+    if (tensor.dtype == DType::F32) bad = count_masked<std::uint32_t>(tensor, 0x7f800000);
+    if (tensor.dtype == DType::F16) bad = count_masked<std::uint16_t>(tensor, 0x7c00);
+    if (tensor.dtype == DType::BF16) bad = count_masked<std::uint16_t>(tensor, 0x7f80);
+    if (bad > 0)
+      lines.push_back(checkpoint.where + ": " + quote(name) + ": " + std::to_string(bad) +
+                      " of " + std::to_string(tensor.size()) +
+                      " values are NaN or infinite");
+  }
+  return lines;
+}
+
+// --- 3.3 safetensors --------------------------------------------------------------------
+//
+//   8 bytes    n, length of the header, little-endian
+//   n bytes    {"__metadata__": {"key": "text"},
+//               "name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}
+//   the rest   the tensors; offsets count from here, row-major, without gaps or overlaps
+//
+// The header may end in spaces (we pad it to 8 bytes, other writers may not).
+
+inline Checkpoint read_safetensors(const std::string& path) {
+  constexpr std::size_t kLongestHeader = 100'000'000;  // as in the safetensors library
+  const auto file = std::make_shared<const MappedFile>(path);
+  ByteReader in(file->bytes(), path);
+  const auto header_size = in.read<std::uint64_t>();
+  const std::uint64_t longest = std::min(kLongestHeader, file->size() - 8);
+  if (header_size > longest)
+    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ",
+         header_size);
+  const Json header = parse_json(in.take(header_size), path);
+  const std::string_view data = file->bytes().substr(in.position());
+  if (!header.is_object()) fail("bad header: ", path, ": expected an object");
+
+  Checkpoint checkpoint;
+  checkpoint.where = path;
+  std::map<std::pair<std::uint64_t, std::uint64_t>, std::string>
+      windows;  // {begin, end}, name
+  for (const auto& [name, entry] : header.items()) {
+    const std::string where = path + ": " + quote(name);
+    if (name == "__metadata__") {
+      if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
+      for (const auto& [key, text] : entry.items()) {
+        if (!text.is_string())
+          fail("bad header: ", where, ": ", quote(key), ": expected a string");
+        checkpoint.metadata[key] = text.get<std::string>();
+      }
+      continue;
+    }
+    if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() ||
+        !entry.contains("shape") || !entry["shape"].is_array() ||
+        !entry.contains("data_offsets") || !entry["data_offsets"].is_array() ||
+        entry["data_offsets"].size() != 2)
+      fail("bad header: ", where, ": expected dtype, shape and data_offsets");
+    const auto whole = [&](const Json& value) -> std::int64_t {
+      if (!value.is_number_unsigned() || value.get<std::uint64_t>() >> 63)
+        fail("bad header: ", where,
+             ": expected whole numbers below 2^63 in shape and offsets");
+      return value.get<std::int64_t>();
+    };
+    const auto dtype_text = entry["dtype"].get<std::string>();
+    const auto dtype =
+        std::find_if(kDTypes.begin(), kDTypes.end(),
+                     [&](const DTypeInfo& known) { return dtype_text == known.name; });
+    if (dtype == kDTypes.end())
+      fail("unknown dtype: ", where, ": found ", quote(dtype_text));
+    Tensor tensor{name, static_cast<DType>(dtype - kDTypes.begin()), {}, nullptr, file};
+    for (const Json& extent : entry["shape"]) tensor.shape.push_back(whole(extent));
+    const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
+    const auto begin = static_cast<std::uint64_t>(whole(entry["data_offsets"][0]));
+    const auto end = static_cast<std::uint64_t>(whole(entry["data_offsets"][1]));
+    if (begin > end || end > data.size())
+      fail("bad offsets: ", where, ": expected begin <= end <= ", data.size(), ", found ",
+           begin, ", ", end);
+    if (end - begin != size)
+      fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype_text, " ",
+           shape_text(tensor.shape), ", found ", end - begin);
+    tensor.data = data.data() + begin;
+    if (size > 0 && !windows.emplace(std::pair(begin, end), name).second)
+      fail("bad offsets: ", where, ": shares its bytes with ",
+           quote(windows[{begin, end}]));
+    checkpoint.tensors.emplace(name, std::move(tensor));
+  }
+  std::uint64_t expected = 0;
+  for (const auto& [window, name] : windows) {
+    if (window.first != expected)
+      fail("bad offsets: ", path, ": ", quote(name),
+           ": expected the tensors to lie side by side, ", "from byte ", expected,
+           ", found ", window.first);
+    expected = window.second;
+  }
+  if (expected != data.size())
+    fail("bad offsets: ", path, ": expected tensors up to byte ", data.size(), ", found ",
+         expected);
+  return checkpoint;
+}
+
+/// Writes a safetensors file: widest dtypes first, so that every tensor is aligned.
+inline void write_safetensors(const std::string& path, const std::vector<Tensor>& tensors,
+                              const std::map<std::string, std::string>& metadata = {}) {
+  std::vector<const Tensor*> order;
+  for (const Tensor& tensor : tensors) order.push_back(&tensor);
+  std::stable_sort(order.begin(), order.end(), [](const Tensor* a, const Tensor* b) {
+    return dtype_size(a->dtype) > dtype_size(b->dtype);
+  });
+  nlohmann::ordered_json header = nlohmann::ordered_json::object();
+  if (!metadata.empty()) header["__metadata__"] = metadata;
+  std::uint64_t offset = 0;
+  for (const Tensor* tensor : order) {
+    if (header.contains(tensor->name))
+      fail("cannot write: ", path, ": two tensors named ", quote(tensor->name));
+    const std::uint64_t end = offset + tensor->byte_size();
+    header[tensor->name] = {{"dtype", dtype_name(tensor->dtype)},
+                            {"shape", tensor->shape},
+                            {"data_offsets", {offset, end}}};
+    offset = end;
+  }
+  std::string text;
+  try {
+    text = header.dump();
+  } catch (const Json::exception&) {
+    fail("cannot write: ", path, ": expected names and metadata in UTF-8");
+  }
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const std::uint64_t size = text.size();
+  AtomicFile file(path);
+  file.write({reinterpret_cast<const char*>(&size), sizeof size});
+  file.write(text);
+  for (const Tensor* tensor : order) file.write(tensor->bytes());
+  file.commit();
+}
+
+// --- 3.4 PyTorch: the archive -----------------------------------------------------------
+//
+// torch.save writes a zip of stored (never compressed) entries under one folder:
+//
+//   NAME/data.pkl     a pickle: the state dict, with each storage replaced by its key
+//   NAME/byteorder    "little" or "big"; absent in older files
+//   NAME/data/KEY     the bytes of one storage, which several tensors may share
+//
+// A zip is read from its end: the end record gives the offset of the central directory,
+// which lists the entries; each points to a local header, and the bytes follow that. Where
+// a 32-bit field is full, the zip64 records hold the number in 64 bits.
+
+using Entries = std::map<std::string, std::string_view>;  // name, bytes
+
+inline Entries read_zip(std::string_view file, const std::string& path) {
+  constexpr std::uint32_t kFull = 0xffffffff;
+  const std::size_t tail = file.size() - std::min<std::size_t>(file.size(), 22 + 65535);
+  const std::size_t end_in_tail = file.substr(tail).rfind("PK\5\6");
+  if (end_in_tail == std::string_view::npos)
+    fail("truncated: ", path, ": expected a zip archive's end record, found none");
+  const std::size_t end = tail + end_in_tail;
+
+  ByteReader in(file, path);
+  const auto expect = [&](std::string_view signature, const char* what) {
+    if (in.take(4) != signature)
+      fail("bad zip: ", path, ": expected ", what, " at byte ", in.position() - 4,
+           ", found something else");
+  };
+  in.seek(end + 10);
+  std::uint64_t count = in.read<std::uint16_t>();
+  in.take(4);
+  std::uint64_t directory = in.read<std::uint32_t>();
+  if ((count == 0xffff || directory == kFull) && end >= 20) {  // zip64
+    in.seek(end - 20);
+    expect("PK\6\7", "the zip64 locator");
+    in.take(4);
+    in.seek(in.read<std::uint64_t>());
+    expect("PK\6\6", "the zip64 end record");
+    in.take(28);
+    count = in.read<std::uint64_t>();
+    in.take(8);
+    directory = in.read<std::uint64_t>();
+  }
+
+  Entries entries;
+  in.seek(directory);
+  for (std::uint64_t i = 0; i < count; ++i) {
+    expect("PK\1\2", "a directory entry");
+    in.take(4);
+    const auto flags = in.read<std::uint16_t>(), method = in.read<std::uint16_t>();
+    in.take(8);
+    std::uint64_t stored = in.read<std::uint32_t>(), size = in.read<std::uint32_t>();
+    const auto name_size = in.read<std::uint16_t>(), extra_size = in.read<std::uint16_t>();
+    const auto comment_size = in.read<std::uint16_t>();
+    in.take(8);
+    std::uint64_t local = in.read<std::uint32_t>();
+    const std::string name(in.take(name_size));
+    const std::string where = path + ": " + quote(name);
+    ByteReader extra(in.take(extra_size), where);
+    in.take(comment_size);
+    const std::size_t next = in.position();
+    while (extra.position() + 4 <= extra_size) {
+      const auto id = extra.read<std::uint16_t>();
+      ByteReader field(extra.take(extra.read<std::uint16_t>()), where);
+      if (id != 1)
+        continue;  // 1: the 64-bit numbers, only those whose 32-bit field is full
+      for (std::uint64_t* number : {&size, &stored, &local})
+        if (*number == kFull) *number = field.read<std::uint64_t>();
+    }
+    if (method != 0 || (flags & 1) != 0 || stored != size)
+      fail("bad zip: ", where,
+           ": expected a stored entry, found a compressed or encrypted one");
+    in.seek(local);
+    expect("PK\3\4", "a local header");
+    in.take(22);
+    const auto local_name = in.read<std::uint16_t>(),
+               local_extra = in.read<std::uint16_t>();
+    in.take(std::uint64_t{local_name} + local_extra);
+    if (!entries.emplace(name, in.take(size)).second)
+      fail("bad zip: ", where, ": appears twice");
+    in.seek(next);
+  }
+  return entries;
+}
+
+// --- 3.5 PyTorch: the pickle ------------------------------------------------------------
+//
+// A pickle is a program for a stack machine: opcodes push values, collect them into tuples
+// and dicts, note them in a memo, and call Python functions by name. The last of these
+// makes pickles dangerous, so this machine knows only the names that a state dict needs and
+// calls nothing: a call of _rebuild_tensor_v2 leaves its arguments (storage, offset, shape,
+// strides) on the stack as a tensor. Any other opcode or name is refused.
+
+/// A value on the unpickler's stack. It owns nothing: all values live as long as the
+/// unpickler, so a pickle that ties them into a knot does no harm.
+struct PickleValue {
+  enum Kind { None, Bool, Int, Float, Text, Tuple, List, Dict, Name, Storage, Tensor };
+  Kind kind = None;
+  std::int64_t integer = 0;         // bool, int; a storage's number of values
+  std::string text;                 // text; name: "module.name"; storage: its key
+  std::vector<PickleValue*> items;  // of a dict: key, value, key, value, ...
+  DType dtype = DType::U8;  // of a storage or a tensor; an untyped storage has bytes
+};
+
+class Unpickler {
+ public:
+  using Value = PickleValue;
+
+  explicit Unpickler(ByteReader& in) : in_(in) {}
+
+  /// Runs one pickle and returns what it leaves.
+  const Value& load() {
+    stack_.clear();
+    memo_.clear();
+    for (std::size_t steps = 0; steps < kMostSteps; ++steps) {
+      const auto opcode = in_.read<std::uint8_t>();
+      if (opcode == '.') return *pop();
+      step(opcode);
+    }
+    refuse("has more than ", kMostSteps, " opcodes");
+  }
+
+  /// The storages that tensors refer to, by key.
+  const std::map<std::string, const Value*>& storages() const { return storages_; }
+
+ private:
+  static constexpr Value* kMark = nullptr;
+  static constexpr std::size_t kMostSteps = 1 << 22;  // a tensor takes about 33
+
+  // One line an opcode.
+  // clang-format off
+  void step(std::uint8_t opcode) {
+    switch (opcode) {
+      case 0x80: return check_protocol(in_.read<std::uint8_t>());  // PROTO
+      case 0x95: in_.take(8); return;  // FRAME: how many bytes are worth reading at once
+      case '(': return stack_.push_back(kMark);
+      case '0': pop(); return;
+      case '1': pop_to_mark(); return;
+      // constants
+      case 'N': make(Value::None); return;
+      case 0x88: make(Value::Bool).integer = 1; return;
+      case 0x89: make(Value::Bool).integer = 0; return;
+      case 'K': make(Value::Int).integer = in_.read<std::uint8_t>(); return;
+      case 'M': make(Value::Int).integer = in_.read<std::uint16_t>(); return;
+      case 'J': make(Value::Int).integer = in_.read<std::int32_t>(); return;
+      case 0x8a: return push_long(in_.take(in_.read<std::uint8_t>()));
+      case 'G': in_.take(8); make(Value::Float); return;  // no tensor needs its value
+      case 'X': make(Value::Text).text = in_.take(in_.read<std::uint32_t>()); return;
+      case 0x8c: make(Value::Text).text = in_.take(in_.read<std::uint8_t>()); return;
+      case 0x8d: make(Value::Text).text = in_.take(in_.read<std::uint64_t>()); return;
+      // tuples, lists, dicts
+      case ')': make(Value::Tuple); return;
+      case ']': make(Value::List); return;
+      case '}': make(Value::Dict); return;
+      case 't': return push_tuple(pop_to_mark());
+      case 0x85: return push_tuple(pop_some(1));
+      case 0x86: return push_tuple(pop_some(2));
+      case 0x87: return push_tuple(pop_some(3));
+      case 'a': return append(pop_some(1), Value::List);
+      case 'e': return append(pop_to_mark(), Value::List);
+      case 's': return append(pop_some(2), Value::Dict);
+      case 'u': return append(pop_to_mark(), Value::Dict);
+      // memo
+      case 'q': memo_[in_.read<std::uint8_t>()] = top(); return;
+      case 'r': memo_[in_.read<std::uint32_t>()] = top(); return;
+      case 0x94: memo_[static_cast<std::uint32_t>(memo_.size())] = top(); return;
+      case 'h': return recall(in_.read<std::uint8_t>());
+      case 'j': return recall(in_.read<std::uint32_t>());
+      // names and calls
+      case 'c': { const auto module = in_.line(); return push_name(module, in_.line()); }
+      case 0x93: { const auto name = pop_some(2); return push_name(name[0]->text, name[1]->text); }
+      case 'Q': return push_storage(pop());
+      case 'R': return call();
+      case 'b': pop(); expect(top(), Value::Dict); return;  // attributes of an OrderedDict
+      default: refuse("has the opcode ", int{opcode});
+    }
+  }
+  // clang-format on
+
+  template <class... Parts>
+  [[noreturn]] void refuse(const Parts&... parts) const {
+    fail("bad pickle: ", in_.where(), ": ", parts..., " at byte ", in_.position(),
+         "; only state dicts of tensors are read");
+  }
+
+  Value& make(Value::Kind kind) {
+    stack_.push_back(&values_.emplace_back());
+    top()->kind = kind;
+    return *top();
+  }
+  Value* top() {
+    if (stack_.empty() || stack_.back() == kMark) refuse("takes from an empty stack");
+    return stack_.back();
+  }
+  Value* pop() {
+    Value* value = top();
+    stack_.pop_back();
+    return value;
+  }
+  std::vector<Value*> pop_some(std::size_t n) {
+    std::vector<Value*> items(n);
+    for (std::size_t i = n; i-- > 0;) items[i] = pop();
+    return items;
+  }
+  std::vector<Value*> pop_to_mark() {
+    const auto mark = std::find(stack_.rbegin(), stack_.rend(), kMark).base();
+    if (mark == stack_.begin()) refuse("looks for a mark that is not there");
+    std::vector<Value*> items(mark, stack_.end());
+    stack_.erase(mark - 1, stack_.end());
+    return items;
+  }
+  Value& expect(Value* value, Value::Kind kind) const {
+    if (value->kind != kind) refuse("holds a value of the wrong kind");
+    return *value;
+  }
+  void check_protocol(int version) {
+    if (version < 2 || version > 5) refuse("has protocol ", version);
+  }
+  void push_long(std::string_view bytes) {  // two's complement, as many bytes as needed
+    if (bytes.size() > 8) refuse("has an integer of ", bytes.size(), " bytes");
+    std::int64_t number = 0;
+    std::memcpy(&number, bytes.data(), bytes.size());
+    const int unused = 64 - 8 * static_cast<int>(bytes.size());
+    if (unused < 64) number = number << unused >> unused;  // extends the sign
+    make(Value::Int).integer = number;
+  }
+  void push_tuple(std::vector<Value*> items) {
+    make(Value::Tuple).items = std::move(items);
+  }
+  void append(const std::vector<Value*>& items, Value::Kind kind) {
+    Value& container = expect(top(), kind);
+    if (kind == Value::Dict && items.size() % 2 != 0) refuse("has a key without a value");
+    container.items.insert(container.items.end(), items.begin(), items.end());
+  }
+  void recall(std::uint32_t index) {
+    const auto found = memo_.find(index);
+    if (found == memo_.end()) refuse("recalls what it never noted");
+    stack_.push_back(found->second);
+  }
+
+  void push_name(std::string_view module, std::string_view name) {
+    Value& value = make(Value::Name);
+    value.text.append(module).append(".").append(name);
+    for (std::size_t i = 0; i < kDTypes.size() && module == "torch"; ++i) {
+      if (name != kDTypes[i].torch && name != kDTypes[i].torch_storage) continue;
+      value.dtype = static_cast<DType>(i);
+      return;
+    }
+    for (const char* known :
+         {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
+          "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+          "torch.storage.UntypedStorage", "torch.UntypedStorage"})
+      if (value.text == known) return;
+    refuse("asks for ", quote(value.text));
+  }
+
+  /// The persistent id ("storage", type, key, device, number of values).
+  void push_storage(Value* id) {
+    const std::vector<Value*>& items = expect(id, Value::Tuple).items;
+    const bool view = items.size() == 6 && items[5]->kind != Value::None;
+    if (items.size() < 5 || items.size() > 6 || view || items[0]->text != "storage")
+      refuse("has an unknown persistent id");
+    Value& storage = make(Value::Storage);
+    storage.dtype = expect(items[1], Value::Name).dtype;
+    storage.text = expect(items[2], Value::Text).text;
+    storage.integer = expect(items[4], Value::Int).integer;
+    storages_.emplace(storage.text, &storage);
+  }
+
+  /// Calls a function with a tuple of arguments; of a tensor's we keep the first four.
+  void call() {
+    const std::vector<Value*>& arguments = expect(pop(), Value::Tuple).items;
+    const std::string& function = expect(pop(), Value::Name).text;
+    const std::size_t n = arguments.size();
+    if (function == "collections.OrderedDict" && n == 0) {
+      make(Value::Dict);
+    } else if (function == "torch._utils._rebuild_parameter" && n == 3) {
+      stack_.push_back(&expect(arguments[0], Value::Tensor));
+    } else if (function == "torch._utils._rebuild_tensor_v2" && n >= 6) {
+      push_tensor(arguments, expect(arguments[0], Value::Storage).dtype);
+    } else if (function == "torch._utils._rebuild_tensor_v3" && n >= 7) {
+      push_tensor(arguments, expect(arguments[6], Value::Name).dtype);
+    } else {
+      refuse("calls ", quote(function), " with ", n, " arguments");
+    }
+  }
+  void push_tensor(const std::vector<Value*>& arguments, DType dtype) {
+    expect(arguments[0], Value::Storage);
+    expect(arguments[1], Value::Int);
+    for (const std::size_t i : {2, 3}) {
+      const std::vector<Value*>& extents = expect(arguments[i], Value::Tuple).items;
+      if (extents.size() > 64) refuse("has a tensor of ", extents.size(), " dimensions");
+      for (Value* extent : extents) expect(extent, Value::Int);
+    }
+    Value& tensor = make(Value::Tensor);
+    tensor.items.assign(arguments.begin(), arguments.begin() + 4);
+    tensor.dtype = dtype;
+  }
+
+  ByteReader& in_;
+  std::deque<Value> values_;
+  std::vector<Value*> stack_;
+  std::unordered_map<std::uint32_t, Value*> memo_;
+  std::map<std::string, const Value*> storages_;
+};
+
+// --- 3.6 PyTorch: the tensors -----------------------------------------------------------
+
+/// Copies a strided tensor into row-major order.
+inline std::shared_ptr<const void> gather(const char* from,
+                                          const std::vector<std::int64_t>& shape,
+                                          const std::vector<std::int64_t>& strides,
+                                          std::size_t item, std::size_t bytes) {
+  const auto buffer = std::make_shared<std::vector<char>>(bytes);
+  std::vector<std::int64_t> index(shape.size());
+  std::size_t offset = 0;  // of the value at index
+  for (std::size_t done = 0; done < bytes; done += item) {
+    std::memcpy(buffer->data() + done, from + offset * item, item);
+    for (std::size_t i = shape.size(); i-- > 0;) {
+      offset += static_cast<std::size_t>(strides[i]);
+      if (++index[i] < shape[i]) break;
+      offset -= static_cast<std::size_t>(strides[i] * shape[i]);
+      index[i] = 0;
+    }
+  }
+  return {buffer, buffer->data()};
+}
+
+/// The tensor that a pickled one stands for: a window into its storage if it is row-major
+/// there, otherwise a copy. Copies draw on `budget` bytes, so that a small file cannot ask
+/// for a large memory.
+inline Tensor tensor_of(const std::string& name, const PickleValue& pickled,
+                        const Entries& storages, const std::string& path,
+                        const std::shared_ptr<const MappedFile>& file,
+                        std::uint64_t& budget) {
+  const std::string where = path + ": " + quote(name);
+  const PickleValue& storage = *pickled.items[0];
+  const auto bytes = storages.find(storage.text);
+  const std::uint64_t held = checked_bytes({storage.integer}, storage.dtype, where);
+  if (bytes == storages.end() || bytes->second.size() < held)
+    fail("truncated: ", where, ": expected ", held, " bytes in storage ",
+         quote(storage.text), ", found ",
+         bytes == storages.end() ? 0 : bytes->second.size());
+
+  Tensor tensor{name, pickled.dtype, {}, bytes->second.data(), file};
+  std::vector<std::int64_t> strides;
+  for (const PickleValue* extent : pickled.items[2]->items)
+    tensor.shape.push_back(extent->integer);
+  for (const PickleValue* stride : pickled.items[3]->items)
+    strides.push_back(stride->integer);
+  const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
+  if (size == 0) return tensor;
+
+  const std::int64_t first =
+      pickled.items[1]->integer;  // of all these, the index in storage
+  std::int64_t last = first, row_major = 1;
+  bool contiguous = true, inside = first >= 0 && strides.size() == tensor.shape.size();
+  for (std::size_t i = strides.size(); inside && i-- > 0;) {
+    const std::int64_t extent = tensor.shape[i];
+    std::int64_t reach = 0;
+    inside = strides[i] >= 0 && !__builtin_mul_overflow(strides[i], extent - 1, &reach) &&
+             !__builtin_add_overflow(last, reach, &last);
+    contiguous = contiguous && (extent == 1 || strides[i] == row_major);
+    row_major *= extent;
+  }
+  const std::size_t item = dtype_size(tensor.dtype);
+  if (!inside || static_cast<std::uint64_t>(last) >= held / item)
+    fail("out of range: ", where, ": expected values inside the ", held / item,
+         " of storage ", quote(storage.text), ", found offset ", first, ", shape ",
+         shape_text(tensor.shape), ", strides ", shape_text(strides));
+  const char* start = bytes->second.data() + static_cast<std::uint64_t>(first) * item;
+  tensor.data = start;
+  if (contiguous) return tensor;
+  if (size > budget)
+    fail("too large: ", where, ": its strides repeat more data than the file holds");
+  budget -= size;
+  tensor.keep_alive = gather(start, tensor.shape, strides, item, size);
+  tensor.data = tensor.keep_alive.get();
+  return tensor;
+}
+
+/// A dict of tensors, or one level deeper: {"state_dict": {...}} or {"model": {...}}.
+inline const PickleValue& state_dict(const PickleValue& root, const std::string& path) {
+  if (root.kind != PickleValue::Dict)
+    fail("bad pickle: ", path, ": expected a dict of tensors");
+  const PickleValue* inner = nullptr;
+  for (std::size_t i = 0; i < root.items.size(); i += 2) {
+    const std::string& key = root.items[i]->text;
+    const PickleValue& value = *root.items[i + 1];
+    if (value.kind == PickleValue::Tensor) return root;
+    if (value.kind != PickleValue::Dict || (key != "state_dict" && key != "model"))
+      continue;
+    if (inner != nullptr)
+      fail("bad pickle: ", path, ": expected one state dict, found two");
+    inner = &value;
+  }
+  return inner != nullptr ? *inner : root;
+}
+
+inline Checkpoint make_checkpoint(const PickleValue& root, const Entries& storages,
+                                  const std::string& path,
+                                  const std::shared_ptr<const MappedFile>& file) {
+  Checkpoint checkpoint;
+  checkpoint.where = path;
+  std::uint64_t budget = file->size();
+  const PickleValue& dict = state_dict(root, path);
+  for (std::size_t i = 0; i < dict.items.size(); i += 2) {
+    const PickleValue &key = *dict.items[i], &value = *dict.items[i + 1];
+    if (key.kind != PickleValue::Text || value.kind != PickleValue::Tensor)
+      fail("bad pickle: ", path, ": ", quote(key.text), ": expected a name and a tensor");
+    if (!checkpoint.tensors
+             .emplace(key.text, tensor_of(key.text, value, storages, path, file, budget))
+             .second)
+      fail("bad pickle: ", path, ": the tensor ", quote(key.text), " appears twice");
+  }
+  return checkpoint;
+}
+
+/// Before PyTorch 1.6 there was no zip but five pickles in a row: a magic number, the
+/// protocol version, facts about the machine, the state dict, and the list of storage keys;
+/// then, in that order, each storage's number of values (8 bytes) and its bytes.
+constexpr std::string_view kLegacyMagic(
+    "\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", 15);
+
+inline Checkpoint read_legacy_pytorch(const std::shared_ptr<const MappedFile>& file,
+                                      const std::string& path) {
+  ByteReader in(file->bytes(), path);
+  in.seek(kLegacyMagic.size());
+  Unpickler unpickler(in);
+  if (unpickler.load().integer != 1001)
+    fail("bad pickle: ", path, ": expected protocol 1001");
+  const PickleValue& machine = unpickler.load();
+  for (std::size_t i = 0; i + 1 < machine.items.size(); i += 2)
+    if (machine.items[i]->text == "little_endian" && machine.items[i + 1]->integer != 1)
+      fail("wrong byte order: ", path, ": expected little-endian, found big-endian");
+  const PickleValue& root = unpickler.load();
+  const PickleValue& keys = unpickler.load();
+  Entries storages;
+  for (const PickleValue* key : keys.items) {
+    const auto storage = unpickler.storages().find(key->text);
+    if (storage == unpickler.storages().end())
+      fail("bad pickle: ", path, ": the storage ", quote(key->text),
+           " belongs to no tensor");
+    const auto n = in.read<std::int64_t>();
+    if (n != storage->second->integer)
+      fail("bad pickle: ", path, ": storage ", quote(key->text), ": expected ",
+           storage->second->integer, " values, found ", n);
+    storages[key->text] = in.take(checked_bytes({n}, storage->second->dtype, path));
+  }
+  return make_checkpoint(root, storages, path, file);
+}
+
+inline Checkpoint read_pytorch_bin(const std::string& path) {
+  const auto file = std::make_shared<const MappedFile>(path);
+  if (file->bytes().substr(0, kLegacyMagic.size()) == kLegacyMagic)
+    return read_legacy_pytorch(file, path);
+  if (file->bytes().substr(0, 4) != "PK\3\4")
+    fail("unknown format: ", path,
+         ": expected a file written by torch.save, found something else");
+  const Entries entries = read_zip(file->bytes(), path);
+  const auto pickle = std::find_if(entries.begin(), entries.end(), [](const auto& entry) {
+    const std::size_t slash = entry.first.find('/');
+    return slash != std::string::npos && entry.first.substr(slash) == "/data.pkl";
+  });
+  if (pickle == entries.end())
+    fail("bad zip: ", path, ": expected an entry NAME/data.pkl, found none");
+  const std::string folder = pickle->first.substr(0, pickle->first.size() - 8);
+  const auto order = entries.find(folder + "byteorder");
+  if (order != entries.end() && order->second != "little")
+    fail("wrong byte order: ", path, ": expected little, found ", quote(order->second));
+  Entries storages;
+  for (const auto& [name, bytes] : entries)
+    if (name.compare(0, folder.size() + 5, folder + "data/") == 0)
+      storages.emplace(name.substr(folder.size() + 5), bytes);
+  ByteReader in(pickle->second, path);
+  Unpickler unpickler(in);
+  return make_checkpoint(unpickler.load(), storages, path, file);
+}
+
+// --- 3.7 A model's directory ------------------------------------------------------------
+
+/// Large checkpoints are cut into shards; the index says which tensor is in which file:
+/// {"weight_map": {"tensor name": "file name"}}.
+template <class Reader>
+Checkpoint read_shards(const std::string& directory, const std::string& index,
+                       Reader read) {
+  const Json json = parse_json(MappedFile(index).bytes(), index);
+  if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
+    fail("bad index: ", index, ": expected an object weight_map");
+  Checkpoint all;
+  all.where = index;
+  std::map<std::string, Checkpoint> shards;
+  for (const auto& [name, file] : json["weight_map"].items()) {
+    const std::string shard = file.is_string() ? std::string(file) : "";
+    if (shard.empty() || shard.find('/') != std::string::npos ||
+        shard.find('\0') != std::string::npos)
+      fail("bad index: ", index, ": ", quote(name),
+           ": expected the name of a file beside the index");
+    if (shards.count(shard) == 0) shards.emplace(shard, read(directory + "/" + shard));
+    all.tensors.emplace(name, shards.at(shard).at(name));
+  }
+  return all;
+}
+
+/// Reads a model's weights, whichever of the four published forms the directory holds.
+inline Checkpoint read_checkpoint(const std::string& directory) {
+  const std::string safetensors = directory + "/model.safetensors";
+  const std::string pytorch = directory + "/pytorch_model.bin", index = ".index.json";
+  const auto exists = [](const std::string& path) {
+    return ::access(path.c_str(), F_OK) == 0;
+  };
+  if (exists(safetensors)) return read_safetensors(safetensors);
+  if (exists(safetensors + index))
+    return read_shards(directory, safetensors + index, read_safetensors);
+  if (exists(pytorch)) return read_pytorch_bin(pytorch);
+  if (exists(pytorch + index))
+    return read_shards(directory, pytorch + index, read_pytorch_bin);
+  fail("no weights: ", directory,
+       ": expected model.safetensors or pytorch_model.bin, whole or ",
+       "with an index.json, found neither");
+}
+
+// =======================================================================================
+// 4. Weights
+// =======================================================================================
+
+/// Calls visit(name, shape, destination) for every weight of the model, by its Hugging Face name.
+/// The original layout differs in one name only (original_name). Model: ssm::Model or anything
+/// with the same members.
+template <class Model, class Visit>
+void for_each_weight(const Config& c, Model& model, const Visit& visit) {
+  using Shape = std::vector<std::int64_t>;
+  visit("backbone.embeddings.weight", Shape{c.vocab_size, c.d_model}, model.embedding);
+  for (Index l = 0; l < c.n_layer; ++l) {
+    auto& w = model.layers[static_cast<std::size_t>(l)];
+    const std::string layer = "backbone.layers." + std::to_string(l) + ".", mixer = layer + "mixer.";
+    visit(layer + "norm.weight", Shape{c.d_model}, w.norm);
+    visit(mixer + "in_proj.weight", Shape{c.in_proj_width(), c.d_model}, w.in_proj);
+    if (c.use_bias) visit(mixer + "in_proj.bias", Shape{c.in_proj_width()}, w.in_proj_bias);
+    visit(mixer + "conv1d.weight", Shape{c.conv_width(), 1, c.d_conv}, w.conv_weight);
+    if (c.use_conv_bias) visit(mixer + "conv1d.bias", Shape{c.conv_width()}, w.conv_bias);
+    if (c.version == 1) {
+      visit(mixer + "x_proj.weight", Shape{c.dt_rank + 2 * c.d_state, c.d_inner}, w.x_proj);
+      visit(mixer + "dt_proj.weight", Shape{c.d_inner, c.dt_rank}, w.dt_proj);
+      visit(mixer + "dt_proj.bias", Shape{c.d_inner}, w.dt_bias);
+      visit(mixer + "A_log", Shape{c.d_inner, c.d_state}, w.A);
+      visit(mixer + "D", Shape{c.d_inner}, w.D);
+    } else {
+      visit(mixer + "dt_bias", Shape{c.n_heads}, w.dt_bias);
+      visit(mixer + "A_log", Shape{c.n_heads}, w.A);
+      visit(mixer + "D", Shape{c.n_heads}, w.D);
+      visit(mixer + "norm.weight", Shape{c.d_inner}, w.gated_norm);
+    }
+    visit(mixer + "out_proj.weight", Shape{c.d_model, c.d_inner}, w.out_proj);
+    if (c.use_bias) visit(mixer + "out_proj.bias", Shape{c.d_model}, w.out_proj_bias);
+  }
+  visit("backbone.norm_f.weight", Shape{c.d_model}, model.norm_f);
+  if (!model.tied) visit("lm_head.weight", Shape{c.vocab_size, c.d_model}, model.lm_head);
+}
+
+/// The same list without a model: visit(name, shape).
+template <class Visit>
+void for_each_shape(const Config& config, const Visit& visit) {
+  struct None {};
+  struct Layer {
+    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
+        gated_norm, out_proj, out_proj_bias;
+  };
+  struct {
+    None embedding, norm_f, lm_head;
+    std::vector<Layer> layers;
+    bool tied = true;
+  } no_model;
+  no_model.layers.resize(static_cast<std::size_t>(config.n_layer));
+  no_model.tied = config.tie_embeddings;
+  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const None&) {
+    visit(name, shape);
+  });
+}
+
+inline std::string original_name(const std::string& name) {
+  return name == "backbone.embeddings.weight" ? "backbone.embedding.weight" : name;
+}
+
+/// The tensor of this name in either layout, its shape checked. A vocabulary may be padded: more
+/// rows than vocab_size.
+inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& name,
+                            const std::vector<std::int64_t>& shape) {
+  const Tensor* original = checkpoint.find(original_name(name));
+  const Tensor& tensor = original ? *original : checkpoint.at(name);
+  const bool by_token = name == "backbone.embeddings.weight" || name == "lm_head.weight";
+  std::vector<std::int64_t> needed = tensor.shape;
+  if (by_token && !needed.empty() && needed[0] > shape[0]) needed[0] = shape[0];
+  if (needed != shape)
+    fail("wrong shape: ", checkpoint.where, ": ", quote(tensor.name), ": expected ",
+         shape_text(shape), by_token ? " or more rows" : "", ", found ", shape_text(tensor.shape));
+  return tensor;
+}
+
+// How a tensor becomes a member of ssm::Model. A program with its own matrix type adds its own.
+// storage is what --dtype asks for; it concerns matrices that are kept as stored only.
+template <class Scalar>
+void assign(const Tensor& tensor, std::optional<DType>, ssm::Row<Scalar>& row) {
+  row.resize(static_cast<Index>(tensor.size()));
+  convert(tensor, row.data());
+}
+
+template <class Scalar>
+void assign(const Tensor& tensor, std::optional<DType>, Matrix<Scalar>& matrix) {
+  const Index rows = tensor.shape[0];
+  matrix.resize(rows, static_cast<Index>(tensor.size()) / rows);
+  convert(tensor, matrix.data());
+}
+
+/// The one place where A = -exp(A_log) is made: A_log may be any number, A is always negative.
+template <class Scalar>
+void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>& A) {
+  Matrix<Scalar> log;
+  assign(A_log, {}, log);
+  A = -log.array().exp();
+}
+
+inline bool same_values(const Tensor& a, const Tensor& b) {
+  return a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes();
+}
+
+inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
+
+/// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
+/// if not given. Warnings go to stderr.
+template <class Model>
+Model load_model(const Checkpoint& checkpoint, const Config& config,
+                 std::optional<DType> storage = {}) {
+  Model model;
+  model.sizes = config;
+  model.layers.resize(static_cast<std::size_t>(config.n_layer));
+  const std::vector<std::int64_t> by_token = {config.vocab_size, config.d_model};
+  model.tied = config.tie_embeddings;
+  if (model.tied && checkpoint.find("lm_head.weight")) {
+    model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
+                             weight(checkpoint, "backbone.embeddings.weight", by_token));
+    if (!model.tied)
+      warn(checkpoint.where + ": lm_head.weight differs from the embedding that config.json ties"
+                              " it to: used as it is");
+  }
+  std::set<std::string> used = {"lm_head.weight"};
+  for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
+    const Tensor& tensor = weight(checkpoint, name, shape);
+    assign(tensor, storage, to);
+    used.insert(tensor.name);
+  });
+  for (const auto& [name, tensor] : checkpoint.tensors)
+    if (!used.count(name)) warn(checkpoint.where + ": " + quote(name) + " is not a weight of this model: ignored");
+  for (const std::string& line : non_finite(checkpoint)) warn(line);
+  return model;
+}
+
+/// Sizes of the published models, by the names they are known by.
+inline Config published_config(const std::string& name) {
+  struct Known {
+    const char* name;
+    int version;
+    Index d_model, n_layer;
+  };
+  static constexpr Known kKnown[] = {
+      {"130m", 1, 768, 24},        {"370m", 1, 1024, 48},       {"790m", 1, 1536, 48},
+      {"1.4b", 1, 2048, 48},       {"2.8b", 1, 2560, 64},       {"mamba2-130m", 2, 768, 24},
+      {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48}, {"mamba2-1.3b", 2, 2048, 48},
+      {"mamba2-2.7b", 2, 2560, 64}};
+  std::string names;
+  for (const Known& known : kKnown) {
+    names += std::string(names.empty() ? "" : ", ") + known.name;
+    if (name != known.name) continue;
+    Config c;
+    c.version = known.version;
+    c.d_model = known.d_model;
+    c.n_layer = known.n_layer;
+    c.d_inner = 2 * c.d_model;
+    c.d_state = c.version == 1 ? 16 : 128;
+    c.d_conv = 4;
+    c.vocab_size = 50280;
+    c.dt_rank = c.version == 1 ? (c.d_model + 15) / 16 : 0;
+    c.head_dim = 64;
+    c.n_heads = c.version == 1 ? 0 : c.d_inner / c.head_dim;
+    return c;
+  }
+  fail("unknown shape: ", quote(name), ": expected one of ", names);
+}
+
+/// A checkpoint of random weights, spread as at the start of training so that nothing overflows.
+inline Checkpoint random_checkpoint(const Config& config, DType dtype, std::uint64_t seed = 1) {
+  Checkpoint checkpoint;
+  checkpoint.where = "random weights";
+  const auto ends_with = [](const std::string& s, std::string_view end) {
+    return s.size() >= end.size() && s.compare(s.size() - end.size(), end.size(), end) == 0;
+  };
+  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+    Tensor plan{name, DType::F32, shape, nullptr, nullptr};
+    const auto values = std::make_shared<std::vector<float>>(plan.size());
+    const bool matrix = shape.size() > 1;
+    const double fan_in = static_cast<double>(shape.size() == 3 ? shape[2] : shape.back());
+    for (std::size_t i = 0; i < values->size(); ++i) {
+      seed = seed * 6364136223846793005u + 1442695040888963407u;  // Knuth's linear congruence
+      const double u = static_cast<double>(seed >> 40) * 0x1p-24;  // in [0, 1)
+      double value = 1;
+      if (ends_with(name, "A_log")) value = std::log(1 + static_cast<double>(i % 16));
+      else if (ends_with(name, "dt_proj.bias") || ends_with(name, "dt_bias"))
+        value = std::log(std::expm1(std::exp(std::log(1e-3) + u * std::log(100.0))));
+      else if (matrix) value = (2 * u - 1) * std::sqrt(3 / fan_in);
+      else if (ends_with(name, "bias")) value = 0;
+      (*values)[i] = static_cast<float>(value);
+    }
+    plan.data = values->data();
+    plan.keep_alive = values;
+    checkpoint.tensors[name] = dtype == DType::F32 ? plan : to_dtype(plan, dtype);
+  });
+  return checkpoint;
+}
+
+// =======================================================================================
+// 5. Sampler
+// =======================================================================================
+// needs: <algorithm> <array> <cmath> <cstdint> <functional> <limits> <numeric> <utility>
+//        <vector> <Eigen/Core>, fail, Token
+
+// From logits to the next token, by the rules and in the order of transformers'
+// generation/logits_process.py, in double:
+//
+//   repetition penalty  s / r where s > 0 and s * r where s < 0, for the ids in the history
+//                       (prompt and continuation), once each
+//   temperature         s / temperature; 0 is greedy: the largest, of equals the lowest id
+//   top-k               drops s < the k-th largest; all that equal the k-th stay
+//   top-p               ascending, drops while the cumulative probability is <= 1 - top_p;
+//                       of equals the lower id goes first; the last one always stays
+//   min-p               drops p < min_p * the largest p
+//
+// Each filter sees the distribution that the one before it left, renormalized.
+struct SamplerOptions {
+  float temperature = 0.8f;
+  int top_k = 0;  // 0: off
+  float top_p = 0.95f;
+  float min_p = 0;
+  float repetition_penalty = 1;
+  std::uint64_t seed = 1;
+};
+
+// Fails on an option outside its range; NaN is outside every range.
+inline void check(const SamplerOptions& options) {
+  const auto need = [](bool ok, const char* name, const char* range, auto found) {
+    if (!ok) fail("sampler: ", name, ": expected ", range, ", found ", found);
+  };
+  const auto& [temperature, top_k, top_p, min_p, penalty, seed] = options;
+  need(temperature >= 0 && std::isfinite(temperature), "temperature",
+       "a finite number >= 0", temperature);
+  need(top_k >= 0, "top-k", "0 (off) or more", top_k);
+  need(top_p > 0 && top_p <= 1, "top-p", "a number in (0, 1]", top_p);
+  need(min_p >= 0 && min_p <= 1, "min-p", "a number in [0, 1]", min_p);
+  need(penalty > 0 && std::isfinite(penalty), "repetition-penalty", "a finite number > 0",
+       penalty);
+}
+
+// Philox4x32-10 (Salmon et al., SC 2011): ten rounds of multiply and xor scramble a 128-bit
+// counter under a 64-bit key. No state: any draw can be made anywhere, in any order.
+inline std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> c,
+                                               std::array<std::uint32_t, 2> key) {
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
+    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ key[0],
+         static_cast<std::uint32_t>(p1),
+         static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ key[1],
+         static_cast<std::uint32_t>(p0)};
+    key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};  // golden ratio, sqrt(3) - 1
+  }
+  return c;
+}
+
+// The uniform number in [0, 1) for one token of one sequence: 53 bits of the Philox block
+// whose key is the seed and whose counter is (position, sequence), low words first.
+inline double uniform(std::uint64_t seed, std::uint64_t sequence, std::uint64_t position) {
+  const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
+  const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
+  const auto word =
+      philox4x32({low(position), high(position), low(sequence), high(sequence)},
+                 {low(seed), high(seed)});
+  return static_cast<double>((std::uint64_t{word[1]} << 32 | word[0]) >> 11) * 0x1p-53;
+}
+
+// Scores below the k-th largest become -inf.
+inline void keep_top_k(std::vector<double>& scores, std::size_t k) {
+  if (k >= scores.size()) return;
+  std::vector<double> largest(k);
+  std::partial_sort_copy(scores.begin(), scores.end(), largest.begin(), largest.end(),
+                         std::greater<>());
+  for (double& s : scores)
+    if (s < largest.back()) s = -std::numeric_limits<double>::infinity();
+}
+
+// Zeroes the weights of the least scores, as many as together make no more than 1 - top_p
+// of the total. No full sort: a weight < (1 - top_p) * total / size goes whatever the
+// order, and the last that stays is found by bisection over ever smaller partial orders,
+// O(size) in all.
+inline void keep_top_p(const std::vector<double>& scores, std::vector<double>& weights,
+                       double top_p) {
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+  const double certain = (1 - top_p) * total / static_cast<double>(weights.size());
+  using Entry = std::pair<double, std::size_t>;  // (score, id): by score, of equals by id
+  std::vector<Entry> entries;
+  for (std::size_t id = 0; id < weights.size(); ++id)
+    if (weights[id] >= certain) entries.emplace_back(scores[id], id);
+
+  // Descending, an entry stays when the weights before it make less than top_p of the
+  // total. Before `first` lie entries that stay and weigh `above`; from `last` on, those
+  // that go.
+  auto first = entries.begin(), last = entries.end();
+  for (double above = 0; last - first > 1;) {
+    const auto middle = first + (last - first) / 2;
+    std::nth_element(first, middle, last, std::greater<Entry>());
+    double upto = above;
+    for (auto entry = first; entry != middle; ++entry) upto += weights[entry->second];
+    if (upto < top_p * total) {
+      first = middle;
+      above = upto;
+    } else {
+      last = middle;
+    }
+  }
+  const Entry least = *first;
+  for (std::size_t id = 0; id < weights.size(); ++id)
+    if (Entry(scores[id], id) < least) weights[id] = 0;
+}
+
+// The distribution (vocab_size) of the next token: exactly zero where filtered out.
+inline std::vector<double> filtered_probabilities(const float* logits,
+                                                  std::size_t vocab_size,
+                                                  const std::vector<Token>& history,
+                                                  const SamplerOptions& options) {
+  check(options);
+  std::vector<double> scores(logits, logits + vocab_size);
+  if (options.repetition_penalty != 1) {
+    for (Token id : history) {
+      if (id < 0 || static_cast<std::size_t>(id) >= vocab_size)
+        fail("sampler: history: expected ids in [0, ", vocab_size, "), found ", id);
+      const double s = logits[id], r = options.repetition_penalty;
+      scores[static_cast<std::size_t>(id)] = s < 0 ? s * r : s / r;
+    }
+  }
+  std::size_t best = 0;
+  for (std::size_t id = 0; id < vocab_size; ++id) {
+    if (!(scores[id] < std::numeric_limits<double>::infinity()))
+      fail("sampler: logit of token ", id, ": expected a number, found ", scores[id]);
+    if (scores[id] > scores[best]) best = id;
+  }
+  if (vocab_size == 0 || scores[best] == -std::numeric_limits<double>::infinity())
+    fail("sampler: logits: expected one above -inf, found none in ", vocab_size);
+
+  std::vector<double> p(vocab_size);
+  if (options.temperature == 0) {
+    p[best] = 1;
+    return p;
+  }
+  if (options.top_k > 0) keep_top_k(scores, static_cast<std::size_t>(options.top_k));
+  // The largest weight is e^0; e^-700 stands for zero: Eigen's fast exp has no e^-inf.
+  const auto size = static_cast<Eigen::Index>(vocab_size);
+  Eigen::Map<const Eigen::ArrayXd> s(scores.data(), size);
+  Eigen::Map<Eigen::ArrayXd> weights(p.data(), size);
+  weights = ((s - scores[best]) / options.temperature).max(-700).exp();
+  if (options.top_p < 1) keep_top_p(scores, p, options.top_p);
+  const double least = std::max<double>(options.min_p, 1e-300);
+  double total = 0;
+  for (double& w : p) {
+    if (w < least) w = 0;
+    if (w > 0) total += w;
+  }
+  weights /= total;
+  return p;
+}
+
+// Draws the token at `position` of sequence number `sequence`: the first id at which the
+// sum of probabilities, added in order of ids, exceeds the uniform number. Another order or
+// another exp moves a sum by some 1e-15: another device draws the same token, but for about
+// one draw in 1e12.
+inline Token sample(const float* logits, std::size_t vocab_size,
+                    const std::vector<Token>& history, const SamplerOptions& options,
+                    std::uint64_t sequence, std::uint64_t position) {
+  const std::vector<double> p =
+      filtered_probabilities(logits, vocab_size, history, options);
+  const double u = uniform(options.seed, sequence, position);
+  double sum = 0;
+  std::size_t drawn = 0;  // the last id with p > 0, should rounding leave the sum below u
+  for (std::size_t id = 0; id < p.size() && sum <= u; ++id) {
+    if (p[id] == 0) continue;
+    sum += p[id];
+    drawn = id;
+  }
+  return static_cast<Token>(drawn);
+}
+
+// =======================================================================================
+// 6. Sequences
+// =======================================================================================
+
+struct EngineOptions {
+  std::optional<DType> dtype;  // storage of matrices; as in the file if not given
+  float delta_ratio = 1;
+  int device = 0;  // mamba_cuda: which GPU
+};
+
+/// How a text is walked. All ways give the same logits up to rounding; that is the point.
+struct Mode {
+  enum Kind { parallel, recurrent, chunked } kind = parallel;
+  Index chunk = 0;  // chunked: tokens a piece
+};
+
+inline Mode parse_mode(const std::string& text) {
+  if (text == "parallel") return {Mode::parallel, 0};
+  if (text == "recurrent") return {Mode::recurrent, 0};
+  const std::string_view prefix = "chunked=";
+  Index chunk = 0;
+  const char* end = text.data() + text.size();
+  if (text.compare(0, prefix.size(), prefix) == 0 && text.size() > prefix.size()) {
+    const auto [rest, error] = std::from_chars(text.data() + prefix.size(), end, chunk);
+    if (error == std::errc() && rest == end && chunk > 0) return {Mode::chunked, chunk};
+  }
+  fail("--mode: expected parallel, recurrent or chunked=K with K > 0, found ", quote(text));
+}
+
+/// logits (count, vocab_size) of positions first, first + 1, ...
+using LogitsSink = std::function<void(Index first, const Matrix<float>& logits)>;
+
+/// Takes ids from `state` on and hands the logits of all L positions to sink, in order. The parallel
+/// form takes Engine::kPiece tokens at a time, so that memory does not grow with the text.
+template <class Engine>
+void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L, Mode mode,
+          const LogitsSink& sink) {
+  if (mode.kind == Mode::recurrent) {
+    for (Index t = 0; t < L; ++t) sink(t, engine.step(state, ids[t]));
+    return;
+  }
+  const Index piece = mode.kind == Mode::chunked ? mode.chunk : Engine::kPiece;
+  for (Index t = 0; t < L; t += piece) {
+    engine.forward(state, ids + t, std::min(piece, L - t),
+                   [&](Index first, const Matrix<float>& logits) { sink(t + first, logits); });
+  }
+}
+
+/// The logits after the last of L > 0 tokens, in the parallel form.
+template <class Engine>
+Matrix<float> prefill(Engine& engine, typename Engine::State& state, const Token* ids, Index L) {
+  Matrix<float> logits;
+  for (Index t = 0; t < L; t += Engine::kPiece)
+    logits = engine.prefill(state, ids + t, std::min(Engine::kPiece, L - t));
+  return logits;
+}
+
+/// One text in the making. Between calls the last id has not been taken into the state yet:
+/// whatever comes next, a draw or more text, starts from it.
+template <class State>
+struct Sequence {
+  std::vector<Token> ids;
+  State state;
+  std::uint64_t index = 0;    // which of several; with the seed it fixes the random numbers
+  std::size_t taken = 0;      // ids that are in the state
+};
+
+struct GenerateOptions {
+  Index n = 256;  // tokens to add at most
+  SamplerOptions sampler;
+  Token stop = -1;  // ends a sequence; -1: none
+};
+
+using OnToken = std::function<void(std::size_t sequence, Token token)>;
+
+/// Prefill, then token by token, one sequence after the other.
+template <class Engine>
+void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::State>>& sequences,
+                      const GenerateOptions& options, const OnToken& on_token) {
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    auto& s = sequences[i];
+    const auto take = [&](std::size_t end) {
+      const std::size_t begin = std::exchange(s.taken, end);
+      return prefill(engine, s.state, s.ids.data() + begin, static_cast<Index>(end - begin));
+    };
+    if (options.n == 0) {
+      take(s.ids.size() - 1);
+      continue;
+    }
+    Matrix<float> logits = take(s.ids.size());
+    for (Index made = 0; made < options.n; ++made) {
+      if (made > 0) logits = engine.step(s.state, s.ids[s.taken++]);
+      s.ids.push_back(sample(logits.data(), static_cast<std::size_t>(logits.cols()), s.ids,
+                             options.sampler, s.index, s.ids.size()));
+      on_token(i, s.ids.back());
+      if (s.ids.back() == options.stop) break;
+    }
+  }
+}
+
+// A saved state is a safetensors file: per layer `layers.L.conv` (d_conv - 1, conv_width) and
+// `layers.L.h` (d_inner, d_state), and `ids`, the text so far; the last id is not in the state yet.
+
+inline void save_state(const std::string& path, const std::vector<Token>& ids,
+                       const ssm::State<float>& state) {
+  std::vector<Matrix<float>> rows;  // h lies column by column; files are row-major
+  std::vector<Tensor> tensors = {tensor_view("ids", {static_cast<std::int64_t>(ids.size())}, ids.data())};
+  rows.reserve(state.layers.size());
+  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+    const auto& layer = state.layers[l];
+    const std::string name = "layers." + std::to_string(l) + ".";
+    rows.emplace_back(layer.h);
+    tensors.push_back(tensor_view(name + "conv", {layer.conv.rows(), layer.conv.cols()}, layer.conv.data()));
+    tensors.push_back(tensor_view(name + "h", {layer.h.rows(), layer.h.cols()}, rows.back().data()));
+  }
+  write_safetensors(path, tensors, {{"format", "mamba state"}});
+}
+
+inline ssm::State<float> load_state(const std::string& path, const Config& config,
+                                    std::vector<Token>& ids) {
+  const Checkpoint file = read_safetensors(path);
+  const auto matrix = [&](const std::string& name, Index rows, Index cols) {
+    const Tensor& tensor = file.at(name);
+    if (tensor.shape != std::vector<std::int64_t>{rows, cols})
+      fail("wrong state: ", path, ": ", name, ": expected ", shape_text({rows, cols}),
+           " for this model, found ", shape_text(tensor.shape));
+    Matrix<float> m(rows, cols);
+    convert(tensor, m.data());
+    return m;
+  };
+  ssm::State<float> state(config);
+  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+    auto& layer = state.layers[l];
+    const std::string name = "layers." + std::to_string(l) + ".";
+    layer.conv = matrix(name + "conv", layer.conv.rows(), layer.conv.cols());
+    layer.h = matrix(name + "h", layer.h.rows(), layer.h.cols());
+  }
+  if (file.find("layers." + std::to_string(config.n_layer) + ".h"))
+    fail("wrong state: ", path, ": expected ", config.n_layer, " layers, found more");
+  for (const std::int64_t id : values<std::int64_t>(file.at("ids"))) {
+    if (id < 0 || id >= config.vocab_size)
+      fail("wrong state: ", path, ": ids: expected ids below ", config.vocab_size, ", found ", id);
+    ids.push_back(static_cast<Token>(id));
+  }
+  if (ids.empty()) fail("wrong state: ", path, ": ids: expected at least one, found none");
+  return state;
+}
+
+// =======================================================================================
+// 7. Evaluation
+// =======================================================================================
+
+/// ids (L) and logits (L, vocab_size) of a text as a safetensors file.
+template <class Engine>
+void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode, const std::string& path) {
+  const Index L = static_cast<Index>(ids.size()), V = engine.config().vocab_size;
+  Matrix<float> all(L, V);
+  auto state = engine.new_state();
+  walk(engine, state, ids.data(), L, mode, [&](Index first, const Matrix<float>& logits) {
+    all.middleRows(first, logits.rows()) = logits;
+  });
+  write_safetensors(path, {tensor_view("ids", {L}, ids.data()), tensor_view("logits", {L, V}, all.data())});
+}
+
+/// -log softmax(logits)[target], in nats.
+inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
+  const auto scores = logits.row(row).array().template cast<double>();
+  const double largest = scores.maxCoeff();
+  return largest + std::log((scores - largest).exp().sum()) - scores(target);
+}
+
+struct Score {
+  Index length = 0, tokens = 0;  // context, tokens scored
+  double nll = 0;                // sum over them, in nats
+  double mean() const { return nll / static_cast<double>(tokens); }
+  double perplexity() const { return std::exp(mean()); }
+};
+
+struct PerplexityOptions {
+  Index length = 0;          // tokens a window; 0: the whole text
+  Index stride = 0;          // from window to window; 0: length, no overlap
+  bool carry_state = false;  // windows go on from the state of the one before
+  Mode mode;
+};
+
+/// Mean negative log likelihood of ids 2..n. Without carry_state every window starts from nothing:
+/// with a stride below its length, it reads what lies before as context and scores only the tokens
+/// that no window has scored yet; the very first token of the text, and of windows that do not
+/// overlap, has no context and is not scored.
+template <class Engine>
+Score perplexity(Engine& engine, const std::vector<Token>& ids, const PerplexityOptions& options,
+                 const std::function<void(Index done, Index all)>& progress = {}) {
+  const Index n = static_cast<Index>(ids.size());
+  const Index length = options.length ? options.length : n;
+  const Index stride = options.stride ? options.stride : length;
+  if (n < 2) fail("perplexity: text: expected at least 2 tokens, found ", n);
+  if (length > n) fail("perplexity: --lengths: expected at most the ", n, " tokens of the text, found ", length);
+  if (length < 2) fail("perplexity: --lengths: expected 2 or more, found ", length);
+  if (stride < 1 || stride > length)
+    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ", stride);
+  if (options.carry_state && stride != length)
+    fail("perplexity: --stride: windows cannot overlap with --carry-state");
+
+  Score score{length, 0, 0};
+  auto state = engine.new_state();
+  Index scored = 1;  // targets before this index are done
+  for (Index begin = 0; scored < n; begin += stride) {
+    // inputs [begin, end), the target of input t is t + 1
+    const Index end = std::min(begin + length - (options.carry_state ? 0 : 1), n - 1);
+    if (!options.carry_state) {
+      state = engine.new_state();
+      scored = std::max(scored, begin + 1);
+    }
+    walk(engine, state, ids.data() + begin, end - begin, options.mode,
+         [&](Index first, const Matrix<float>& logits) {
+           for (Index i = 0; i < logits.rows(); ++i) {
+             const Index target = begin + first + i + 1;
+             if (target < scored) continue;
+             score.nll += negative_log_likelihood(logits, i, ids[static_cast<std::size_t>(target)]);
+             ++score.tokens;
+           }
+           if (progress) progress(begin + first, n);
+         });
+    scored = std::max(scored, end + 1);
+    if (end == n - 1) break;
+  }
+  return score;
+}
+
+// =======================================================================================
+// 8. Pictures
+// =======================================================================================
+// needs: <algorithm> <array> <cmath> <cstdint> <cstdio> <limits> <string> <vector>, fail,
+//        AtomicFile. These lines go to the head of the file:
+
+
+struct Colour {
+  std::uint8_t r, g, b;
+};
+constexpr Colour kWhite{255, 255, 255}, kBlack{0, 0, 0}, kGrid{225, 225, 225},
+    kMissing{170, 170, 170};
+
+// Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow.
+constexpr std::array<Colour, 7> kLineColours{{{0, 114, 178},
+                                              {213, 94, 0},
+                                              {0, 158, 115},
+                                              {204, 121, 167},
+                                              {230, 159, 0},
+                                              {86, 180, 233},
+                                              {0, 0, 0}}};
+
+// Viridis at `part` of its way from dark to bright, between nine of its colours; NaN is
+// grey.
+inline Colour heat_colour(double part) {
+  static constexpr double kStops[9][3] = {{68, 1, 84},    {71, 45, 123},  {59, 82, 139},
+                                          {44, 114, 142}, {33, 145, 140}, {40, 174, 128},
+                                          {94, 201, 98},  {173, 220, 48}, {253, 231, 37}};
+  if (std::isnan(part)) return kMissing;
+  const double at = std::clamp(part, 0.0, 1.0) * 8;
+  const int stop = std::min(static_cast<int>(at), 7);
+  const auto mix = [&](int c) {
+    return static_cast<std::uint8_t>(std::lround(
+        kStops[stop][c] + (at - stop) * (kStops[stop + 1][c] - kStops[stop][c])));
+  };
+  return {mix(0), mix(1), mix(2)};
+}
+
+// A white canvas; (0, 0) is the upper left corner. What falls outside is not drawn.
+class Canvas {
+ public:
+  static constexpr int kBorder = 16;  // pixels at each edge that stay white
+  const int width, height;
+
+  Canvas(int width, int height) : width(width), height(height) {
+    if (width < 600 || height < 400 || width > 10000 || height > 10000)
+      fail("picture: expected 600 x 400 to 10000 x 10000 pixels, found ", width, " x ",
+           height);
+    pixels_.assign(static_cast<std::size_t>(width) * height, kWhite);
+  }
+
+  // Mixes the colour into one pixel, by its coverage from 0 to 1.
+  void dot(int x, int y, Colour colour, double coverage = 1) {
+    if (x < 0 || y < 0 || x >= width || y >= height || coverage <= 0) return;
+    Colour& pixel = pixels_[static_cast<std::size_t>(y) * width + x];
+    const auto mix = [&](std::uint8_t from, std::uint8_t to) {
+      return static_cast<std::uint8_t>(
+          std::lround(from + std::min(coverage, 1.0) * (to - from)));
+    };
+    pixel = {mix(pixel.r, colour.r), mix(pixel.g, colour.g), mix(pixel.b, colour.b)};
+  }
+
+  // The pixels x0 <= x < x1, y0 <= y < y1.
+  void fill(int x0, int y0, int x1, int y1, Colour colour) {
+    for (int y = std::max(y0, 0); y < std::min(y1, height); ++y)
+      for (int x = std::max(x0, 0); x < std::min(x1, width); ++x) dot(x, y, colour);
+  }
+
+  // The outline of the rectangle that holds those pixels.
+  void frame(int x0, int y0, int x1, int y1, Colour colour) {
+    fill(x0 - 2, y0 - 2, x1 + 2, y0, colour);
+    fill(x0 - 2, y1, x1 + 2, y1 + 2, colour);
+    fill(x0 - 2, y0, x0, y1, colour);
+    fill(x1, y0, x1 + 2, y1, colour);
+  }
+
+  // A stroke three pixels wide: coverage falls off over the last pixel from the middle
+  // line.
+  void line(double x0, double y0, double x1, double y1, Colour colour) {
+    const double dx = x1 - x0, dy = y1 - y0, length2 = dx * dx + dy * dy;
+    for (int y = static_cast<int>(std::min(y0, y1)) - 2; y <= std::max(y0, y1) + 2; ++y)
+      for (int x = static_cast<int>(std::min(x0, x1)) - 2; x <= std::max(x0, x1) + 2; ++x) {
+        const double along = length2 > 0 ? ((x - x0) * dx + (y - y0) * dy) / length2 : 0;
+        const double at = std::clamp(along, 0.0, 1.0);
+        dot(x, y, colour, 2 - std::hypot(x - x0 - at * dx, y - y0 - at * dy));
+      }
+  }
+
+  // A disc, a square or a diamond: circles of the norms l2, l-infinity and l1.
+  void marker(double x, double y, int shape, Colour colour) {
+    for (int j = static_cast<int>(y) - 9; j <= static_cast<int>(y) + 10; ++j)
+      for (int i = static_cast<int>(x) - 9; i <= static_cast<int>(x) + 10; ++i) {
+        const double u = std::abs(i - x), v = std::abs(j - y);
+        const double norms[] = {std::hypot(u, v) - 6, std::max(u, v) - 5, u + v - 7.5};
+        dot(i, j, colour, 0.5 - norms[shape % 3]);
+      }
+  }
+
+  // Text with its upper left corner at (x, y); turned, it runs upwards from its lower left
+  // one.
+  void text(int x, int y, const std::string& words, int scale = 2, bool turned = false) {
+    std::string ascii = printable(words);
+    std::vector<float> quads(1 + ascii.size() * 24 * 16);  // at most 24 quads a letter
+    const int count = stb_easy_font_print(0, 0, ascii.data(), nullptr, quads.data(),
+                                          static_cast<int>(quads.size() * sizeof(float)));
+    for (int i = 0; i < count;
+         ++i) {  // a quad: 4 corners of x, y, z, colour; 0 and 2 opposite
+      const float* q = &quads[static_cast<std::size_t>(i) * 16];
+      const int u0 = scaled(q[0], scale), v0 = scaled(q[1], scale);
+      const int u1 = scaled(q[8], scale), v1 = scaled(q[9], scale);
+      if (turned)
+        fill(x + v0, y - u1, x + v1, y - u0, kBlack);
+      else
+        fill(x + u0, y + v0, x + u1, y + v1, kBlack);
+    }
+  }
+
+  static int text_width(const std::string& words, int scale = 2) {
+    return scale * stb_easy_font_width(printable(words).data());
+  }
+  static int text_height(int scale = 2) { return scale * 10; }  // with the descender
+
+  // The text itself, or as much of its beginning as fits with three dots.
+  static std::string fitted(const std::string& words, int width, int scale = 2) {
+    if (text_width(words, scale) <= width) return words;
+    std::string head = words;
+    while (!head.empty() && text_width(head + "...", scale) > width) head.pop_back();
+    return head.empty() ? head : head + "...";
+  }
+
+  void write_png(const std::string& path) const {
+    std::string bytes;
+    const auto append = [](void* to, void* data, int size) {
+      static_cast<std::string*>(to)->append(static_cast<const char*>(data),
+                                            static_cast<std::size_t>(size));
+    };
+    if (!stbi_write_png_to_func(append, &bytes, width, height, 3, pixels_.data(),
+                                width * 3))
+      fail("picture: ", path, ": out of memory");
+    AtomicFile file(path);
+    file.write(bytes);
+    file.commit();
+  }
+
+ private:
+  // The font knows ASCII alone.
+  static std::string printable(std::string words) {
+    for (char& c : words)
+      if (c < ' ' || c > '~') c = '?';
+    return words;
+  }
+  static int scaled(float v, int scale) { return static_cast<int>(std::lround(v * scale)); }
+
+  std::vector<Colour> pixels_;  // (height, width)
+};
+
+inline std::string tick_label(double value) {
+  char label[32];
+  std::snprintf(label, sizeof label, "%.10g", value);
+  return label;
+}
+
+// The values from low to high along one side of a plot, linear or logarithmic.
+struct Axis {
+  double low = 0, high = 1;
+  bool log = false, powers_of_two = true;
+
+  // Whether a value can be drawn; the limit keeps differences of values finite.
+  bool takes(double v) const { return std::abs(v) < 1e300 && (!log || v > 1e-300); }
+
+  void include(double v) {
+    if (!takes(v)) return;
+    low = seen_ ? std::min(low, v) : v;
+    high = seen_ ? std::max(high, v) : v;
+    powers_of_two = powers_of_two && std::exp2(std::round(std::log2(std::abs(v)))) == v;
+    seen_ = true;
+  }
+
+  // Called once after the last include: room around constants and, by `padding`, around
+  // all.
+  void close(double padding) {
+    if (!seen_) low = log ? 1 : 0, high = log ? 10 : 1;
+    powers_of_two = powers_of_two && log && seen_;
+    if (high - low <= 1e-9 * std::max(std::abs(low), std::abs(high)) ||
+        high - low < 1e-290) {
+      const double room = low == 0 ? 1 : std::abs(low) / 2;
+      low -= room, high += room;
+    }
+    const double pad = padding * (to_line(high) - to_line(low));
+    if (pad == 0) return;
+    const double from = to_line(low) - pad, to = to_line(high) + pad;
+    low = log ? std::pow(10, from) : from;
+    high = log ? std::pow(10, to) : to;
+  }
+
+  double part(double v) const {  // 0 at low, 1 at high
+    return (to_line(v) - to_line(low)) / (to_line(high) - to_line(low));
+  }
+
+  // At most `count` round numbers: 1, 2, 5 times powers of ten, or powers of two or ten.
+  std::vector<double> ticks(int count) const {
+    std::vector<double> found;
+    if (log) {
+      const double base = powers_of_two ? 2 : 10;
+      const int first = static_cast<int>(std::floor(std::log(low) / std::log(base)));
+      const int last = static_cast<int>(std::ceil(std::log(high) / std::log(base)));
+      const bool fine = !powers_of_two && 3 * (last - first) <= count;
+      for (int e = first; e <= last; e += std::max(1, (last - first + count - 1) / count))
+        for (double factor : {1.0, 2.0, 5.0})
+          if (const double v = factor * std::pow(base, e);
+              (factor == 1 || fine) && v >= low && v <= high)
+            found.push_back(v);
+      if (found.size() >= 2) return found;
+      found.clear();
+    }
+    const double least = (high - low) / count;
+    double step = std::pow(10, std::floor(std::log10(least)));
+    for (double factor : {2.0, 2.5, 2.0})
+      if (step < least) step *= factor;
+    for (double i = std::ceil(low / step) + 0.0; i * step <= high; ++i)
+      found.push_back(i * step + 0.0);
+    return found;
+  }
+
+ private:
+  double to_line(double v) const { return log ? std::log10(v) : v; }
+  bool seen_ = false;
+};
+
+struct Series {
+  std::string name;
+  std::vector<double> x, y;
+};
+
+struct ChartOptions {
+  bool log_x = false, log_y = false;
+  int width = 1200, height = 800;
+};
+
+// Where the plot lies within the picture, and the words around it.
+struct Plot {
+  Canvas& canvas;
+  int left, top, right, bottom;
+
+  void label(const std::string& title, const std::string& x_label,
+             const std::string& y_label) {
+    const auto centred = [&](const std::string& words, int middle, int y, int scale,
+                             int room) {
+      const std::string shown = Canvas::fitted(words, room, scale);
+      canvas.text(middle - Canvas::text_width(shown, scale) / 2, y, shown, scale);
+    };
+    const int edge = Canvas::kBorder, across = (left + right) / 2;
+    centred(title, canvas.width / 2, edge, 3, canvas.width - 2 * edge);
+    centred(x_label, across, canvas.height - edge - Canvas::text_height(), 2,
+            2 * std::min(across - edge, canvas.width - edge - across));
+    const std::string shown = Canvas::fitted(y_label, bottom - top);
+    canvas.text(edge, (top + bottom + Canvas::text_width(shown)) / 2, shown, 2, true);
+  }
+
+  // A label left of the plot, its middle at y, or below it, its middle at x.
+  void label_y(int y, const std::string& words) {
+    canvas.text(left - 10 - Canvas::text_width(words), y - 8, words);
+  }
+  void label_x(int x, const std::string& words) {
+    const int width = Canvas::text_width(words);
+    const int last = canvas.width - Canvas::kBorder - width;
+    canvas.text(std::min(x - width / 2, last), bottom + 10, words);
+  }
+};
+
+inline int widest(const std::vector<std::string>& labels) {
+  int width = 0;
+  for (const std::string& label : labels)
+    width = std::max(width, Canvas::text_width(label));
+  return width;
+}
+
+inline std::vector<std::string> tick_labels(const std::vector<double>& ticks) {
+  std::vector<std::string> labels;
+  for (double tick : ticks) labels.push_back(tick_label(tick));
+  return labels;
+}
+
+constexpr int kPlotTop = 76, kPlotBelow = 78;  // pixels for the title, and for the x labels
+
+// Draws each series as a line through its points, broken where a value cannot be drawn.
+inline void line_chart(const std::string& path, const std::string& title,
+                       const std::string& x_label, const std::string& y_label,
+                       const std::vector<Series>& series,
+                       const ChartOptions& options = {}) {
+  Axis x_axis, y_axis;
+  x_axis.log = options.log_x;
+  y_axis.log = options.log_y;
+  std::vector<std::string> names;
+  for (const Series& each : series) {
+    if (each.x.size() != each.y.size())
+      fail("line chart: series ", each.name, ": expected ", each.x.size(), " y, found ",
+           each.y.size());
+    for (std::size_t i = 0; i < each.x.size(); ++i)
+      if (x_axis.takes(each.x[i]) && y_axis.takes(each.y[i]))
+        x_axis.include(each.x[i]), y_axis.include(each.y[i]);
+    if (!each.name.empty()) names.push_back(Canvas::fitted(each.name, options.width / 3));
+  }
+  x_axis.close(0.03);
+  y_axis.close(0.05);
+
+  Canvas canvas(options.width, options.height);
+  const std::vector<double> y_ticks = y_axis.ticks((options.height - 150) / 60);
+  const int legend = names.empty() ? 0 : widest(names) + 60;
+  Plot plot{canvas, Canvas::kBorder + 42 + widest(tick_labels(y_ticks)), kPlotTop,
+            options.width - 2 * Canvas::kBorder - legend, options.height - kPlotBelow};
+  int count = 12;  // as many ticks as leave half a label free between their labels
+  std::vector<double> x_ticks = x_axis.ticks(count);
+  while (count > 2 && static_cast<int>(x_ticks.size()) * widest(tick_labels(x_ticks)) >
+                          (plot.right - plot.left) * 2 / 3)
+    x_ticks = x_axis.ticks(--count);
+
+  const auto to_x = [&](double v) {
+    return plot.left + x_axis.part(v) * (plot.right - plot.left);
+  };
+  const auto to_y = [&](double v) {
+    return plot.bottom - y_axis.part(v) * (plot.bottom - plot.top);
+  };
+  for (double tick : y_ticks) {
+    const int y = static_cast<int>(to_y(tick));
+    canvas.fill(plot.left, y, plot.right, y + 1, kGrid);
+    plot.label_y(y, tick_label(tick));
+  }
+  for (double tick : x_ticks) {
+    const int x = static_cast<int>(to_x(tick));
+    canvas.fill(x, plot.top, x + 1, plot.bottom, kGrid);
+    plot.label_x(x, tick_label(tick));
+  }
+  canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
+  plot.label(title, x_label, y_label);
+
+  int legend_y = plot.top + 10;
+  for (std::size_t s = 0; s < series.size(); ++s) {
+    const Colour colour = kLineColours[s % kLineColours.size()];
+    const int shape = static_cast<int>(s % 3);
+    const auto& [name, x, y] = series[s];
+    for (std::size_t i = 0; i < x.size(); ++i) {
+      if (!x_axis.takes(x[i]) || !y_axis.takes(y[i])) continue;
+      if (i > 0 && x_axis.takes(x[i - 1]) && y_axis.takes(y[i - 1]))
+        canvas.line(to_x(x[i - 1]), to_y(y[i - 1]), to_x(x[i]), to_y(y[i]), colour);
+      if (x.size() <= 40) canvas.marker(to_x(x[i]), to_y(y[i]), shape, colour);
+    }
+    if (name.empty() || legend_y + 20 > plot.bottom) continue;
+    canvas.line(plot.right + 20, legend_y + 8, plot.right + 50, legend_y + 8, colour);
+    canvas.marker(plot.right + 35, legend_y + 8, shape, colour);
+    canvas.text(plot.right + 62, legend_y, Canvas::fitted(name, options.width / 3));
+    legend_y += 30;
+  }
+  canvas.write_png(path);
+}
+
+struct HeatOptions {  // the values at the ends of the colour bar; NaN: those of the data
+  double low = std::numeric_limits<double>::quiet_NaN();
+  double high = std::numeric_limits<double>::quiet_NaN();
+  int width = 1200, height = 800;
+};
+
+// Draws values[row][column] as coloured cells, row 0 on top; what is not finite is grey.
+// Labels are one for each row or column, or none; where they would touch, only every k-th
+// is drawn.
+inline void heat_map(const std::string& path, const std::string& title,
+                     const std::string& x_label, const std::string& y_label,
+                     const std::vector<std::vector<double>>& values,
+                     const std::vector<std::string>& row_labels,
+                     const std::vector<std::string>& column_labels,
+                     const std::string& bar_label, const HeatOptions& options = {}) {
+  const int rows = static_cast<int>(values.size());
+  const int columns = rows ? static_cast<int>(values[0].size()) : 0;
+  Axis heat;
+  for (const auto& row : values) {
+    if (static_cast<int>(row.size()) != columns)
+      fail("heat map: expected ", columns, " values in every row, found ", row.size());
+    for (double v : row) heat.include(v);
+  }
+  heat.close(0);
+  if (std::isfinite(options.low)) heat.low = options.low;
+  if (std::isfinite(options.high)) heat.high = options.high;
+  const auto fitted = [&](std::vector<std::string> labels, int count) {
+    labels.resize(static_cast<std::size_t>(count));
+    for (std::string& label : labels) label = Canvas::fitted(label, options.width / 6);
+    return labels;
+  };
+  const auto row_names = fitted(row_labels, rows),
+             column_names = fitted(column_labels, columns);
+
+  Canvas canvas(options.width, options.height);
+  const std::vector<double> ticks = heat.ticks(8);
+  const int bar =
+      28 + 42 + widest(tick_labels(ticks));  // the bar, its labels, and its name
+  Plot plot{canvas, Canvas::kBorder + 42 + widest(row_names), kPlotTop,
+            options.width - Canvas::kBorder - 40 - bar, options.height - kPlotBelow};
+  const int across = plot.right - plot.left, line = Canvas::text_height() + 4;
+  // Column labels that do not fit side by side are turned, if lines do fit side by side.
+  const int longest = widest(column_names);
+  const bool turned =
+      columns > 0 && longest + 12 > across / columns && across / columns >= line;
+  if (turned) plot.bottom -= longest - 16;
+  const int down = plot.bottom - plot.top;
+
+  const auto part = [&](double v) {
+    return heat.takes(v) ? heat.part(v) : std::numeric_limits<double>::quiet_NaN();
+  };
+  for (int y = 0; y < down && columns > 0; ++y)
+    for (int x = 0; x < across; ++x) {
+      const auto row = static_cast<std::size_t>(std::int64_t{y} * rows / down);
+      const auto column = static_cast<std::size_t>(std::int64_t{x} * columns / across);
+      canvas.dot(plot.left + x, plot.top + y, heat_colour(part(values[row][column])));
+    }
+  canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
+  plot.label(title, x_label, y_label);
+  const auto middle = [](int i, int count, int size) {
+    return static_cast<int>((2 * std::int64_t{i} + 1) * size / (2 * count));
+  };
+  const auto every = [](int count, int needed, int size) {
+    return static_cast<int>((std::int64_t{count} * needed + size - 1) / size);
+  };
+  for (int i = 0; i < rows; i += std::max(1, every(rows, line, down)))
+    plot.label_y(plot.top + middle(i, rows, down), row_names[static_cast<std::size_t>(i)]);
+  for (int i = 0; i < columns;
+       i += std::max(1, every(columns, turned ? line : longest + 12, across))) {
+    const int x = plot.left + middle(i, columns, across);
+    const std::string& name = column_names[static_cast<std::size_t>(i)];
+    if (turned)
+      canvas.text(x - 8, plot.bottom + 8 + Canvas::text_width(name), name, 2, true);
+    else
+      plot.label_x(x, name);
+  }
+
+  const int x = plot.right + 40;
+  for (int y = plot.top; y < plot.bottom; ++y)
+    canvas.fill(x, y, x + 28, y + 1, heat_colour(1 - (y - plot.top + 0.5) / down));
+  canvas.frame(x, plot.top, x + 28, plot.bottom, kBlack);
+  for (double tick : ticks) {
+    const int y = plot.bottom - static_cast<int>(std::lround(heat.part(tick) * down));
+    canvas.text(x + 38, y - 8, tick_label(tick));
+  }
+  const std::string shown = Canvas::fitted(bar_label, down);
+  canvas.text(options.width - Canvas::kBorder - 20,
+              (plot.top + plot.bottom + Canvas::text_width(shown)) / 2, shown, 2, true);
+  canvas.write_png(path);
+}
+
+// =======================================================================================
+// 9. Command line
+// =======================================================================================
+//
+// Results go to stdout, progress and statistics to stderr. Exit status 0: done, 1: failed, 2: wrong
+// usage.
+
+struct BenchOptions {
+  std::string op, shape = "130m", mode = "parallel";
+  Index batch = 1, length = 512, repeat = 20;
+  DType dtype = DType::F32;
+  int device = 0;
+};
+
+/// All flags of all subcommands; each subcommand reads those that it declares.
+struct Arguments {
+  std::string model = "weights/stories", prompt, prompt_file, text, ids, ids_file, out, mode = "parallel",
+              dtype, save_state, load_state, csv, png;
+  std::vector<Index> lengths;
+  Index n = 256, batch = 1, stride = 0;
+  bool print_ids = false, ignore_eos = false, carry_state = false, decode = false;
+  float delta_ratio = 1;
+  int device = 0;
+  SamplerOptions sampler;
+  BenchOptions bench;
+};
+
+inline DType parse_dtype(const std::string& text) {
+  if (text == "f32") return DType::F32;
+  if (text == "bf16") return DType::BF16;
+  if (text == "f16") return DType::F16;
+  fail("--dtype: expected f32, bf16 or f16, found ", quote(text));
+}
+
+/// A file whole, or standard input for "-".
+inline std::string read_text(const std::string& path) {
+  if (path != "-") return std::string(MappedFile(path).bytes());
+  return {std::istreambuf_iterator<char>(std::cin), {}};
+}
+
+inline std::vector<Token> parse_ids(const std::string& text, const std::string& where) {
+  std::vector<Token> ids;
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    Token id = 0;
+    const auto [rest, error] = std::from_chars(word.data(), word.data() + word.size(), id);
+    if (error != std::errc() || rest != word.data() + word.size() || id < 0)
+      fail(where, ": expected token ids, found ", quote(word));
+    ids.push_back(id);
+  }
+  return ids;
+}
+
+inline void check_ids(const std::vector<Token>& ids, const Config& config, const std::string& where) {
+  for (const Token id : ids)
+    if (id < 0 || id >= config.vocab_size)
+      fail(where, ": expected token ids below ", config.vocab_size, ", found ", id);
+}
+
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// A bar on stderr while something long goes on, if stderr is a terminal.
+inline void show_progress(Index done, Index all) {
+  static const bool terminal = ::isatty(2) == 1;
+  static double last = 0;
+  if (!terminal || now() - last < 0.1) return;
+  last = now();
+  const int width = 40, filled = static_cast<int>(width * done / std::max<Index>(1, all));
+  std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, ' ') << "] " << done
+            << "/" << all << std::flush << "\r\033[K";
+}
+
+template <class Engine>
+Engine open_engine(const Arguments& arguments) {
+  EngineOptions options;
+  if (!arguments.dtype.empty()) options.dtype = parse_dtype(arguments.dtype);
+  options.delta_ratio = arguments.delta_ratio;
+  options.device = arguments.device;
+  if (!(options.delta_ratio > 0) || !std::isfinite(options.delta_ratio))
+    fail("--delta-ratio: expected a number above 0, found ", options.delta_ratio);
+  const Config config = read_config(arguments.model);
+  return Engine(read_checkpoint(arguments.model), config, options);
+}
+
+inline Tokenizer open_tokenizer(const Arguments& arguments) {
+  return Tokenizer::from_file(arguments.model + "/tokenizer.json");
+}
+
+/// The ids that --ids, --ids-file or --text ask for.
+inline std::vector<Token> input_ids(const Arguments& arguments, const Config& config) {
+  std::vector<Token> ids;
+  std::string where;
+  if (!arguments.ids_file.empty()) {
+    where = "--ids-file: " + arguments.ids_file;
+    ids = parse_ids(read_text(arguments.ids_file), where);
+  } else if (!arguments.text.empty()) {
+    where = "--text: " + arguments.text;
+    ids = open_tokenizer(arguments).encode(read_text(arguments.text));
+  } else {
+    where = "--ids";
+    ids = parse_ids(arguments.ids, where);
+  }
+  if (ids.empty()) fail(where, ": expected at least one token, found none");
+  check_ids(ids, config, where);
+  return ids;
+}
+
+/// The prompts, one a sequence: --prompt, or the lines of --prompt-file, each --batch times.
+inline std::vector<std::string> prompts(const Arguments& arguments) {
+  std::vector<std::string> texts;
+  if (arguments.prompt_file.empty()) {
+    texts = {arguments.prompt == "-" ? read_text("-") : arguments.prompt};
+  } else {
+    std::istringstream lines(read_text(arguments.prompt_file));
+    for (std::string line; std::getline(lines, line);) texts.push_back(line);
+    if (texts.empty()) fail("--prompt-file: ", arguments.prompt_file, ": expected a prompt a line, found none");
+  }
+  std::vector<std::string> all;
+  for (const std::string& text : texts) all.insert(all.end(), static_cast<std::size_t>(arguments.batch), text);
+  return all;
+}
+
+template <class Engine>
+void run_generate(const Arguments& arguments) {
+  check(arguments.sampler);
+  const std::vector<std::string> texts = prompts(arguments);
+  const bool stateful = !arguments.save_state.empty() || !arguments.load_state.empty();
+  if (stateful && texts.size() != 1) fail("--save-state, --load-state: expected one prompt, found ", texts.size());
+  const Tokenizer tokenizer = open_tokenizer(arguments);
+  Engine engine = open_engine<Engine>(arguments);
+  const Config& config = engine.config();
+
+  std::vector<Sequence<typename Engine::State>> sequences;
+  std::vector<StreamDecoder> decoders(texts.size(), StreamDecoder(tokenizer));
+  for (std::size_t i = 0; i < texts.size(); ++i) {
+    sequences.push_back({{}, engine.new_state(), i, 0});
+    auto& s = sequences.back();
+    if (!arguments.load_state.empty()) {
+      s.state = engine.from_host(load_state(arguments.load_state, config, s.ids));
+      s.taken = s.ids.size() - 1;
+      for (const Token id : s.ids) decoders[i].push(id);
+    }
+    const std::vector<Token> prompt = tokenizer.encode(texts[i]);
+    s.ids.insert(s.ids.end(), prompt.begin(), prompt.end());
+    if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
+    if (s.ids.empty()) fail("--prompt: expected a text: this model has no token to begin with");
+    check_ids(s.ids, config, "--prompt: tokenizer and model do not match");
+  }
+
+  GenerateOptions options;
+  options.n = arguments.n;
+  options.sampler = arguments.sampler;
+  options.stop = arguments.ignore_eos ? -1 : config.eos_token_id;
+
+  // Text of the first unfinished sequence streams; that of later ones waits for its turn.
+  std::vector<std::string> waiting(texts.size());
+  std::size_t turn = 0;
+  const auto print = [&](std::size_t i, const std::string& text) {
+    if (i == turn) std::cout << text << std::flush;
+    else waiting[i] += text;
+  };
+  const auto turn_to = [&](std::size_t i) {
+    while (turn < i) {
+      std::cout << (arguments.save_state.empty() ? decoders[turn].finish() : "") << "\n";
+      if (++turn < texts.size()) std::cout << waiting[turn] << std::flush;
+    }
+  };
+  std::size_t prompt_tokens = 0, made = 0;
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    prompt_tokens += sequences[i].ids.size() - sequences[i].taken;
+    if (!arguments.print_ids && arguments.load_state.empty()) {
+      for (const Token id : sequences[i].ids) decoders[i].push(id);
+      print(i, texts[i]);
+    }
+  }
+  const double start = now();
+  double first = start;
+  engine.generate(sequences, options, [&](std::size_t i, Token token) {
+    if (made++ == 0) first = now();
+    if (arguments.print_ids) return;
+    turn_to(i);
+    if (token != config.eos_token_id) print(i, decoders[i].push(token));
+  });
+  const double end = now();
+  if (arguments.print_ids) {
+    for (const auto& s : sequences)
+      for (std::size_t t = 0; t < s.ids.size(); ++t)
+        std::cout << s.ids[t] << (t + 1 < s.ids.size() ? " " : "\n");
+  } else {
+    turn_to(texts.size());
+  }
+  if (!arguments.save_state.empty())
+    save_state(arguments.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
+  std::cerr << std::fixed << std::setprecision(3) << prompt_tokens << " tokens in, first token after "
+            << first - start << " s; " << made << " tokens out";
+  if (made > 1) std::cerr << ", " << (end - first) / static_cast<double>(made - 1) * 1e3 << " ms each";
+  std::cerr << "\n";
+}
+
+template <class Engine>
+void run_perplexity(const Arguments& arguments) {
+  Engine engine = open_engine<Engine>(arguments);
+  const std::vector<Token> ids = input_ids(arguments, engine.config());
+  std::vector<Index> lengths = arguments.lengths;
+  if (lengths.empty()) lengths = {static_cast<Index>(ids.size())};
+  PerplexityOptions options;
+  options.stride = arguments.stride;
+  options.carry_state = arguments.carry_state;
+  options.mode = parse_mode(arguments.mode);
+
+  std::ostringstream csv;
+  csv << "length,tokens,nll,perplexity\n" << std::setprecision(9);
+  std::cout << "   length    tokens  NLL (nats)  perplexity\n";
+  Series series{"delta ratio " + Json(arguments.delta_ratio).dump(), {}, {}};
+  for (const Index length : lengths) {
+    options.length = length;
+    const Score score = perplexity(engine, ids, options, show_progress);
+    std::cout << std::fixed << std::setw(9) << score.length << std::setw(10) << score.tokens
+              << std::setprecision(4) << std::setw(12) << score.mean() << std::setw(12)
+              << score.perplexity() << std::endl;
+    csv << score.length << ',' << score.tokens << ',' << score.mean() << ',' << score.perplexity() << '\n';
+    series.x.push_back(static_cast<double>(length));
+    series.y.push_back(score.perplexity());
+  }
+  if (!arguments.csv.empty()) {
+    AtomicFile file(arguments.csv);
+    file.write(csv.str());
+    file.commit();
+  }
+  if (!arguments.png.empty())
+    line_chart(arguments.png, "Perplexity against context length", "context length (tokens)", "perplexity", {series});
+}
+
+inline void run_tokenize(const Arguments& arguments) {
+  const Tokenizer tokenizer = open_tokenizer(arguments);
+  for (std::string line; std::getline(std::cin, line);) {
+    if (arguments.decode) {
+      const std::vector<Token> ids = parse_ids(line, "standard input");
+      for (const Token id : ids)
+        if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
+          fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
+      std::cout << tokenizer.decode(ids) << "\n";
+    } else {
+      const std::vector<Token> ids = tokenizer.encode(line);
+      for (std::size_t i = 0; i < ids.size(); ++i) std::cout << (i ? " " : "") << ids[i];
+      std::cout << "\n";
+    }
+  }
+}
+
+inline void run_info(const Arguments& arguments) {
+  const Config c = read_config(arguments.model);
+  const Checkpoint checkpoint = read_checkpoint(arguments.model);
+  std::map<std::string, std::size_t> dtypes;
+  std::size_t parameters = 0, bytes = 0;
+  for (const auto& [name, tensor] : checkpoint.tensors) {
+    parameters += tensor.size();
+    bytes += tensor.byte_size();
+    dtypes[dtype_name(tensor.dtype)] += tensor.size();
+  }
+  std::cout << "model        " << (c.version == 1 ? "Mamba" : "Mamba-2") << ", " << checkpoint.where << "\n"
+            << "d_model      " << c.d_model << "\nn_layer      " << c.n_layer << "\nvocab_size   "
+            << c.vocab_size << "\nd_inner      " << c.d_inner << "\nd_state      " << c.d_state
+            << "\nd_conv       " << c.d_conv << "\n";
+  if (c.version == 1) std::cout << "dt_rank      " << c.dt_rank << "\n";
+  else
+    std::cout << "n_heads      " << c.n_heads << "\nhead_dim     " << c.head_dim << "\nn_groups     "
+              << c.n_groups << "\n";
+  std::cout << "head         " << (c.tie_embeddings ? "tied to the embedding" : "its own") << "\n"
+            << "parameters   " << parameters << "\nbytes        " << bytes << "\ndtypes      ";
+  for (const auto& [name, count] : dtypes) std::cout << " " << name << " (" << count << ")";
+  const Index state = c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state);
+  std::cout << "\nstate        " << state * 4 << " bytes a sequence, at any length\n";
+}
+
+/// Writes the model in the Hugging Face layout, with its tokenizer if there is one.
+inline void run_convert(const Arguments& arguments) {
+  namespace fs = std::filesystem;
+  Config config = read_config(arguments.model);
+  const Checkpoint checkpoint = read_checkpoint(arguments.model);
+  std::vector<Tensor> tensors;
+  const Tensor* head = checkpoint.find("lm_head.weight");
+  config.tie_embeddings = config.tie_embeddings &&
+                          (!head || same_values(*head, weight(checkpoint, "backbone.embeddings.weight",
+                                                              {config.vocab_size, config.d_model})));
+  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+    Tensor tensor = weight(checkpoint, name, shape);
+    if (!arguments.dtype.empty()) tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
+    tensor.name = name;
+    if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
+    tensors.push_back(tensor);
+  });
+  std::error_code error;
+  fs::create_directories(arguments.out, error);
+  if (error) fail("cannot write: ", arguments.out, ": ", error.message());
+  write_safetensors(arguments.out + "/model.safetensors", tensors, {{"format", "pt"}});
+  write_config(arguments.out, config);
+  if (fs::exists(arguments.model + "/tokenizer.json")) {
+    AtomicFile file(arguments.out + "/tokenizer.json");
+    file.write(MappedFile(arguments.model + "/tokenizer.json").bytes());
+    file.commit();
+  }
+}
+
+template <class Engine>
+void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action) {
+  const auto command = [&](const char* name, const char* help, std::function<void()> run) {
+    CLI::App* sub = app.add_subcommand(name, help);
+    sub->callback([&action, run = std::move(run)] { action = run; });
+    return sub;
+  };
+  const auto model = [&](CLI::App* sub) {
+    sub->add_option("--model", a.model, "directory with config.json, weights and tokenizer.json");
+  };
+  const auto engine = [&](CLI::App* sub) {
+    model(sub);
+    sub->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16 (default: as in the file)");
+    sub->add_option("--delta-ratio", a.delta_ratio, "stretches every step of the state");
+    if (Engine::kHasDevice) sub->add_option("--device", a.device, "which GPU");
+  };
+  const auto input = [&](CLI::App* sub, bool ids) {
+    auto* group = sub->add_option_group("input", "the text, one of");
+    group->add_option("--text", a.text, "a text file, - for standard input");
+    group->add_option("--ids-file", a.ids_file, "a file of token ids, - for standard input");
+    if (ids) group->add_option("--ids", a.ids, "token ids");
+    group->require_option(1);
+  };
+  const auto mode = [&](CLI::App* sub) {
+    sub->add_option("--mode", a.mode, "parallel, recurrent or chunked=K");
+  };
+
+  auto* generate = command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
+  engine(generate);
+  auto* prompt = generate->add_option("prompt,--prompt", a.prompt, "the text to continue, - for standard input");
+  generate->add_option("--prompt-file", a.prompt_file, "several prompts, one a line, - for standard input")
+      ->excludes(prompt);
+  generate->add_option("-n", a.n, "tokens to add at most")->check(CLI::NonNegativeNumber);
+  generate->add_option("--temperature", a.sampler.temperature, "0 is greedy");
+  generate->add_option("--top-k", a.sampler.top_k, "keep the k likeliest tokens, 0: all");
+  generate->add_option("--top-p", a.sampler.top_p, "keep the likeliest tokens that make up p");
+  generate->add_option("--min-p", a.sampler.min_p, "keep tokens at least p times as likely as the likeliest");
+  generate->add_option("--repetition-penalty", a.sampler.repetition_penalty, "above 1: less repetition");
+  generate->add_option("--seed", a.sampler.seed, "same seed, same text");
+  generate->add_option("--batch", a.batch, "so many continuations of each prompt")->check(CLI::PositiveNumber);
+  generate->add_option("--save-state", a.save_state, "where to leave the state, to go on later");
+  generate->add_option("--load-state", a.load_state, "go on from a saved state");
+  generate->add_flag("--ids", a.print_ids, "print token ids, one line a sequence, instead of text");
+  generate->add_flag("--ignore-eos", a.ignore_eos, "go on after the end-of-text token");
+
+  auto* logits = command("logits", "write the logits of every position", [&a] {
+    const Mode mode = parse_mode(a.mode);
+    Engine e = open_engine<Engine>(a);
+    write_logits(e, input_ids(a, e.config()), mode, a.out);
+  });
+  engine(logits);
+  input(logits, true);
+  mode(logits);
+  logits->add_option("--out", a.out, "the safetensors file to write")->required();
+
+  auto* ppl = command("perplexity", "perplexity of a text, against context length", [&a] { run_perplexity<Engine>(a); });
+  engine(ppl);
+  input(ppl, false);
+  mode(ppl);
+  ppl->add_option("--lengths", a.lengths, "context lengths, separated by commas (default: the whole text)")
+      ->delimiter(',')->check(CLI::PositiveNumber);
+  ppl->add_option("--stride", a.stride, "tokens from window to window (default: no overlap)")->check(CLI::PositiveNumber);
+  ppl->add_flag("--carry-state", a.carry_state, "each window goes on from the one before");
+  ppl->add_option("--csv", a.csv, "also write the table here");
+  ppl->add_option("--png", a.png, "also draw it here");
+
+  auto* tokenize = command("tokenize", "standard input to token ids, line by line", [&a] { run_tokenize(a); });
+  model(tokenize);
+  tokenize->add_flag("--decode", a.decode, "token ids to text");
+
+  model(command("info", "sizes of a model", [&a] { run_info(a); }));
+
+  auto* convert = command("convert", "write a model in the Hugging Face layout", [&a] { run_convert(a); });
+  model(convert);
+  convert->add_option("--dtype", a.dtype, "f32, bf16 or f16 (default: as in the file)");
+  convert->add_option("--out", a.out, "the directory to write")->required();
+
+  auto* bench = command("bench", "measure speed on random weights", [&a] {
+    if (!a.dtype.empty()) a.bench.dtype = parse_dtype(a.dtype);
+    a.bench.device = a.device;
+    Engine::bench(a.bench);
+  });
+  bench->add_option("op", a.bench.op, Engine::kBenchOps)->required();
+  bench->add_option("--shape", a.bench.shape, "a published size: 130m .. 2.8b, mamba2-130m .. mamba2-2.7b");
+  bench->add_option("--length", a.bench.length, "tokens of a prefill")->check(CLI::PositiveNumber);
+  bench->add_option("--batch", a.bench.batch, "sequences at once")->check(CLI::PositiveNumber);
+  bench->add_option("--repeat", a.bench.repeat, "measurements, of which the median is printed")->check(CLI::PositiveNumber);
+  bench->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16");
+  if (Engine::kHasDevice) bench->add_option("--device", a.device, "which GPU");
+}
+
+/// The whole of main: `mamba "Once upon a time"` is short for `mamba generate "Once upon a time"`.
+template <class Engine>
+int run(int argc, char** argv) {
+  std::ios::sync_with_stdio(false);
+  CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
+  app.require_subcommand(1);
+  app.option_defaults()->always_capture_default();  // --help shows them
+  Arguments arguments;
+  std::function<void()> action;
+  declare_commands<Engine>(app, arguments, action);
+  try {
+    std::vector<std::string> words(argv + 1, argv + argc);
+    bool named = words.empty() || words[0] == "-h" || words[0] == "--help";
+    for (const CLI::App* sub : app.get_subcommands({})) named = named || words[0] == sub->get_name();
+    if (!named) words.insert(words.begin(), "generate");
+    std::reverse(words.begin(), words.end());  // as CLI11 wants them
+    app.parse(words);
+  } catch (const CLI::CallForHelp& help) {
+    return app.exit(help);
+  } catch (const CLI::ParseError& error) {
+    std::cerr << Engine::kName << ": " << error.what() << "; --help shows the usage\n";
+    return 2;
+  }
+  try {
+    action();
+    if (!std::cout.flush()) fail("cannot write to standard output");
+    return 0;
+  } catch (const std::bad_alloc&) {
+    std::cerr << Engine::kName << ": out of memory\n";
+  } catch (const std::exception& error) {
+    std::cerr << Engine::kName << ": " << error.what() << "\n";
+  }
+  return 1;
+}
+
+}  // namespace mamba

@@ -1,0 +1,859 @@
+// ssm_reference.hpp - selective state-space models, Mamba and Mamba-2, as maths.
+//
+// This file is the specification. Every operation, block and model is here once, for one sequence at
+// a time, in the order in which the papers introduce them; `mamba.cu` holds the same functions, by
+// the same names, as fused kernels. With Scalar = double it is the truth that kernels are judged by;
+// with Scalar = float it is what the CPU program computes.
+//
+// Reading list
+//   Gu, Dao 2023    Mamba: Linear-Time Sequence Modeling with Selective State Spaces   arXiv 2312.00752
+//   Dao, Gu 2024    Transformers are SSMs (Mamba-2, state space duality)               arXiv 2405.21060
+//   Gu et al. 2021  Efficiently Modeling Long Sequences with Structured State Spaces   arXiv 2111.00396
+//   Smith et al. 2022  S5: the associative scan for state spaces                       arXiv 2208.04933
+//   Blelloch 1990   Prefix Sums and Their Applications                                 CMU-CS-90-190
+//
+// Glossary: name here = symbol in the papers, shape
+//   L             length of the sequence
+//   d_model       D    width of the residual stream          d_inner  E D  width inside a block
+//   d_state       N    states per channel                    d_conv        taps of the convolution
+//   dt_rank       R    rank of the input to delta
+//   x             x or u  input of the scan   (L, d_inner)   y             its output   (L, d_inner)
+//   z             gate                        (L, d_inner)   h             hidden state (d_inner, N)
+//   delta         step size, after softplus   (L, d_inner)   dt            what delta is made from
+//   A             diagonal of the state matrix (d_inner, N), always negative: A = -exp(A_log)
+//   B, C          input and output vectors     (L, N)        D             skip weight (d_inner)
+//   Mamba-2:  n_heads H,  head_dim P (d_inner = H P),  n_groups G,  A (H),  delta (L, H),  B, C (L, G N)
+//
+// The Mamba block (Mamba, Figure 3 and section 3.4)
+//
+//   u (L, d_model) ── in_proj ──┬── x (L, d_inner) ── causal_conv1d ── silu ─┬──────── selective_scan ── y
+//                               │                                            │             ^ ^ ^
+//                               │                                            └─ x_proj ── dt B C
+//                               └── z (L, d_inner) ───────────────────────────────── silu(z) * y
+//                                                                                          │
+//   u + out (L, d_model) <───────────────────────────────────────────────── out_proj ──────┘
+//
+// Where the code departs from the papers, on purpose, as every published checkpoint does
+//   - A is discretized by zero-order hold, B by the simpler Euler rule delta B (see discretization).
+//   - D x, the skip connection, belongs to the scan; the papers leave it out of their formulas.
+//   - A is real, not complex; conjugate pairs of S4 are gone (Mamba, section 3.6).
+//
+// Every function that walks time takes the state it starts from and leaves the state it ends in:
+// a sequence may be cut anywhere, empty pieces included, and nothing changes. Sizes are trusted here;
+// whoever reads files checks them.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <new>
+#include <vector>
+
+namespace ssm {
+
+// ============================================================================================
+// Types
+// ============================================================================================
+
+using Eigen::Index;
+
+template <class Scalar>  // rows are time, columns are channels
+using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+constexpr Index kAll = std::numeric_limits<Index>::max();
+
+template <class Scalar>  // one number per channel
+using Row = Eigen::Matrix<Scalar, 1, Eigen::Dynamic, Eigen::RowMajor>;
+
+// What is kept per channel and state, (d, N), lies column by column: state n of all channels together,
+// so that here, too, neighbours in memory are neighbouring channels.
+template <class Scalar>
+using StateMatrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor>;
+
+// A window onto somebody's numbers. It owns nothing, and it may be empty: an optional input left out.
+template <class Plain>
+struct ViewOf : Eigen::Map<const Plain, 0, Eigen::OuterStride<>> {
+  using Map = Eigen::Map<const Plain, 0, Eigen::OuterStride<>>;
+  ViewOf() : Map(nullptr, 0, 0, Eigen::OuterStride<>(0)) {}
+  ViewOf(const ViewOf&) = default;
+  template <class Derived>
+  ViewOf(const Eigen::MatrixBase<Derived>& m)
+      : Map(m.derived().data(), m.rows(), m.cols(), Eigen::OuterStride<>(m.derived().outerStride())) {
+    static_assert(int(Derived::IsRowMajor) == int(Plain::IsRowMajor), "a View does not transpose");
+  }
+  ViewOf& operator=(const ViewOf& other) {  // looks elsewhere; copies no numbers
+    new (this) ViewOf(other);
+    return *this;
+  }
+  explicit operator bool() const { return this->size() > 0; }
+};
+template <class Scalar>
+using View = ViewOf<Matrix<Scalar>>;
+template <class Scalar>
+using StateView = ViewOf<StateMatrix<Scalar>>;
+
+// A state that a function reads, advances and leaves behind. Blocks of a matrix bind to it, too.
+template <class Plain>
+using InOut = Eigen::Ref<Plain, 0, Eigen::OuterStride<>>;
+template <class T>
+struct Same {
+  using Type = T;
+};
+template <class Scalar>  // (d, N)
+using ScanState = InOut<StateMatrix<typename Same<Scalar>::Type>>;
+template <class Scalar>  // (d_conv - 1, d)
+using ConvState = InOut<Matrix<typename Same<Scalar>::Type>>;
+
+// ============================================================================================
+// Pointwise functions and norms
+// ============================================================================================
+
+// softplus(x) = log(1 + e^x), written so that e^x cannot overflow: max(x, 0) + log(1 + e^-|x|).
+template <class Derived>
+auto softplus(const Eigen::ArrayBase<Derived>& x) {
+  using Scalar = typename Derived::Scalar;
+  return x.max(Scalar(0)) + (-x.abs()).exp().log1p();
+}
+
+// silu(x) = x sigmoid(x) = x / (1 + e^-x)
+template <class Derived>
+auto silu(const Eigen::ArrayBase<Derived>& x) {
+  using Scalar = typename Derived::Scalar;
+  return x / (Scalar(1) + (-x).exp());
+}
+
+// rms_norm(x)_t = x_t / sqrt(mean(x_t^2) + eps) * weight.           x (L, d), weight (d) -> (L, d)
+template <class Scalar>
+Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scalar eps) {
+  Matrix<Scalar> out(x.rows(), x.cols());
+  for (Index t = 0; t < x.rows(); ++t) {
+    const Scalar mean_square = x.row(t).squaredNorm() / Scalar(x.cols());
+    out.row(t) = x.row(t).cwiseProduct(weight) / std::sqrt(mean_square + eps);
+  }
+  return out;
+}
+
+// The norm at the end of a Mamba-2 block (Mamba-2, section 7.1): gate first, then normalize each of
+// the n_groups groups of channels by itself, as all published models were trained.
+//   g = y * silu(z),   out = g / sqrt(mean over its group(g^2) + eps) * weight
+// y, z (L, d), weight (d) -> (L, d)
+template <class Scalar>
+Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z, const Row<Scalar>& weight,
+                              Scalar eps, Index n_groups) {
+  const Index L = y.rows(), width = y.cols() / n_groups;
+  Matrix<Scalar> out = y.array() * silu(z.array());
+  for (Index t = 0; t < L; ++t) {
+    for (Index g = 0; g < n_groups; ++g) {
+      auto channels = out.row(t).segment(g * width, width);
+      channels /= std::sqrt(channels.squaredNorm() / Scalar(width) + eps);
+    }
+    out.row(t).array() *= weight.array();
+  }
+  return out;
+}
+
+// ============================================================================================
+// Causal convolution
+// ============================================================================================
+
+// Depthwise convolution over the last d_conv inputs of each channel:
+//   out[t] = bias + sum_k weight[:, k] * x[t - (d_conv - 1) + k]
+// x (L, d), weight (d, d_conv), bias (d) or empty -> (L, d). `state` (d_conv - 1, d) holds the inputs
+// just before x, oldest first (zeros at the start of a text), and afterwards the last d_conv - 1 of
+// state and x together, so pieces shorter than the window work like any other.
+template <class Scalar>
+Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight, const View<Scalar>& bias,
+                             ConvState<Scalar> state) {
+  const Index L = x.rows(), d = x.cols(), d_conv = weight.cols();
+  Matrix<Scalar> past_and_present(d_conv - 1 + L, d);
+  past_and_present << state, x;
+  const Matrix<Scalar> taps = weight.transpose();  // (d_conv, d)
+  Matrix<Scalar> out = Matrix<Scalar>::Zero(L, d);
+  if (bias) out.rowwise() += bias.row(0);
+  for (Index k = 0; k < d_conv; ++k) {
+    out += past_and_present.middleRows(k, L) * taps.row(k).asDiagonal();
+  }
+  state = past_and_present.bottomRows(d_conv - 1);
+  return out;
+}
+
+// The same for one token: x_t (d) -> (d). The window slides by one.
+template <class Scalar>
+Row<Scalar> causal_conv1d_step(const View<Scalar>& x_t, const View<Scalar>& weight,
+                               const View<Scalar>& bias, ConvState<Scalar> state) {
+  const Index d_conv = weight.cols();
+  Row<Scalar> out = x_t.row(0).cwiseProduct(weight.col(d_conv - 1).transpose());
+  if (bias) out += bias.row(0);
+  for (Index k = 0; k < d_conv - 1; ++k) {
+    out += state.row(k).cwiseProduct(weight.col(k).transpose());
+    state.row(k) = k + 1 < d_conv - 1 ? Row<Scalar>(state.row(k + 1)) : Row<Scalar>(x_t.row(0));
+  }
+  return out;
+}
+
+// ============================================================================================
+// Discretization (Mamba, section 2; equation 4)
+// ============================================================================================
+//
+// The continuous system h'(t) = A h(t) + B x(t) is sampled with step delta, x held constant between
+// samples (zero-order hold). Its exact solution after one step is h_t = A_bar h_{t-1} + B_bar x_t with
+//   A_bar = exp(delta A)
+//   B_bar = (delta A)^-1 (exp(delta A) - I) delta B = expm1(delta A) / A * B
+// Mamba keeps A_bar and replaces B_bar by the first term of its series, delta B: training absorbs the
+// difference into B and delta, and one division less is done per state. `B_bar_zoh` is here so that
+// the difference can be seen; no model uses it.
+
+template <class Scalar>
+Scalar A_bar(Scalar delta, Scalar A) {
+  return std::exp(delta * A);
+}
+
+template <class Scalar>
+Scalar B_bar_euler(Scalar delta, Scalar B) {
+  return delta * B;
+}
+
+template <class Scalar>
+Scalar B_bar_zoh(Scalar delta, Scalar A, Scalar B) {  // -> delta B as delta A -> 0
+  return A == Scalar(0) ? delta * B : std::expm1(delta * A) / A * B;
+}
+
+// ============================================================================================
+// Selective scan (Mamba, section 3.2 and Algorithm 2)
+// ============================================================================================
+//
+//   delta_t = delta_ratio softplus(delta_raw_t + delta_bias)          bias and softplus optional
+//   h_t     = exp(delta_t A) * h_{t-1} + (delta_t x_t) B_t            (2a) with A_bar, B_bar from above
+//   y_t     = h_t C_t + D x_t                                         (2b), D optional
+//   out_t   = y_t * silu(z_t)                                         z optional
+//
+// "Selective": delta, B and C are functions of the input, so each token decides how much of the state
+// it lets decay (delta_t A), how much of itself it writes (delta_t B_t), and what it reads (C_t).
+
+template <class Scalar>
+struct ScanInputs {
+  View<Scalar> x, delta;            // (L, d)  delta before bias and softplus
+  StateView<Scalar> A;              // (d, N)
+  View<Scalar> B, C;                // (L, groups N)  group g uses columns [g N, (g+1) N)
+  View<Scalar> D = {};              // (d)    or empty
+  View<Scalar> z = {};              // (L, d) or empty
+  View<Scalar> delta_bias = {};     // (d)    or empty
+  bool delta_softplus = true;       //
+  Scalar delta_ratio = Scalar(1);   // stretches every step; 1 is the model as trained
+  Index channels_per_group = kAll;  // so many neighbouring channels share one B and C
+
+  Index length() const { return x.rows(); }
+
+  ScanInputs tokens(Index first, Index count) const {  // the same call for part of the sequence
+    ScanInputs part = *this;
+    for (View<Scalar> ScanInputs::*m : {&ScanInputs::x, &ScanInputs::delta, &ScanInputs::B,
+                                        &ScanInputs::C, &ScanInputs::z}) {
+      if (this->*m) part.*m = (this->*m).middleRows(first, count);
+    }
+    return part;
+  }
+};
+
+// delta_t for all t at once: (L, d)
+template <class Scalar>
+Matrix<Scalar> step_size(const ScanInputs<Scalar>& in) {
+  Matrix<Scalar> delta = in.delta;
+  if (in.delta_bias) delta.rowwise() += in.delta_bias.row(0);
+  if (in.delta_softplus) delta = softplus(delta.array()).eval();
+  return delta * in.delta_ratio;
+}
+
+// y -> (y + D x) * silu(z), the part of the operation that has no memory.
+template <class Scalar>
+void skip_and_gate(const ScanInputs<Scalar>& in, Matrix<Scalar>& y) {
+  if (in.D) y += in.x * in.D.row(0).asDiagonal();
+  if (in.z) y.array() *= silu(in.z.array());
+}
+
+// One token, the recurrence itself. in: L = 1.  h (d, N) is advanced; returns out (1, d).
+template <class Scalar>
+Matrix<Scalar> selective_scan_step(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
+  const Index d = h.rows(), N = h.cols(), width = std::min(d, in.channels_per_group);
+  const Row<Scalar> delta_t = step_size(in);
+  const Row<Scalar> delta_x_t = delta_t.cwiseProduct(in.x.row(0));
+  Matrix<Scalar> y_t(1, d);
+  for (Index g = 0; g * width < d; ++g) {  // the channels that share B_t and C_t
+    const auto A = in.A.middleRows(g * width, width);
+    const auto B_t = in.B.row(0).segment(g * N, N);
+    const auto C_t = in.C.row(0).segment(g * N, N);
+    const auto delta = delta_t.segment(g * width, width).transpose();
+    const auto delta_x = delta_x_t.segment(g * width, width).transpose();
+    auto h_t = h.middleRows(g * width, width);
+
+    h_t = (delta.asDiagonal() * A).array().exp().matrix().cwiseProduct(h_t) +
+          delta_x.lazyProduct(B_t);                                                      // (2a)
+    y_t.middleCols(g * width, width).transpose().noalias() = h_t * C_t.transpose();      // (2b)
+  }
+  skip_and_gate(in, y_t);
+  return y_t;
+}
+
+// The recurrence, token by token. This is the definition; the forms below must agree with it.
+template <class Scalar>
+Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
+  Matrix<Scalar> out(in.length(), h.rows());
+  for (Index t = 0; t < in.length(); ++t) out.row(t) = selective_scan_step(in.tokens(t, 1), h);
+  return out;
+}
+
+// --- The associative form (Mamba, section 3.3.2; Blelloch 1990) ---
+//
+// Token t maps the state h to a_t h + b_t, with a_t = exp(delta_t A) and b_t = delta_t x_t B_t. To
+// apply map 1 and then map 2 is again such a map, h -> a2 (a1 h + b1) + b2:
+//   (a1, b1) then (a2, b2)  =  (a2 a1, a2 b1 + b2)
+// Grouping does not matter, so all prefixes can be made in O(log L) parallel rounds:
+//   (1 then 2) then 3  =  (a2 a1, a2 b1 + b2) then 3  =  (a3 a2 a1, a3 a2 b1 + a3 b2 + b3)
+//   1 then (2 then 3)  =  1 then (a3 a2, a3 b2 + b3)  =  (a3 a2 a1, a3 a2 b1 + a3 b2 + b3)
+// Order does matter: the earlier token is always the one that gets multiplied by the later one's a.
+// Example with a = 1/2 and b = 8 0 0 4 (h0 = 0):
+//   up-sweep    neighbours      (1/2, 8) (1/4, 4) (1/2, 0) (1/4, 4)
+//               then fours      (1/2, 8) (1/4, 4) (1/2, 0) (1/16, 5)
+//   down-sweep  odd positions   (1/2, 8) (1/4, 4) (1/8, 2) (1/16, 5)      b is now h_1 .. h_4
+
+// Row t of a and b becomes the composition of rows 0..t. a, b (L, any). L need not be a power of two.
+template <class Scalar>
+void associative_scan(Matrix<Scalar>& a, Matrix<Scalar>& b) {
+  const Index L = a.rows();
+  const auto then = [&](Index earlier, Index later) {  // row(later) = row(earlier) then row(later)
+    b.row(later) += a.row(later).cwiseProduct(b.row(earlier));
+    a.row(later) = a.row(later).cwiseProduct(a.row(earlier));
+  };
+  Index stride = 1;
+  for (; stride < L; stride *= 2) {  // up-sweep: blocks of 2 stride end in their own composition
+    for (Index t = 2 * stride - 1; t < L; t += 2 * stride) then(t - stride, t);
+  }
+  for (stride /= 2; stride >= 1; stride /= 2) {  // down-sweep: the finished prefix before each half
+    for (Index t = 3 * stride - 1; t < L; t += 2 * stride) then(t - stride, t);
+  }
+}
+
+// All tokens at once. Needs memory for every state, L d N numbers, which is what kernels avoid.
+template <class Scalar>
+Matrix<Scalar> selective_scan_parallel(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
+  const Index L = in.length(), d = h.rows(), N = h.cols();
+  const auto group = [&](Index c) { return c / in.channels_per_group; };
+  Matrix<Scalar> y(L, d);
+  if (L == 0) return y;
+  const Matrix<Scalar> delta = step_size(in);
+  Matrix<Scalar> a(L, d * N), b(L, d * N);  // row t holds (d, N)
+  for (Index t = 0; t < L; ++t) {
+    for (Index c = 0; c < d; ++c) {
+      const auto B_t = in.B.row(t).segment(group(c) * N, N);
+      a.row(t).segment(c * N, N) = (delta(t, c) * in.A.row(c).array()).exp();
+      b.row(t).segment(c * N, N) = delta(t, c) * in.x(t, c) * B_t;
+    }
+  }
+  for (Index c = 0; c < d; ++c) {  // h_0 = a_0 h_{-1} + b_0
+    b.row(0).segment(c * N, N) += a.row(0).segment(c * N, N).cwiseProduct(h.row(c));
+  }
+  associative_scan(a, b);  // row t of b is now h_t
+  for (Index t = 0; t < L; ++t) {
+    for (Index c = 0; c < d; ++c) {
+      y(t, c) = b.row(t).segment(c * N, N).dot(in.C.row(t).segment(group(c) * N, N));
+    }
+  }
+  for (Index c = 0; c < d; ++c) h.row(c) = b.row(L - 1).segment(c * N, N);
+  skip_and_gate(in, y);
+  return y;
+}
+
+// Chunks of `chunk` tokens, the form to use when the sequence itself must be split over processors:
+//   1. each chunk by itself: the map (a, b) of the whole chunk. a = exp(A sum delta_t), and b is where
+//      the chunk ends when it starts from zero;
+//   2. one short walk over the chunks: the state in which each of them really starts;
+//   3. each chunk by itself, from that state.
+template <class Scalar>
+Matrix<Scalar> selective_scan_chunked(const ScanInputs<Scalar>& in, ScanState<Scalar> h, Index chunk) {
+  const Index L = in.length(), d = h.rows(), N = h.cols();
+  const Index n_chunks = (L + chunk - 1) / chunk;
+  const auto part = [&](Index i) { return in.tokens(i * chunk, std::min(chunk, L - i * chunk)); };
+
+  std::vector<StateMatrix<Scalar>> a(n_chunks), b(n_chunks), start(n_chunks);
+  for (Index i = 0; i < n_chunks; ++i) {
+    const Row<Scalar> total = step_size(part(i)).colwise().sum();
+    a[i] = (total.transpose().asDiagonal() * in.A).array().exp();
+    b[i] = StateMatrix<Scalar>::Zero(d, N);
+    selective_scan_sequential<Scalar>(part(i), b[i]);
+  }
+  for (Index i = 0; i < n_chunks; ++i) {
+    start[i] = h;
+    h = a[i].cwiseProduct(h) + b[i];
+  }
+  Matrix<Scalar> out(L, d);
+  for (Index i = 0; i < n_chunks; ++i) {
+    out.middleRows(i * chunk, part(i).length()) = selective_scan_sequential<Scalar>(part(i), start[i]);
+  }
+  return out;
+}
+
+// The forms that tests and programs loop over. (The fourth, the step, is what `sequential` repeats.)
+enum class Form { sequential, parallel, chunked };
+constexpr Form kForms[] = {Form::sequential, Form::parallel, Form::chunked};
+constexpr Index kScanChunk = 64;
+
+// in: see ScanInputs.  h (d, N): h_{-1} on entry, h_{L-1} on return.  Returns out (L, d).
+template <class Scalar>
+Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
+                              Form form = Form::sequential, Index chunk = kScanChunk) {
+  if (form == Form::parallel) return selective_scan_parallel(in, h);
+  if (form == Form::chunked) return selective_scan_chunked(in, h, chunk);
+  return selective_scan_sequential(in, h);
+}
+
+// ============================================================================================
+// SSD, the scan of Mamba-2 (Mamba-2, sections 5 and 6)
+// ============================================================================================
+//
+// The selective scan with A a single number per head: all P x N states of a head decay alike.
+//   delta_t = delta_ratio clamp(softplus(dt_t + dt_bias), dt_min, dt_max)      one per head
+//   h_t     = exp(delta_t A) h_{t-1} + (delta_t x_t) B_t^T                     (P, N)
+//   y_t     = h_t C_t + D x_t
+// Written out over time it is one lower-triangular matrix per head, y = M (delta x) with
+//   M[t, s] = exp(A (delta_{s+1} + .. + delta_t)) C_t . B_s    for s <= t,
+// masked attention without softmax: that is the duality. The quadratic form multiplies by M; the
+// chunked form does so for short chunks and hands the state on, which is what matrix units like.
+
+template <class Scalar>
+struct SsdInputs {
+  View<Scalar> x;                // (L, H P)  head after head
+  View<Scalar> dt;               // (L, H)    before bias and softplus
+  StateView<Scalar> A;           // (H, 1)
+  View<Scalar> B, C;             // (L, groups N)  group g uses columns [g N, (g+1) N)
+  View<Scalar> D = {};           // (H) or empty
+  View<Scalar> dt_bias = {};     // (H) or empty
+  bool dt_softplus = true;
+  Scalar dt_min = Scalar(0);     // "time_step_limit"
+  Scalar dt_max = std::numeric_limits<Scalar>::infinity();
+  Scalar delta_ratio = Scalar(1);
+  Index heads_per_group = kAll;  // so many neighbouring heads share one B and C
+  Index first_head = 0;          // when these are some of the heads only: counted from here
+
+  Index length() const { return x.rows(); }
+  Index n_heads() const { return A.rows(); }
+  Index head_dim() const { return x.cols() / n_heads(); }
+  Index group(Index head) const { return (first_head + head) / heads_per_group; }
+
+  SsdInputs tokens(Index first, Index count) const {
+    SsdInputs part = *this;
+    for (View<Scalar> SsdInputs::*m : {&SsdInputs::x, &SsdInputs::dt, &SsdInputs::B, &SsdInputs::C}) {
+      part.*m = (this->*m).middleRows(first, count);
+    }
+    return part;
+  }
+};
+
+// delta_t for all t and heads at once: (L, H)
+template <class Scalar>
+Matrix<Scalar> step_size(const SsdInputs<Scalar>& in) {
+  Matrix<Scalar> delta = in.dt;
+  if (in.dt_bias) delta.rowwise() += in.dt_bias.row(0);
+  if (in.dt_softplus) delta = softplus(delta.array()).eval();
+  return delta.array().max(in.dt_min).min(in.dt_max) * in.delta_ratio;
+}
+
+template <class Scalar>
+void skip(const SsdInputs<Scalar>& in, Matrix<Scalar>& y) {  // y -> y + D x
+  const Index P = in.head_dim();
+  for (Index i = 0; in.D && i < in.n_heads(); ++i) {
+    y.middleCols(i * P, P) += in.D(0, i) * in.x.middleCols(i * P, P);
+  }
+}
+
+// One token. in: L = 1.  h (H P, N): the (P, N) state of each head, one below the other.
+template <class Scalar>
+Matrix<Scalar> ssd_step(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
+  const Index H = in.n_heads(), P = in.head_dim(), N = h.cols();
+  const Row<Scalar> delta = step_size(in);
+  Matrix<Scalar> y_t(1, H * P);
+  for (Index i = 0; i < H; ++i) {
+    const Index g = in.group(i);
+    const auto x_t = in.x.row(0).segment(i * P, P);
+    const auto B_t = in.B.row(0).segment(g * N, N);
+    const auto C_t = in.C.row(0).segment(g * N, N);
+    auto h_t = h.middleRows(i * P, P);
+
+    h_t = std::exp(delta(i) * in.A(i, 0)) * h_t + (delta(i) * x_t).transpose().lazyProduct(B_t);
+    y_t.middleCols(i * P, P).transpose().noalias() = h_t * C_t.transpose();
+  }
+  skip(in, y_t);
+  return y_t;
+}
+
+// The recurrence, token by token: the definition.
+template <class Scalar>
+Matrix<Scalar> ssd_sequential(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
+  Matrix<Scalar> y(in.length(), in.x.cols());
+  for (Index t = 0; t < in.length(); ++t) y.row(t) = ssd_step(in.tokens(t, 1), h);
+  return y;
+}
+
+// exp(l_{s+1} + .. + l_t) at [t, s] for s <= t, else 0.  l (L) -> (L, L). Each sum is made by addition
+// alone: differences of running totals would cancel, quotients of running products would be 0 / 0.
+template <class Scalar, class Derived>
+Matrix<Scalar> decay_mask(const Eigen::MatrixBase<Derived>& l) {
+  const Index L = l.size();
+  Matrix<Scalar> mask = Matrix<Scalar>::Zero(L, L);
+  Row<Scalar> sum = Row<Scalar>::Zero(L);  // sum[s] = l_{s+1} + .. + l_t
+  for (Index t = 0; t < L; ++t) {
+    sum.head(t).array() += l(t);
+    mask.row(t).head(t + 1) = sum.head(t + 1).array().exp();
+  }
+  return mask;
+}
+
+// The quadratic dual form, for one stretch of L tokens from state h. With l_t = delta_t A:
+//   y_t = sum_{s<=t} mask[t, s] (C_t . B_s) delta_s x_s  +  exp(l_0 + .. + l_t) h C_t
+//   h'  = exp(l_0 + .. + l_{L-1}) h  +  sum_s mask[L-1, s] (delta_s x_s) B_s^T
+template <class Scalar>
+Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
+  const Index L = in.length(), H = in.n_heads(), P = in.head_dim(), N = h.cols();
+  Matrix<Scalar> y(L, H * P);
+  if (L == 0) return y;
+  const Matrix<Scalar> delta = step_size(in);
+  for (Index i = 0; i < H; ++i) {
+    const Index g = in.group(i);
+    const auto B = in.B.middleCols(g * N, N), C = in.C.middleCols(g * N, N);
+    const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);                 // (1, L)
+    const Matrix<Scalar> mask = decay_mask<Scalar>(l);                              // (L, L)
+    const Matrix<Scalar> delta_x = delta.col(i).asDiagonal() * in.x.middleCols(i * P, P);
+    const Matrix<Scalar> from_start = mask.col(0) * std::exp(l(0));                 // (L, 1)
+    const Matrix<Scalar> to_end = mask.row(L - 1);                                  // (1, L)
+    auto h_i = h.middleRows(i * P, P);
+
+    const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose());
+    y.middleCols(i * P, P) = M * delta_x + from_start.col(0).asDiagonal() * (C * h_i.transpose());
+    h_i = from_start(L - 1) * h_i + delta_x.transpose() * to_end.row(0).asDiagonal() * B;
+  }
+  skip(in, y);
+  return y;
+}
+
+// The form of the Mamba-2 paper (section 6): quadratic inside chunks, recurrent between them.
+template <class Scalar>
+Matrix<Scalar> ssd_chunked(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Index chunk) {
+  Matrix<Scalar> y(in.length(), in.x.cols());
+  for (Index t = 0; t < in.length(); t += chunk) {
+    const SsdInputs<Scalar> part = in.tokens(t, std::min(chunk, in.length() - t));
+    y.middleRows(t, part.length()) = ssd_quadratic<Scalar>(part, h);
+  }
+  return y;
+}
+
+// in: see SsdInputs.  h (H P, N): h_{-1} on entry, h_{L-1} on return.  Returns y (L, H P).
+// Form::parallel is the quadratic dual: every position at once, L^2 numbers per head.
+template <class Scalar>
+Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form = Form::chunked,
+                   Index chunk = kScanChunk) {
+  if (form == Form::parallel) return ssd_quadratic(in, h);
+  if (form == Form::chunked) return ssd_chunked(in, h, chunk);
+  return ssd_sequential(in, h);
+}
+
+// ============================================================================================
+// Blocks
+// ============================================================================================
+
+struct Sizes {
+  int version = 1;  // 1: Mamba, 2: Mamba-2
+  Index d_model = 0, n_layer = 0, vocab_size = 0;
+  Index d_inner = 0, d_state = 0, d_conv = 0;
+  Index dt_rank = 0;                                // Mamba
+  Index n_heads = 0, head_dim = 0, n_groups = 1;    // Mamba-2
+  double norm_eps = 1e-5;
+  double dt_min = 0, dt_max = std::numeric_limits<double>::infinity();  // Mamba-2: limits of delta
+
+  // What passes through the convolution: x in Mamba, [x | B | C] in Mamba-2.
+  Index conv_width() const { return version == 1 ? d_inner : d_inner + 2 * n_groups * d_state; }
+  Index in_proj_width() const {
+    return version == 1 ? 2 * d_inner : d_inner + conv_width() + n_heads;
+  }
+};
+
+// Matrix products and loops over independent channels are the two places where a program may bring
+// its own storage and threads (mamba.cpp does). This is the plain meaning of both.
+template <class Weight>
+struct Compute {
+  template <class Scalar>
+  static Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W) {  // x (L, in), W (out, in)
+    return x * W.transpose();
+  }
+  template <class Scalar>
+  static Row<Scalar> row(const Weight& W, Index i) {
+    return W.row(i);
+  }
+  template <class Function>  // f(first, count) for ranges that cover 0..n
+  static void for_ranges(Index n, const Function& f) {
+    f(Index(0), n);
+  }
+};
+
+template <class Scalar, class Weight = Matrix<Scalar>>
+struct Layer {
+  Row<Scalar> norm;                                 // (d_model)
+  Weight in_proj;                                   // (in_proj_width, d_model)
+  Row<Scalar> in_proj_bias;                         // (in_proj_width) or empty
+  Matrix<Scalar> conv_weight;                       // (conv_width, d_conv)
+  Row<Scalar> conv_bias;                            // (conv_width) or empty
+  Weight x_proj, dt_proj;                           // Mamba: (dt_rank + 2 N, d_inner), (d_inner, dt_rank)
+  Row<Scalar> dt_bias;                              // (d_inner) or (n_heads)
+  StateMatrix<Scalar> A;                            // (d_inner, N) or (n_heads, 1);  -exp(A_log)
+  Row<Scalar> D;                                    // (d_inner) or (n_heads)
+  Row<Scalar> gated_norm;                           // Mamba-2: (d_inner)
+  Weight out_proj;                                  // (d_model, d_inner)
+  Row<Scalar> out_proj_bias;                        // (d_model) or empty
+};
+
+// All that a layer remembers of the past: its size does not depend on the length of the past.
+template <class Scalar>
+struct LayerState {
+  Matrix<Scalar> conv;    // (d_conv - 1, conv_width)  the inputs the convolution still looks back to
+  StateMatrix<Scalar> h;  // (d_inner, N)
+  explicit LayerState(const Sizes& sizes)
+      : conv(Matrix<Scalar>::Zero(sizes.d_conv - 1, sizes.conv_width())),
+        h(StateMatrix<Scalar>::Zero(sizes.d_inner, sizes.d_state)) {}
+};
+
+// How a sequence is walked; delta_ratio as in ScanInputs.
+template <class Scalar>
+struct Options {
+  Form form = Form::sequential;
+  Scalar delta_ratio = Scalar(1);
+};
+
+template <class Scalar, class Weight>
+Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>& bias = {}) {
+  Matrix<Scalar> y = Compute<Weight>::template linear<Scalar>(x, W);
+  if (bias.size()) y.rowwise() += bias;
+  return y;
+}
+
+// A part of a bias or of a per-channel weight that may be absent.
+template <class Scalar>
+View<Scalar> part(const Row<Scalar>& row, Index first, Index count) {
+  return row.size() ? View<Scalar>(row.segment(first, count)) : View<Scalar>();
+}
+
+// What the scan of channels [first, first + count) of a Mamba layer reads. xz: output of in_proj,
+// dt_B_C: output of x_proj.
+template <class Scalar, class Weight>
+ScanInputs<Scalar> scan_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                               const Matrix<Scalar>& xz, const Matrix<Scalar>& x,
+                               const Matrix<Scalar>& dt_B_C, const Matrix<Scalar>& delta,
+                               Index first, Index count) {
+  ScanInputs<Scalar> in;
+  in.x = x.middleCols(first, count);
+  in.delta = delta.middleCols(first, count);
+  in.A = w.A.middleRows(first, count);
+  in.B = dt_B_C.middleCols(sizes.dt_rank, sizes.d_state);
+  in.C = dt_B_C.rightCols(sizes.d_state);
+  in.D = w.D.segment(first, count);
+  in.z = xz.middleCols(sizes.d_inner + first, count);
+  in.delta_bias = w.dt_bias.segment(first, count);
+  return in;
+}
+
+// The Mamba block (Mamba, Figure 3), norm and residual apart. u (L, d_model) -> (L, d_model).
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes, const Matrix<Scalar>& u,
+                           LayerState<Scalar>& state, const Options<Scalar>& options) {
+  const Index L = u.rows(), d_inner = sizes.d_inner;
+  const Matrix<Scalar> xz = linear<Scalar>(u, w.in_proj, w.in_proj_bias);        // (L, 2 d_inner)
+  Matrix<Scalar> x(L, d_inner), y(L, d_inner);
+  Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
+    x.middleCols(first, count) = silu(
+        causal_conv1d<Scalar>(xz.middleCols(first, count), w.conv_weight.middleRows(first, count),
+                              part(w.conv_bias, first, count), state.conv.middleCols(first, count))
+            .array());
+  });
+  const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);                     // (L, dt_rank + 2 N)
+  const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
+  Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
+    auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
+    in.delta_ratio = options.delta_ratio;
+    y.middleCols(first, count) =
+        selective_scan<Scalar>(in, state.h.middleRows(first, count), options.form);
+  });
+  return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
+}
+
+// The same for one token: u_t (1, d_model) -> (1, d_model).
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba_block_step(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                const Matrix<Scalar>& u_t, LayerState<Scalar>& state,
+                                const Options<Scalar>& options) {
+  const Index d_inner = sizes.d_inner;
+  const Matrix<Scalar> xz = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
+  const Matrix<Scalar> x = silu(
+      causal_conv1d_step<Scalar>(xz.leftCols(d_inner), w.conv_weight, w.conv_bias, state.conv).array());
+  const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);
+  const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
+  Matrix<Scalar> y(1, d_inner);
+  Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
+    auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
+    in.delta_ratio = options.delta_ratio;
+    y.middleCols(first, count) = selective_scan_step<Scalar>(in, state.h.middleRows(first, count));
+  });
+  return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
+}
+
+// What the SSD of heads [first, first + count) of a Mamba-2 layer reads. zxBCdt: output of in_proj,
+// xBC: output of the convolution.
+template <class Scalar, class Weight>
+SsdInputs<Scalar> ssd_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                             const Matrix<Scalar>& zxBCdt, const Matrix<Scalar>& xBC,
+                             Index first, Index count) {
+  const Index P = sizes.head_dim, GN = sizes.n_groups * sizes.d_state;
+  SsdInputs<Scalar> in;
+  in.x = xBC.middleCols(first * P, count * P);
+  in.dt = zxBCdt.rightCols(sizes.n_heads).middleCols(first, count);
+  in.A = w.A.middleRows(first, count);
+  in.B = xBC.middleCols(sizes.d_inner, GN);
+  in.C = xBC.rightCols(GN);
+  in.D = w.D.segment(first, count);
+  in.dt_bias = w.dt_bias.segment(first, count);
+  in.dt_min = Scalar(sizes.dt_min);
+  in.dt_max = Scalar(sizes.dt_max);
+  in.heads_per_group = sizes.n_heads / sizes.n_groups;
+  in.first_head = first;
+  return in;
+}
+
+// The Mamba-2 block (Mamba-2, Figure 6): one projection makes z, x, B, C and dt side by side, x, B and
+// C pass through the convolution, and a gated norm stands before the last projection.
+//
+//   u ── in_proj ──┬── z (d_inner) ─────────────────────────────────────────────┐
+//                  ├── x B C (conv_width) ── causal_conv1d ── silu ── ssd ── gated_rms_norm ── out_proj
+//                  └── dt (n_heads) ────────────────────────────────┘
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes, const Matrix<Scalar>& u,
+                            LayerState<Scalar>& state, const Options<Scalar>& options) {
+  const Index L = u.rows(), d_inner = sizes.d_inner, conv_width = sizes.conv_width(), P = sizes.head_dim;
+  const Matrix<Scalar> zxBCdt = linear<Scalar>(u, w.in_proj, w.in_proj_bias);    // (L, in_proj_width)
+  Matrix<Scalar> xBC(L, conv_width), y(L, d_inner);
+  Compute<Weight>::for_ranges(conv_width, [&](Index first, Index count) {
+    xBC.middleCols(first, count) = silu(
+        causal_conv1d<Scalar>(zxBCdt.middleCols(d_inner + first, count),
+                              w.conv_weight.middleRows(first, count), part(w.conv_bias, first, count),
+                              state.conv.middleCols(first, count))
+            .array());
+  });
+  Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
+    auto in = ssd_inputs(w, sizes, zxBCdt, xBC, first, count);
+    in.delta_ratio = options.delta_ratio;
+    y.middleCols(first * P, count * P) =
+        ssd<Scalar>(in, state.h.middleRows(first * P, count * P), options.form);
+  });
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
+                                                       Scalar(sizes.norm_eps), sizes.n_groups);
+  return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
+}
+
+// The same for one token: u_t (1, d_model) -> (1, d_model).
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba2_block_step(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                 const Matrix<Scalar>& u_t, LayerState<Scalar>& state,
+                                 const Options<Scalar>& options) {
+  const Index d_inner = sizes.d_inner, P = sizes.head_dim;
+  const Matrix<Scalar> zxBCdt = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
+  const Matrix<Scalar> xBC =
+      silu(causal_conv1d_step<Scalar>(zxBCdt.middleCols(d_inner, sizes.conv_width()), w.conv_weight,
+                                      w.conv_bias, state.conv)
+               .array());
+  Matrix<Scalar> y(1, d_inner);
+  Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
+    auto in = ssd_inputs(w, sizes, zxBCdt, xBC, first, count);
+    in.delta_ratio = options.delta_ratio;
+    y.middleCols(first * P, count * P) =
+        ssd_step<Scalar>(in, state.h.middleRows(first * P, count * P));
+  });
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
+                                                       Scalar(sizes.norm_eps), sizes.n_groups);
+  return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
+}
+
+// ============================================================================================
+// The language model
+// ============================================================================================
+//
+//   embedding ── [ residual + block(rms_norm(residual)) ] x n_layer ── rms_norm ── lm_head ── logits
+
+using Token = std::int32_t;
+
+template <class Scalar, class Weight = Matrix<Scalar>>
+struct Model {
+  Sizes sizes;
+  Weight embedding;  // (vocab_size or padded beyond, d_model)
+  std::vector<Layer<Scalar, Weight>> layers;
+  Row<Scalar> norm_f;  // (d_model)
+  Weight lm_head;      // (vocab_size or padded beyond, d_model), unless tied: then the embedding
+  bool tied = true;
+};
+
+template <class Scalar>
+struct State {
+  std::vector<LayerState<Scalar>> layers;
+  explicit State(const Sizes& sizes) : layers(sizes.n_layer, LayerState<Scalar>(sizes)) {}
+};
+
+// ids (L) -> last hidden states after the final norm (L, d_model); `state` advances by L tokens.
+template <class Scalar, class Weight>
+Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, Index L,
+                        State<Scalar>& state, const Options<Scalar>& options = {}) {
+  const Sizes& sizes = model.sizes;
+  const auto block = sizes.version == 1 ? mamba_block<Scalar, Weight> : mamba2_block<Scalar, Weight>;
+  Matrix<Scalar> residual(L, sizes.d_model);
+  for (Index t = 0; t < L; ++t) {
+    residual.row(t) = Compute<Weight>::template row<Scalar>(model.embedding, ids[t]);
+  }
+  for (Index l = 0; l < sizes.n_layer; ++l) {
+    const auto& w = model.layers[l];
+    residual += block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l],
+                      options);
+  }
+  return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
+}
+
+// The same for one token, by the step functions -> (1, d_model).
+template <class Scalar, class Weight>
+Matrix<Scalar> backbone_step(const Model<Scalar, Weight>& model, Token id, State<Scalar>& state,
+                             const Options<Scalar>& options = {}) {
+  const Sizes& sizes = model.sizes;
+  const auto block_step =
+      sizes.version == 1 ? mamba_block_step<Scalar, Weight> : mamba2_block_step<Scalar, Weight>;
+  Matrix<Scalar> residual = Compute<Weight>::template row<Scalar>(model.embedding, id);
+  for (Index l = 0; l < sizes.n_layer; ++l) {
+    const auto& w = model.layers[l];
+    residual += block_step(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)),
+                           state.layers[l], options);
+  }
+  return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
+}
+
+// hidden (L, d_model) -> logits (L, vocab_size); columns that only pad the vocabulary are cut off.
+template <class Scalar, class Weight>
+Matrix<Scalar> lm_head(const Model<Scalar, Weight>& model, const Matrix<Scalar>& hidden) {
+  const Weight& W = model.tied ? model.embedding : model.lm_head;
+  return linear<Scalar>(hidden, W).leftCols(model.sizes.vocab_size);
+}
+
+// ids (L) -> logits (L, vocab_size): row t scores the token that follows ids[t].
+template <class Scalar, class Weight>
+Matrix<Scalar> forward(const Model<Scalar, Weight>& model, const Token* ids, Index L,
+                       State<Scalar>& state, const Options<Scalar>& options = {}) {
+  return lm_head(model, backbone(model, ids, L, state, options));
+}
+
+template <class Scalar, class Weight>  // one token -> its logits (1, vocab_size)
+Matrix<Scalar> step(const Model<Scalar, Weight>& model, Token id, State<Scalar>& state,
+                    const Options<Scalar>& options = {}) {
+  return lm_head(model, backbone_step(model, id, state, options));
+}
+
+}  // namespace ssm

@@ -1,0 +1,131 @@
+// What the tests share: where files are, random inputs, and the bound that every comparison uses.
+#pragma once
+
+#include <cstdlib>
+#include <filesystem>
+#include <iostream>
+#include <optional>
+#include <random>
+#include <string>
+
+#include "../mamba.hpp"
+#include "catch.hpp"
+
+namespace test {
+
+using mamba::Index;
+using mamba::Matrix;
+using mamba::Token;
+using ssm::Row;
+using ssm::StateMatrix;
+
+/// A path in the repository.
+inline std::string root(const std::string& path) {
+  const char* given = std::getenv("MAMBA_ROOT");
+  return std::string(given ? given : ".") + "/" + path;
+}
+
+/// The folder of further test data that MAMBA_TEST_DATA names, or nothing; a test that needs it says
+/// that it was skipped.
+inline std::optional<std::string> extra_data() {
+  const char* given = std::getenv("MAMBA_TEST_DATA");
+  if (given && *given) return std::string(given);
+  WARN("skipped: needs MAMBA_TEST_DATA");
+  return {};
+}
+
+/// The golden folders to go through: the repository's, and those of MAMBA_TEST_DATA if it is set.
+inline std::vector<std::string> golden_folders() {
+  std::vector<std::string> folders = {root("tests/golden")};
+  const char* given = std::getenv("MAMBA_TEST_DATA");
+  if (given && *given) folders.push_back(std::string(given) + "/golden");
+  return folders;
+}
+
+inline std::vector<std::string> files_matching(const std::string& folder, const std::string& start) {
+  std::vector<std::string> found;
+  for (const auto& entry : std::filesystem::directory_iterator(folder))
+    if (entry.path().filename().string().rfind(start, 0) == 0) found.push_back(entry.path().string());
+  std::sort(found.begin(), found.end());
+  return found;
+}
+
+/// A folder of its own for a test's files, removed at the end.
+struct TempFolder {
+  std::string path;
+  TempFolder() {
+    std::string name = (std::filesystem::temp_directory_path() / "mamba_test_XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  ~TempFolder() { std::filesystem::remove_all(path); }
+  TempFolder(const TempFolder&) = delete;
+  TempFolder& operator=(const TempFolder&) = delete;
+  std::string operator/(const std::string& name) const { return path + "/" + name; }
+  bool empty() const { return std::filesystem::is_empty(path); }
+};
+
+/// Normal random numbers, the same on every platform's std::mt19937_64 (Box-Muller by hand).
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : bits_(seed) {}
+  double uniform() { return static_cast<double>(bits_() >> 11) * 0x1p-53; }
+  double normal() {
+    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
+  }
+  template <class Scalar>
+  Matrix<Scalar> matrix(Index rows, Index cols, double scale = 1) {
+    Matrix<Scalar> m(rows, cols);
+    for (Index i = 0; i < m.size(); ++i) m.data()[i] = static_cast<Scalar>(scale * normal());
+    return m;
+  }
+
+ private:
+  std::mt19937_64 bits_;
+};
+
+/// A tensor of a file as a matrix: the last extent is columns, all others together are rows.
+template <class Scalar>
+Matrix<Scalar> matrix(const mamba::Tensor& tensor) {
+  const Index cols = tensor.shape.empty() ? 1 : tensor.shape.back();
+  Matrix<Scalar> m(cols ? static_cast<Index>(tensor.size()) / cols : 0, cols);
+  mamba::convert(tensor, m.data());
+  return m;
+}
+
+/// Checks |got - want| <= k eps magnitude, entry by entry (DESIGN: numerics), where magnitude is the
+/// natural size of the terms that were added. NaN never passes. Returns the worst multiple of
+/// eps * magnitude.
+template <class Got, class Want, class Size>
+double check_close(const char* name, const Got& got, const Want& want, const Size& magnitude, double k,
+                   double eps) {
+  REQUIRE(got.rows() == want.rows());
+  REQUIRE(got.cols() == want.cols());
+  double worst = 0;
+  Index row = 0, col = 0;
+  for (Index r = 0; r < got.rows(); ++r) {
+    for (Index c = 0; c < got.cols(); ++c) {
+      const double error = std::abs(static_cast<double>(got(r, c)) - static_cast<double>(want(r, c)));
+      const double unit = eps * static_cast<double>(magnitude(r, c)) + 1e-300;
+      if (!(error / unit <= worst)) worst = std::isnan(error) ? INFINITY : error / unit, row = r, col = c;
+    }
+  }
+  INFO(name << ": worst at (" << row << ", " << col << "): " << worst << " units of rounding, allowed " << k);
+  CHECK(worst <= k);
+  return worst;
+}
+
+/// Largest |a - b|; NaN and a wrong shape count as infinite.
+template <class A, class B>
+double max_difference(const A& a, const B& b) {
+  if (a.rows() != b.rows() || a.cols() != b.cols()) return INFINITY;
+  double worst = 0;
+  for (Index r = 0; r < a.rows(); ++r)
+    for (Index c = 0; c < a.cols(); ++c) {
+      const double d = std::abs(static_cast<double>(a(r, c)) - static_cast<double>(b(r, c)));
+      if (!(d <= worst)) worst = std::isnan(d) ? INFINITY : d;
+    }
+  return worst;
+}
+
+}  // namespace test

@@ -1,0 +1,708 @@
+// Claims about files that are not what they should be: each ends in one line that names the
+// file and what is wrong. First a table of one broken file a row, then random damage.
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "catch.hpp"
+#include "mamba.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using namespace mamba;
+using namespace std::string_literals;
+
+/// A folder for one broken model, gone when the test is over.
+struct BrokenModel {
+  fs::path path;
+  BrokenModel() {
+    std::string name = (fs::temp_directory_path() / "mamba-broken-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  BrokenModel(const BrokenModel&) = delete;
+  BrokenModel& operator=(const BrokenModel&) = delete;
+  ~BrokenModel() { fs::remove_all(path); }
+  void write(const std::string& name, const std::string& bytes) const {
+    fs::remove(path / name);  // ext4 syncs a file that is cut to nothing and written anew
+    std::ofstream(path / name, std::ios::binary) << bytes;
+  }
+};
+
+std::string read_file(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  REQUIRE(in);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+std::string golden(const std::string& name) {
+  const char* root = std::getenv("MAMBA_ROOT");
+  return std::string(root != nullptr ? root : ".") + "/tests/golden/" + name;
+}
+
+template <class Number>
+std::string bytes_of(Number number) {
+  return {reinterpret_cast<const char*>(&number), sizeof number};
+}
+std::string u16(std::uint64_t n) { return bytes_of(static_cast<std::uint16_t>(n)); }
+std::string u32(std::uint64_t n) { return bytes_of(static_cast<std::uint32_t>(n)); }
+std::string u64(std::uint64_t n) { return bytes_of(n); }
+
+/// The error's line, or "no error". Any other kind of exception escapes and fails the test.
+template <class Function>
+std::string error_of(Function function) {
+  try {
+    function();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+void require_line(const std::string& line, const std::string& fragment,
+                  const std::string& file) {
+  INFO("got:      " << line);
+  INFO("expected: " << fragment);
+  CHECK(line.find(fragment) != std::string::npos);
+  CHECK(line.find(file) != std::string::npos);
+  CHECK(line.find('\n') == std::string::npos);
+  CHECK(line.size() < 700);
+}
+
+struct Row {
+  std::string what, content,
+      fragment;  // how it is broken; the file; what the line must say
+};
+
+}  // namespace
+
+// --- config.json
+// --------------------------------------------------------------------------
+
+TEST_CASE("broken config: each of these ends in one line that names file, key and value") {
+  const std::string deep(100000, '[');
+  const std::vector<Row> rows = {
+      {"empty file", "", "bad JSON"},
+      {"not JSON", "model: mamba", "bad JSON"},
+      {"cut off", R"({"model_type": "mamba", )", "bad JSON"},
+      {"invalid UTF-8", "{\"model_type\": \"\xff\"}", "UTF-8"},
+      {"open string", "{\"model_type\": \"mam", "bad JSON"},
+      {"ends in an escape", "{\"model_type\": \"mam\\", "bad JSON"},
+      {"depth bomb", deep, "nested deeper than 64"},
+      {"repeated key", R"({"model_type": "mamba", "model_type": "mamba2"})",
+       "'model_type' appears twice"},
+      {"not an object", "[1, 2]", "expected an object"},
+      {"some other JSON", R"({"hello": 1})",
+       "expected model_type (Hugging Face) or d_model (original)"},
+      {"other model", R"({"model_type": "falcon_mamba"})",
+       "model_type: expected mamba or mamba2, found '\"falcon_mamba\"'"},
+      {"model type is a number", R"({"model_type": 2})", "model_type: expected a string"},
+      {"other layer", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba3"}})",
+       "layer: expected Mamba1 or Mamba2, found '\"Mamba3\"'"},
+      {"ssm_cfg is a list", R"({"d_model": 64, "ssm_cfg": [1]})",
+       "ssm_cfg: expected an object"},
+      {"size zero", R"({"model_type": "mamba", "hidden_size": 0})",
+       "hidden_size: expected an integer from 1 to 1048576, found '0'"},
+      {"size negative", R"({"model_type": "mamba", "state_size": -16})",
+       "state_size: expected an integer"},
+      {"size is 2^64 - 1",
+       R"({"model_type": "mamba", "num_hidden_layers": 18446744073709551615})",
+       "num_hidden_layers: expected an integer"},
+      {"size beyond 2^64", R"({"model_type": "mamba", "vocab_size": 99999999999999999999})",
+       "vocab_size: expected an integer"},
+      {"size is a fraction", R"({"model_type": "mamba", "conv_kernel": 4.5})",
+       "conv_kernel: expected an integer"},
+      {"size is text", R"({"d_model": "768"})", "d_model: expected an integer"},
+      {"size is a list", R"({"d_model": [768]})", "d_model: expected an integer"},
+      {"expand is zero", R"({"model_type": "mamba", "expand": 0})",
+       "expand: expected a factor"},
+      {"expand is infinite", R"({"model_type": "mamba", "expand": Infinity})",
+       "expand: expected a factor"},
+      {"expand is not a number", R"({"model_type": "mamba", "expand": NaN})",
+       "expand: expected a number"},
+      {"channels beyond the limit", R"({"d_model": 1000000, "ssm_cfg": {"expand": 2}})",
+       "expand: expected a factor that makes 1 to 1048576 channels"},
+      {"dt_rank is another word", R"({"d_model": 64, "ssm_cfg": {"dt_rank": "large"}})",
+       "dt_rank: expected an integer"},
+      {"flag is a number", R"({"model_type": "mamba", "use_bias": 1})",
+       "use_bias: expected true or false, found '1'"},
+      {"heads do not fill d_inner",
+       R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 7, "head_dim": 16})",
+       "expected heads * head_dim = d_inner = 128, found 7 * 16"},
+      {"head_dim does not divide",
+       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "headdim": 48}})",
+       "expected heads * head_dim = d_inner = 128, found 2 * 48"},
+      {"groups do not divide heads",
+       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "headdim": 16, "ngroups": 3}})",
+       "groups: expected a divisor of the 8 heads, found 3"},
+      {"dt limit reversed", R"({"model_type": "mamba2", "time_step_limit": [0.5, 0.1]})",
+       "time_step_limit: expected 0 <= low <= high"},
+      {"dt limit negative",
+       R"({"model_type": "mamba2", "time_step_limit": [-Infinity, 1.0]})",
+       "time_step_limit: expected"},
+      {"dt limit NaN", R"({"model_type": "mamba2", "time_step_limit": [0, NaN]})",
+       "time_step_limit: expected a number"},
+      {"dt limit too short", R"({"model_type": "mamba2", "time_step_limit": [0.0]})",
+       "time_step_limit: expected two numbers"},
+      {"epsilon zero", R"({"model_type": "mamba", "layer_norm_epsilon": 0})",
+       "layer_norm_epsilon: expected a number between 0 and 1"},
+      {"epsilon infinite", R"({"model_type": "mamba", "layer_norm_epsilon": Infinity})",
+       "layer_norm_epsilon: expected a number between 0 and 1"},
+      {"other activation", R"({"model_type": "mamba", "hidden_act": "gelu"})",
+       "hidden_act: expected silu, found '\"gelu\"'"},
+      {"layer norm", R"({"d_model": 64, "rms_norm": false})",
+       "rms_norm: expected true, found 'false'"},
+      {"no gated norm",
+       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": false}})",
+       "rmsnorm: expected true"},
+      {"norm before gate",
+       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "norm_before_gate": true}})",
+       "norm_before_gate: expected false"},
+      {"D for each channel",
+       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "D_has_hdim": true}})",
+       "D_has_hdim: expected false"},
+      {"scan on some channels",
+       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "d_ssm": 64}})",
+       "d_ssm: expected an integer from 128 to 128, found '64'"},
+      {"attention layers", R"({"d_model": 64, "attn_layer_idx": [3]})",
+       "attn_layer_idx: expected [], found '[3]'"},
+      {"MLP layers", R"({"d_model": 64, "d_intermediate": 256})",
+       "d_intermediate: expected an integer from 0 to 0, found '256'"},
+      {"token id is text", R"({"model_type": "mamba", "eos_token_id": ["</s>"]})",
+       "eos_token_id: expected an integer"},
+      {"token id beyond int32", R"({"model_type": "mamba", "bos_token_id": 5000000000})",
+       "bos_token_id: expected an integer"},
+  };
+  for (const Row& row : rows) {
+    INFO("broken by: " << row.what);
+    const BrokenModel model;
+    model.write("config.json", row.content);
+    require_line(error_of([&] { read_config(model.path.string()); }), row.fragment,
+                 "config.json");
+  }
+  const BrokenModel model;
+  require_line(error_of([&] { read_config(model.path.string()); }), "No such file",
+               "config.json");
+  fs::create_directory(model.path / "config.json");
+  require_line(error_of([&] { read_config(model.path.string()); }),
+               "expected a file, found something else", "config.json");
+}
+
+// --- safetensors
+// --------------------------------------------------------------------------
+
+namespace {
+
+/// A safetensors file with this header and `bytes` of data.
+std::string safetensors(const std::string& header, std::size_t bytes) {
+  return u64(header.size()) + header + std::string(bytes, '\0');
+}
+
+std::string entry(const std::string& dtype, const std::string& shape,
+                  const std::string& offsets) {
+  return R"({"x":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" +
+         offsets + "}}";
+}
+
+}  // namespace
+
+TEST_CASE("broken safetensors: each of these ends in one line that names file and tensor") {
+  const std::vector<Row> rows = {
+      {"empty file", "", "truncated"},
+      {"shorter than its first number", "1234567", "expected 8 bytes at offset 0, found 7"},
+      {"header longer than the file", u64(100) + "{}", "bad header"},
+      {"header of 2^64 - 1 bytes", u64(~0ull) + "{}",
+       "expected at most 2 bytes, found 18446744073709551615"},
+      {"header is not JSON", safetensors("{,}", 0), "bad JSON"},
+      {"header is empty", safetensors("", 0), "bad JSON"},
+      {"header is a list", safetensors("[]", 0), "expected an object"},
+      {"header is not UTF-8", safetensors("{\"\xc3\x28\":1}", 0), "UTF-8"},
+      {"header is followed by more", safetensors("{} {}", 0), "bad JSON"},
+      {"depth bomb", safetensors(std::string(1000000, '{'), 0), "bad JSON"},
+      {"deep lists", safetensors("{\"x\":" + std::string(1000000, '['), 0),
+       "nested deeper than 64"},
+      {"tensor twice",
+       safetensors(
+           R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
+           8),
+       "'x' appears twice"},
+      {"dtype twice",
+       safetensors(
+           R"({"x":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}})", 4),
+       "'dtype' appears twice"},
+      {"tensor is a number", safetensors(R"({"x":1})", 0),
+       "'x': expected dtype, shape and data_offsets"},
+      {"no dtype", safetensors(R"({"x":{"shape":[1],"data_offsets":[0,4]}})", 4),
+       "'x': expected dtype"},
+      {"no shape", safetensors(R"({"x":{"dtype":"F32","data_offsets":[0,4]}})", 4),
+       "'x': expected dtype"},
+      {"three offsets", safetensors(entry("F32", "[1]", "[0,4,8]"), 4),
+       "'x': expected dtype"},
+      {"unknown dtype", safetensors(entry("F33", "[1]", "[0,4]"), 4), "unknown dtype"},
+      {"negative size", safetensors(entry("F32", "[-1]", "[0,4]"), 4),
+       "'x': expected whole numbers"},
+      {"fraction in shape", safetensors(entry("F32", "[1.0]", "[0,4]"), 4),
+       "'x': expected whole numbers"},
+      {"text in shape", safetensors(entry("F32", "[\"1\"]", "[0,4]"), 4),
+       "'x': expected whole numbers"},
+      {"size of 2^63", safetensors(entry("F32", "[9223372036854775808]", "[0,4]"), 4),
+       "'x': expected whole numbers"},
+      {"product is 2^64", safetensors(entry("F32", "[4294967296,4294967296]", "[0,0]"), 0),
+       "'x': expected sizes >= 0 with a product below 2^63"},
+      {"product overflows in bytes only",
+       safetensors(entry("F64", "[2305843009213693952]", "[0,0]"), 0),
+       "with a product below 2^63"},
+      {"shape of a million ones too large",
+       safetensors(entry(
+                       "F32",
+                       "[2" +
+                           [] {
+                             std::string s;
+                             for (int i = 0; i < 70; ++i) s += ",2";
+                             return s;
+                           }() +
+                           "]",
+                       "[0,4]"),
+                   4),
+       "2, ...)"},
+      {"begin after end", safetensors(entry("F32", "[1]", "[4,0]"), 4),
+       "expected begin <= end <= 4, found 4, 0"},
+      {"end outside", safetensors(entry("F32", "[2]", "[0,8]"), 4),
+       "expected begin <= end <= 4, found 0, 8"},
+      {"offset of 2^64 - 1",
+       safetensors(entry("F32", "[1]", "[0,18446744073709551615]"), 4),
+       "'x': expected whole numbers"},
+      {"offset below zero", safetensors(entry("F32", "[1]", "[-4,0]"), 4),
+       "'x': expected whole numbers"},
+      {"too few bytes for the shape", safetensors(entry("F32", "[2,3]", "[0,20]"), 20),
+       "expected 24 bytes for F32 (2, 3), found 20"},
+      {"too many bytes for the shape", safetensors(entry("F16", "[2]", "[0,8]"), 8),
+       "expected 4 bytes for F16 (2), found 8"},
+      {"overlap",
+       safetensors(
+           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
+           12),
+       "'b': expected the tensors to lie side by side, from byte 8, found 4"},
+      {"two tensors in one place",
+       safetensors(
+           R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
+           4),
+       "shares its bytes with 'a'"},
+      {"hole at the start", safetensors(entry("F32", "[1]", "[4,8]"), 8),
+       "from byte 0, found 4"},
+      {"hole in the middle",
+       safetensors(
+           R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})",
+           5),
+       "from byte 2, found 3"},
+      {"bytes left over", safetensors(entry("F32", "[1]", "[0,4]"), 9),
+       "expected tensors up to byte 9, found 4"},
+      {"metadata is a list", safetensors(R"({"__metadata__":[]})", 0),
+       "'__metadata__': expected an object"},
+      {"metadata holds a number", safetensors(R"({"__metadata__":{"n":1}})", 0),
+       "'n': expected a string"},
+      {"a name of many lines", safetensors(R"({"a\nb\u0007":{"dtype":"?"}})", 0), "'a?b?'"},
+      {"a name of a megabyte", safetensors("{\"" + std::string(1 << 20, 'n') + "\":0}", 0),
+       "nnn...'"},
+  };
+  for (const Row& row : rows) {
+    INFO("broken by: " << row.what);
+    const BrokenModel model;
+    model.write("model.safetensors", row.content);
+    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+                 "model.safetensors");
+  }
+}
+
+TEST_CASE("broken shards: the index and what it points to are checked") {
+  const std::string good = safetensors(entry("F32", "[1]", "[0,4]"), 4);
+  const std::vector<Row> rows = {
+      {"no weight map", R"({"metadata": {}})", "index.json: expected an object weight_map"},
+      {"weight map is a list", R"({"weight_map": []})", "expected an object weight_map"},
+      {"not an object", "3", "expected an object weight_map"},
+      {"not JSON", "{", "bad JSON"},
+      {"leaves the folder", R"({"weight_map": {"x": "../../etc/passwd"}})",
+       "'x': expected the name of a file beside the index"},
+      {"a number", R"({"weight_map": {"x": 3}})", "'x': expected the name of a file"},
+      {"no name", R"({"weight_map": {"x": ""}})", "'x': expected the name of a file"},
+      {"NUL in the name", "{\"weight_map\": {\"x\": \"one\\u0000\"}}",
+       "'x': expected the name of a file"},
+      {"missing shard", R"({"weight_map": {"x": "two.safetensors"}})",
+       "two.safetensors: No such file"},
+      {"tensor not in its shard", R"({"weight_map": {"y": "one.safetensors"}})",
+       "one.safetensors: expected y, found none"},
+  };
+  for (const Row& row : rows) {
+    INFO("broken by: " << row.what);
+    const BrokenModel model;
+    model.write("one.safetensors", good);
+    model.write("model.safetensors.index.json", row.content);
+    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+                 model.path.string());
+  }
+  const BrokenModel model;
+  require_line(error_of([&] { read_checkpoint(model.path.string()); }),
+               "expected model.safetensors or", model.path.string());
+}
+
+// --- PyTorch
+// ------------------------------------------------------------------------------
+
+namespace {
+
+struct Entry {
+  std::string name, bytes;
+  int method = 0;
+};
+
+/// A zip of stored entries. `size_off` is added to the sizes that the directory gives.
+std::string zip(const std::vector<Entry>& entries, std::uint64_t size_off = 0) {
+  std::string file, directory;
+  for (const Entry& e : entries) {
+    const std::uint64_t size = e.bytes.size() + size_off;
+    directory += "PK\1\2"s + u16(0) + u16(0) + u16(0) + u16(e.method) + u32(0) + u32(0) +
+                 u32(size) + u32(size) + u16(e.name.size()) + u16(0) + u16(0) + u16(0) +
+                 u16(0) + u32(0) + u32(file.size()) + e.name;
+    file += "PK\3\4"s + u16(0) + u16(0) + u16(e.method) + u32(0) + u32(0) + u32(size) +
+            u32(size) + u16(e.name.size()) + u16(0) + e.name + e.bytes;
+  }
+  return file + directory + "PK\5\6" + u32(0) + u16(entries.size()) + u16(entries.size()) +
+         u32(directory.size()) + u32(file.size()) + u16(0);
+}
+
+// The opcodes of a pickle, by their names in Python's pickletools.
+std::string text(const std::string& s) { return "X" + u32(s.size()) + s; }
+std::string integer(std::int64_t n) { return "\x8a\x08" + bytes_of(n); }
+std::string name(const std::string& module, const std::string& n) {
+  return "c" + module + "\n" + n + "\n";
+}
+std::string tuple(const std::vector<std::int64_t>& numbers) {
+  std::string code = "(";
+  for (const std::int64_t n : numbers) code += integer(n);
+  return code + "t";
+}
+std::string storage(const std::string& type, const std::string& key, std::int64_t n) {
+  return "(" + text("storage") + name("torch", type) + text(key) + text("cpu") +
+         integer(n) + "tQ";
+}
+std::string tensor(const std::string& in, std::int64_t offset,
+                   const std::vector<std::int64_t>& shape,
+                   const std::vector<std::int64_t>& strides) {
+  return name("torch._utils", "_rebuild_tensor_v2") + "(" + in + integer(offset) +
+         tuple(shape) + tuple(strides) + "\x89" + name("collections", "OrderedDict") +
+         ")RtR";
+}
+std::string dict(const std::string& items) { return "\x80\x02}(" + items + "u."; }
+
+/// The file of a state dict whose pickle is this, with 24 bytes in storage "0".
+std::string torch_file(const std::string& pickle, const std::string& order = "little") {
+  return zip({{"m/data.pkl", pickle},
+              {"m/byteorder", order},
+              {"m/data/0", std::string(24, '\0')}});
+}
+
+}  // namespace
+
+TEST_CASE("broken torch.save: each of these ends in one line that names the file") {
+  const std::string floats = storage("FloatStorage", "0", 6);
+  const std::string x = text("x") + tensor(floats, 0, {2, 3}, {3, 1}),
+                    good = torch_file(dict(x));
+  const std::int64_t big = std::int64_t{1} << 62;
+  const std::string v2 = name("torch._utils", "_rebuild_tensor_v2");
+  const std::vector<Row> rows = {
+      {"empty file", "", "expected a file written by torch.save"},
+      {"some other file", "GGUF....", "expected a file written by torch.save"},
+      {"only the first bytes of a zip", good.substr(0, 4),
+       "expected a zip archive's end record"},
+      {"cut in the middle", good.substr(0, good.size() / 2),
+       "expected a zip archive's end record"},
+      {"cut by one byte", good.substr(0, good.size() - 1), "truncated"},
+      {"directory outside",
+       [&] {
+         std::string z = good;
+         z.replace(z.size() - 6, 4, u32(1u << 30));
+         return z;
+       }(),
+       "truncated"},
+      {"directory is not one",
+       [&] {
+         std::string z = good;
+         z.replace(z.size() - 6, 4, u32(3));
+         return z;
+       }(),
+       "expected a directory entry"},
+      {"more entries than there are",
+       [&] {
+         std::string z = good;
+         z.replace(z.size() - 12, 2, u16(9));
+         return z;
+       }(),
+       "expected a directory entry"},
+      {"zip64 without its records",
+       [&] {
+         std::string z = good;
+         z.replace(z.size() - 6, 4, u32(0xffffffff));
+         return z;
+       }(),
+       "expected the zip64 locator"},
+      {"compressed entry", zip({{"m/data.pkl", dict(x), 8}}),
+       "'m/data.pkl': expected a stored entry, found a compressed"},
+      {"entry longer than the file", zip({{"m/data.pkl", dict(x)}}, 1u << 20), "truncated"},
+      {"entry twice", zip({{"m/data.pkl", dict(x)}, {"m/data.pkl", dict(x)}}),
+       "'m/data.pkl': appears twice"},
+      {"no pickle", zip({{"m/data/0", "abcd"}}), "expected an entry NAME/data.pkl"},
+      {"big-endian", torch_file(dict(x), "big"), "expected little, found 'big'"},
+      {"empty pickle", torch_file(""), "truncated"},
+      {"protocol 0", torch_file("(dp0\n."), "has the opcode 100"},
+      {"protocol 6", torch_file("\x80\x06}."), "has protocol 6"},
+      {"no STOP", torch_file("\x80\x02}"), "truncated"},
+      {"stops with an empty stack", torch_file("\x80\x02."), "takes from an empty stack"},
+      {"tuple without a mark", torch_file("\x80\x02t."),
+       "looks for a mark that is not there"},
+      {"takes a mark for a value", torch_file("\x80\x02(\x85."),
+       "takes from an empty stack"},
+      {"recalls what it never noted", torch_file("\x80\x02h\x07."),
+       "recalls what it never noted"},
+      {"text longer than the pickle", torch_file("\x80\x02X\xff\xff\xff\x7f."),
+       "truncated"},
+      {"text of 2^64 - 1 bytes", torch_file("\x80\x02\x8d" + u64(~0ull) + "."),
+       "truncated"},
+      {"name without an end",
+       torch_file("\x80\x02"
+                  "cos"),
+       "truncated"},
+      {"os.system", torch_file("\x80\x02" + name("os", "system") + text("true") + "\x85R."),
+       "asks for 'os.system' at byte"},
+      {"builtins.eval",
+       torch_file("\x80\x02" + name("builtins", "eval") + text("1") + "\x85R."),
+       "asks for 'builtins.eval'"},
+      {"os.system by STACK_GLOBAL",
+       torch_file("\x80\x04" + text("os") + text("system") + "\x93)R."),
+       "asks for 'os.system'"},
+      {"a function of torch",
+       torch_file("\x80\x02" + name("torch", "load") + text("f") + "\x85R."),
+       "asks for 'torch.load'"},
+      {"NEWOBJ", torch_file("\x80\x02" + name("collections", "OrderedDict") + ")\x81."),
+       "has the opcode 129"},
+      {"calls a storage type",
+       torch_file("\x80\x02" + name("torch", "FloatStorage") + ")R."),
+       "calls 'torch.FloatStorage' with 0 arguments"},
+      {"calls a number", torch_file("\x80\x02K\x01)R."), "holds a value of the wrong kind"},
+      {"too few arguments", torch_file(dict(text("x") + v2 + "(" + floats + "tR")),
+       "with 1 arguments"},
+      {"tensor in a text", torch_file(dict(text("x") + tensor(text("0"), 0, {1}, {1}))),
+       "holds a value of the wrong kind"},
+      {"persistent id is a text", torch_file("\x80\x02" + text("0") + "Q."),
+       "holds a value of the wrong kind"},
+      {"persistent id is short", torch_file("\x80\x02" + text("storage") + "\x85Q."),
+       "has an unknown persistent id"},
+      {"BUILD on a tensor", torch_file(dict(x + "}b")), "holds a value of the wrong kind"},
+      {"integer of nine bytes", torch_file("\x80\x02\x8a\x09" + std::string(9, '\1') + "."),
+       "has an integer of 9 bytes"},
+      {"key without a value", torch_file("\x80\x02}(" + text("x") + "u."),
+       "has a key without a value"},
+      {"too many opcodes", torch_file("\x80\x02" + std::string(1 << 23, 'N')),
+       "has more than 4194304 opcodes"},
+      {"65 dimensions",
+       torch_file(dict(text("x") + tensor(floats, 0, std::vector<std::int64_t>(65, 1),
+                                          std::vector<std::int64_t>(65, 1)))),
+       "has a tensor of 65 dimensions"},
+      {"not a dict", torch_file("\x80\x02K\x01."), "expected a dict of tensors"},
+      {"a number in the dict", torch_file(dict(x + text("n") + "K\x01")),
+       "'n': expected a name and a tensor"},
+      {"two state dicts", torch_file(dict(text("model") + "}" + text("state_dict") + "}")),
+       "expected one state dict, found two"},
+      {"tensor twice", torch_file(dict(x + x)), "the tensor 'x' appears twice"},
+      {"no such storage",
+       torch_file(dict(text("x") + tensor(storage("FloatStorage", "7", 6), 0, {1}, {1}))),
+       "'x': expected 24 bytes in storage '7', found 0"},
+      {"storage cut short",
+       torch_file(dict(text("x") + tensor(storage("FloatStorage", "0", 7), 0, {1}, {1}))),
+       "'x': expected 28 bytes in storage '0', found 24"},
+      {"storage of 2^62 values",
+       torch_file(dict(text("x") + tensor(storage("FloatStorage", "0", big), 0, {1}, {1}))),
+       "'x': expected sizes >= 0 with a product below 2^63"},
+      {"storage of -1 values",
+       torch_file(dict(text("x") + tensor(storage("FloatStorage", "0", -1), 0, {1}, {1}))),
+       "'x': expected sizes >= 0"},
+      {"shape larger than the storage",
+       torch_file(dict(text("x") + tensor(floats, 0, {7}, {1}))),
+       "'x': expected values inside the 6 of storage '0'"},
+      {"offset outside", torch_file(dict(text("x") + tensor(floats, 5, {2}, {1}))),
+       "found offset 5, shape (2), strides (1)"},
+      {"offset negative", torch_file(dict(text("x") + tensor(floats, -1, {2}, {1}))),
+       "found offset -1"},
+      {"offset of 2^63 - 1",
+       torch_file(dict(text("x") + tensor(floats, INT64_MAX, {2}, {1}))),
+       "'x': expected values inside"},
+      {"strides reach outside",
+       torch_file(dict(text("x") + tensor(floats, 0, {2, 3}, {4, 1}))), "strides (4, 1)"},
+      {"strides overflow",
+       torch_file(dict(text("x") + tensor(floats, 0, {3, 2}, {big, 1}))),
+       "'x': expected values inside"},
+      {"stride negative", torch_file(dict(text("x") + tensor(floats, 5, {2}, {-1}))),
+       "strides (-1)"},
+      {"too few strides", torch_file(dict(text("x") + tensor(floats, 0, {2, 3}, {1}))),
+       "shape (2, 3), strides (1)"},
+      {"shape overflows",
+       torch_file(dict(text("x") + tensor(floats, 0, {big, big}, {0, 0}))),
+       "'x': expected sizes >= 0"},
+      {"shape negative", torch_file(dict(text("x") + tensor(floats, 0, {-2}, {1}))),
+       "'x': expected sizes >= 0"},
+      {"one value repeated a billion times",
+       torch_file(dict(text("x") + tensor(floats, 0, {1 << 30}, {0}))),
+       "'x': its strides repeat more data than the file holds"},
+  };
+  for (const Row& row : rows) {
+    INFO("broken by: " << row.what);
+    const BrokenModel model;
+    model.write("pytorch_model.bin", row.content);
+    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+                 "pytorch_model.bin");
+  }
+  const BrokenModel model;  // what the rows break is good before
+  model.write("pytorch_model.bin", good);
+  CHECK(read_checkpoint(model.path.string()).at("x").shape ==
+        std::vector<std::int64_t>{2, 3});
+}
+
+TEST_CASE("broken torch.save: the format from before the zip is checked as well") {
+  const std::string whole = read_file(golden("torch_save/module_legacy.bin"));
+  const auto changed = [&](const std::string& from, const std::string& to) {
+    std::string file = whole;
+    const std::size_t at = file.find(from);
+    REQUIRE(at != std::string::npos);
+    return file.replace(at, from.size(), to);
+  };
+  const std::vector<Row> rows = {
+      {"cut after the magic number", whole.substr(0, 15), "truncated"},
+      {"cut in the last storage", whole.substr(0, whole.size() - 1), "truncated"},
+      {"other protocol", changed("M\xe9\x03", "M\xe8\x03"), "expected protocol 1001"},
+      {"big-endian", changed("little_endianq\x02\x88", "little_endianq\x02\x89"),
+       "expected little-endian"},
+      {"other type", changed("HalfStorage", "HalfSt0rage"), "asks for 'torch.HalfSt0rage'"},
+      {"storage too long", changed(u64(12), u64(1ull << 40)),
+       "expected 12 values, found 1099511627776"},
+  };
+  for (const Row& row : rows) {
+    INFO("broken by: " << row.what);
+    const BrokenModel model;
+    model.write("pytorch_model.bin", row.content);
+    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+                 "pytorch_model.bin");
+  }
+}
+
+// --- Random damage
+// ------------------------------------------------------------------------
+
+namespace {
+
+std::string damaged(std::string file, std::mt19937& random) {
+  const auto below = [&](std::size_t n) {
+    return static_cast<std::size_t>(random() % std::max<std::size_t>(n, 1));
+  };
+  // Half of the damage goes to the first part of the file, where the structure lies.
+  const auto place = [&] {
+    return below(random() % 2 == 0 ? std::min<std::size_t>(file.size(), 2000)
+                                   : file.size());
+  };
+  static const std::string kTelling =
+      "\0\1\x7f\x80\xff\"{}[](),:-.0123456789tRQcbhqusXKJ\x85\x8a"s;
+  for (std::size_t n = 1 + below(4); n > 0 && !file.empty(); --n) {
+    const std::size_t at = place(), count = 1 + below(16);
+    switch (below(8)) {
+      case 0:
+        file.resize(at);
+        break;
+      case 1:
+        file.erase(at, count);
+        break;
+      case 2:
+        file.insert(at, file.substr(place(), count));
+        break;
+      case 3:
+        file.replace(at, std::min<std::size_t>(8, file.size() - at),
+                     u64(below(2) ? ~0ull >> below(64) : random()));
+        break;
+      case 4:
+        file[at] = static_cast<char>(file[at] ^ 1 << below(8));
+        break;
+      default:
+        file[at] = kTelling[below(kTelling.size())];
+    }
+  }
+  return file;
+}
+
+/// Reads the damaged file, and if that works all that it holds.
+template <class Read>
+void survive(const std::vector<std::string>& seeds, const std::string& file, int rounds,
+             Read read) {
+  const BrokenModel model;
+  std::mt19937 random(20240607);
+  int refused = 0;
+  for (int round = 0; round < rounds; ++round) {
+    const std::string& seed = seeds[static_cast<std::size_t>(round) % seeds.size()];
+    model.write(file, damaged(seed, random));
+    const std::string line = error_of([&] { read(model.path.string()); });
+    if (line == "no error") continue;
+    ++refused;
+    INFO("round " << round << ": " << line);
+    REQUIRE(line.find('\n') == std::string::npos);
+    REQUIRE(line.find(model.path.string()) != std::string::npos);
+    REQUIRE(line.size() < 1000);
+  }
+  CHECK(refused > rounds / 10);  // the damage is felt,
+  CHECK(refused < rounds);       // and sometimes survived
+}
+
+void touch(const Checkpoint& checkpoint) {
+  std::size_t sum = 0;
+  for (const auto& [name, tensor] : checkpoint.tensors) {
+    for (const char byte : tensor.bytes()) sum += static_cast<unsigned char>(byte);
+    if (tensor.dtype <= DType::BF16) sum += values<float>(tensor).size();
+  }
+  sum += non_finite(checkpoint).size();
+  REQUIRE(sum + 1 > 0);  // the sum is used, so the bytes are read
+}
+
+}  // namespace
+
+TEST_CASE("random damage: a safetensors file loads or ends in one line") {
+  const auto seeds = {read_file(golden("torch_save/zip.safetensors")),
+                      read_file(golden("torch_save/module.safetensors"))};
+  survive(seeds, "model.safetensors", 3000,
+          [](const std::string& folder) { touch(read_checkpoint(folder)); });
+}
+
+TEST_CASE("random damage: a PyTorch file loads or ends in one line") {
+  std::vector<std::string> seeds;
+  for (const char* seed :
+       {"zip", "zip_protocol4", "legacy", "module", "untyped", "wrapped"})
+    seeds.push_back(read_file(golden("torch_save/"s + seed + ".bin")));
+  survive(seeds, "pytorch_model.bin", 6000,
+          [](const std::string& folder) { touch(read_checkpoint(folder)); });
+}
+
+TEST_CASE("random damage: a config loads or ends in one line") {
+  const auto seeds = {
+      R"({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 128, "state_size": 16, "time_step_rank": 5, "use_bias": false, "eos_token_id": [0, 1], "expand": 2})"s,
+      R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "time_step_limit": [0.0, {"__float__": "Infinity"}], "layer_norm_epsilon": 1e-05})"s,
+      R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2", "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]}, "attn_layer_idx": []})"s};
+  survive(seeds, "config.json", 3000, [](const std::string& folder) {
+    const Config c = read_config(folder);
+    REQUIRE((c.d_model > 0 && c.d_inner > 0 && c.d_state > 0 && c.d_conv > 0 &&
+             c.n_layer > 0 && c.vocab_size > 0));
+    REQUIRE((c.version == 1 ? c.dt_rank > 0
+                            : c.n_heads * c.head_dim == c.d_inner &&
+                                  c.n_heads % c.n_groups == 0 && c.chunk > 0));
+  });
+}

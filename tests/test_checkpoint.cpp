@@ -1,0 +1,490 @@
+// Claims about reading and writing models: config.json in both published layouts,
+// safetensors, PyTorch files old and new, and the numbers in them.
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "catch.hpp"
+#include "mamba.hpp"
+
+namespace {
+
+namespace fs = std::filesystem;
+using namespace mamba;
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+/// A folder that is gone when the test is over.
+struct Folder {
+  fs::path path;
+  Folder() {
+    std::string name = (fs::temp_directory_path() / "mamba-test-XXXXXX").string();
+    REQUIRE(::mkdtemp(name.data()) != nullptr);
+    path = name;
+  }
+  Folder(const Folder&) = delete;
+  Folder& operator=(const Folder&) = delete;
+  ~Folder() { fs::remove_all(path); }
+  std::string operator/(const std::string& name) const { return (path / name).string(); }
+  std::size_t files() const {
+    return static_cast<std::size_t>(
+        std::distance(fs::directory_iterator(path), fs::directory_iterator()));
+  }
+};
+
+void write_file(const std::string& path, const std::string& text) {
+  std::ofstream(path, std::ios::binary) << text;
+}
+
+std::string golden(const std::string& name) {
+  const char* root = std::getenv("MAMBA_ROOT");
+  return std::string(root != nullptr ? root : ".") + "/tests/golden/" + name;
+}
+
+/// Bytes, so that NaN equals NaN and -0 differs from 0.
+void require_same(const Tensor& got, const Tensor& want) {
+  INFO("tensor " << want.name);
+  REQUIRE(got.dtype == want.dtype);
+  REQUIRE(got.shape == want.shape);
+  REQUIRE(got.bytes() == want.bytes());
+}
+
+void require_same(const Checkpoint& got, const Checkpoint& want) {
+  REQUIRE(got.tensors.size() == want.tensors.size());
+  for (const auto& [name, tensor] : want.tensors) require_same(got.at(name), tensor);
+}
+
+template <class Function>
+std::string error_of(Function function) {
+  try {
+    function();
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+/// The value of a float16 from its definition: (-1)^s 2^(e-15) 1.f, or 2^-14 0.f.
+double f16_by_definition(std::uint16_t h) {
+  const int exponent = h >> 10 & 31, fraction = h & 1023;
+  const double size = exponent == 31  ? (fraction == 0 ? kInf : std::nan(""))
+                      : exponent == 0 ? std::ldexp(fraction, -24)
+                                      : std::ldexp(1024 + fraction, exponent - 25);
+  return h & 0x8000 ? -size : size;
+}
+
+/// Of all values that a 16-bit format has, the nearest to x; of two, the one with an even
+/// last bit. `next` is the format's first number that would be too large, as in IEEE 754.
+template <class Widen>
+std::uint16_t nearest(double x, Widen widen, std::uint16_t infinity, double next) {
+  const std::uint16_t sign = std::signbit(x) ? 0x8000 : 0;
+  const double size = std::abs(x);
+  std::uint16_t low = 0, high = infinity;  // widen(low) <= size < widen(high)
+  while (high - low > 1) {
+    const auto middle = static_cast<std::uint16_t>((low + high) / 2);
+    (widen(middle) <= size ? low : high) = middle;
+  }
+  if (std::isinf(size)) return sign | infinity;
+  const double below = size - widen(low),
+               above = (high == infinity ? next : widen(high)) - size;
+  return sign | (below < above || (below == above && low % 2 == 0) ? low : high);
+}
+
+}  // namespace
+
+TEST_CASE("numbers: every float16 and bfloat16 widens to the value that it stands for") {
+  for (unsigned i = 0; i < 65536; ++i) {
+    const auto bits = static_cast<std::uint16_t>(i);
+    const double want = f16_by_definition(bits), got = f16_to_float(bits);
+    if (std::isnan(want) ? !std::isnan(got)
+                         : got != want || std::signbit(got) != std::signbit(want))
+      FAIL("float16 " << bits << ": expected " << want << ", got " << got);
+    std::uint32_t wide = 0;
+    const float brain = bf16_to_float(bits);
+    std::memcpy(&wide, &brain, sizeof wide);
+    if (wide != i << 16) FAIL("bfloat16 " << bits);
+  }
+}
+
+TEST_CASE("numbers: narrowing what was widened gives the same bits, NaN stays NaN") {
+  for (unsigned i = 0; i < 65536; ++i) {
+    const auto bits = static_cast<std::uint16_t>(i);
+    const float half = f16_to_float(bits), brain = bf16_to_float(bits);
+    const bool half_same = float_to_f16(half) == bits;
+    const bool brain_same = float_to_bf16(brain) == bits;
+    if (std::isnan(half) ? !std::isnan(f16_to_float(float_to_f16(half))) : !half_same)
+      FAIL("float16 " << bits);
+    if (std::isnan(brain) ? !std::isnan(bf16_to_float(float_to_bf16(brain))) : !brain_same)
+      FAIL("bfloat16 " << bits);
+  }
+  // A NaN whose payload lies only in the bits that narrowing drops.
+  const std::uint32_t low_nan = 0x7f800001;
+  float nan = 0;
+  std::memcpy(&nan, &low_nan, sizeof nan);
+  CHECK(std::isnan(f16_to_float(float_to_f16(nan))));
+  CHECK(std::isnan(bf16_to_float(float_to_bf16(nan))));
+}
+
+TEST_CASE("numbers: narrowing rounds to the nearest, ties to even, too large to infinity") {
+  const auto check = [](float x) {
+    const std::uint16_t half = nearest(x, f16_by_definition, 0x7c00, 65536.0);
+    if (float_to_f16(x) != half) FAIL("float16 of " << x);
+    const auto widen = [](std::uint16_t b) {
+      return static_cast<double>(bf16_to_float(b));
+    };
+    const std::uint16_t brain = nearest(x, widen, 0x7f80, std::ldexp(1.0, 128));
+    if (float_to_bf16(x) != brain) FAIL("bfloat16 of " << x);
+  };
+  for (unsigned i = 0; i < 0x7c00; ++i) {  // all ties of float16, and their neighbours
+    const auto bits = static_cast<std::uint16_t>(i);
+    const double next = i + 1 == 0x7c00 ? 65536.0 : f16_by_definition(bits + 1);
+    const auto tie = static_cast<float>((f16_by_definition(bits) + next) / 2);
+    for (const float x : {tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 1e9f)})
+      check(x), check(-x);
+  }
+  std::mt19937 random(1);
+  for (int i = 0; i < 300000; ++i) {  // any bits, and ties of bfloat16
+    std::uint32_t bits = static_cast<std::uint32_t>(random());
+    if (i % 3 == 0) bits = (bits & 0xffff0000) | 0x8000;
+    float x = 0;
+    std::memcpy(&x, &bits, sizeof x);
+    if (!std::isnan(x)) check(x);
+  }
+}
+
+TEST_CASE("safetensors: what is written is read back, in every dtype and shape") {
+  const Folder folder;
+  std::vector<float> numbers(60);
+  for (std::size_t i = 0; i < numbers.size(); ++i)
+    numbers[i] = 0.37f * static_cast<float>(i) - 7;
+  const std::vector<double> doubles(numbers.begin(), numbers.end());
+  const std::vector<std::int64_t> longs = {-1, 1LL << 40};
+  const std::vector<std::int32_t> ints = {3, -4, 5};
+  std::vector<Tensor> tensors = {tensor_view("f32", {3, 4, 5}, numbers.data()),
+                                 tensor_view("scalar", {}, numbers.data()),
+                                 tensor_view("empty", {0, 7}, numbers.data()),
+                                 tensor_view("f64", {60}, doubles.data()),
+                                 tensor_view("i64", {2}, longs.data()),
+                                 tensor_view("i32", {3, 1}, ints.data())};
+  for (const DType dtype : {DType::F16, DType::BF16, DType::F64, DType::F32}) {
+    tensors.push_back(to_dtype(tensor_view("", {59}, numbers.data()), dtype));
+    tensors.back().name = std::string("as ") + dtype_name(dtype);
+  }
+  const std::map<std::string, std::string> metadata = {{"format", "pt"},
+                                                       {"text", "\"\\ \u00fc\n"}};
+  write_safetensors(folder / "a.safetensors", tensors, metadata);
+  const Checkpoint read = read_safetensors(folder / "a.safetensors");
+  CHECK(read.metadata == metadata);
+  REQUIRE(read.tensors.size() == tensors.size());
+  for (const Tensor& tensor : tensors) {
+    require_same(read.at(tensor.name), tensor);
+    if (tensor.size() == 0) continue;
+    const auto address = reinterpret_cast<std::uintptr_t>(read.at(tensor.name).data);
+    CHECK(address % dtype_size(tensor.dtype) == 0);  // aligned, as we write it
+  }
+  CHECK(values<std::int64_t>(read.at("i64")) == longs);
+  CHECK(values<std::int64_t>(read.at("i32")) == std::vector<std::int64_t>{3, -4, 5});
+  CHECK(values<double>(read.at("f32")) == doubles);
+  CHECK(values<float>(read.at("f64")) == numbers);
+  for (std::size_t i = 0; i < 59; ++i) {
+    CHECK(values<float>(read.at("as F16"))[i] == f16_to_float(float_to_f16(numbers[i])));
+    CHECK(values<double>(read.at("as BF16"))[i] ==
+          bf16_to_float(float_to_bf16(numbers[i])));
+  }
+  CHECK_THROWS_WITH(values<float>(read.at("i32")),
+                    Catch::Contains("expected F64, F32, F16 or BF16, found I32"));
+  CHECK_THROWS_WITH(values<std::int64_t>(read.at("f32")),
+                    Catch::Contains("expected I64 or I32, found F32"));
+  CHECK_THROWS_WITH(read.at("g32"),
+                    Catch::Contains("a.safetensors: expected g32, found none"));
+}
+
+TEST_CASE("safetensors: tensors that a file does not align are read all the same") {
+  const Folder folder;
+  for (int pad = 0; pad < 8; ++pad) {
+    std::string header = R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
+                         R"("b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]},)"
+                         R"("c":{"dtype":"F64","shape":[1],"data_offsets":[9,17]},)"
+                         R"("d":{"dtype":"BF16","shape":[2],"data_offsets":[17,21]}})";
+    header += std::string(static_cast<std::size_t>(pad), ' ');
+    const std::uint64_t size = header.size();
+    const float b[2] = {1.5f, -2.25f};
+    const double c = 1e300;
+    const std::uint16_t d[2] = {0x3f80, 0xc000};
+    std::string file(reinterpret_cast<const char*>(&size), 8);
+    file += header + "x";
+    file.append(reinterpret_cast<const char*>(b), sizeof b);
+    file.append(reinterpret_cast<const char*>(&c), sizeof c);
+    file.append(reinterpret_cast<const char*>(d), sizeof d);
+    write_file(folder / "m.safetensors", file);
+    const Checkpoint read = read_safetensors(folder / "m.safetensors");
+    CHECK(values<float>(read.at("b")) == std::vector<float>{1.5f, -2.25f});
+    CHECK(values<double>(read.at("c")) == std::vector<double>{1e300});
+    CHECK(values<float>(read.at("d")) == std::vector<float>{1, -2});
+    CHECK(non_finite(read).empty());
+  }
+}
+
+TEST_CASE("files: a write that fails leaves the old file and nothing beside it") {
+  const Folder folder;
+  const float one = 1, two = 2;
+  const std::string path = folder / "m.safetensors";
+  write_safetensors(path, {tensor_view("x", {1}, &one)});
+  CHECK(
+      error_of([&] {
+        write_safetensors(path, {tensor_view("y", {1}, &two), tensor_view("y", {1}, &two)});
+      }).find("two tensors named 'y'") != std::string::npos);
+  CHECK(error_of([&] {
+          write_safetensors(path, {tensor_view("\xff", {1}, &two)});
+        }).find("UTF-8") != std::string::npos);
+  CHECK(values<float>(read_safetensors(path).at("x"))[0] == 1);
+  CHECK(folder.files() == 1);
+  {
+    AtomicFile abandoned(folder / "other");
+    abandoned.write("half of it");
+    CHECK(folder.files() == 2);
+    CHECK(!fs::exists(folder / "other"));
+  }
+  CHECK(folder.files() == 1);
+  write_safetensors(path, {tensor_view("x", {1}, &two)});
+  CHECK(values<float>(read_safetensors(path).at("x"))[0] == 2);
+  CHECK(folder.files() == 1);
+  CHECK_THROWS_WITH(write_safetensors(folder / "no/such/folder", {}),
+                    Catch::Contains("No such file"));
+  write_safetensors("/dev/null", {});  // written into, not replaced
+  CHECK(fs::is_character_file("/dev/null"));
+  CHECK_THROWS_WITH(AtomicFile("/dev/full").write("x"), Catch::Contains("No space left"));
+}
+
+TEST_CASE("files: a mapping moves, and lives as long as a tensor that looks into it") {
+  const Folder folder;
+  write_file(folder / "text", "hello");
+  write_file(folder / "empty", "");
+  MappedFile first(folder / "text");
+  MappedFile second(std::move(first));
+  CHECK(second.bytes() == "hello");
+  first = MappedFile(folder / "empty");
+  CHECK(first.size() == 0);
+  CHECK(first.bytes().empty());
+  const std::vector<float> numbers(5000, 0.5f);
+  write_safetensors(folder / "m", {tensor_view("x", {5000}, numbers.data())});
+  const Tensor kept = read_safetensors(folder / "m").at("x");
+  fs::remove(folder / "m");
+  CHECK(values<float>(kept) == numbers);
+}
+
+TEST_CASE(
+    "torch.save: every kind of tensor, view and sharing is read as PyTorch reads it") {
+  for (const char* name : {"zip", "zip_protocol4", "legacy", "module", "module_legacy",
+                           "untyped", "wrapped", "wrapped_model"}) {
+    INFO("file " << name);
+    const std::string path = golden(std::string("torch_save/") + name);
+    require_same(read_pytorch_bin(path + ".bin"), read_safetensors(path + ".safetensors"));
+  }
+  const Checkpoint read = read_pytorch_bin(golden("torch_save/zip.bin"));
+  CHECK(read.at("tied").data == read.at("whole").data);  // shared in the file, shared here
+}
+
+TEST_CASE("torch.save: a pickle that asks for more than tensors is refused by name") {
+  for (const char* name : {"hostile", "hostile_legacy"}) {
+    const std::string path = golden(std::string("torch_save/") + name + ".bin");
+    CHECK_THROWS_WITH(read_pytorch_bin(path),
+                      Catch::Contains("asks for 'posix.system'") && Catch::Contains(path));
+  }
+}
+
+TEST_CASE("checkpoints: shards and their index read as one") {
+  const Folder folder;
+  const std::vector<float> a = {1, 2}, b = {3};
+  write_safetensors(folder / "one.safetensors", {tensor_view("a", {2}, a.data())});
+  write_safetensors(folder / "two.safetensors",
+                    {tensor_view("b", {1}, b.data()), tensor_view("c", {1}, b.data())});
+  write_file(folder / "model.safetensors.index.json",
+             R"({"metadata": {"total_size": 12}, "weight_map":
+                 {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}})");
+  const Checkpoint read = read_checkpoint(folder.path.string());
+  CHECK(read.tensors.size() == 3);
+  CHECK(values<float>(read.at("a")) == a);
+  CHECK(values<float>(read.at("c")) == b);
+
+  const Folder bins;  // PyTorch files are cut the same way
+  fs::copy(golden("torch_save/module.bin"), bins / "x.bin");
+  write_file(bins / "pytorch_model.bin.index.json",
+             R"({"weight_map": {"0.weight": "x.bin"}})");
+  const Checkpoint torch = read_checkpoint(bins.path.string());
+  require_same(torch.at("0.weight"),
+               read_safetensors(golden("torch_save/module.safetensors")).at("0.weight"));
+}
+
+TEST_CASE(
+    "weights: NaN and infinity are reported with the tensor's name and their number") {
+  const Folder folder;
+  std::vector<float> good(100, std::numeric_limits<float>::max()), bad = good;
+  bad[3] = std::nanf(""), bad[50] = -std::numeric_limits<float>::infinity();
+  for (const DType dtype : {DType::F64, DType::F32, DType::BF16, DType::F16}) {
+    if (dtype == DType::F16) good.assign(100, 65504), bad[7] = 65504;
+    for (float& x : bad) x = dtype == DType::F16 && std::isfinite(x) ? 65504 : x;
+    write_safetensors(folder / "m", {to_dtype(tensor_view("good", {100}, good.data()),
+                                              dtype == DType::BF16 ? DType::F32 : dtype),
+                                     to_dtype(tensor_view("bad", {100}, bad.data()),
+                                              dtype == DType::BF16 ? DType::F32 : dtype)});
+    const std::vector<std::string> lines = non_finite(read_safetensors(folder / "m"));
+    REQUIRE(lines.size() == 1);
+    CHECK(lines[0] == (folder / "m") + ": 'bad': 2 of 100 values are NaN or infinite");
+  }
+}
+
+namespace {
+
+Config config_of(const std::string& json) {
+  const Folder folder;
+  write_file(folder / "config.json", json);
+  return read_config(folder.path.string());
+}
+
+void require_same(const Config& a, const Config& b) {
+  CHECK(a.version == b.version);
+  CHECK(a.d_model == b.d_model);
+  CHECK(a.d_inner == b.d_inner);
+  CHECK(a.d_state == b.d_state);
+  CHECK(a.d_conv == b.d_conv);
+  CHECK(a.n_layer == b.n_layer);
+  CHECK(a.vocab_size == b.vocab_size);
+  CHECK(a.dt_rank == b.dt_rank);
+  CHECK(a.n_heads == b.n_heads);
+  CHECK(a.head_dim == b.head_dim);
+  CHECK(a.n_groups == b.n_groups);
+  CHECK(a.chunk == b.chunk);
+  CHECK(a.norm_eps == b.norm_eps);
+  CHECK(a.dt_min == b.dt_min);
+  CHECK(a.dt_max == b.dt_max);
+  CHECK(a.tie_embeddings == b.tie_embeddings);
+  CHECK(a.use_bias == b.use_bias);
+  CHECK(a.use_conv_bias == b.use_conv_bias);
+  CHECK(a.residual_in_fp32 == b.residual_in_fp32);
+}
+
+}  // namespace
+
+TEST_CASE("config: what a file does not say has the default of its layout") {
+  Config c = config_of(R"({"model_type": "mamba"})");  // transformers' MambaConfig
+  CHECK(c.version == 1);
+  CHECK(c.d_model == 768);
+  CHECK(c.d_inner == 1536);
+  CHECK(c.d_state == 16);
+  CHECK(c.d_conv == 4);
+  CHECK(c.n_layer == 32);
+  CHECK(c.vocab_size == 50280);
+  CHECK(c.dt_rank == 48);
+  CHECK((c.tie_embeddings && !c.use_bias && c.use_conv_bias && c.rms_norm));
+  CHECK((c.bos_token_id == 0 && c.eos_token_id == 0));
+  c = config_of(R"({"model_type": "mamba2"})");  // Mamba2Config
+  CHECK(c.version == 2);
+  CHECK(c.d_model == 4096);
+  CHECK(c.d_inner == 8192);
+  CHECK(c.d_state == 128);
+  CHECK(c.n_layer == 64);
+  CHECK(c.vocab_size == 32768);
+  CHECK((c.n_heads == 128 && c.head_dim == 64 && c.n_groups == 8 && c.chunk == 256));
+  CHECK((c.dt_min == 0 && c.dt_max == kInf && !c.tie_embeddings && c.eos_token_id == 2));
+  c = config_of(R"({"d_model": 100, "ssm_cfg": {}})");  // the original package, Mamba
+  CHECK((c.version == 1 && c.d_inner == 200 && c.d_state == 16 && c.d_conv == 4));
+  CHECK((c.n_layer == 64 && c.vocab_size == 50277 && c.dt_rank == 7 && c.tie_embeddings));
+  c = config_of(R"({"d_model": 128, "ssm_cfg": {"layer": "Mamba2"}})");
+  CHECK((c.version == 2 && c.d_inner == 256 && c.d_state == 128 && c.head_dim == 64));
+  CHECK((c.n_heads == 4 && c.n_groups == 1 && c.chunk == 256 && c.dt_max == kInf));
+}
+
+TEST_CASE("config: both layouts say the same model") {
+  require_same(
+      config_of(R"({"model_type": "mamba", "hidden_size": 96, "expand": 3, "state_size": 8,
+                   "conv_kernel": 3, "time_step_rank": 5, "num_hidden_layers": 2, "vocab_size": 300,
+                   "use_bias": true, "use_conv_bias": false, "tie_word_embeddings": false})"),
+      config_of(R"({"d_model": 96, "n_layer": 2, "vocab_size": 300, "tie_embeddings": false,
+                   "ssm_cfg": {"layer": "Mamba1", "expand": 3, "d_state": 8, "d_conv": 3,
+                               "dt_rank": 5, "bias": true, "conv_bias": false}})"));
+  require_same(
+      config_of(
+          R"({"model_type": "mamba2", "hidden_size": 64, "expand": 1.5, "state_size": 32,
+                   "num_heads": 6, "head_dim": 16, "n_groups": 3, "chunk_size": 32, "vocab_size": 300,
+                   "num_hidden_layers": 2, "time_step_limit": [0.001, 0.5]})"),
+      config_of(R"({"d_model": 64, "n_layer": 2, "vocab_size": 300, "tie_embeddings": false,
+                   "ssm_cfg": {"layer": "Mamba2", "expand": 1.5, "d_state": 32, "headdim": 16,
+                               "ngroups": 3, "chunk_size": 32, "dt_limit": [0.001, 0.5]}})"));
+}
+
+TEST_CASE("config: Infinity in any spelling, and words that only look like it") {
+  const std::string start = R"({"model_type": "mamba2", "time_step_limit": [0.0, )";
+  for (const char* infinity : {"Infinity", "\"Infinity\"", R"({"__float__": "Infinity"})"})
+    CHECK(config_of(start + infinity + "]}").dt_max == kInf);
+  CHECK(config_of(start + "0.25]}").dt_max == 0.25);
+  CHECK(config_of(R"({"model_type": "mamba2", "time_step_limit": null})").dt_max == kInf);
+  const std::string words = R"({"a": "Infinity NaN", "b\"": "\\", "c": [NaN, -Infinity]})";
+  CHECK(quote_bare_floats(words) ==
+        R"({"a": "Infinity NaN", "b\"": "\\", "c": ["NaN", "-Infinity"]})");
+}
+
+TEST_CASE("config: what published files carry along does not disturb") {
+  const Config c =
+      config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
+      "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16", "quantization": {}})");
+  CHECK((c.eos_token_id == 7 && c.bos_token_id == -1 && !c.norm_before_gate));
+  // Converted models keep the original's names beside the new ones; the new ones count.
+  CHECK(
+      config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
+      "num_hidden_layers": 3, "time_step_rank": "auto"})")
+          .n_layer == 3);
+  CHECK(config_of(R"({"d_model": 64, "n_layer": 3, "ssm_cfg": {"dt_rank": "auto"}})")
+            .dt_rank == 4);
+}
+
+TEST_CASE("config: what is written is read back") {
+  for (
+      const char* json :
+      {R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5, "time_step_rank": 9,
+            "layer_norm_epsilon": 1e-6, "use_bias": true, "bos_token_id": 5, "eos_token_id": 6})",
+       R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2,
+            "time_step_limit": [0.01, Infinity], "eos_token_id": null})",
+       R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2,
+            "time_step_limit": [0.0, 0.5], "tie_word_embeddings": true})"}) {
+    const Config config = config_of(json);
+    const Folder folder;
+    write_config(folder.path.string(), config);
+    const Config read = read_config(folder.path.string());
+    require_same(read, config);
+    CHECK(read.bos_token_id == config.bos_token_id);
+    CHECK(read.eos_token_id == config.eos_token_id);
+  }
+}
+
+TEST_CASE("checkpoints: a model reads the same from both published layouts") {
+  std::vector<std::string> pairs = {golden("mamba1"), golden("mamba2")};
+  if (const char* data = std::getenv("MAMBA_TEST_DATA")) {
+    for (const char* name : {"/golden/mamba1", "/golden/mamba2", "/weights/stories-mamba1"})
+      pairs.push_back(std::string(data) + name);
+  } else {
+    WARN("skipped: the larger models of MAMBA_TEST_DATA");
+  }
+  for (const std::string& pair : pairs) {
+    INFO("model " << pair);
+    require_same(read_config(pair + "-hf"), read_config(pair + "-original"));
+    const Checkpoint hf = read_checkpoint(pair + "-hf"),
+                     original = read_checkpoint(pair + "-original");
+    CHECK(hf.tensors.size() >= 29);
+    for (const auto& [name, tensor] : hf.tensors) {
+      const bool embedding = name == "backbone.embeddings.weight";
+      const Tensor& other = original.at(embedding ? "backbone.embedding.weight" : name);
+      INFO("tensor " << name);
+      CHECK(other.dtype == tensor.dtype);
+      REQUIRE(other.bytes().substr(0, tensor.byte_size()) ==
+              tensor.bytes());  // then padding
+      if (!embedding && name != "lm_head.weight") CHECK(other.shape == tensor.shape);
+    }
+  }
+}
