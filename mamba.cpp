@@ -13,22 +13,24 @@
 
 namespace mamba {
 
-// ---------------------------------------------------------------------------------------
-// The matrix product: y = x W^T over weights as stored, on all cores
-// ---------------------------------------------------------------------------------------
+// ------------------------------------------------------------------------------------------
+// The matrix product y = x W^T over weights as stored, on all cores
+// ------------------------------------------------------------------------------------------
+
+#if defined(__F16C__)
+#endif
 
 
-
-using Index = Eigen::Index;
+using Eigen::Index;
 
 // Calls f(begin, end) for consecutive pieces of [0, n), each of `grain` (the last one shorter), on
-// the threads of OpenMP. The pieces are the same for every number of threads. An exception in f
-// is thrown again here. Inside another parallel_for, or for one piece, it runs in the caller.
+// the threads of OpenMP. The pieces are the same for every number of threads. One piece, or a call
+// from inside a parallel_for, runs in the caller; an exception in f arrives in the caller.
 template <class Function>
 void parallel_for(Index n, Index grain, const Function& f) {
   const Index pieces = (n + grain - 1) / grain;
   const auto piece = [&](Index i) { f(i * grain, std::min(n, (i + 1) * grain)); };
-  if (pieces <= 1 || omp_in_parallel() || omp_get_max_threads() == 1) {
+  if (pieces <= 1 || omp_get_max_threads() == 1 || omp_in_parallel()) {
     for (Index i = 0; i < pieces; ++i) piece(i);
     return;
   }
@@ -38,154 +40,20 @@ void parallel_for(Index n, Index grain, const Function& f) {
     try {
       piece(i);
     } catch (...) {
-#pragma omp critical
+#pragma omp critical(mamba_parallel_for)
       error = std::current_exception();
     }
   }
   if (error) std::rethrow_exception(error);
 }
 
-// A (rows x cols) row-major matrix of weights as stored: f32, bf16 or f16, at any address.
+// A (rows x cols) row-major matrix of weights as stored: F32, BF16 or F16, at any address.
 struct Weight {
   DType dtype = DType::F32;
   Index rows = 0, cols = 0;
   const void* data = nullptr;
   std::shared_ptr<const void> keep_alive;  // the mapping or buffer that data points into
 };
-
-// One vector register of floats, by the vector extension that GCC and Clang share.
-#if defined(__AVX512F__)
-constexpr Index kLanes = 16;
-#elif defined(__AVX__)
-constexpr Index kLanes = 8;
-#else
-constexpr Index kLanes = 4;
-#endif
-using Lanes = float __attribute__((vector_size(kLanes * 4)));
-using LanesI32 = std::int32_t __attribute__((vector_size(kLanes * 4)));
-using LanesI16 = std::int16_t __attribute__((vector_size(kLanes * 2)));
-
-constexpr Index element_bytes(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
-
-// The kLanes elements at p as floats: exact for every stored value.
-template <DType dtype>
-inline Lanes load(const char* p) {
-  if constexpr (dtype == DType::F32) {
-    Lanes v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  } else {
-    LanesI16 half;
-    std::memcpy(&half, p, sizeof half);
-    const LanesI32 bits = __builtin_convertvector(half, LanesI32);  // the sign fills the top
-    if constexpr (dtype == DType::BF16) return reinterpret_cast<Lanes>(bits << 16);
-    // f16: the exponent moves from bias 15 to 127: +112, +224 for inf and NaN; a subnormal is
-    // (2^-14 + its value) - 2^-14.
-    const LanesI32 moved = (bits << 13) & static_cast<std::int32_t>(0x8fffe000);
-    const LanesI32 magnitude = moved & 0x0fffe000, sign = moved - magnitude;
-    const LanesI32 normal = moved + (112 << 23);
-    const LanesI32 special = normal + ((magnitude >= 0x0f800000) & (112 << 23));
-    const Lanes subnormal = reinterpret_cast<Lanes>(moved + (113 << 23)) -
-                            reinterpret_cast<Lanes>(sign + (113 << 23));
-    return reinterpret_cast<Lanes>(magnitude < 0x00800000
-                                       ? reinterpret_cast<LanesI32>(subnormal)
-                                       : special);
-  }
-}
-
-// The first n of them, and zeros.
-template <DType dtype>
-inline Lanes load(const char* p, Index n) {
-  char elements[kLanes * element_bytes(dtype)] = {};
-  std::memcpy(elements, p, n * element_bytes(dtype));
-  return load<dtype>(elements);
-}
-
-// out[0..n) = the n elements at p.
-template <DType dtype>
-void to_floats(const char* p, Index n, float* out) {
-  Index k = 0;
-  for (; k + kLanes <= n; k += kLanes) {
-    const Lanes v = load<dtype>(p + k * element_bytes(dtype));
-    std::memcpy(out + k, &v, sizeof v);
-  }
-  if (k == n) return;
-  const Lanes v = load<dtype>(p + k * element_bytes(dtype), n - k);
-  std::memcpy(out + k, &v, (n - k) * sizeof(float));
-}
-
-inline float sum(Lanes v) {
-  float s[kLanes];
-  std::memcpy(s, &v, sizeof v);
-  for (Index half = kLanes / 2; half > 0; half /= 2)
-    for (Index i = 0; i < half; ++i) s[i] += s[i + half];
-  return s[0];
-}
-
-// Registers hold a tile of kTileX rows of x by kTileW rows of W; the sum over the columns is
-// cut at multiples of kDepth, so that a panel of kTileW rows stays in the L1 cache.
-constexpr Index kTileX = 4;
-constexpr Index kTileW = 6;
-constexpr Index kDepth = 768;
-
-// y[t,i] += sum over k < n of x[t,k] w[i,k], for T rows of x and the first `valid` of kTileW rows
-// of W. Every y[t,i] is summed in the same order whatever the tile it falls in.
-template <Index T, DType dtype>
-inline void dot_tile(const float* x, Index x_stride, const char* w, Index w_stride, Index n,
-                     Index valid, float* y, Index y_stride) {
-  constexpr Index size = element_bytes(dtype);
-  const char* rows[kTileW];
-  for (Index i = 0; i < kTileW; ++i) rows[i] = w + std::min(i, valid - 1) * w_stride * size;
-  Lanes sums[T][kTileW] = {};
-  const auto step = [&](Index k, auto... count) {
-    Lanes x_k[T];
-    for (Index t = 0; t < T; ++t)
-      x_k[t] = load<DType::F32>(reinterpret_cast<const char*>(x + t * x_stride + k), count...);
-    for (Index i = 0; i < kTileW; ++i) {
-      const Lanes w_k = load<dtype>(rows[i] + k * size, count...);
-      for (Index t = 0; t < T; ++t) sums[t][i] += x_k[t] * w_k;
-    }
-  };
-  Index k = 0;
-  for (; k + kLanes <= n; k += kLanes) step(k);
-  if (k < n) step(k, n - k);
-  for (Index t = 0; t < T; ++t)
-    for (Index i = 0; i < valid; ++i) y[t * y_stride + i] += sum(sums[t][i]);
-}
-
-// y = x W^T for L rows of x and rows [begin, end) of W.
-template <DType dtype>
-void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Index begin,
-                  Index end, float* y, Index y_stride) {
-  constexpr Index size = element_bytes(dtype);
-  for (Index t = 0; t < L; ++t) std::fill(y + t * y_stride + begin, y + t * y_stride + end, 0.f);
-  alignas(64) float panel[kTileW * kDepth];
-  for (Index k0 = 0; k0 < W.cols; k0 += kDepth) {
-    const Index n = std::min(kDepth, W.cols - k0);
-    for (Index i = begin; i < end; i += kTileW) {
-      const Index valid = std::min(kTileW, end - i);
-      const char* w = static_cast<const char*>(W.data) + (i * W.cols + k0) * size;
-      const auto tiles = [&](auto stored, const char* rows, Index stride) {
-        constexpr DType kStored = decltype(stored)::value;
-        Index t = 0;
-        for (; t + kTileX <= L; t += kTileX)
-          dot_tile<kTileX, kStored>(x + t * x_stride + k0, x_stride, rows, stride, n, valid,
-                                    y + t * y_stride + i, y_stride);
-        for (; t < L; ++t)
-          dot_tile<1, kStored>(x + t * x_stride + k0, x_stride, rows, stride, n, valid,
-                               y + t * y_stride + i, y_stride);
-      };
-      if (L <= kTileX) {
-        tiles(std::integral_constant<DType, dtype>(), w, W.cols);
-        continue;
-      }
-      for (Index r = 0; r < valid; ++r)
-        to_floats<dtype>(w + r * W.cols * size, n, panel + r * kDepth);
-      tiles(std::integral_constant<DType, DType::F32>(), reinterpret_cast<const char*>(panel),
-            kDepth);
-    }
-  }
-}
 
 // Calls f with the storage type of W as a compile-time constant.
 template <class Function>
@@ -194,28 +62,213 @@ void with_dtype(const Weight& W, const Function& f) {
     case DType::F32: return f(std::integral_constant<DType, DType::F32>());
     case DType::BF16: return f(std::integral_constant<DType, DType::BF16>());
     case DType::F16: return f(std::integral_constant<DType, DType::F16>());
-    default: fail("linear: expected weights of F32, BF16 or F16");
+    default: fail("linear: weights: expected F32, BF16 or F16");
   }
 }
 
-// y = x W^T.  x (L, cols), y (L, rows), both row-major float with the given row strides.
-inline void linear(const float* x, Index L, Index x_stride, const Weight& W, float* y,
-                   Index y_stride) {
-  if (L == 0 || W.rows == 0) return;
-  constexpr Index kBlockX = 128, kBlockW = 8 * kTileW;
-  const Index x_block = std::min(L, kBlockX);
-  // at least 2^15 multiply-adds a piece: about the cost of handing one to a thread
-  const Index wanted = (1 << 15) / std::max<Index>(1, W.cols * x_block);
-  const Index w_block = L > kTileX ? kBlockW : std::max(kTileW, wanted / kTileW * kTileW);
-  const Index x_blocks = (L + kBlockX - 1) / kBlockX, w_blocks = (W.rows + w_block - 1) / w_block;
+constexpr Index element_bytes(DType dtype) { return dtype == DType::F32 ? 4 : 2; }
+
+// One vector register of floats, by the vector extension that GCC and Clang share, and the tile
+// of sums, kTileX rows of x by kTileW rows of W, that fits the registers with its operands.
+#if defined(__AVX512F__)  // 32 registers of 16 floats
+constexpr Index kLanes = 16, kTileX = 4, kTileW = 6;
+#elif defined(__AVX__)  // 16 registers of 8
+constexpr Index kLanes = 8, kTileX = 3, kTileW = 4;
+#elif defined(__aarch64__)  // 32 registers of 4
+constexpr Index kLanes = 4, kTileX = 4, kTileW = 6;
+#else
+constexpr Index kLanes = 4, kTileX = 3, kTileW = 4;
+#endif
+using Lanes = float __attribute__((vector_size(4 * kLanes)));
+using LanesU32 = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+using LanesU16 = std::uint16_t __attribute__((vector_size(2 * kLanes)));
+
+// n rounded up to whole vectors.
+constexpr Index padded(Index n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// IEEE half to float. The exponent's bias goes from 15 to 127, that is +112; inf and NaN take +112
+// again, to 255; a subnormal, whose exponent field is 0, is (2^-14 + its value) - 2^-14.
+inline Lanes half_to_float(LanesU16 half) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(half)));
+#elif defined(__F16C__)
+  return reinterpret_cast<Lanes>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(half)));
+#else
+  const LanesU32 bits = __builtin_convertvector(half, LanesU32);
+  const LanesU32 sign = (bits & 0x8000) << 16, magnitude = (bits & 0x7fff) << 13;
+  const auto is_special = reinterpret_cast<LanesU32>(magnitude >= (31 << 23));
+  const auto is_subnormal = reinterpret_cast<LanesU32>(magnitude < (1 << 23));
+  const LanesU32 normal = magnitude + (112 << 23) + (is_special & (112 << 23));
+  const Lanes subnormal = reinterpret_cast<Lanes>(magnitude + (113 << 23)) - 0x1p-14f;
+  return reinterpret_cast<Lanes>(
+      sign | (normal & ~is_subnormal) |
+      (reinterpret_cast<LanesU32>(subnormal) & is_subnormal));
+#endif
+}
+
+// The kLanes elements at p as floats; p need not be aligned.
+template <DType dtype>
+Lanes load(const char* p) {
+  if constexpr (dtype == DType::F32) {
+    Lanes v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  } else {
+    LanesU16 v;
+    std::memcpy(&v, p, sizeof v);
+    if constexpr (dtype == DType::F16) return half_to_float(v);
+    return reinterpret_cast<Lanes>(__builtin_convertvector(v, LanesU32) << 16);
+  }
+}
+
+// out[0..n) = the n elements at p, then zeros up to padded(n).
+template <DType dtype>
+void to_floats(const char* p, Index n, float* out) {
+  constexpr Index size = element_bytes(dtype);
+  for (Index k = 0; k < n; k += kLanes) {
+    char last[kLanes * size] = {};
+    if (n - k < kLanes) std::memcpy(last, p + k * size, (n - k) * size);
+    const Lanes v = load<dtype>(n - k < kLanes ? last : p + k * size);
+    std::memcpy(out + k, &v, sizeof v);
+  }
+}
+
+inline float sum(Lanes v) {
+  Eigen::Array<float, kLanes, 1> floats;
+  std::memcpy(floats.data(), &v, sizeof v);
+  return floats.sum();
+}
+
+// Keeps v in a register. (GCC would rather load it again for each use, and be bound by loads.)
+inline Lanes kept(Lanes v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
+// f(0), ..., f(N - 1) with constants, so that the arrays that they index are kept in registers.
+template <Index N, class Function>
+[[gnu::always_inline]] inline void unroll(const Function& f) {
+  if constexpr (N > 0) {
+    unroll<N - 1>(f);
+    f(std::integral_constant<Index, N - 1>());
+  }
+}
+
+// Rows of x times at most kTileW rows of W, over n columns (a multiple of kLanes).
+struct Tile {
+  const float* x;
+  Index x_stride;
+  const char* w;   // as stored
+  Index w_stride;  // in bytes
+  Index n, w_rows;
+  float* y;
+  Index y_stride;
+  bool add;  // to what y holds, or overwrite it
+};
+
+// y[t,i] (+)= sum over k < n of x[t,k] w[i,k] for t < T, i < w_rows. The order of each sum is the
+// same for every T. kPrefetch asks for the next kTileW rows of W ahead of their use.
+template <Index T, DType dtype, bool kPrefetch>
+void dot_tile(const Tile& tile) {
+  const char* w[kTileW];  // after w_rows the last row again; those sums are not stored
+  for (Index i = 0; i < kTileW; ++i) w[i] = tile.w + std::min(i, tile.w_rows - 1) * tile.w_stride;
+  Lanes sums[T][kTileW] = {};
+  for (Index k = 0; k < tile.n; k += kLanes) {
+    Lanes x_k[T];
+    unroll<T>([&](auto t) {
+      const float* x = tile.x + t * tile.x_stride + k;
+      x_k[t] = kept(load<DType::F32>(reinterpret_cast<const char*>(x)));
+    });
+    unroll<kTileW>([&](auto i) {
+      const char* w_ik = w[i] + k * element_bytes(dtype);
+      const Lanes w_k = kept(load<dtype>(w_ik));
+      if (kPrefetch) __builtin_prefetch(w_ik + kTileW * tile.w_stride, 0, 2);
+      unroll<T>([&](auto t) { sums[t][i] += x_k[t] * w_k; });
+    });
+  }
+  float totals[T][kTileW];
+  unroll<T>([&](auto t) { unroll<kTileW>([&](auto i) { totals[t][i] = sum(sums[t][i]); }); });
+  for (Index t = 0; t < T; ++t)
+    for (Index i = 0; i < tile.w_rows; ++i) {
+      float& y = tile.y[t * tile.y_stride + i];
+      y = tile.add ? y + totals[t][i] : totals[t][i];
+    }
+}
+
+// The same for L rows of x: T at a time while there are T, then fewer.
+template <Index T, DType dtype, bool kPrefetch>
+void dot_tiles(Tile tile, Index L) {
+  for (; L >= T; L -= T) {
+    dot_tile<T, dtype, kPrefetch>(tile);
+    tile.x += T * tile.x_stride;
+    tile.y += T * tile.y_stride;
+  }
+  if constexpr (T > 1) dot_tiles<T - 1, dtype, kPrefetch>(tile, L);
+}
+
+constexpr Index kFewRows = 16;  // up to here W is best read in order, and used as it is stored
+constexpr Index kDepth = 768;   // columns of kTileW rows of W and kTileX of x that fit the L1 cache
+
+// y = x W^T for L rows of x, with zeros from cols up to padded(cols), and rows [begin, end) of W.
+template <DType dtype>
+void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Index begin,
+                  Index end, float* y, Index y_stride) {
+  constexpr Index size = element_bytes(dtype);
+  const Index parts = std::max<Index>(1, (W.cols + kDepth - 1) / kDepth);
+  const Index depth = padded((W.cols + parts - 1) / parts);  // the same for every L
+  alignas(64) float panel[kTileW * kDepth];
+  for (Index part = 0; part < parts; ++part) {
+    const Index k = part * depth, n = std::min(depth, W.cols - k);
+    for (Index i = begin; i < end; i += kTileW) {
+      const char* w = static_cast<const char*>(W.data) + (i * W.cols + k) * size;
+      Tile tile{x + k, x_stride, w, W.cols * size, n, std::min(kTileW, end - i), y + i, y_stride, part > 0};
+      if (L <= kFewRows && n == padded(n)) {
+        dot_tiles<kTileX, dtype, true>(tile, L);
+        continue;
+      }
+      for (Index r = 0; r < tile.w_rows; ++r)
+        to_floats<dtype>(w + r * tile.w_stride, n, panel + r * depth);
+      tile.w = reinterpret_cast<const char*>(panel);
+      tile.w_stride = depth * sizeof(float);
+      tile.n = padded(n);
+      dot_tiles<kTileX, DType::F32, false>(tile, L);
+    }
+  }
+}
+
+// y = x W^T in pieces: a block of x, which stays in the L2 cache, times some panels of W.
+inline void linear_pieces(const float* x, Index L, Index x_stride, const Weight& W, float* y,
+                          Index y_stride) {
+  constexpr Index kBlock = 160, kPieces = 16, kMostPanels = 32, kLeastProducts = 1 << 14;
+  const Index blocks = (L + kBlock - 1) / kBlock, panels = (W.rows + kTileW - 1) / kTileW;
+  const Index products = std::max<Index>(1, std::min(L, kFewRows) * kTileW * W.cols);  // a panel
+  const bool few = L <= kFewRows;
+  const Index wanted = blocks * panels / kPieces;
+  const Index grain = kTileW * std::max((kLeastProducts + products - 1) / products,
+                                        few ? wanted : std::min(wanted, kMostPanels));
+  const Index strips = (W.rows + grain - 1) / grain;
   with_dtype(W, [&](auto dtype) {
-    parallel_for(x_blocks * w_blocks, 1, [&](Index piece, Index) {
-      const Index t = piece / w_blocks * kBlockX, i = piece % w_blocks * w_block;
-      linear_block<decltype(dtype)::value>(x + t * x_stride, std::min(kBlockX, L - t), x_stride,
-                                           W, i, std::min(W.rows, i + w_block),
-                                           y + t * y_stride, y_stride);
+    parallel_for(blocks * strips, 1, [&](Index piece, Index) {
+      const Index t = piece / strips * kBlock, begin = piece % strips * grain;
+      const Index end = std::min(W.rows, begin + grain), step = few ? kTileW : grain;
+      for (Index i = begin; i < end; i += step)
+        linear_block<dtype.value>(x + t * x_stride, std::min(kBlock, L - t), x_stride, W, i,
+                                  std::min(end, i + step), y + t * y_stride, y_stride);
     });
   });
+}
+
+// y = x W^T.  x (L, cols), y (L, rows), both row-major float with the given row strides. Bound by
+// reading W once while L is small, by multiply-adds when it is large. A row of y has the same bits
+// for every L and every number of threads.
+inline void linear(const float* x, Index L, Index x_stride, const Weight& W, float* y,
+                   Index y_stride) {
+  if (W.cols == padded(W.cols)) return linear_pieces(x, L, x_stride, W, y, y_stride);
+  Matrix<float> with_zeros = Matrix<float>::Zero(L, padded(W.cols));
+  for (Index t = 0; t < L; ++t) std::copy_n(x + t * x_stride, W.cols, &with_zeros(t, 0));
+  linear_pieces(with_zeros.data(), L, padded(W.cols), W, y, y_stride);
 }
 
 inline Matrix<float> linear(const Eigen::Ref<const Matrix<float>>& x, const Weight& W) {
@@ -228,52 +281,60 @@ inline Matrix<float> linear(const Eigen::Ref<const Matrix<float>>& x, const Weig
 // Row i of W as floats (1, cols): the embedding of token i.
 inline Matrix<float> row(const Weight& W, Index i) {
   if (i < 0 || i >= W.rows) fail("row: expected an index below ", W.rows, ", found ", i);
-  Matrix<float> out(1, W.cols);
+  Matrix<float> out(1, padded(W.cols));
   with_dtype(W, [&](auto dtype) {
-    constexpr DType kStored = decltype(dtype)::value;
-    const char* p = static_cast<const char*>(W.data) + i * W.cols * element_bytes(kStored);
-    to_floats<kStored>(p, W.cols, out.data());
+    const char* p = static_cast<const char*>(W.data) + i * W.cols * element_bytes(dtype);
+    to_floats<dtype.value>(p, W.cols, out.data());
   });
-  return out;
+  return out.leftCols(W.cols);
 }
 
-inline double seconds_of(const std::function<void()>& f) {
-  const auto start = std::chrono::steady_clock::now();
-  f();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+// The shortest of several runs of f, in seconds.
+template <class Function>
+double best_seconds(const Function& f) {
+  double best = std::numeric_limits<double>::infinity();
+  for (int run = 0; run < 10; ++run) {
+    const auto start = std::chrono::steady_clock::now();
+    f();
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return best;
 }
 
-// Bytes per second that all threads together read from memory: the best of 10 sums over 256 MiB.
+// Bytes per second that all threads together read from memory: sums over 256 MiB.
 inline double read_bandwidth() {
-  constexpr Index kPiece = 1 << 14, kFloats = Index{1} << 26;
-  std::vector<float> data(kFloats, 1.f), sums(kFloats / kPiece);
-  double best = 1e30;
-  for (int run = 0; run < 10; ++run)
-    best = std::min(best, seconds_of([&] {
-      parallel_for(kFloats, kPiece, [&](Index begin, Index end) {
-        sums[begin / kPiece] = Eigen::Map<Eigen::VectorXf>(data.data() + begin, end - begin).sum();
-      });
-    }));
-  return kFloats * sizeof(float) / best;
+  constexpr Index kFloats = Index{1} << 26, kPiece = 1 << 18;
+  const std::vector<float> data(kFloats, 1.f);
+  std::vector<float> totals(kFloats / kPiece);
+  return 4.0 * kFloats / best_seconds([&] {
+    parallel_for(kFloats, kPiece, [&](Index begin, Index end) {
+      Lanes sums[4] = {};
+      for (Index i = begin; i < end; i += 4 * kLanes)
+        unroll<4>([&](auto j) {
+          const char* p = reinterpret_cast<const char*>(&data[i + j * kLanes]);
+          __builtin_prefetch(p + 4096, 0, 2);
+          sums[j] += load<DType::F32>(p);
+        });
+      totals[begin / kPiece] = sum(sums[0] + sums[1] + sums[2] + sums[3]);
+    });
+  });
 }
 
-// Multiply-adds in registers, two operations each: the most that all threads together can do per
-// second.
+// Multiply-adds per second, times two, of all threads on values that stay in registers: what no
+// matrix product can exceed.
 inline double matmul_peak() {
   constexpr Index kChains = 12, kSteps = 1 << 20;
-  std::vector<float> sink(omp_get_max_threads());
-  double best = 1e30;
-  for (int run = 0; run < 10; ++run)
-    best = std::min(best, seconds_of([&] {
-      parallel_for(sink.size(), 1, [&](Index thread, Index) {
-        Lanes sums[kChains], a = Lanes{} + 0.5f, b = Lanes{} + sink[thread];
-        for (Index chain = 0; chain < kChains; ++chain) sums[chain] = Lanes{} + float(chain);
-        for (Index i = 0; i < kSteps; ++i)
-          for (Lanes& s : sums) s = s * a + b;
-        for (Lanes& s : sums) sink[thread] += sum(s);
-      });
-    }));
-  return 2.0 * kChains * kSteps * kLanes * sink.size() / best;
+  std::vector<float> totals(omp_get_max_threads());
+  const double seconds = best_seconds([&] {
+    parallel_for(totals.size(), 1, [&](Index thread, Index) {
+      Lanes sums[kChains], factor = Lanes{} + 0.5f, term = Lanes{} + totals[thread];
+      unroll<kChains>([&](auto i) { sums[i] = Lanes{} + static_cast<float>(i); });
+      for (Index step = 0; step < kSteps; ++step)
+        unroll<kChains>([&](auto i) { sums[i] = sums[i] * factor + term; });
+      unroll<kChains>([&](auto i) { totals[thread] += sum(sums[i]); });
+    });
+  });
+  return 2.0 * kChains * kLanes * kSteps * totals.size() / seconds;
 }
 
 }  // namespace mamba

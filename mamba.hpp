@@ -39,6 +39,7 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <fstream>
 #include <functional>
 #include <iomanip>
 #include <iostream>
@@ -747,6 +748,63 @@ inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
 //
 // The header may end in spaces (we pad it to 8 bytes, other writers may not).
 
+/// One tensor as the header describes it, in `data`, the bytes after the header.
+inline Tensor read_entry(const std::string& name, const Json& entry, std::string_view data,
+                         const std::string& where) {
+  const auto is = [&](const char* key, Json::value_t type) {
+    return entry.is_object() && entry.contains(key) && entry[key].type() == type;
+  };
+  if (!is("dtype", Json::value_t::string) || !is("shape", Json::value_t::array) ||
+      !is("data_offsets", Json::value_t::array) || entry["data_offsets"].size() != 2)
+    fail("bad header: ", where, ": expected dtype, shape and data_offsets");
+  const auto whole = [&](const Json& value) {
+    if (!value.is_number_unsigned() || value.get<std::uint64_t>() >> 63 != 0)
+      fail("bad header: ", where,
+           ": expected whole numbers below 2^63 in shape and offsets");
+    return value.get<std::int64_t>();
+  };
+  const auto dtype =
+      std::find_if(kDTypes.begin(), kDTypes.end(),
+                   [&](const DTypeInfo& known) { return entry["dtype"] == known.name; });
+  if (dtype == kDTypes.end())
+    fail("unknown dtype: ", where, ": found ", quote(entry["dtype"].get<std::string>()));
+  Tensor tensor{name, static_cast<DType>(dtype - kDTypes.begin()), {}, nullptr, nullptr};
+  for (const Json& extent : entry["shape"]) tensor.shape.push_back(whole(extent));
+  const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
+  const auto begin = static_cast<std::uint64_t>(whole(entry["data_offsets"][0]));
+  const auto end = static_cast<std::uint64_t>(whole(entry["data_offsets"][1]));
+  if (begin > end || end > data.size())
+    fail("bad offsets: ", where, ": expected begin <= end <= ", data.size(), ", found ",
+         begin, ", ", end);
+  if (end - begin != size)
+    fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype->name, " ",
+         shape_text(tensor.shape), ", found ", end - begin);
+  tensor.data = data.data() + begin;
+  return tensor;
+}
+
+/// Fails unless the tensors cover the data from end to end, each byte once.
+inline void check_cover(const Checkpoint& checkpoint, std::string_view data) {
+  std::vector<const Tensor*> order;
+  for (const auto& item : checkpoint.tensors)
+    if (item.second.size() > 0) order.push_back(&item.second);
+  std::sort(order.begin(), order.end(), [](const Tensor* a, const Tensor* b) {
+    return a->bytes().data() < b->bytes().data();
+  });
+  std::size_t covered = 0;
+  for (const Tensor* tensor : order) {
+    const auto begin = static_cast<std::size_t>(tensor->bytes().data() - data.data());
+    if (begin != covered)
+      fail("bad offsets: ", checkpoint.where, ": ", quote(tensor->name),
+           ": expected it at byte ", covered, ", where the one before it ends, found ",
+           begin);
+    covered += tensor->byte_size();
+  }
+  if (covered != data.size())
+    fail("bad offsets: ", checkpoint.where, ": expected tensors up to byte ", data.size(),
+         ", found ", covered);
+}
+
 inline Checkpoint read_safetensors(const std::string& path) {
   constexpr std::size_t kLongestHeader = 100'000'000;  // as in the safetensors library
   const auto file = std::make_shared<const MappedFile>(path);
@@ -760,66 +818,22 @@ inline Checkpoint read_safetensors(const std::string& path) {
   const std::string_view data = file->bytes().substr(in.position());
   if (!header.is_object()) fail("bad header: ", path, ": expected an object");
 
-  Checkpoint checkpoint;
-  checkpoint.where = path;
-  std::map<std::pair<std::uint64_t, std::uint64_t>, std::string>
-      windows;  // {begin, end}, name
+  Checkpoint checkpoint{{}, {}, path};
   for (const auto& [name, entry] : header.items()) {
     const std::string where = path + ": " + quote(name);
-    if (name == "__metadata__") {
-      if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
-      for (const auto& [key, text] : entry.items()) {
-        if (!text.is_string())
-          fail("bad header: ", where, ": ", quote(key), ": expected a string");
-        checkpoint.metadata[key] = text.get<std::string>();
-      }
+    if (name != "__metadata__") {
+      Tensor& tensor = checkpoint.tensors[name] = read_entry(name, entry, data, where);
+      tensor.keep_alive = file;
       continue;
     }
-    if (!entry.is_object() || !entry.contains("dtype") || !entry["dtype"].is_string() ||
-        !entry.contains("shape") || !entry["shape"].is_array() ||
-        !entry.contains("data_offsets") || !entry["data_offsets"].is_array() ||
-        entry["data_offsets"].size() != 2)
-      fail("bad header: ", where, ": expected dtype, shape and data_offsets");
-    const auto whole = [&](const Json& value) -> std::int64_t {
-      if (!value.is_number_unsigned() || value.get<std::uint64_t>() >> 63)
-        fail("bad header: ", where,
-             ": expected whole numbers below 2^63 in shape and offsets");
-      return value.get<std::int64_t>();
-    };
-    const auto dtype_text = entry["dtype"].get<std::string>();
-    const auto dtype =
-        std::find_if(kDTypes.begin(), kDTypes.end(),
-                     [&](const DTypeInfo& known) { return dtype_text == known.name; });
-    if (dtype == kDTypes.end())
-      fail("unknown dtype: ", where, ": found ", quote(dtype_text));
-    Tensor tensor{name, static_cast<DType>(dtype - kDTypes.begin()), {}, nullptr, file};
-    for (const Json& extent : entry["shape"]) tensor.shape.push_back(whole(extent));
-    const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
-    const auto begin = static_cast<std::uint64_t>(whole(entry["data_offsets"][0]));
-    const auto end = static_cast<std::uint64_t>(whole(entry["data_offsets"][1]));
-    if (begin > end || end > data.size())
-      fail("bad offsets: ", where, ": expected begin <= end <= ", data.size(), ", found ",
-           begin, ", ", end);
-    if (end - begin != size)
-      fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype_text, " ",
-           shape_text(tensor.shape), ", found ", end - begin);
-    tensor.data = data.data() + begin;
-    if (size > 0 && !windows.emplace(std::pair(begin, end), name).second)
-      fail("bad offsets: ", where, ": shares its bytes with ",
-           quote(windows[{begin, end}]));
-    checkpoint.tensors.emplace(name, std::move(tensor));
+    if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
+    for (const auto& [key, text] : entry.items()) {
+      if (!text.is_string())
+        fail("bad header: ", where, ": ", quote(key), ": expected a string");
+      checkpoint.metadata[key] = text.get<std::string>();
+    }
   }
-  std::uint64_t expected = 0;
-  for (const auto& [window, name] : windows) {
-    if (window.first != expected)
-      fail("bad offsets: ", path, ": ", quote(name),
-           ": expected the tensors to lie side by side, ", "from byte ", expected,
-           ", found ", window.first);
-    expected = window.second;
-  }
-  if (expected != data.size())
-    fail("bad offsets: ", path, ": expected tensors up to byte ", data.size(), ", found ",
-         expected);
+  check_cover(checkpoint, data);
   return checkpoint;
 }
 
@@ -872,73 +886,82 @@ inline void write_safetensors(const std::string& path, const std::vector<Tensor>
 
 using Entries = std::map<std::string, std::string_view>;  // name, bytes
 
-inline Entries read_zip(std::string_view file, const std::string& path) {
-  constexpr std::uint32_t kFull = 0xffffffff;
+inline void expect_signature(ByteReader& in, std::string_view signature, const char* what) {
+  if (in.take(4) != signature)
+    fail("bad zip: ", in.where(), ": expected ", what, " at byte ", in.position() - 4,
+         ", found something else");
+}
+
+/// Moves to the first entry of the central directory and returns how many it has.
+inline std::uint64_t find_directory(ByteReader& in, std::string_view file) {
   const std::size_t tail = file.size() - std::min<std::size_t>(file.size(), 22 + 65535);
   const std::size_t end_in_tail = file.substr(tail).rfind("PK\5\6");
   if (end_in_tail == std::string_view::npos)
-    fail("truncated: ", path, ": expected a zip archive's end record, found none");
+    fail("truncated: ", in.where(), ": expected a zip archive's end record, found none");
   const std::size_t end = tail + end_in_tail;
-
-  ByteReader in(file, path);
-  const auto expect = [&](std::string_view signature, const char* what) {
-    if (in.take(4) != signature)
-      fail("bad zip: ", path, ": expected ", what, " at byte ", in.position() - 4,
-           ", found something else");
-  };
   in.seek(end + 10);
   std::uint64_t count = in.read<std::uint16_t>();
   in.take(4);
   std::uint64_t directory = in.read<std::uint32_t>();
-  if ((count == 0xffff || directory == kFull) && end >= 20) {  // zip64
-    in.seek(end - 20);
-    expect("PK\6\7", "the zip64 locator");
+  in.take(in.read<std::uint16_t>());  // a comment
+  if (count == 0xffff || directory == 0xffffffff) {
+    in.seek(end - std::min<std::size_t>(end, 20));
+    expect_signature(in, "PK\6\7", "the zip64 locator");
     in.take(4);
     in.seek(in.read<std::uint64_t>());
-    expect("PK\6\6", "the zip64 end record");
+    expect_signature(in, "PK\6\6", "the zip64 end record");
     in.take(28);
     count = in.read<std::uint64_t>();
     in.take(8);
     directory = in.read<std::uint64_t>();
   }
-
-  Entries entries;
   in.seek(directory);
-  for (std::uint64_t i = 0; i < count; ++i) {
-    expect("PK\1\2", "a directory entry");
-    in.take(4);
-    const auto flags = in.read<std::uint16_t>(), method = in.read<std::uint16_t>();
-    in.take(8);
-    std::uint64_t stored = in.read<std::uint32_t>(), size = in.read<std::uint32_t>();
-    const auto name_size = in.read<std::uint16_t>(), extra_size = in.read<std::uint16_t>();
-    const auto comment_size = in.read<std::uint16_t>();
-    in.take(8);
-    std::uint64_t local = in.read<std::uint32_t>();
-    const std::string name(in.take(name_size));
-    const std::string where = path + ": " + quote(name);
-    ByteReader extra(in.take(extra_size), where);
-    in.take(comment_size);
-    const std::size_t next = in.position();
-    while (extra.position() + 4 <= extra_size) {
-      const auto id = extra.read<std::uint16_t>();
-      ByteReader field(extra.take(extra.read<std::uint16_t>()), where);
-      if (id != 1)
-        continue;  // 1: the 64-bit numbers, only those whose 32-bit field is full
-      for (std::uint64_t* number : {&size, &stored, &local})
-        if (*number == kFull) *number = field.read<std::uint64_t>();
-    }
-    if (method != 0 || (flags & 1) != 0 || stored != size)
-      fail("bad zip: ", where,
-           ": expected a stored entry, found a compressed or encrypted one");
-    in.seek(local);
-    expect("PK\3\4", "a local header");
-    in.take(22);
-    const auto local_name = in.read<std::uint16_t>(),
-               local_extra = in.read<std::uint16_t>();
-    in.take(std::uint64_t{local_name} + local_extra);
-    if (!entries.emplace(name, in.take(size)).second)
-      fail("bad zip: ", where, ": appears twice");
-    in.seek(next);
+  return count;
+}
+
+/// Reads one entry of the central directory, and the bytes that it points to.
+inline std::pair<std::string, std::string_view> read_zip_entry(ByteReader& in,
+                                                               std::string_view file) {
+  expect_signature(in, "PK\1\2", "a directory entry");
+  in.take(4);
+  const auto flags = in.read<std::uint16_t>(), method = in.read<std::uint16_t>();
+  in.take(8);
+  std::uint64_t stored = in.read<std::uint32_t>(), size = in.read<std::uint32_t>();
+  const auto name_size = in.read<std::uint16_t>(), extra_size = in.read<std::uint16_t>();
+  const auto comment_size = in.read<std::uint16_t>();
+  in.take(8);
+  std::uint64_t offset = in.read<std::uint32_t>();
+  const std::string name(in.take(name_size));
+  const std::string where = in.where() + ": " + quote(name);
+  ByteReader extra(in.take(extra_size), where);
+  in.take(comment_size);
+  while (extra.position() + 4 <= extra_size) {
+    const auto id = extra.read<std::uint16_t>();
+    ByteReader field(extra.take(extra.read<std::uint16_t>()), where);
+    for (std::uint64_t* number : {&size, &stored, &offset})  // id 1: those that are full
+      if (id == 1 && *number == 0xffffffff) *number = field.read<std::uint64_t>();
+  }
+  if (method != 0 || (flags & 1) != 0 || stored != size)
+    fail("bad zip: ", where,
+         ": expected a stored entry, found a compressed or encrypted one");
+  ByteReader local(file, where);
+  local.seek(offset);
+  expect_signature(local, "PK\3\4", "a local header");
+  local.take(22);
+  const auto local_name = local.read<std::uint16_t>(),
+             local_extra = local.read<std::uint16_t>();
+  local.take(local_name);
+  local.take(local_extra);
+  return {name, local.take(size)};
+}
+
+inline Entries read_zip(std::string_view file, const std::string& path) {
+  ByteReader in(file, path);
+  Entries entries;
+  for (std::uint64_t left = find_directory(in, file); left > 0; --left) {
+    auto entry = read_zip_entry(in, file);
+    if (!entries.insert(entry).second)
+      fail("bad zip: ", path, ": ", quote(entry.first), ": appears twice");
   }
   return entries;
 }
@@ -1078,10 +1101,9 @@ class Unpickler {
   }
   void push_long(std::string_view bytes) {  // two's complement, as many bytes as needed
     if (bytes.size() > 8) refuse("has an integer of ", bytes.size(), " bytes");
-    std::int64_t number = 0;
+    const bool negative = !bytes.empty() && (bytes.back() & 0x80) != 0;
+    std::int64_t number = negative ? -1 : 0;
     std::memcpy(&number, bytes.data(), bytes.size());
-    const int unused = 64 - 8 * static_cast<int>(bytes.size());
-    if (unused < 64) number = number << unused >> unused;  // extends the sign
     make(Value::Int).integer = number;
   }
   void push_tuple(std::vector<Value*> items) {
@@ -1260,8 +1282,7 @@ inline const PickleValue& state_dict(const PickleValue& root, const std::string&
 inline Checkpoint make_checkpoint(const PickleValue& root, const Entries& storages,
                                   const std::string& path,
                                   const std::shared_ptr<const MappedFile>& file) {
-  Checkpoint checkpoint;
-  checkpoint.where = path;
+  Checkpoint checkpoint{{}, {}, path};
   std::uint64_t budget = file->size();
   const PickleValue& dict = state_dict(root, path);
   for (std::size_t i = 0; i < dict.items.size(); i += 2) {
@@ -1347,8 +1368,7 @@ Checkpoint read_shards(const std::string& directory, const std::string& index,
   const Json json = parse_json(MappedFile(index).bytes(), index);
   if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
     fail("bad index: ", index, ": expected an object weight_map");
-  Checkpoint all;
-  all.where = index;
+  Checkpoint all{{}, {}, index};
   std::map<std::string, Checkpoint> shards;
   for (const auto& [name, file] : json["weight_map"].items()) {
     const std::string shard = file.is_string() ? std::string(file) : "";
@@ -1940,6 +1960,19 @@ struct PerplexityOptions {
   Mode mode;
 };
 
+/// Fails unless a text of n tokens can be scored so.
+inline void check(const PerplexityOptions& options, Index n) {
+  const Index length = options.length ? options.length : n;
+  const Index stride = options.stride ? options.stride : length;
+  if (n < 2) fail("perplexity: text: expected at least 2 tokens, found ", n);
+  if (length < 2 || length > n)
+    fail("perplexity: --lengths: expected at least 2 and at most the ", n, " tokens of the text, found ", length);
+  if (stride < 1 || stride > length)
+    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ", stride);
+  if (options.carry_state && stride != length)
+    fail("perplexity: --stride: windows cannot overlap with --carry-state");
+}
+
 /// Mean negative log likelihood of ids 2..n. Without carry_state every window starts from nothing:
 /// with a stride below its length, it reads what lies before as context and scores only the tokens
 /// that no window has scored yet; the very first token of the text, and of windows that do not
@@ -1948,16 +1981,9 @@ template <class Engine>
 Score perplexity(Engine& engine, const std::vector<Token>& ids, const PerplexityOptions& options,
                  const std::function<void(Index done, Index all)>& progress = {}) {
   const Index n = static_cast<Index>(ids.size());
+  check(options, n);
   const Index length = options.length ? options.length : n;
   const Index stride = options.stride ? options.stride : length;
-  if (n < 2) fail("perplexity: text: expected at least 2 tokens, found ", n);
-  if (length > n) fail("perplexity: --lengths: expected at most the ", n, " tokens of the text, found ", length);
-  if (length < 2) fail("perplexity: --lengths: expected 2 or more, found ", length);
-  if (stride < 1 || stride > length)
-    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ", stride);
-  if (options.carry_state && stride != length)
-    fail("perplexity: --stride: windows cannot overlap with --carry-state");
-
   Score score{length, 0, 0};
   auto state = engine.new_state();
   Index scored = 1;  // targets before this index are done
@@ -2263,6 +2289,7 @@ inline int widest(const std::vector<std::string>& labels) {
 
 inline std::vector<std::string> tick_labels(const std::vector<double>& ticks) {
   std::vector<std::string> labels;
+  labels.reserve(ticks.size());
   for (double tick : ticks) labels.push_back(tick_label(tick));
   return labels;
 }
@@ -2380,7 +2407,7 @@ inline void heat_map(const std::string& path, const std::string& title,
       28 + 42 + widest(tick_labels(ticks));  // the bar, its labels, and its name
   Plot plot{canvas, Canvas::kBorder + 42 + widest(row_names), kPlotTop,
             options.width - Canvas::kBorder - 40 - bar, options.height - kPlotBelow};
-  const int across = plot.right - plot.left, line = Canvas::text_height() + 4;
+  const int across = plot.right - plot.left, line = Canvas::text_height();
   // Column labels that do not fit side by side are turned, if lines do fit side by side.
   const int longest = widest(column_names);
   const bool turned =
@@ -2400,7 +2427,7 @@ inline void heat_map(const std::string& path, const std::string& title,
   canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
   plot.label(title, x_label, y_label);
   const auto middle = [](int i, int count, int size) {
-    return static_cast<int>((2 * std::int64_t{i} + 1) * size / (2 * count));
+    return static_cast<int>((2 * std::int64_t{i} + 1) * size / count / 2);
   };
   const auto every = [](int count, int needed, int size) {
     return static_cast<int>((std::int64_t{count} * needed + size - 1) / size);
@@ -2467,8 +2494,11 @@ inline DType parse_dtype(const std::string& text) {
 
 /// A file whole, or standard input for "-".
 inline std::string read_text(const std::string& path) {
-  if (path != "-") return std::string(MappedFile(path).bytes());
-  return {std::istreambuf_iterator<char>(std::cin), {}};
+  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
+  if (std::filesystem::is_directory(path)) fail("cannot read: ", path, ": expected a file, found a directory");
+  std::ifstream file(path, std::ios::binary);  // may be a pipe
+  if (!file) fail("cannot open: ", path, ": ", std::strerror(errno));
+  return {std::istreambuf_iterator<char>(file), {}};
 }
 
 inline std::vector<Token> parse_ids(const std::string& text, const std::string& where) {
@@ -2561,8 +2591,8 @@ void run_generate(const Arguments& arguments) {
   const std::vector<std::string> texts = prompts(arguments);
   const bool stateful = !arguments.save_state.empty() || !arguments.load_state.empty();
   if (stateful && texts.size() != 1) fail("--save-state, --load-state: expected one prompt, found ", texts.size());
-  const Tokenizer tokenizer = open_tokenizer(arguments);
   Engine engine = open_engine<Engine>(arguments);
+  const Tokenizer tokenizer = open_tokenizer(arguments);
   const Config& config = engine.config();
 
   std::vector<Sequence<typename Engine::State>> sequences;
@@ -2643,6 +2673,10 @@ void run_perplexity(const Arguments& arguments) {
   options.carry_state = arguments.carry_state;
   options.mode = parse_mode(arguments.mode);
 
+  for (const Index length : lengths) {
+    options.length = length;
+    check(options, static_cast<Index>(ids.size()));
+  }
   std::ostringstream csv;
   csv << "length,tokens,nll,perplexity\n" << std::setprecision(9);
   std::cout << "   length    tokens  NLL (nats)  perplexity\n";

@@ -230,9 +230,10 @@ inline void append_nfc_segment(std::string_view segment, std::string& out) {
     std::stable_sort(run, end, [&](auto a, auto b) { return combining(a) < combining(b); });
     run = end;
   }
-  const auto nfc = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
+  const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
   const auto size = static_cast<utf8proc_ssize_t>(codes.size());
-  codes.resize(static_cast<std::size_t>(utf8proc_normalize_utf32(codes.data(), size, nfc)));
+  codes.resize(
+      static_cast<std::size_t>(utf8proc_normalize_utf32(codes.data(), size, options)));
   for (const auto code : codes) append_character(static_cast<char32_t>(code), out);
 }
 
@@ -493,11 +494,17 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(line.str());
 }
 
-// A member that may be missing or null.
+// The member, or null where there is none.
+inline const Json& member(const Json& object, const char* key) {
+  static const Json null;
+  const auto found = object.find(key);
+  return found == object.end() ? null : *found;
+}
+
 template <class T>
 T value_or(const Json& object, const char* key, const T& otherwise) {
-  const auto found = object.find(key);
-  return found == object.end() || found->is_null() ? otherwise : found->get<T>();
+  const Json& value = member(object, key);
+  return value.is_null() ? otherwise : value.get<T>();
 }
 
 inline Token to_id(const Json& value) {
@@ -511,6 +518,7 @@ inline Token to_id(const Json& value) {
 // A merge, "a b" or ["a", "b"].
 inline std::pair<std::string, std::string> to_merge(const Json& value) {
   if (value.is_array() && value.size() == 2) return {value[0], value[1]};
+  check(value.is_string(), "expected \"a b\" or [\"a\", \"b\"], found ", value.type_name());
   const auto& line = value.get_ref<const std::string&>();
   const std::size_t space = line.find(' ');
   check(space != line.npos && space == line.rfind(' '), "expected two tokens, found ",
@@ -518,13 +526,14 @@ inline std::pair<std::string, std::string> to_merge(const Json& value) {
   return {line.substr(0, space), line.substr(space + 1)};
 }
 
-// A normalizer or pre-tokenizer that may be null or a Sequence as a list without these.
-inline void flatten(const Json& value, const char* members, std::vector<Json>& list,
+// A normalizer or pre-tokenizer, which may be null or a Sequence, as a list without these.
+// (By pointer: to copy JSON that is nested without end takes stack without end.)
+inline void flatten(const Json& value, const char* members, std::vector<const Json*>& list,
                     int depth = 0) {
   if (value.is_null()) return;
-  if (value.at("type") != "Sequence") return list.push_back(value);
+  if (value.at("type") != "Sequence") return list.push_back(&value);
   check(depth < 16, "too many Sequences in each other");
-  for (const Json& member : value.at(members)) flatten(member, members, list, depth + 1);
+  for (const Json& each : value.at(members)) flatten(each, members, list, depth + 1);
 }
 
 }  // namespace bpe
@@ -637,10 +646,10 @@ class Tokenizer {
     where = "model.merges";
     read_merges(file["model"].at("merges"));
     where = "normalizer";
-    read_normalizer(file.value("normalizer", Json()));
+    read_normalizer(bpe::member(file, "normalizer"));
     where = "pre_tokenizer";
-    read_pre_tokenizer(file.value("pre_tokenizer", Json()));
-    for (const Json& token : file.value("added_tokens", Json::array())) {
+    read_pre_tokenizer(bpe::member(file, "pre_tokenizer"));
+    for (const Json& token : bpe::member(file, "added_tokens")) {
       where = "added_tokens: entry " + std::to_string(added_ids_.size() + 1);
       read_added_token(token);
     }
@@ -662,6 +671,7 @@ class Tokenizer {
 
   void read_vocab(const Json& model) {
     std::unordered_set<Token> seen;
+    vocab_.reserve(model.at("vocab").size());
     for (const auto& [token, value] : model.at("vocab").get_ref<const Json::object_t&>()) {
       const Token id = bpe::to_id(value);
       bpe::check(seen.insert(id).second, "two tokens have the id ", id);
@@ -687,6 +697,7 @@ class Tokenizer {
 
   void read_merges(const Json& merges) {
     bpe::BytePairEncoder& encoder = words_->encoder;
+    encoder.rank.reserve(merges.size());
     const auto known = [&](const std::string& token) {
       const Token id = id_or_none(token);
       bpe::check(id >= 0, "not in model.vocab: ", token);
@@ -703,35 +714,40 @@ class Tokenizer {
   }
 
   void read_normalizer(const Json& normalizer) {
-    std::vector<Json> list;
+    std::vector<const Json*> list;
     bpe::flatten(normalizer, "normalizers", list);
-    for (const Json& one : list)
-      bpe::check(one.at("type") == "NFC", "only NFC is supported");
+    for (const Json* one : list) {
+      bpe::check(one->at("type") == "NFC", "only NFC is supported");
+    }
     nfc_ = !list.empty();
   }
 
   void read_pre_tokenizer(const Json& pre_tokenizer) {
-    std::vector<Json> list;
+    std::vector<const Json*> list;
     bpe::flatten(pre_tokenizer, "pretokenizers", list);
-    bpe::check(!list.empty() && list.back().at("type") == "ByteLevel",
+    bpe::check(!list.empty() && list.back()->at("type") == "ByteLevel",
                "expected ByteLevel, alone or at the end of a Sequence");
-    for (const Json& one : list) {
-      if (&one == &list.back()) {
-        if (one.at("add_prefix_space").get<bool>())
-          steps_.push_back(bpe::Step::PrefixSpace);
-        if (bpe::value_or(one, "use_regex", true)) steps_.push_back(bpe::Step::Gpt2Words);
-      } else {
-        // The pattern covers all of any text. So to keep its matches (Isolated) is the same
-        // as to remove what is not one.
-        bpe::check(
-            one.at("type") == "Split" &&
-                one.at("pattern") == Json{{"Regex", bpe::kGpt2Pattern}} &&
-                (one.at("behavior") == "Isolated" ||
-                 (one.at("behavior") == "Removed" && one.at("invert") == true)),
-            "only Split by the pattern of GPT-2, Isolated, is supported before ByteLevel");
-        steps_.push_back(bpe::Step::Gpt2Words);
-      }
+    const Json& byte_level = *list.back();
+    list.pop_back();
+    for (const Json* one : list) {
+      bpe::check(one->at("type") == "Split" && splits_by_gpt2_pattern(*one),
+                 "only Split by the pattern of GPT-2 is supported before ByteLevel");
+      steps_.push_back(bpe::Step::Gpt2Words);
     }
+    if (byte_level.at("add_prefix_space").get<bool>()) {
+      steps_.push_back(bpe::Step::PrefixSpace);
+    }
+    if (bpe::value_or(byte_level, "use_regex", true))
+      steps_.push_back(bpe::Step::Gpt2Words);
+  }
+
+  // The pattern covers all of any text, so that to keep its matches apart (Isolated) and to
+  // remove what is not one (Removed, inverted) is the same.
+  static bool splits_by_gpt2_pattern(const Json& split) {
+    const Json& behavior = split.at("behavior");
+    return bpe::member(split.at("pattern"), "Regex") == bpe::kGpt2Pattern &&
+           (behavior == "Isolated" ||
+            (behavior == "Removed" && split.at("invert") == true));
   }
 
   void read_added_token(const Json& entry) {

