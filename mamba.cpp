@@ -9,7 +9,11 @@
 
 #include "mamba.hpp"
 
+#include <malloc.h>
 #include <omp.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace mamba {
 
@@ -17,11 +21,7 @@ namespace mamba {
 // The matrix product y = x W^T over weights as stored, on all cores
 // ------------------------------------------------------------------------------------------
 
-#if defined(__F16C__)
-#endif
 
-
-using Eigen::Index;
 
 // Calls f(begin, end) for consecutive pieces of [0, n), each of `grain` (the last one shorter), on
 // the threads of OpenMP. The pieces are the same for every number of threads. One piece, or a call
@@ -59,10 +59,14 @@ struct Weight {
 template <class Function>
 void with_dtype(const Weight& W, const Function& f) {
   switch (W.dtype) {
-    case DType::F32: return f(std::integral_constant<DType, DType::F32>());
-    case DType::BF16: return f(std::integral_constant<DType, DType::BF16>());
-    case DType::F16: return f(std::integral_constant<DType, DType::F16>());
-    default: fail("linear: weights: expected F32, BF16 or F16");
+    case DType::F32:
+      return f(std::integral_constant<DType, DType::F32>());
+    case DType::BF16:
+      return f(std::integral_constant<DType, DType::BF16>());
+    case DType::F16:
+      return f(std::integral_constant<DType, DType::F16>());
+    default:
+      fail("linear: weights: expected F32, BF16 or F16");
   }
 }
 
@@ -72,7 +76,7 @@ constexpr Index element_bytes(DType dtype) { return dtype == DType::F32 ? 4 : 2;
 // of sums, kTileX rows of x by kTileW rows of W, that fits the registers with its operands.
 #if defined(__AVX512F__)  // 32 registers of 16 floats
 constexpr Index kLanes = 16, kTileX = 4, kTileW = 6;
-#elif defined(__AVX__)  // 16 registers of 8
+#elif defined(__AVX__)      // 16 registers of 8
 constexpr Index kLanes = 8, kTileX = 3, kTileW = 4;
 #elif defined(__aarch64__)  // 32 registers of 4
 constexpr Index kLanes = 4, kTileX = 4, kTileW = 6;
@@ -83,14 +87,15 @@ using Lanes = float __attribute__((vector_size(4 * kLanes)));
 using LanesU32 = std::uint32_t __attribute__((vector_size(4 * kLanes)));
 using LanesU16 = std::uint16_t __attribute__((vector_size(2 * kLanes)));
 
-// n rounded up to whole vectors.
+// n rounded up to whole registers.
 constexpr Index padded(Index n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 // IEEE half to float. The exponent's bias goes from 15 to 127, that is +112; inf and NaN take +112
 // again, to 255; a subnormal, whose exponent field is 0, is (2^-14 + its value) - 2^-14.
 inline Lanes half_to_float(LanesU16 half) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(half)));
+  return reinterpret_cast<Lanes>(
+      _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(half)));
 #elif defined(__F16C__)
   return reinterpret_cast<Lanes>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(half)));
 #else
@@ -100,9 +105,8 @@ inline Lanes half_to_float(LanesU16 half) {
   const auto is_subnormal = reinterpret_cast<LanesU32>(magnitude < (1 << 23));
   const LanesU32 normal = magnitude + (112 << 23) + (is_special & (112 << 23));
   const Lanes subnormal = reinterpret_cast<Lanes>(magnitude + (113 << 23)) - 0x1p-14f;
-  return reinterpret_cast<Lanes>(
-      sign | (normal & ~is_subnormal) |
-      (reinterpret_cast<LanesU32>(subnormal) & is_subnormal));
+  return reinterpret_cast<Lanes>(sign | (normal & ~is_subnormal) |
+                                 (reinterpret_cast<LanesU32>(subnormal) & is_subnormal));
 #endif
 }
 
@@ -121,14 +125,15 @@ Lanes load(const char* p) {
   }
 }
 
-// out[0..n) = the n elements at p, then zeros up to padded(n).
+// out[0..n) = the n elements at p, then zeros up to padded(n). Asks for those at p + ahead too.
 template <DType dtype>
-void to_floats(const char* p, Index n, float* out) {
+void to_floats(const char* p, Index n, float* out, Index ahead = 0) {
   constexpr Index size = element_bytes(dtype);
   for (Index k = 0; k < n; k += kLanes) {
     char last[kLanes * size] = {};
     if (n - k < kLanes) std::memcpy(last, p + k * size, (n - k) * size);
     const Lanes v = load<dtype>(n - k < kLanes ? last : p + k * size);
+    __builtin_prefetch(p + k * size + ahead, 0, 2);
     std::memcpy(out + k, &v, sizeof v);
   }
 }
@@ -173,7 +178,8 @@ struct Tile {
 template <Index T, DType dtype, bool kPrefetch>
 void dot_tile(const Tile& tile) {
   const char* w[kTileW];  // after w_rows the last row again; those sums are not stored
-  for (Index i = 0; i < kTileW; ++i) w[i] = tile.w + std::min(i, tile.w_rows - 1) * tile.w_stride;
+  for (Index i = 0; i < kTileW; ++i)
+    w[i] = tile.w + std::min(i, tile.w_rows - 1) * tile.w_stride;
   Lanes sums[T][kTileW] = {};
   for (Index k = 0; k < tile.n; k += kLanes) {
     Lanes x_k[T];
@@ -189,7 +195,8 @@ void dot_tile(const Tile& tile) {
     });
   }
   float totals[T][kTileW];
-  unroll<T>([&](auto t) { unroll<kTileW>([&](auto i) { totals[t][i] = sum(sums[t][i]); }); });
+  unroll<T>(
+      [&](auto t) { unroll<kTileW>([&](auto i) { totals[t][i] = sum(sums[t][i]); }); });
   for (Index t = 0; t < T; ++t)
     for (Index i = 0; i < tile.w_rows; ++i) {
       float& y = tile.y[t * tile.y_stride + i];
@@ -208,8 +215,10 @@ void dot_tiles(Tile tile, Index L) {
   if constexpr (T > 1) dot_tiles<T - 1, dtype, kPrefetch>(tile, L);
 }
 
-constexpr Index kFewRows = 16;  // up to here W is best read in order, and used as it is stored
-constexpr Index kDepth = 768;   // columns of kTileW rows of W and kTileX of x that fit the L1 cache
+// Up to kFewRows rows of x, W is read in order and used as it is stored; above, kTileW rows at a
+// time become floats first. Sums are cut after at most kDepth columns: so much of a tile's rows
+// fits the L1 cache.
+constexpr Index kFewRows = 16, kDepth = 768;
 
 // y = x W^T for L rows of x, with zeros from cols up to padded(cols), and rows [begin, end) of W.
 template <DType dtype>
@@ -223,13 +232,15 @@ void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Inde
     const Index k = part * depth, n = std::min(depth, W.cols - k);
     for (Index i = begin; i < end; i += kTileW) {
       const char* w = static_cast<const char*>(W.data) + (i * W.cols + k) * size;
-      Tile tile{x + k, x_stride, w, W.cols * size, n, std::min(kTileW, end - i), y + i, y_stride, part > 0};
+      const Index w_rows = std::min(kTileW, end - i);
+      Tile tile{x + k, x_stride, w, W.cols * size, n, w_rows, y + i, y_stride, part > 0};
       if (L <= kFewRows && n == padded(n)) {
         dot_tiles<kTileX, dtype, true>(tile, L);
         continue;
       }
-      for (Index r = 0; r < tile.w_rows; ++r)
-        to_floats<dtype>(w + r * tile.w_stride, n, panel + r * depth);
+      for (Index r = 0; r < w_rows; ++r)
+        to_floats<dtype>(w + r * tile.w_stride, n, panel + r * depth,
+                         kTileW * tile.w_stride);
       tile.w = reinterpret_cast<const char*>(panel);
       tile.w_stride = depth * sizeof(float);
       tile.n = padded(n);
@@ -239,15 +250,15 @@ void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Inde
 }
 
 // y = x W^T in pieces: a block of x, which stays in the L2 cache, times some panels of W.
-inline void linear_pieces(const float* x, Index L, Index x_stride, const Weight& W, float* y,
-                          Index y_stride) {
+inline void linear_pieces(const float* x, Index L, Index x_stride, const Weight& W,
+                          float* y, Index y_stride) {
   constexpr Index kBlock = 160, kPieces = 16, kMostPanels = 32, kLeastProducts = 1 << 14;
   const Index blocks = (L + kBlock - 1) / kBlock, panels = (W.rows + kTileW - 1) / kTileW;
-  const Index products = std::max<Index>(1, std::min(L, kFewRows) * kTileW * W.cols);  // a panel
   const bool few = L <= kFewRows;
-  const Index wanted = blocks * panels / kPieces;
-  const Index grain = kTileW * std::max((kLeastProducts + products - 1) / products,
-                                        few ? wanted : std::min(wanted, kMostPanels));
+  // panels in a piece: for kPieces pieces in all, but enough to be worth handing to a thread
+  const Index least = kLeastProducts / std::max<Index>(1, L * kTileW * W.cols) + 1;
+  const Index wanted = std::min(blocks * panels / kPieces, few ? panels : kMostPanels);
+  const Index grain = kTileW * std::max(least, wanted);
   const Index strips = (W.rows + grain - 1) / grain;
   with_dtype(W, [&](auto dtype) {
     parallel_for(blocks * strips, 1, [&](Index piece, Index) {
@@ -272,7 +283,8 @@ inline void linear(const float* x, Index L, Index x_stride, const Weight& W, flo
 }
 
 inline Matrix<float> linear(const Eigen::Ref<const Matrix<float>>& x, const Weight& W) {
-  if (x.cols() != W.cols) fail("linear: x: expected ", W.cols, " columns, found ", x.cols());
+  if (x.cols() != W.cols)
+    fail("linear: x: expected ", W.cols, " columns, found ", x.cols());
   Matrix<float> y(x.rows(), W.rows);
   linear(x.data(), x.rows(), x.outerStride(), W, y.data(), y.outerStride());
   return y;
@@ -296,7 +308,8 @@ double best_seconds(const Function& f) {
   for (int run = 0; run < 10; ++run) {
     const auto start = std::chrono::steady_clock::now();
     f();
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    best = std::min(best, seconds.count());
   }
   return best;
 }
@@ -307,17 +320,17 @@ inline double read_bandwidth() {
   const std::vector<float> data(kFloats, 1.f);
   std::vector<float> totals(kFloats / kPiece);
   return 4.0 * kFloats / best_seconds([&] {
-    parallel_for(kFloats, kPiece, [&](Index begin, Index end) {
-      Lanes sums[4] = {};
-      for (Index i = begin; i < end; i += 4 * kLanes)
-        unroll<4>([&](auto j) {
-          const char* p = reinterpret_cast<const char*>(&data[i + j * kLanes]);
-          __builtin_prefetch(p + 4096, 0, 2);
-          sums[j] += load<DType::F32>(p);
-        });
-      totals[begin / kPiece] = sum(sums[0] + sums[1] + sums[2] + sums[3]);
-    });
-  });
+           parallel_for(kFloats, kPiece, [&](Index begin, Index end) {
+             Lanes sums[4] = {};
+             for (Index i = begin; i < end; i += 4 * kLanes)
+               unroll<4>([&](auto j) {
+                 const char* p = reinterpret_cast<const char*>(&data[i + j * kLanes]);
+                 __builtin_prefetch(p + 4096, 0, 2);
+                 sums[j] += load<DType::F32>(p);
+               });
+             totals[begin / kPiece] = sum(sums[0] + sums[1] + sums[2] + sums[3]);
+           });
+         });
 }
 
 // Multiply-adds per second, times two, of all threads on values that stay in registers: what no
@@ -477,5 +490,11 @@ inline void CpuEngine::bench(const BenchOptions& options) {
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
-int main(int argc, char** argv) { return mamba::run<mamba::CpuEngine>(argc, argv); }
+int main(int argc, char** argv) {
+#if defined(__GLIBC__)  // keep freed memory: pages that come back from the kernel must be zeroed anew
+  mallopt(M_MMAP_THRESHOLD, 1 << 30);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+  return mamba::run<mamba::CpuEngine>(argc, argv);
+}
 #endif

@@ -117,14 +117,14 @@ class MappedFile {
     if (file < 0) fail("cannot open: ", path, ": ", std::strerror(errno));
     struct stat status = {};
     const bool regular = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);
-    const auto size = regular ? static_cast<std::size_t>(status.st_size) : 0;
+    const auto length = regular ? static_cast<std::size_t>(status.st_size) : 0;
     void* data =
-        size == 0 ? nullptr : ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+        length == 0 ? nullptr : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file, 0);
     const int error = errno;
     ::close(file);
     if (!regular) fail("cannot read: ", path, ": expected a file, found something else");
     if (data == MAP_FAILED) fail("cannot map: ", path, ": ", std::strerror(error));
-    data_ = {data, Unmap{size}};
+    data_ = {data, Unmap{length}};
   }
   std::size_t size() const { return data_ ? data_.get_deleter().size : 0; }
   std::string_view bytes() const { return {static_cast<const char*>(data_.get()), size()}; }
@@ -580,7 +580,7 @@ struct Checkpoint {
 /// Bytes of a tensor with this shape, every step checked.
 inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype,
                                    const std::string& where) {
-  std::int64_t n = static_cast<std::int64_t>(dtype_size(dtype));
+  auto n = static_cast<std::int64_t>(dtype_size(dtype));
   for (const std::int64_t extent : shape)
     if (extent < 0 || __builtin_mul_overflow(n, extent, &n))
       fail("bad shape: ", where, ": expected sizes >= 0 with a product below 2^63, found ",
@@ -590,11 +590,11 @@ inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType
 
 // --- 3.2 Numbers ------------------------------------------------------------------------
 //
-// bfloat16 is the upper half of a float32: 1 sign, 8 exponent, 7 fraction bits. float16 has
-// 1 + 5 + 10; its exponent bias is 15 instead of 127, hence the 112 below, and an exponent
-// of zero means fraction * 2^-24. Widening is exact. Narrowing rounds to the nearest, ties
-// to even; what is too large becomes infinite, and NaN stays NaN. The loops over whole
-// tensors have no branches, so compilers vectorise them.
+// bfloat16 is the upper half of a float32: 1 sign, 8 exponent and 7 fraction bits. float16
+// has 1, 5 and 10; its exponent bias is 15 instead of 127, hence the 112 below; exponent 31
+// is infinity or NaN, exponent 0 a subnormal, 2^-14 times the fraction. Widening is exact.
+// Narrowing rounds to the nearest, ties to even; what is too large becomes infinite, and NaN
+// stays NaN. Nothing branches, so compilers vectorise the loops over whole tensors.
 
 template <class To, class From>
 To bit_cast(const From& from) {
@@ -610,14 +610,15 @@ inline float bf16_to_float(std::uint16_t b) {
 
 inline float f16_to_float(std::uint16_t h) {
   const std::uint32_t sign = (h & 0x8000u) << 16, size = (h & 0x7fffu) << 13;
-  const std::uint32_t bias = (size >= 31u << 23 ? 224u : 112u) << 23;  // 31: NaN, infinity
-  const float tiny = static_cast<float>(h & 1023) * 0x1p-24f;
-  return bit_cast<float>(sign |
-                         (size < 1u << 23 ? bit_cast<std::uint32_t>(tiny) : size + bias));
+  const std::uint32_t bias = size >= 31u << 23 ? 224 : size >= 1u << 23 ? 112 : 113;
+  // A subnormal is read as 2^-14 (1 + fraction), and 2^-14 is taken off again.
+  const float excess = bit_cast<float>(size >= 1u << 23 ? 0 : 113u << 23);
+  const float value = bit_cast<float>(size + (bias << 23)) - excess;
+  return bit_cast<float>(sign | bit_cast<std::uint32_t>(value));
 }
 
 inline std::uint16_t float_to_bf16(float value) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(value);
+  const auto bits = bit_cast<std::uint32_t>(value);
   const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
   return static_cast<std::uint16_t>(nan ? bits >> 16 | 0x40 : rounded);
@@ -632,7 +633,7 @@ inline std::uint16_t float_to_f16(float value) {
       0x3f000000;
   const std::uint32_t nan = 0x7e00 | (size >> 13 & 1023);
   const std::uint32_t half = size > 0x7f800000    ? nan
-                             : size >= 0x477ff000 ? 0x7c00  // 65520 and above
+                             : size >= 0x47800000 ? 0x7c00  // 65536 and above
                              : size >= 0x38800000 ? normal
                                                   : tiny;
   return static_cast<std::uint16_t>((bits >> 16 & 0x8000) | half);
@@ -659,9 +660,10 @@ void convert(const Tensor& tensor, Out* out) {
   if (kReal && tensor.dtype == DType::F64) return convert_each<double>(tensor, out, same);
   if (kReal && tensor.dtype == DType::F32) return convert_each<float>(tensor, out, same);
   if (kReal && tensor.dtype == DType::F16)
-    return convert_each<std::uint16_t>(tensor, out, f16_to_float);
+    return convert_each<std::uint16_t>(tensor, out, [](auto h) { return f16_to_float(h); });
   if (kReal && tensor.dtype == DType::BF16)
-    return convert_each<std::uint16_t>(tensor, out, bf16_to_float);
+    return convert_each<std::uint16_t>(tensor, out,
+                                       [](auto b) { return bf16_to_float(b); });
   if (!kReal && tensor.dtype == DType::I64)
     return convert_each<std::int64_t>(tensor, out, same);
   if (!kReal && tensor.dtype == DType::I32)
@@ -703,8 +705,11 @@ inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
   if (dtype != DType::F16 && dtype != DType::BF16)
     fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
   const auto halves = std::make_shared<std::vector<std::uint16_t>>(n);
-  std::transform(floats->begin(), floats->end(), halves->begin(),
-                 dtype == DType::F16 ? float_to_f16 : float_to_bf16);
+  const auto narrow = [&](auto round) {
+    std::transform(floats->begin(), floats->end(), halves->begin(), round);
+  };
+  if (dtype == DType::F16) narrow([](float x) { return float_to_f16(x); });
+  if (dtype == DType::BF16) narrow([](float x) { return float_to_bf16(x); });
   return store(halves);
 }
 
@@ -841,6 +846,7 @@ inline Checkpoint read_safetensors(const std::string& path) {
 inline void write_safetensors(const std::string& path, const std::vector<Tensor>& tensors,
                               const std::map<std::string, std::string>& metadata = {}) {
   std::vector<const Tensor*> order;
+  order.reserve(tensors.size());
   for (const Tensor& tensor : tensors) order.push_back(&tensor);
   std::stable_sort(order.begin(), order.end(), [](const Tensor* a, const Tensor* b) {
     return dtype_size(a->dtype) > dtype_size(b->dtype);
@@ -938,8 +944,10 @@ inline std::pair<std::string, std::string_view> read_zip_entry(ByteReader& in,
   while (extra.position() + 4 <= extra_size) {
     const auto id = extra.read<std::uint16_t>();
     ByteReader field(extra.take(extra.read<std::uint16_t>()), where);
-    for (std::uint64_t* number : {&size, &stored, &offset})  // id 1: those that are full
-      if (id == 1 && *number == 0xffffffff) *number = field.read<std::uint64_t>();
+    const auto widen = [&](std::uint64_t& number) {
+      if (number == 0xffffffff) number = field.read<std::uint64_t>();
+    };
+    if (id == 1) widen(size), widen(stored), widen(offset);
   }
   if (method != 0 || (flags & 1) != 0 || stored != size)
     fail("bad zip: ", where,
@@ -1086,10 +1094,11 @@ class Unpickler {
     return items;
   }
   std::vector<Value*> pop_to_mark() {
-    const auto mark = std::find(stack_.rbegin(), stack_.rend(), kMark).base();
-    if (mark == stack_.begin()) refuse("looks for a mark that is not there");
-    std::vector<Value*> items(mark, stack_.end());
-    stack_.erase(mark - 1, stack_.end());
+    std::vector<Value*> items;
+    while (!stack_.empty() && stack_.back() != kMark) items.push_back(pop());
+    if (stack_.empty()) refuse("looks for a mark that is not there");
+    stack_.pop_back();
+    std::reverse(items.begin(), items.end());
     return items;
   }
   Value& expect(Value* value, Value::Kind kind) const {
@@ -1376,8 +1385,11 @@ Checkpoint read_shards(const std::string& directory, const std::string& index,
         shard.find('\0') != std::string::npos)
       fail("bad index: ", index, ": ", quote(name),
            ": expected the name of a file beside the index");
-    if (shards.count(shard) == 0) shards.emplace(shard, read(directory + "/" + shard));
-    all.tensors.emplace(name, shards.at(shard).at(name));
+    auto found = shards.find(shard);
+    if (found == shards.end())
+      found = shards.emplace(shard, read(std::string(directory).append("/").append(shard)))
+                  .first;
+    all.tensors.emplace(name, found->second.at(name));
   }
   return all;
 }

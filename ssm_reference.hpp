@@ -80,8 +80,10 @@ struct ViewOf : Eigen::Map<const Plain, 0, Eigen::OuterStride<>> {
   ViewOf(const ViewOf&) = default;
   template <class Derived>
   ViewOf(const Eigen::MatrixBase<Derived>& m)
-      : Map(m.derived().data(), m.rows(), m.cols(), Eigen::OuterStride<>(m.derived().outerStride())) {
-    static_assert(int(Derived::IsRowMajor) == int(Plain::IsRowMajor), "a View does not transpose");
+      : Map(m.derived().data(), m.rows(), m.cols(),
+            Eigen::OuterStride<>(m.derived().outerStride())) {
+    static_assert(int(Derived::IsRowMajor) == int(Plain::IsRowMajor),
+                  "a View does not transpose");
   }
   ViewOf& operator=(const ViewOf& other) {  // looks elsewhere; copies no numbers
     new (this) ViewOf(other);
@@ -140,8 +142,8 @@ Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scal
 //   g = y * silu(z),   out = g / sqrt(mean over its group(g^2) + eps) * weight
 // y, z (L, d), weight (d) -> (L, d)
 template <class Scalar>
-Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z, const Row<Scalar>& weight,
-                              Scalar eps, Index n_groups) {
+Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z,
+                              const Row<Scalar>& weight, Scalar eps, Index n_groups) {
   const Index L = y.rows(), width = y.cols() / n_groups;
   Matrix<Scalar> out = y.array() * silu(z.array());
   for (Index t = 0; t < L; ++t) {
@@ -164,8 +166,8 @@ Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z, co
 // just before x, oldest first (zeros at the start of a text), and afterwards the last d_conv - 1 of
 // state and x together, so pieces shorter than the window work like any other.
 template <class Scalar>
-Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight, const View<Scalar>& bias,
-                             ConvState<Scalar> state) {
+Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight,
+                             const View<Scalar>& bias, ConvState<Scalar> state) {
   const Index L = x.rows(), d = x.cols(), d_conv = weight.cols();
   Matrix<Scalar> past_and_present(d_conv - 1 + L, d);
   past_and_present << state, x;
@@ -188,7 +190,8 @@ Row<Scalar> causal_conv1d_step(const View<Scalar>& x_t, const View<Scalar>& weig
   if (bias) out += bias.row(0);
   for (Index k = 0; k < d_conv - 1; ++k) {
     out += state.row(k).cwiseProduct(weight.col(k).transpose());
-    state.row(k) = k + 1 < d_conv - 1 ? Row<Scalar>(state.row(k + 1)) : Row<Scalar>(x_t.row(0));
+    state.row(k) =
+        k + 1 < d_conv - 1 ? Row<Scalar>(state.row(k + 1)) : Row<Scalar>(x_t.row(0));
   }
   return out;
 }
@@ -240,13 +243,14 @@ struct ScanInputs {
   View<Scalar> D = {};              // (d)    or empty
   View<Scalar> z = {};              // (L, d) or empty
   View<Scalar> delta_bias = {};     // (d)    or empty
-  bool delta_softplus = true;       //
+  bool delta_softplus = true;
   Scalar delta_ratio = Scalar(1);   // stretches every step; 1 is the model as trained
   Index channels_per_group = kAll;  // so many neighbouring channels share one B and C
 
   Index length() const { return x.rows(); }
 
-  ScanInputs tokens(Index first, Index count) const {  // the same call for part of the sequence
+  // The same call for tokens [first, first + count) of the sequence.
+  ScanInputs tokens(Index first, Index count) const {
     ScanInputs part = *this;
     for (View<Scalar> ScanInputs::*m : {&ScanInputs::x, &ScanInputs::delta, &ScanInputs::B,
                                         &ScanInputs::C, &ScanInputs::z}) {
@@ -272,35 +276,37 @@ void skip_and_gate(const ScanInputs<Scalar>& in, Matrix<Scalar>& y) {
   if (in.z) y.array() *= silu(in.z.array());
 }
 
-// One token, the recurrence itself. in: L = 1.  h (d, N) is advanced; returns out (1, d).
-template <class Scalar>
-Matrix<Scalar> selective_scan_step(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
-  const Index d = h.rows(), N = h.cols(), width = std::min(d, in.channels_per_group);
-  const Row<Scalar> delta_t = step_size(in);
-  const Row<Scalar> delta_x_t = delta_t.cwiseProduct(in.x.row(0));
-  Matrix<Scalar> y_t(1, d);
-  for (Index g = 0; g * width < d; ++g) {  // the channels that share B_t and C_t
-    const auto A = in.A.middleRows(g * width, width);
-    const auto B_t = in.B.row(0).segment(g * N, N);
-    const auto C_t = in.C.row(0).segment(g * N, N);
-    const auto delta = delta_t.segment(g * width, width).transpose();
-    const auto delta_x = delta_x_t.segment(g * width, width).transpose();
-    auto h_t = h.middleRows(g * width, width);
-
-    h_t = (delta.asDiagonal() * A).array().exp().matrix().cwiseProduct(h_t) +
-          delta_x.lazyProduct(B_t);                                                      // (2a)
-    y_t.middleCols(g * width, width).transpose().noalias() = h_t * C_t.transpose();      // (2b)
-  }
-  skip_and_gate(in, y_t);
-  return y_t;
-}
-
-// The recurrence, token by token. This is the definition; the forms below must agree with it.
+// The recurrence, token by token (Algorithm 2, lines 6 to 8). This is the definition; the forms below
+// must agree with it.
 template <class Scalar>
 Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
-  Matrix<Scalar> out(in.length(), h.rows());
-  for (Index t = 0; t < in.length(); ++t) out.row(t) = selective_scan_step(in.tokens(t, 1), h);
-  return out;
+  const Index L = in.length(), d = h.rows(), N = h.cols();
+  const Index width = std::min(d, in.channels_per_group);
+  const Matrix<Scalar> delta = step_size(in), delta_x = delta.cwiseProduct(in.x);
+  Matrix<Scalar> y(L, d);
+  for (Index t = 0; t < L; ++t) {
+    for (Index g = 0; g * width < d; ++g) {  // the channels that share B_t and C_t
+      const auto A = in.A.middleRows(g * width, width);                                // (width, N)
+      const auto B_t = in.B.row(t).segment(g * N, N);                                  // (N)
+      const auto C_t = in.C.row(t).segment(g * N, N);                                  // (N)
+      const auto delta_t = delta.row(t).segment(g * width, width).transpose();         // (width)
+      const auto delta_x_t = delta_x.row(t).segment(g * width, width).transpose();     // (width)
+      auto h_t = h.middleRows(g * width, width);                                       // (width, N)
+      auto y_t = y.row(t).segment(g * width, width).transpose();                       // (width)
+
+      const auto A_bar = (delta_t.asDiagonal() * A).array().exp().matrix();
+      h_t = A_bar.cwiseProduct(h_t) + delta_x_t.lazyProduct(B_t);  // (2a)
+      y_t.noalias() = h_t * C_t.transpose();                       // (2b)
+    }
+  }
+  skip_and_gate(in, y);
+  return y;
+}
+
+// One token in, one token out, as a model generates: in holds L = 1. Returns (1, d).
+template <class Scalar>
+Matrix<Scalar> selective_scan_step(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
+  return selective_scan_sequential<Scalar>(in, h);
 }
 
 // --- The associative form (Mamba, section 3.3.2; Blelloch 1990) ---
@@ -321,15 +327,18 @@ Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState
 template <class Scalar>
 void associative_scan(Matrix<Scalar>& a, Matrix<Scalar>& b) {
   const Index L = a.rows();
-  const auto then = [&](Index earlier, Index later) {  // row(later) = row(earlier) then row(later)
+  // row(later) = row(earlier) then row(later)
+  const auto then = [&](Index earlier, Index later) {
     b.row(later) += a.row(later).cwiseProduct(b.row(earlier));
     a.row(later) = a.row(later).cwiseProduct(a.row(earlier));
   };
   Index stride = 1;
-  for (; stride < L; stride *= 2) {  // up-sweep: blocks of 2 stride end in their own composition
+  // up-sweep: blocks of 2 stride tokens end in their own composition
+  for (; stride < L; stride *= 2) {
     for (Index t = 2 * stride - 1; t < L; t += 2 * stride) then(t - stride, t);
   }
-  for (stride /= 2; stride >= 1; stride /= 2) {  // down-sweep: the finished prefix before each half
+  // down-sweep: put the finished prefix before the first half of each block
+  for (stride /= 2; stride >= 1; stride /= 2) {
     for (Index t = 3 * stride - 1; t < L; t += 2 * stride) then(t - stride, t);
   }
 }
@@ -370,10 +379,13 @@ Matrix<Scalar> selective_scan_parallel(const ScanInputs<Scalar>& in, ScanState<S
 //   2. one short walk over the chunks: the state in which each of them really starts;
 //   3. each chunk by itself, from that state.
 template <class Scalar>
-Matrix<Scalar> selective_scan_chunked(const ScanInputs<Scalar>& in, ScanState<Scalar> h, Index chunk) {
+Matrix<Scalar> selective_scan_chunked(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
+                                      Index chunk) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
   const Index n_chunks = (L + chunk - 1) / chunk;
-  const auto part = [&](Index i) { return in.tokens(i * chunk, std::min(chunk, L - i * chunk)); };
+  const auto part = [&](Index i) {
+    return in.tokens(i * chunk, std::min(chunk, L - i * chunk));
+  };
 
   std::vector<StateMatrix<Scalar>> a(n_chunks), b(n_chunks), start(n_chunks);
   for (Index i = 0; i < n_chunks; ++i) {
@@ -388,7 +400,8 @@ Matrix<Scalar> selective_scan_chunked(const ScanInputs<Scalar>& in, ScanState<Sc
   }
   Matrix<Scalar> out(L, d);
   for (Index i = 0; i < n_chunks; ++i) {
-    out.middleRows(i * chunk, part(i).length()) = selective_scan_sequential<Scalar>(part(i), start[i]);
+    out.middleRows(i * chunk, part(i).length()) =
+        selective_scan_sequential<Scalar>(part(i), start[i]);
   }
   return out;
 }
@@ -422,14 +435,14 @@ Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
 
 template <class Scalar>
 struct SsdInputs {
-  View<Scalar> x;                // (L, H P)  head after head
-  View<Scalar> dt;               // (L, H)    before bias and softplus
-  StateView<Scalar> A;           // (H, 1)
-  View<Scalar> B, C;             // (L, groups N)  group g uses columns [g N, (g+1) N)
-  View<Scalar> D = {};           // (H) or empty
-  View<Scalar> dt_bias = {};     // (H) or empty
+  View<Scalar> x;             // (L, H P)  head after head
+  View<Scalar> dt;            // (L, H)    before bias and softplus
+  StateView<Scalar> A;        // (H, 1)
+  View<Scalar> B, C;          // (L, groups N)  group g uses columns [g N, (g+1) N)
+  View<Scalar> D = {};        // (H) or empty
+  View<Scalar> dt_bias = {};  // (H) or empty
   bool dt_softplus = true;
-  Scalar dt_min = Scalar(0);     // "time_step_limit"
+  Scalar dt_min = Scalar(0);  // "time_step_limit"
   Scalar dt_max = std::numeric_limits<Scalar>::infinity();
   Scalar delta_ratio = Scalar(1);
   Index heads_per_group = kAll;  // so many neighbouring heads share one B and C
@@ -442,7 +455,8 @@ struct SsdInputs {
 
   SsdInputs tokens(Index first, Index count) const {
     SsdInputs part = *this;
-    for (View<Scalar> SsdInputs::*m : {&SsdInputs::x, &SsdInputs::dt, &SsdInputs::B, &SsdInputs::C}) {
+    for (View<Scalar> SsdInputs::*m :
+         {&SsdInputs::x, &SsdInputs::dt, &SsdInputs::B, &SsdInputs::C}) {
       part.*m = (this->*m).middleRows(first, count);
     }
     return part;
@@ -479,7 +493,8 @@ Matrix<Scalar> ssd_step(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
     const auto C_t = in.C.row(0).segment(g * N, N);
     auto h_t = h.middleRows(i * P, P);
 
-    h_t = std::exp(delta(i) * in.A(i, 0)) * h_t + (delta(i) * x_t).transpose().lazyProduct(B_t);
+    h_t = std::exp(delta(i) * in.A(i, 0)) * h_t +
+          (delta(i) * x_t).transpose().lazyProduct(B_t);
     y_t.middleCols(i * P, P).transpose().noalias() = h_t * C_t.transpose();
   }
   skip(in, y_t);
@@ -520,15 +535,16 @@ Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
   for (Index i = 0; i < H; ++i) {
     const Index g = in.group(i);
     const auto B = in.B.middleCols(g * N, N), C = in.C.middleCols(g * N, N);
-    const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);                 // (1, L)
-    const Matrix<Scalar> mask = decay_mask<Scalar>(l);                              // (L, L)
+    const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
+    const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
     const Matrix<Scalar> delta_x = delta.col(i).asDiagonal() * in.x.middleCols(i * P, P);
-    const Matrix<Scalar> from_start = mask.col(0) * std::exp(l(0));                 // (L, 1)
-    const Matrix<Scalar> to_end = mask.row(L - 1);                                  // (1, L)
+    const Matrix<Scalar> from_start = mask.col(0) * std::exp(l(0));  // (L, 1)
+    const Matrix<Scalar> to_end = mask.row(L - 1);                   // (1, L)
     auto h_i = h.middleRows(i * P, P);
 
     const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose());
-    y.middleCols(i * P, P) = M * delta_x + from_start.col(0).asDiagonal() * (C * h_i.transpose());
+    y.middleCols(i * P, P) =
+        M * delta_x + from_start.col(0).asDiagonal() * (C * h_i.transpose());
     h_i = from_start(L - 1) * h_i + delta_x.transpose() * to_end.row(0).asDiagonal() * B;
   }
   skip(in, y);
@@ -549,8 +565,8 @@ Matrix<Scalar> ssd_chunked(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Ind
 // in: see SsdInputs.  h (H P, N): h_{-1} on entry, h_{L-1} on return.  Returns y (L, H P).
 // Form::parallel is the quadratic dual: every position at once, L^2 numbers per head.
 template <class Scalar>
-Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form = Form::chunked,
-                   Index chunk = kScanChunk) {
+Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h,
+                   Form form = Form::chunked, Index chunk = kScanChunk) {
   if (form == Form::parallel) return ssd_quadratic(in, h);
   if (form == Form::chunked) return ssd_chunked(in, h, chunk);
   return ssd_sequential(in, h);
@@ -564,13 +580,16 @@ struct Sizes {
   int version = 1;  // 1: Mamba, 2: Mamba-2
   Index d_model = 0, n_layer = 0, vocab_size = 0;
   Index d_inner = 0, d_state = 0, d_conv = 0;
-  Index dt_rank = 0;                                // Mamba
-  Index n_heads = 0, head_dim = 0, n_groups = 1;    // Mamba-2
+  Index dt_rank = 0;                              // Mamba
+  Index n_heads = 0, head_dim = 0, n_groups = 1;  // Mamba-2
   double norm_eps = 1e-5;
-  double dt_min = 0, dt_max = std::numeric_limits<double>::infinity();  // Mamba-2: limits of delta
+  double dt_min = 0;  // Mamba-2: limits of delta
+  double dt_max = std::numeric_limits<double>::infinity();
 
   // What passes through the convolution: x in Mamba, [x | B | C] in Mamba-2.
-  Index conv_width() const { return version == 1 ? d_inner : d_inner + 2 * n_groups * d_state; }
+  Index conv_width() const {
+    return version == 1 ? d_inner : d_inner + 2 * n_groups * d_state;
+  }
   Index in_proj_width() const {
     return version == 1 ? 2 * d_inner : d_inner + conv_width() + n_heads;
   }
@@ -580,8 +599,8 @@ struct Sizes {
 // its own storage and threads (mamba.cpp does). This is the plain meaning of both.
 template <class Weight>
 struct Compute {
-  template <class Scalar>
-  static Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W) {  // x (L, in), W (out, in)
+  template <class Scalar>  // x (L, in), W (out, in) -> (L, out)
+  static Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W) {
     return x * W.transpose();
   }
   template <class Scalar>
@@ -596,24 +615,25 @@ struct Compute {
 
 template <class Scalar, class Weight = Matrix<Scalar>>
 struct Layer {
-  Row<Scalar> norm;                                 // (d_model)
-  Weight in_proj;                                   // (in_proj_width, d_model)
-  Row<Scalar> in_proj_bias;                         // (in_proj_width) or empty
-  Matrix<Scalar> conv_weight;                       // (conv_width, d_conv)
-  Row<Scalar> conv_bias;                            // (conv_width) or empty
-  Weight x_proj, dt_proj;                           // Mamba: (dt_rank + 2 N, d_inner), (d_inner, dt_rank)
-  Row<Scalar> dt_bias;                              // (d_inner) or (n_heads)
-  StateMatrix<Scalar> A;                            // (d_inner, N) or (n_heads, 1);  -exp(A_log)
-  Row<Scalar> D;                                    // (d_inner) or (n_heads)
-  Row<Scalar> gated_norm;                           // Mamba-2: (d_inner)
-  Weight out_proj;                                  // (d_model, d_inner)
-  Row<Scalar> out_proj_bias;                        // (d_model) or empty
+  Row<Scalar> norm;            // (d_model)
+  Weight in_proj;              // (in_proj_width, d_model)
+  Row<Scalar> in_proj_bias;    // (in_proj_width) or empty
+  Matrix<Scalar> conv_weight;  // (conv_width, d_conv)
+  Row<Scalar> conv_bias;       // (conv_width) or empty
+  Weight x_proj, dt_proj;      // Mamba: (dt_rank + 2 N, d_inner), (d_inner, dt_rank)
+  Row<Scalar> dt_bias;         // (d_inner) or (n_heads)
+  StateMatrix<Scalar> A;       // (d_inner, N) or (n_heads, 1);  -exp(A_log)
+  Row<Scalar> D;               // (d_inner) or (n_heads)
+  Row<Scalar> gated_norm;      // Mamba-2: (d_inner)
+  Weight out_proj;             // (d_model, d_inner)
+  Row<Scalar> out_proj_bias;   // (d_model) or empty
 };
 
 // All that a layer remembers of the past: its size does not depend on the length of the past.
 template <class Scalar>
 struct LayerState {
-  Matrix<Scalar> conv;    // (d_conv - 1, conv_width)  the inputs the convolution still looks back to
+  Matrix<Scalar>
+      conv;  // (d_conv - 1, conv_width)  the inputs the convolution still looks back to
   StateMatrix<Scalar> h;  // (d_inner, N)
   explicit LayerState(const Sizes& sizes)
       : conv(Matrix<Scalar>::Zero(sizes.d_conv - 1, sizes.conv_width())),
@@ -628,7 +648,8 @@ struct Options {
 };
 
 template <class Scalar, class Weight>
-Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>& bias = {}) {
+Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W,
+                      const Row<Scalar>& bias = {}) {
   Matrix<Scalar> y = Compute<Weight>::template linear<Scalar>(x, W);
   if (bias.size()) y.rowwise() += bias;
   return y;
@@ -661,18 +682,20 @@ ScanInputs<Scalar> scan_inputs(const Layer<Scalar, Weight>& w, const Sizes& size
 
 // The Mamba block (Mamba, Figure 3), norm and residual apart. u (L, d_model) -> (L, d_model).
 template <class Scalar, class Weight>
-Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes, const Matrix<Scalar>& u,
-                           LayerState<Scalar>& state, const Options<Scalar>& options) {
+Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                           const Matrix<Scalar>& u, LayerState<Scalar>& state,
+                           const Options<Scalar>& options) {
   const Index L = u.rows(), d_inner = sizes.d_inner;
-  const Matrix<Scalar> xz = linear<Scalar>(u, w.in_proj, w.in_proj_bias);        // (L, 2 d_inner)
+  const Matrix<Scalar> xz = linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, 2 d_inner)
   Matrix<Scalar> x(L, d_inner), y(L, d_inner);
   Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
-    x.middleCols(first, count) = silu(
-        causal_conv1d<Scalar>(xz.middleCols(first, count), w.conv_weight.middleRows(first, count),
-                              part(w.conv_bias, first, count), state.conv.middleCols(first, count))
-            .array());
+    x.middleCols(first, count) =
+        silu(causal_conv1d<Scalar>(
+                 xz.middleCols(first, count), w.conv_weight.middleRows(first, count),
+                 part(w.conv_bias, first, count), state.conv.middleCols(first, count))
+                 .array());
   });
-  const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);                     // (L, dt_rank + 2 N)
+  const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);  // (L, dt_rank + 2 N)
   const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
   Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
     auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
@@ -690,15 +713,18 @@ Matrix<Scalar> mamba_block_step(const Layer<Scalar, Weight>& w, const Sizes& siz
                                 const Options<Scalar>& options) {
   const Index d_inner = sizes.d_inner;
   const Matrix<Scalar> xz = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
-  const Matrix<Scalar> x = silu(
-      causal_conv1d_step<Scalar>(xz.leftCols(d_inner), w.conv_weight, w.conv_bias, state.conv).array());
+  const Matrix<Scalar> x =
+      silu(causal_conv1d_step<Scalar>(xz.leftCols(d_inner), w.conv_weight, w.conv_bias,
+                                      state.conv)
+               .array());
   const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);
   const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
   Matrix<Scalar> y(1, d_inner);
   Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
     auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
     in.delta_ratio = options.delta_ratio;
-    y.middleCols(first, count) = selective_scan_step<Scalar>(in, state.h.middleRows(first, count));
+    y.middleCols(first, count) =
+        selective_scan_step<Scalar>(in, state.h.middleRows(first, count));
   });
   return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
 }
@@ -732,17 +758,21 @@ SsdInputs<Scalar> ssd_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
 //                  ├── x B C (conv_width) ── causal_conv1d ── silu ── ssd ── gated_rms_norm ── out_proj
 //                  └── dt (n_heads) ────────────────────────────────┘
 template <class Scalar, class Weight>
-Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes, const Matrix<Scalar>& u,
-                            LayerState<Scalar>& state, const Options<Scalar>& options) {
-  const Index L = u.rows(), d_inner = sizes.d_inner, conv_width = sizes.conv_width(), P = sizes.head_dim;
-  const Matrix<Scalar> zxBCdt = linear<Scalar>(u, w.in_proj, w.in_proj_bias);    // (L, in_proj_width)
+Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                            const Matrix<Scalar>& u, LayerState<Scalar>& state,
+                            const Options<Scalar>& options) {
+  const Index L = u.rows(), d_inner = sizes.d_inner, conv_width = sizes.conv_width(),
+              P = sizes.head_dim;
+  const Matrix<Scalar> zxBCdt =
+      linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, in_proj_width)
   Matrix<Scalar> xBC(L, conv_width), y(L, d_inner);
   Compute<Weight>::for_ranges(conv_width, [&](Index first, Index count) {
-    xBC.middleCols(first, count) = silu(
-        causal_conv1d<Scalar>(zxBCdt.middleCols(d_inner + first, count),
-                              w.conv_weight.middleRows(first, count), part(w.conv_bias, first, count),
-                              state.conv.middleCols(first, count))
-            .array());
+    xBC.middleCols(first, count) =
+        silu(causal_conv1d<Scalar>(zxBCdt.middleCols(d_inner + first, count),
+                                   w.conv_weight.middleRows(first, count),
+                                   part(w.conv_bias, first, count),
+                                   state.conv.middleCols(first, count))
+                 .array());
   });
   Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
     auto in = ssd_inputs(w, sizes, zxBCdt, xBC, first, count);
@@ -750,8 +780,8 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes, 
     y.middleCols(first * P, count * P) =
         ssd<Scalar>(in, state.h.middleRows(first * P, count * P), options.form);
   });
-  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
-                                                       Scalar(sizes.norm_eps), sizes.n_groups);
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
+      y, zxBCdt.leftCols(d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
 }
 
@@ -763,8 +793,8 @@ Matrix<Scalar> mamba2_block_step(const Layer<Scalar, Weight>& w, const Sizes& si
   const Index d_inner = sizes.d_inner, P = sizes.head_dim;
   const Matrix<Scalar> zxBCdt = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
   const Matrix<Scalar> xBC =
-      silu(causal_conv1d_step<Scalar>(zxBCdt.middleCols(d_inner, sizes.conv_width()), w.conv_weight,
-                                      w.conv_bias, state.conv)
+      silu(causal_conv1d_step<Scalar>(zxBCdt.middleCols(d_inner, sizes.conv_width()),
+                                      w.conv_weight, w.conv_bias, state.conv)
                .array());
   Matrix<Scalar> y(1, d_inner);
   Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
@@ -773,8 +803,8 @@ Matrix<Scalar> mamba2_block_step(const Layer<Scalar, Weight>& w, const Sizes& si
     y.middleCols(first * P, count * P) =
         ssd_step<Scalar>(in, state.h.middleRows(first * P, count * P));
   });
-  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
-                                                       Scalar(sizes.norm_eps), sizes.n_groups);
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
+      y, zxBCdt.leftCols(d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
 }
 
@@ -792,7 +822,8 @@ struct Model {
   Weight embedding;  // (vocab_size or padded beyond, d_model)
   std::vector<Layer<Scalar, Weight>> layers;
   Row<Scalar> norm_f;  // (d_model)
-  Weight lm_head;      // (vocab_size or padded beyond, d_model), unless tied: then the embedding
+  Weight
+      lm_head;  // (vocab_size or padded beyond, d_model), unless tied: then the embedding
   bool tied = true;
 };
 
@@ -807,26 +838,27 @@ template <class Scalar, class Weight>
 Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                         State<Scalar>& state, const Options<Scalar>& options = {}) {
   const Sizes& sizes = model.sizes;
-  const auto block = sizes.version == 1 ? mamba_block<Scalar, Weight> : mamba2_block<Scalar, Weight>;
+  const auto block =
+      sizes.version == 1 ? mamba_block<Scalar, Weight> : mamba2_block<Scalar, Weight>;
   Matrix<Scalar> residual(L, sizes.d_model);
   for (Index t = 0; t < L; ++t) {
     residual.row(t) = Compute<Weight>::template row<Scalar>(model.embedding, ids[t]);
   }
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];
-    residual += block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l],
-                      options);
+    residual += block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)),
+                      state.layers[l], options);
   }
   return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
 }
 
 // The same for one token, by the step functions -> (1, d_model).
 template <class Scalar, class Weight>
-Matrix<Scalar> backbone_step(const Model<Scalar, Weight>& model, Token id, State<Scalar>& state,
-                             const Options<Scalar>& options = {}) {
+Matrix<Scalar> backbone_step(const Model<Scalar, Weight>& model, Token id,
+                             State<Scalar>& state, const Options<Scalar>& options = {}) {
   const Sizes& sizes = model.sizes;
-  const auto block_step =
-      sizes.version == 1 ? mamba_block_step<Scalar, Weight> : mamba2_block_step<Scalar, Weight>;
+  const auto block_step = sizes.version == 1 ? mamba_block_step<Scalar, Weight>
+                                             : mamba2_block_step<Scalar, Weight>;
   Matrix<Scalar> residual = Compute<Weight>::template row<Scalar>(model.embedding, id);
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];

@@ -273,11 +273,9 @@ inline std::size_t gpt2_word_end(std::string_view text, std::size_t begin) {
     }
   }
   std::size_t i = begin;
-  Kind kind = kind_of(character_at(text, i).code);
-  if (text[i] == ' ' && i + 1 < text.size()) {  // " ?"
-    const Kind next = kind_of(character_at(text, i + 1).code);
-    if (next != Kind::Space) kind = next, ++i;
-  }
+  if (text[i] == ' ' && i + 1 < text.size())
+    ++i;  // " ?"; in white space it changes nothing
+  const Kind kind = kind_of(character_at(text, i).code);
   std::size_t last = i;  // where the last character of the run starts
   while (i < text.size()) {
     const Character c = character_at(text, i);

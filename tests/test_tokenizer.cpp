@@ -351,6 +351,9 @@ TEST_CASE("tokenizer: lstrip, rstrip and single_word do what the Rust library do
   CHECK(tokenizer.encode(u8"écat cat½ catⓐ") == ids_of(u8"écat ", 259, u8"½ catⓐ"));
   // The search goes on inside the white space that <r> has swallowed.
   CHECK(tokenizer.encode("<r> \n ") == ids_of(257, 260, " "));
+  file["added_tokens"].erase(4);
+  add_token(file, " ", {"lstrip"});
+  CHECK(made(file).encode("<r> b") == ids_of(257, "b"));  // <r> leaves nothing of it
 }
 
 TEST_CASE(

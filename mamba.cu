@@ -1,0 +1,3924 @@
+// mamba.cu - the GPU program. Build and run (Hopper; -arch=native does for other GPUs):
+//
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a mamba.cu -o mamba_cuda -lcublas -lutf8proc
+//   ./mamba_cuda "Once upon a time"
+//
+// Read ssm_reference.hpp first: it says what is computed. Here the same operations, by the same names,
+// are CUDA kernels; for each a simple rung first, then the fast one. Loader, generator and command
+// line are mamba.hpp.
+//
+//   kernel                             reference               idea                       in parallel
+//                                                             batch, d, pieces of N
+//   selective_scan_chunk_start_kernel  selective_scan_chunked fused twice, a short walk between;
+//                                                             batch, d, N, chunks of t
+//   ssd_naive_kernel                   ssd_sequential          one warp walks time        batch, H, P
+//   ssd_fused_kernel                   ssd_chunked             chunks on tensor cores     batch, rows of h, pieces of t
+//   ssd_step_kernel                    ssd_step                one token, h in place      batch, H, P
+//   rms_norm_kernel                    rms_norm                a row stays on chip        rows
+//   gated_rms_norm_kernel              gated_rms_norm          the same                   rows, groups
+//   linear_step_kernel                 linear, rms_norm,       W read once, with what     rows of W, pieces of rows
+//                                      causal_conv1d_step      surrounds the product
+//   scan_decode_kernel                 selective_scan_step     with dt_proj before        batch, d, quarters of N
+//   ssd_decode_kernel                  ssd_step                with the gate after        batch, H, P
+//   embedding_kernel                   backbone                a row of the table         tokens
+//   sample_kernel                      sample (mamba.hpp)      bisection, no sort         batch, vocabulary
+#include "mamba.hpp"
+
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace mamba {
+
+// ============================================================================================
+// Errors and memory
+// ============================================================================================
+
+inline void check_cuda(cudaError_t error, const char* call, int line) {
+  if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error), ": mamba.cu:", line, ": ", call);
+}
+inline void check_cublas(cublasStatus_t status, const char* call, int line) {
+  if (status != CUBLAS_STATUS_SUCCESS)
+    fail("cuBLAS: ", cublasGetStatusString(status), ": mamba.cu:", line, ": ", call);
+}
+#define CUDA_CHECK(call) ::mamba::check_cuda((call), #call, __LINE__)
+#define CUBLAS_CHECK(call) ::mamba::check_cublas((call), #call, __LINE__)
+
+inline std::string mebibytes(std::size_t bytes) { return std::to_string((bytes >> 20) + 1) + " MiB"; }
+
+/// Fails, with what is needed and what there is, unless so many bytes can be had on the GPU.
+inline void need_memory(std::size_t bytes, const char* what) {
+  std::size_t available = 0, total = 0;
+  CUDA_CHECK(cudaMemGetInfo(&available, &total));
+  if (bytes > available)
+    fail("out of GPU memory: ", what, ": needed ", mebibytes(bytes), ", available ", mebibytes(available));
+}
+
+// An array of T on the GPU. It owns its memory and can be moved, not copied.
+template <class T>
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  explicit DeviceBuffer(std::size_t size) : size_(size) {
+    if (size == 0) return;
+    const cudaError_t error = cudaMalloc(&data_, bytes());
+    if (error == cudaErrorMemoryAllocation) cudaGetLastError(), need_memory(bytes(), "a buffer");
+    CUDA_CHECK(error);
+  }
+  DeviceBuffer(const T* from, std::size_t size) : DeviceBuffer(size) { copy_from(from); }
+  DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
+  DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  ~DeviceBuffer() { cudaFree(data_); }
+
+  T* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  std::size_t bytes() const { return size_ * sizeof(T); }
+  void copy_from(const T* host) { CUDA_CHECK(cudaMemcpy(data_, host, bytes(), cudaMemcpyHostToDevice)); }
+  void copy_to(T* host) const { CUDA_CHECK(cudaMemcpy(host, data_, bytes(), cudaMemcpyDeviceToHost)); }
+  void zero() { CUDA_CHECK(cudaMemset(data_, 0, bytes())); }
+  void grow(std::size_t size) {  // to at least so many; what it held is lost
+    if (size <= size_) return;
+    *this = DeviceBuffer();
+    *this = DeviceBuffer(size);
+  }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+// A mark in a stream: to wait for, or to measure between.
+class Event {
+ public:
+  explicit Event(bool timed = false) {
+    CUDA_CHECK(cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming));
+  }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  ~Event() { cudaEventDestroy(event_); }
+  void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void wait() { CUDA_CHECK(cudaEventSynchronize(event_)); }
+  double milliseconds_to(const Event& later) const {
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, event_, later.event_));
+    return ms;
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// What `enqueue` puts into the stream, as one launch.
+class Graph {
+ public:
+  template <class Function>
+  Graph(cudaStream_t stream, const Function& enqueue) {
+    cudaGraph_t graph = nullptr;
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    enqueue();
+    CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&graph_, graph, 0));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+  }
+  Graph(const Graph&) = delete;
+  Graph& operator=(const Graph&) = delete;
+  ~Graph() { cudaGraphExecDestroy(graph_); }
+  void launch(cudaStream_t stream) const { CUDA_CHECK(cudaGraphLaunch(graph_, stream)); }
+
+ private:
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+// ==========================================================================================
+// Storage types and pointwise functions
+// ==========================================================================================
+
+// n neighbouring numbers, kept as the words that carry them until they are needed as floats.
+template <class T, int n>
+struct alignas(n * sizeof(T)) Vector {
+  // Words, not T: a load that is taken apart at once is a load that is waited for at once.
+  using Word = std::conditional_t<n * sizeof(T) % 4 == 0, std::uint32_t, std::uint16_t>;
+  Word word[n * sizeof(T) / sizeof(Word)] = {};
+};
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+
+template <class T>
+__device__ inline T from_float(float v);  // to the nearest
+template <>
+__device__ inline float from_float(float v) {
+  return v;
+}
+template <>
+__device__ inline __nv_bfloat16 from_float(float v) {
+  return __float2bfloat16(v);
+}
+template <>
+__device__ inline __half from_float(float v) {
+  return __float2half(v);
+}
+
+template <int n, class T>
+__device__ inline Vector<T, n> load(const T* p, bool exists) {  // zeros where nothing is
+  if (exists) return *reinterpret_cast<const Vector<T, n>*>(p);
+  return {};
+}
+template <int n, class T>
+__device__ inline void store(T* p, const Vector<T, n>& v) {
+  *reinterpret_cast<Vector<T, n>*>(p) = v;
+}
+template <class T, int n>
+__device__ inline void unpack(const Vector<T, n>& v, float (&to)[n]) {
+  T numbers[n];
+  std::memcpy(numbers, &v, sizeof v);
+#pragma unroll
+  for (int i = 0; i < n; ++i) to[i] = to_float(numbers[i]);
+}
+template <class T, int n>
+__device__ inline Vector<T, n> pack(const float (&from)[n]) {
+  T numbers[n];
+#pragma unroll
+  for (int i = 0; i < n; ++i) numbers[i] = from_float<T>(from[i]);
+  Vector<T, n> v;
+  std::memcpy(&v, numbers, sizeof v);
+  return v;
+}
+
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126 become 0.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// 1/x, relative error below 2^-23; 0 where the result is below 2^-126.
+__device__ inline float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|) in (0, 1], so nothing overflows.
+// log(1 + e) = e P(e), P the polynomial through the Chebyshev nodes of [0, 1]: relative error below
+// 2^-23 in P, 2.0e-7 when rounded, small e included; a log instruction would be 2^-22 absolute there.
+__device__ inline float softplus(float x) {
+  const float e = exp2_approx(-kLog2e * fabsf(x));
+  float p = 0.00512610236f;
+  p = fmaf(p, e, -0.0290740654f);
+  p = fmaf(p, e, 0.0775160864f);
+  p = fmaf(p, e, -0.136022478f);
+  p = fmaf(p, e, 0.190768808f);
+  p = fmaf(p, e, -0.248353988f);
+  p = fmaf(p, e, 0.333181202f);
+  p = fmaf(p, e, -0.499994457f);
+  p = fmaf(p, e, 0.99999994f);
+  return fmaf(p, e, fmaxf(x, 0.f));
+}
+
+// silu(x) = x / (1 + e^-x). e^-x may be infinite: its reciprocal is 0.
+__device__ inline float silu(float x) {
+  return x * reciprocal_approx(1.f + exp2_approx(-kLog2e * x));
+}
+
+// Sequences lie one behind another as rows of the same matrices: sequence b owns the rows
+// b L .. (b + 1) L, or, if their lengths differ, row_offsets[b] .. row_offsets[b + 1].
+struct Rows {
+  std::int64_t first, count;
+};
+__device__ inline Rows rows_of(std::int64_t b, std::int64_t L,
+                               const std::int64_t* row_offsets) {
+  if (!row_offsets) return {b * L, L};
+  return {row_offsets[b], row_offsets[b + 1] - row_offsets[b]};
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+template <
+    class
+    T>  // may rows that start at p and lie `stride` apart be read four numbers at a time?
+bool aligned4(const T* p, std::int64_t stride) {
+  return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
+}
+
+// ==========================================================================================
+// Causal convolution
+// ==========================================================================================
+//
+//   out[t, d] = act(bias[d] + sum_k weight[d, k] x[t - (width - 1) + k, d]),   act = silu or none
+//
+// x before the sequence is `state` (batch, width - 1, d), oldest first, zero if absent. Afterwards
+// state_out holds the last width - 1 of state and x together; it may be the same memory.
+
+template <class T>
+struct ConvArgs {
+  std::int64_t batch = 1, L = 0, d = 0;
+  int width = 4;                                   // 2 to 8
+  const T* x = nullptr;                            // (batch L, d), rows x_stride apart
+  const float *weight = nullptr, *bias = nullptr;  // (d, width); (d) or null
+  const T* state = nullptr;                        // (batch, width - 1, d) or null
+  T *out = nullptr, *state_out = nullptr;  // (batch L, d); (batch, width - 1, d) or null
+  std::int64_t x_stride = 0, out_stride = 0;
+  bool activate = true;
+  const int* done = nullptr;                  // step: (batch), where not 0 the state stays
+  const std::int64_t* row_offsets = nullptr;  // (batch + 1); L is then the longest length
+};
+
+// The n inputs at position t of a sequence, t >= -(width - 1).
+template <int n, class T>
+__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b,
+                                          const Rows& rows, std::int64_t t,
+                                          std::int64_t d) {
+  if (t >= 0) return load<n>(a.x + (rows.first + t) * a.x_stride + d, t < rows.count);
+  return load<n>(a.state + (b * (a.width - 1) + a.width - 1 + t) * a.d + d,
+                 a.state != nullptr);
+}
+
+// One thread computes one output. Grid: all of batch L d in blocks of 256.
+template <class T>
+__global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
+  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= a.batch * a.L * a.d) return;
+  const std::int64_t d = i % a.d, t = i / a.d % a.L, b = i / a.d / a.L;
+  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  if (t >= rows.count) return;
+  float sum = a.bias ? a.bias[d] : 0.f;
+  for (int k = 0; k < a.width; ++k) {
+    const std::int64_t s = t - (a.width - 1) + k;
+    float x_s = 0.f;
+    if (s >= 0) {
+      x_s = to_float(a.x[(rows.first + s) * a.x_stride + d]);
+    } else if (a.state) {
+      x_s = to_float(a.state[(b * (a.width - 1) + a.width - 1 + s) * a.d + d]);
+    }
+    sum += a.weight[d * a.width + k] * x_s;
+  }
+  a.out[(rows.first + t) * a.out_stride + d] = from_float<T>(a.activate ? silu(sum) : sum);
+}
+
+// Since the rung before: each input is read from memory once, not `width` times. A thread owns
+// kVector neighbouring channels (4, or 1 where rows are not aligned) over `steps` rows and slides the
+// window through registers, eight rows in flight at a time.
+// Grid: x = sequences times pieces of `steps` rows, y = blocks of 128 times kVector channels.
+// kWidth is the width, or 8 for any width up to it: the missing oldest taps are zero.
+constexpr int kConvThreads = 128, kConvRows = 8;
+
+template <class T, int kWidth, int kVector>
+__global__ void __launch_bounds__(kConvThreads)
+    causal_conv1d_fused_kernel(ConvArgs<T> a, std::int64_t pieces, int steps) {
+  const std::int64_t d = kVector * (std::int64_t(blockIdx.y) * kConvThreads + threadIdx.x);
+  const std::int64_t b = blockIdx.x / pieces, begin = blockIdx.x % pieces * steps;
+  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  if (d >= a.d || (begin >= rows.count && begin > 0)) return;
+
+  float weight[kVector][kWidth], bias[kVector], window[kWidth][kVector] = {};
+  unpack(load<kVector>(a.bias + d, a.bias != nullptr), bias);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if constexpr (kWidth == 4 && kVector == 4) {
+      unpack(load<kWidth>(a.weight + (d + i) * kWidth, true), weight[i]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const int tap = k - (kWidth - a.width);
+        weight[i][k] = tap >= 0 ? a.weight[(d + i) * a.width + tap] : 0.f;
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k + 1 < kWidth; ++k) {
+    const bool known = k >= kWidth - a.width;
+    if (known)
+      unpack(conv_input<kVector>(a, b, rows, begin - (kWidth - 1) + k, d), window[k]);
+  }
+  // The thread that has just read `state` also replaces it: no other thread touches these entries.
+  if (begin == 0 && a.state_out) {
+    for (int k = 0; k < a.width - 1; ++k) {
+      store(a.state_out + (b * (a.width - 1) + k) * a.d + d,
+            conv_input<kVector>(a, b, rows, rows.count - (a.width - 1) + k, d));
+    }
+  }
+
+  const int count = min(std::int64_t(steps), rows.count - begin);
+  const T* x = a.x + (rows.first + begin) * a.x_stride + d;
+  T* out = a.out + (rows.first + begin) * a.out_stride + d;
+  for (int t = 0; t < count; t += kConvRows) {
+    Vector<T, kVector> arrived[kConvRows];
+#pragma unroll
+    for (int r = 0; r < kConvRows; ++r)
+      arrived[r] = load<kVector>(x + r * a.x_stride, t + r < count);
+#pragma unroll
+    for (int r = 0; r < kConvRows; ++r) {
+      unpack(arrived[r], window[kWidth - 1]);
+      float sum[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        sum[i] = bias[i];
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) sum[i] = fmaf(weight[i][k], window[k][i], sum[i]);
+        if (a.activate) sum[i] = silu(sum[i]);
+#pragma unroll
+        for (int k = 0; k + 1 < kWidth; ++k) window[k][i] = window[k + 1][i];
+      }
+      if (t + r < count) store(out + r * a.out_stride, pack<T>(sum));
+    }
+    x += kConvRows * a.x_stride;
+    out += kConvRows * a.out_stride;
+  }
+}
+
+// One token: x, out (batch, d); state_out (batch, width - 1, d) slides by one row, in place.
+// One thread per channel, so that it alone reads and writes its column of the state.
+template <class T>
+__global__ void causal_conv1d_step_kernel(ConvArgs<T> a) {
+  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= a.batch * a.d) return;
+  const std::int64_t d = i % a.d, b = i / a.d;
+  if (a.done && a.done[b]) return;
+  const T x_t = a.x[b * a.x_stride + d];
+  const float* weight = a.weight + d * a.width;
+  T* state = a.state_out + b * (a.width - 1) * a.d + d;
+  float sum = a.bias ? a.bias[d] : 0.f;
+  for (int k = 0; k + 1 < a.width; ++k) {
+    sum += weight[k] * to_float(state[k * a.d]);
+    state[k * a.d] = k + 2 < a.width ? state[(k + 1) * a.d] : x_t;
+  }
+  sum += weight[a.width - 1] * to_float(x_t);
+  a.out[b * a.out_stride + d] = from_float<T>(a.activate ? silu(sum) : sum);
+}
+
+template <class T>
+void causal_conv1d_naive(const ConvArgs<T>& a, cudaStream_t stream) {
+  const std::int64_t outputs = a.batch * a.L * a.d;
+  if (outputs == 0) return;
+  causal_conv1d_naive_kernel<<<ceil_div(outputs, 256), 256, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
+  if (a.width < 2 || a.width > 8)
+    fail("causal_conv1d: width: expected 2 to 8, found ", a.width);
+  if (a.batch * a.d == 0) return;
+  const bool aligned = aligned4(a.x, a.x_stride) && aligned4(a.out, a.out_stride) &&
+                       aligned4(a.state, a.d) && aligned4(a.state_out, a.d) &&
+                       aligned4(a.weight, 4) && aligned4(a.bias, 4);
+  const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * kConvThreads);
+  // Short pieces fill the GPU with few tokens; long ones read their width - 1 extra rows less often.
+  const std::int64_t million = 1 << 20, outputs = a.batch * a.L * a.d;
+  const int steps = outputs < 16 * million ? 16 : outputs < 64 * million ? 32 : 64;
+  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(a.L, steps));
+  const auto kernel = a.width == 4 ? (aligned ? causal_conv1d_fused_kernel<T, 4, 4>
+                                              : causal_conv1d_fused_kernel<T, 4, 1>)
+                                   : (aligned ? causal_conv1d_fused_kernel<T, 8, 4>
+                                              : causal_conv1d_fused_kernel<T, 8, 1>);
+  kernel<<<dim3(a.batch * pieces, blocks), kConvThreads, 0, stream>>>(a, pieces, steps);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void causal_conv1d_step(const ConvArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.d == 0) return;
+  causal_conv1d_step_kernel<<<ceil_div(a.batch * a.d, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ==========================================================================================
+// Selective scan
+// ==========================================================================================
+//
+//   delta_t = delta_ratio softplus(delta_raw_t + delta_bias)          bias and softplus optional
+//   h_t     = exp(delta_t A) * h_{t-1} + (delta_t x_t) B_t            h_{-1} = h0, given or zero
+//   y_t     = C_t . h_t + D x_t                                       D optional
+//   out_t   = y_t * silu(z_t)                                         z optional
+
+template <class T>
+struct ScanArgs {
+  std::int64_t batch = 1, L = 0, d_inner = 0, d_state = 0, n_groups = 1;
+  const T *x = nullptr, *delta = nullptr;  // (batch L, d_inner)
+  const float* A = nullptr;                // (d_inner, d_state)
+  const T *B = nullptr, *C = nullptr;      // (batch L, n_groups d_state)
+  const float* D = nullptr;                // (d_inner) or null
+  const T* z = nullptr;                    // (batch L, d_inner) or null
+  const float* delta_bias = nullptr;       // (d_inner) or null
+  const float* h0 = nullptr;               // (batch, d_inner, d_state) or null
+  T* out = nullptr;                        // (batch L, d_inner)
+  float* h_T = nullptr;                    // (batch, d_inner, d_state) or null; may be h0
+  std::int64_t x_stride = 0, delta_stride = 0, B_stride = 0,
+               C_stride = 0;  // from row to row
+  std::int64_t z_stride = 0, out_stride = 0;
+  bool delta_softplus = true;
+  float delta_ratio = 1.f;
+  const int* done = nullptr;                  // step: (batch), where not 0 the state stays
+  const std::int64_t* row_offsets = nullptr;  // (batch + 1); L is then the longest length
+};
+
+constexpr std::int64_t kMaxStates = 256;
+
+// One thread owns one channel and walks time. Grid: all of batch d_inner in blocks of 128.
+// The state lies in local memory because d_state is only known at run time.
+template <class T>
+__global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
+  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;
+  const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
+  const std::int64_t group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const float* A = a.A + d * N;
+
+  float h[kMaxStates];
+  for (int n = 0; n < N; ++n) h[n] = a.h0 ? a.h0[i * N + n] : 0.f;
+
+  for (std::int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]);
+    float delta_t =
+        to_float(a.delta[t * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
+    if (a.delta_softplus) delta_t = fmaxf(delta_t, 0.f) + log1pf(expf(-fabsf(delta_t)));
+    delta_t *= a.delta_ratio;
+
+    float y_t = a.D ? a.D[d] * x_t : 0.f;
+    for (int n = 0; n < N; ++n) {
+      h[n] = expf(delta_t * A[n]) * h[n] + delta_t * x_t * to_float(B_t[n]);
+      y_t += to_float(C_t[n]) * h[n];
+    }
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+  for (int n = 0; n < N && a.h_T; ++n) a.h_T[i * N + n] = h[n];
+}
+
+// Since the rung before: a channel's states are split over kLanes threads, kStates each, in registers;
+// B and C are read once per block, not once per channel; and everything that is done once per (t, d)
+// rather than once per (t, d, n) leaves the loop that walks time. A block is 256 threads over
+// kChannels channels of one group of one sequence, and works on tiles of kSteps rows:
+//
+//   walkers (threads 0-127)    walk time, each with kStates states of one channel
+//   servers (threads 128-255)  while tile i is walked, finish the outputs of tile i - 1 (sum over lanes,
+//                              D x, gate) and prepare tile i + 1 (softplus, B, C); four channels a thread
+//
+// Everything shared is double-buffered by the tile's parity, so one barrier per tile orders all of it.
+// Rows past the end get delta = 0 and B = 0: the state stands still. Missing states get A = B = C = 0.
+//
+// What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B, two
+// multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from shared memory.
+// More states per thread therefore mean less shared traffic, and fewer threads per channel.
+// Grid: sequences (or their chunks) times groups times blocks of kChannels.
+template <int kStates_, int kLanes_>
+struct ScanTile {
+  static constexpr int kStates = kStates_, kLanes = kLanes_;
+  static constexpr int kWalkers = 128, kServers = 128;
+  static constexpr int kN = kStates * kLanes;  // d_state, rounded up
+  static constexpr int kChannels = kWalkers / kLanes;
+  static constexpr int kSteps = kN > 64 ? 8 : kChannels > 32 ? 16 : 32;
+  static constexpr int kAhead =
+      kStates < 8 ? 2 : 1;  // steps from reading operands to using them
+  static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
+  static_assert(kLanes % 2 == 0, "two neighbouring walkers share a channel");
+  static_assert(kChannels % 4 == 0, "a server owns four channels");
+  // Between lanes and between rows of y: spaced so that neither side meets bank conflicts.
+  static constexpr int kLaneStride = kChannels % 32 ? kChannels : kChannels + 16;
+
+  alignas(32) float2 input[2][kSteps][kChannels];  // {delta_t, delta_t x_t}
+  alignas(32) float2 BC[2][kSteps][kN];            // {B_t, C_t}
+  alignas(32) float y[2][kSteps][kLanes * kLaneStride +
+                                 kChannels % 32];  // each lane's share of C_t . h_t
+};
+
+// What one block works on: some rows of one sequence, some channels of one group.
+struct ScanBlock {
+  std::int64_t sequence;  // index of the states: sequence, or chunk of one
+  Rows rows;
+  std::int64_t group;
+  std::int64_t channel;  // the first
+  int n_channels;        // how many of them exist
+};
+
+// Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b count + k.
+struct Chunks {
+  std::int64_t count = 1, length = 0;
+  float* total = nullptr;  // (batch, count, d_inner): sum of delta_t over the chunk
+};
+
+template <class Tile, class T>
+__device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks) {
+  const std::int64_t width = a.d_inner / a.n_groups;
+  const std::int64_t blocks = (width + Tile::kChannels - 1) / Tile::kChannels;
+  const std::int64_t first = blockIdx.x % blocks * Tile::kChannels;
+  const std::int64_t group = blockIdx.x / blocks % a.n_groups;
+  const std::int64_t sequence = blockIdx.x / blocks / a.n_groups;
+  Rows rows = rows_of(sequence / chunks.count, a.L, a.row_offsets);
+  if (chunks.count > 1) {
+    const std::int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
+    rows = {rows.first + skip, min(chunks.length, rows.count - skip)};
+  }
+  return {sequence, rows, group, group * width + first,
+          int(min(width - first, std::int64_t(Tile::kChannels)))};
+}
+
+template <class Tile, class T>
+__device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, Tile& tile) {
+  constexpr int kStates = Tile::kStates;
+  const int c = threadIdx.x / 2 %
+                Tile::kChannels;  // neighbours share a channel: one read serves both
+  const int s = threadIdx.x % 2 + threadIdx.x / (2 * Tile::kChannels) * 2;
+  const std::int64_t d = block.channel + c,
+                     state = (block.sequence * a.d_inner + d) * a.d_state;
+  const bool exists = c < block.n_channels;
+
+  float A[kStates],
+      h[kStates];  // A log2(e), so that exp(delta A) is one multiply and one exp2
+#pragma unroll
+  for (int p = 0; p < kStates; ++p) {
+    const int n = s * kStates + p;
+    const bool known = exists && n < a.d_state;
+    A[p] = known ? kLog2e * a.A[d * a.d_state + n] : 0.f;
+    h[p] = known && a.h0 ? a.h0[state + n] : 0.f;
+  }
+
+  // What step t needs from shared memory. It is read kAhead steps before it is used: the compiler may
+  // not move these reads across the writes of y, and their latency would be paid in every step.
+  struct Operands {
+    float delta, delta_x, B[kStates], C[kStates];
+  };
+  constexpr int kAhead = Tile::kAhead;
+  const auto operands = [&](int parity, int t) {
+    Operands o;
+    const float2 input = tile.input[parity][t][c];
+    o.delta = input.x, o.delta_x = input.y;
+#pragma unroll
+    for (int p = 0; p < kStates; p += 2) {
+      const float4 two =
+          *reinterpret_cast<const float4*>(&tile.BC[parity][t][s * kStates + p]);
+      o.B[p] = two.x, o.C[p] = two.y, o.B[p + 1] = two.z, o.C[p + 1] = two.w;
+    }
+    return o;
+  };
+
+  const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
+  for (int i = 0; i < tiles; ++i) {
+    __syncthreads();  // servers wrote input and BC of tile i, and have read y of tile i - 2
+    const int parity = i & 1;
+    Operands next[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) next[k] = operands(parity, k);
+#pragma unroll
+    for (int t = 0; t < Tile::kSteps; t += kAhead) {
+      float y[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const Operands now = next[k];
+        if (t + kAhead < Tile::kSteps) next[k] = operands(parity, t + kAhead + k);
+        y[k] = 0.f;
+#pragma unroll
+        for (int p = 0; p < kStates; ++p) {
+          h[p] = fmaf(exp2_approx(now.delta * A[p]), h[p], now.delta_x * now.B[p]);
+          y[k] = fmaf(now.C[p], h[p], y[k]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k)
+        tile.y[parity][t + k][s * Tile::kLaneStride + c] = y[k];
+    }
+  }
+  __syncthreads();  // y of the last tile, before servers read it
+
+#pragma unroll
+  for (int p = 0; p < kStates; ++p) {
+    const int n = s * kStates + p;
+    if (exists && n < a.d_state && a.h_T) a.h_T[state + n] = h[p];
+  }
+}
+
+// The part of the rows of a tile that one server carries: n neighbouring columns in every kStride-th row.
+template <class Tile, int kColumns, int n>
+struct Share {
+  static constexpr int kThreads = kColumns / n;  // that share a row
+  static constexpr int kStride =
+      Tile::kServers / kThreads;  // rows from one of its own to the next
+  static constexpr int kRows = (Tile::kSteps + kStride - 1) / kStride;  // of its own
+  const int column, first;
+  __device__ explicit Share(int server)
+      : column(server % kThreads * n), first(server / kThreads) {}
+  __device__ int row(int r) const { return first + r * kStride; }
+  __device__ bool has(int r) const {
+    return Tile::kSteps % kStride == 0 || row(r) < Tile::kSteps;
+  }
+};
+
+template <class Tile, int n, class T>
+__device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
+                                   const ScanBlock& block, Tile& tile) {
+  constexpr int kSteps = Tile::kSteps;
+  using ShareD = Share<Tile, Tile::kChannels, n>;
+  using ShareN = Share<Tile, Tile::kN, n>;
+  const ShareD my(threadIdx.x - Tile::kWalkers);
+  const ShareN my_N(threadIdx.x - Tile::kWalkers);
+  const std::int64_t d = block.channel + my.column;
+  const bool exists = my.column < block.n_channels, exists_N = my_N.column < a.d_state;
+  const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
+
+  float bias[n], D[n], total[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    bias[k] = a.delta_bias && exists ? a.delta_bias[d + k] : 0.f;
+    D[k] = a.D && exists ? a.D[d + k] : 0.f;
+    total[k] = 0.f;  // of delta_t
+  }
+  const std::int64_t first = block.rows.first + my.first,
+                     first_N = block.rows.first + my_N.first;
+  const std::int64_t column_N = block.group * a.d_state + my_N.column;
+  const T* x_in = a.x + first * a.x_stride + d;
+  const T* delta_in = a.delta + first * a.delta_stride + d;
+  const T* B_in = a.B + first_N * a.B_stride + column_N;
+  const T* C_in = a.C + first_N * a.C_stride + column_N;
+  const T* x_out = x_in;
+  const T* z_out = a.z + first * a.z_stride + d;
+  T* out = a.out + first * a.out_stride + d;
+
+  // Numbers on their way from global memory. They are requested a whole tile before they are used.
+  struct Input {
+    Vector<T, n> x[ShareD::kRows], delta[ShareD::kRows], B[ShareN::kRows], C[ShareN::kRows];
+  };
+  struct Gate {
+    Vector<T, n> x[ShareD::kRows], z[ShareD::kRows];
+  };
+
+  const auto fetch_input = [&](int i) {
+    Input in;
+#pragma unroll
+    for (int r = 0; r < ShareD::kRows; ++r) {
+      const bool inside = exists && my.has(r) && i * kSteps + my.row(r) < length;
+      in.x[r] = load<n>(x_in + r * ShareD::kStride * a.x_stride, inside);
+      in.delta[r] = load<n>(delta_in + r * ShareD::kStride * a.delta_stride, inside);
+    }
+#pragma unroll
+    for (int r = 0; r < ShareN::kRows; ++r) {
+      const bool inside = exists_N && my_N.has(r) && i * kSteps + my_N.row(r) < length;
+      in.B[r] = load<n>(B_in + r * ShareN::kStride * a.B_stride, inside);
+      in.C[r] = load<n>(C_in + r * ShareN::kStride * a.C_stride, inside);
+    }
+    x_in += kSteps * a.x_stride;
+    delta_in += kSteps * a.delta_stride;
+    B_in += kSteps * a.B_stride;
+    C_in += kSteps * a.C_stride;
+    return in;
+  };
+
+  const auto fetch_gate = [&](int i) {
+    Gate gate;
+#pragma unroll
+    for (int r = 0; r < ShareD::kRows; ++r) {
+      const bool inside = exists && my.has(r) && i * kSteps + my.row(r) < length;
+      gate.x[r] = load<n>(x_out + r * ShareD::kStride * a.x_stride, inside && a.D);
+      gate.z[r] = load<n>(z_out + r * ShareD::kStride * a.z_stride, inside && a.z);
+    }
+    x_out += kSteps * a.x_stride;
+    z_out += kSteps * a.z_stride;
+    return gate;
+  };
+
+  const auto prepare = [&](int i, const Input& in) {
+#pragma unroll
+    for (int r = 0; r < ShareD::kRows; ++r) {
+      const int t = my.row(r);
+      if (!my.has(r)) break;
+      float x_t[n], delta_t[n], input[2 * n];
+      unpack(in.x[r], x_t);
+      unpack(in.delta[r], delta_t);
+#pragma unroll
+      for (int k = 0; k < n; ++k) delta_t[k] += bias[k];
+      if (a.delta_softplus) {
+#pragma unroll
+        for (int k = 0; k < n; ++k) delta_t[k] = softplus(delta_t[k]);
+      }
+      const float ratio = i * kSteps + t < length ? a.delta_ratio : 0.f;
+#pragma unroll
+      for (int k = 0; k < n; ++k) {
+        input[2 * k] = delta_t[k] * ratio;
+        input[2 * k + 1] = input[2 * k] * x_t[k];
+        total[k] += input[2 * k];
+      }
+      store(&tile.input[i & 1][t][my.column].x, pack<float>(input));
+    }
+#pragma unroll
+    for (int r = 0; r < ShareN::kRows; ++r) {
+      if (!my_N.has(r)) break;
+      float B_t[n], C_t[n], pairs[2 * n];
+      unpack(in.B[r], B_t);
+      unpack(in.C[r], C_t);
+#pragma unroll
+      for (int k = 0; k < n; ++k) pairs[2 * k] = B_t[k], pairs[2 * k + 1] = C_t[k];
+      store(&tile.BC[i & 1][my_N.row(r)][my_N.column].x, pack<float>(pairs));
+    }
+  };
+
+  const auto finish = [&](int i, const Gate& gate) {
+#pragma unroll
+    for (int r = 0; r < ShareD::kRows; ++r) {
+      const int t = my.row(r);
+      if (!my.has(r)) break;
+      float x_t[n], z_t[n], y_t[n], part[n];
+      unpack(gate.x[r], x_t);
+      unpack(gate.z[r], z_t);
+      unpack(load<n>(&tile.y[i & 1][t][my.column], true), y_t);
+#pragma unroll
+      for (int s = 1; s < Tile::kLanes; ++s) {
+        unpack(load<n>(&tile.y[i & 1][t][s * Tile::kLaneStride + my.column], true), part);
+#pragma unroll
+        for (int k = 0; k < n; ++k) y_t[k] += part[k];
+      }
+#pragma unroll
+      for (int k = 0; k < n; ++k) y_t[k] = fmaf(D[k], x_t[k], y_t[k]);
+      if (a.z) {
+#pragma unroll
+        for (int k = 0; k < n; ++k) y_t[k] *= silu(z_t[k]);
+      }
+      if (exists && i * kSteps + t < length) {
+        store(out + r * ShareD::kStride * a.out_stride, pack<T>(y_t));
+      }
+    }
+    out += kSteps * a.out_stride;
+  };
+
+  prepare(0, fetch_input(0));
+  Input next_input = fetch_input(1);
+  Gate next_gate = {};
+  for (int i = 0; i < tiles; ++i) {
+    __syncthreads();  // walkers wrote y of tile i - 1, and have read input and BC of tile i - 1
+    const Input input = next_input;
+    const Gate gate = next_gate;
+    next_input = fetch_input(i + 2);
+    if (a.out) next_gate = fetch_gate(i);
+    if (a.out && i > 0) finish(i - 1, gate);
+    if (i + 1 < tiles) prepare(i + 1, input);
+  }
+  // The half of `input` that no walker reads any more takes the sums over each server's rows.
+  if (chunks.total && my.first < kSteps) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) tile.input[tiles & 1][my.first][my.column + k].x = total[k];
+  }
+  __syncthreads();  // walkers wrote y of the last tile, servers wrote their sums
+  if (a.out && tiles > 0) finish(tiles - 1, next_gate);
+  if (chunks.total && my.first == 0 && exists) {
+    for (int r = 1; r < min(ShareD::kStride, kSteps); ++r) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) total[k] += tile.input[tiles & 1][r][my.column + k].x;
+    }
+#pragma unroll
+    for (int k = 0; k < n; ++k) chunks.total[block.sequence * a.d_inner + d + k] = total[k];
+  }
+}
+
+template <class T, class Tile, int n, int kBlocksPerSM>
+__global__ void __launch_bounds__(Tile::kWalkers + Tile::kServers, kBlocksPerSM)
+    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks) {
+  extern __shared__ __align__(32) unsigned char shared_memory[];
+  Tile& tile = *reinterpret_cast<Tile*>(shared_memory);
+  const ScanBlock block = scan_block<Tile>(a, chunks);
+  // Both roles pass the same number of barriers: one per tile, and one more.
+  if (threadIdx.x < Tile::kWalkers) {
+    walk_time(a, block, tile);
+  } else {
+    serve_tiles<Tile, n>(a, chunks, block, tile);
+  }
+}
+
+// For long sequences with few channels: the sequence itself is split. (1) The fused kernel runs over
+// every chunk from a zero state and leaves its last state in `states` and the sum of its delta in
+// `total`: over a whole chunk the decay is exp(A sum delta_t). (2) This kernel walks over the chunks,
+// one thread per (b, d, n), and replaces each chunk's last state by the state in which it starts.
+// (3) The fused kernel runs again from there. Twice the exps, for `count` times the parallelism.
+template <class T>
+__global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks,
+                                                  float* states) {
+  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const std::int64_t per_sequence = a.d_inner * a.d_state;
+  if (i >= a.batch * per_sequence) return;
+  const std::int64_t dn = i % per_sequence, d = dn / a.d_state, b = i / per_sequence;
+  const float A = kLog2e * a.A[dn];
+  float h = a.h0 ? a.h0[i] : 0.f;
+  for (std::int64_t k = b * chunks.count; k < (b + 1) * chunks.count; ++k) {
+    const float last = states[k * per_sequence + dn];
+    states[k * per_sequence + dn] = h;
+    h = fmaf(exp2_approx(A * chunks.total[k * a.d_inner + d]), h, last);
+  }
+  if (a.h_T) a.h_T[i] = h;
+}
+
+// One token: x, delta, z, out (batch, d_inner), h_T (batch, d_inner, d_state) advanced in place.
+// Four lanes share a channel and take kVector (4, or 1 if not aligned) neighbouring states each, so a warp reads and writes
+// whole lines of h, which is nearly all the traffic. Grid: batch d_inner channels in blocks of 32.
+constexpr int kStepLanes = 4, kStepThreads = 128;
+
+template <class T, int kVector>
+__global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanArgs<T> a) {
+  const std::int64_t i =
+      (std::int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
+  const int lane = threadIdx.x % kStepLanes, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
+  const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
+  if (a.done && a.done[b]) return;
+  const std::int64_t group = d / (a.d_inner / a.n_groups);
+  const T* B = a.B + b * a.B_stride + group * N;
+  const T* C = a.C + b * a.C_stride + group * N;
+  const float* A = a.A + d * N;
+  float* h = a.h_T + i * N;
+  const float x = to_float(a.x[b * a.x_stride + d]);
+  float delta =
+      to_float(a.delta[b * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
+  if (a.delta_softplus) delta = softplus(delta);
+  delta *= a.delta_ratio;
+
+  float y = 0.f;
+  for (int n = kVector * lane; n < N; n += kVector * kStepLanes) {
+    float A_n[kVector], B_n[kVector], C_n[kVector], h_n[kVector];
+    unpack(load<kVector>(A + n, true), A_n);
+    unpack(load<kVector>(B + n, true), B_n);
+    unpack(load<kVector>(C + n, true), C_n);
+    unpack(load<kVector>(h + n, true), h_n);
+#pragma unroll
+    for (int k = 0; k < kVector; ++k) {
+      h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A_n[k])), h_n[k], delta * x * B_n[k]);
+      y = fmaf(C_n[k], h_n[k], y);
+    }
+    store(h + n, pack<float>(h_n));
+  }
+  const unsigned lanes = 0xfu << (threadIdx.x % 32 / kStepLanes * kStepLanes);
+  y += __shfl_xor_sync(lanes, y, 1);
+  y += __shfl_xor_sync(lanes, y, 2);
+  if (lane != 0) return;
+  if (a.D) y = fmaf(a.D[d], x, y);
+  if (a.z) y *= silu(to_float(a.z[b * a.z_stride + d]));
+  a.out[b * a.out_stride + d] = from_float<T>(y);
+}
+
+// --- launchers ------------------------------------------------------------------------------
+
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
+}
+
+template <class T>
+void selective_scan_naive(const ScanArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.d_inner == 0) return;
+  selective_scan_naive_kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// May four neighbouring channels, and four neighbouring states of B and C, be read at once?
+template <class T>
+bool reads_four(const ScanArgs<T>& a) {
+  return aligned4(a.x, a.x_stride) && aligned4(a.delta, a.delta_stride) &&
+         aligned4(a.z, a.z_stride) && aligned4(a.out, a.out_stride) &&
+         aligned4(a.B, a.B_stride) && aligned4(a.C, a.C_stride) &&
+         a.d_inner / a.n_groups % 4 == 0 && a.d_state % 4 == 0;
+}
+
+template <class Tile, int n, int kBlocksPerSM, class T>
+void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, cudaStream_t stream) {
+  const std::int64_t blocks = a.batch * chunks.count * a.n_groups *
+                              ceil_div(a.d_inner / a.n_groups, Tile::kChannels);
+  const auto kernel = selective_scan_fused_kernel<T, Tile, n, kBlocksPerSM>;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  sizeof(Tile)));
+  kernel<<<blocks, Tile::kWalkers + Tile::kServers, sizeof(Tile), stream>>>(a, chunks);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// Into how many chunks `selective_scan` cuts each sequence: 1 unless the channels leave part of the GPU
+// idle, and the sequence is so long that two passes by all of it win. Measured on an H100, a row costs
+// 22 ns in one pass, 200 ns in both passes over a chunk, and splitting costs 22 us.
+inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t d_inner) {
+  if (batch * ceil_div(d_inner, 16) >= multiprocessors()) return 1;
+  const std::int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
+  const std::int64_t count = std::max<std::int64_t>(1, std::min(room, L / 128));
+  return 22 * L > 200 * L / count + 22000 ? count : 1;
+}
+
+template <class Tile, int n, int kBlocksPerSM, class T>
+void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace,
+                 cudaStream_t stream) {
+  if (count == 1) return launch_fused<Tile, n, kBlocksPerSM>(a, Chunks{}, stream);
+  const std::int64_t states = a.batch * a.d_inner * a.d_state;
+  const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
+  ScanArgs<T> pass = a;
+  pass.h0 = nullptr, pass.h_T = workspace, pass.out = nullptr;
+  launch_fused<Tile, n, kBlocksPerSM>(pass, chunks, stream);
+  selective_scan_chunk_start_kernel<<<ceil_div(states, 128), 128, 0, stream>>>(a, chunks,
+                                                                               workspace);
+  CUDA_CHECK(cudaGetLastError());
+  pass.h0 = workspace, pass.h_T = nullptr, pass.out = a.out;
+  launch_fused<Tile, n, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, stream);
+}
+
+// Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
+template <class T>
+std::size_t selective_scan_workspace(const ScanArgs<T>& a) {
+  if (a.batch * a.d_inner == 0) return 0;
+  const std::int64_t count = scan_chunks(a.batch, a.L, a.d_inner);
+  return count == 1 ? 0 : sizeof(float) * count * a.batch * a.d_inner * (a.d_state + 1);
+}
+
+template <class T>
+void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream) {
+  if (a.d_state < 1 || a.d_state > kMaxStates) {
+    fail("selective_scan: d_state: expected 1 to ", kMaxStates, ", found ", a.d_state);
+  }
+  if (a.d_inner % a.n_groups != 0) {
+    fail("selective_scan: d_inner: expected a multiple of n_groups ", a.n_groups,
+         ", found ", a.d_inner);
+  }
+  if (a.batch * a.d_inner == 0) return;
+  const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
+  if (!reads_four(a)) {
+    if (N > 128) return selective_scan_naive(a, stream);
+    if (N > 16) return launch_scan<ScanTile<4, 32>, 1, 2>(a, chunks, workspace, stream);
+    return launch_scan<ScanTile<2, 8>, 1, 2>(a, chunks, workspace, stream);
+  }
+  if (N > 64) return launch_scan<ScanTile<8, 32>, 4, 2>(a, chunks, workspace, stream);
+  if (N > 16) return launch_scan<ScanTile<4, 16>, 4, 2>(a, chunks, workspace, stream);
+  // As many states per thread as leave enough blocks to fill the GPU. Where each SM gets one to two
+  // blocks of 32 channels, three small blocks win if their registers allow three, as 2-byte data do.
+  const std::int64_t channels = a.batch * a.d_inner, SMs = multiprocessors();
+  if (chunks > 1 || channels >= 4 * 64 * SMs) {
+    launch_scan<ScanTile<8, 2>, 4, 2>(a, chunks, workspace, stream);
+  } else if (channels >= (sizeof(T) < 4 ? 2 : 1) * 32 * SMs) {
+    launch_scan<ScanTile<4, 4>, 4, 2>(a, chunks, workspace, stream);
+  } else {
+    launch_scan<ScanTile<2, 8>, 4, (sizeof(T) < 4 ? 3 : 2)>(a, chunks, workspace, stream);
+  }
+}
+
+template <class T>
+void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.d_inner == 0) return;
+  const bool aligned = aligned4(a.A, a.d_state) && aligned4(a.h_T, a.d_state) &&
+                       aligned4(a.B, a.B_stride) && aligned4(a.C, a.C_stride);
+  const std::int64_t blocks = ceil_div(a.batch * a.d_inner * kStepLanes, kStepThreads);
+  const auto kernel =
+      aligned ? selective_scan_step_kernel<T, 4> : selective_scan_step_kernel<T, 1>;
+  kernel<<<blocks, kStepThreads, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------
+// ssd: Mamba-2's operator ("Transformers are SSMs", section 5), one decay per head and step
+//
+//   delta_t = clamp(softplus(dt_t + dt_bias), dt_min, dt_max)
+//   h_t     = exp(delta_t A) h_{t-1} + delta_t x_t B_t^T          h is (P, N), h_{-1} = h0 or 0
+//   y_t     = h_t C_t + D x_t
+//
+// The same in matrix form for a chunk of Q steps that starts from the state h, with
+// a(s, t) = exp(sum of delta A over s+1..t) and 0 <= a <= 1, so that nothing is ever divided:
+//
+//   Y  = a(-1, t) (C h^T)  +  M X          M[t,s] = a(s, t) delta_s (C_t . B_s) for s <= t
+//   h' = a(-1, Q-1) h      +  X^T diag(a(s, Q-1) delta_s) B
+//
+// kernel               idea                                             parallel over
+// ssd_naive_kernel     the recurrence as written, lanes hold states     batch, head, p
+// ssd_fused_kernel     the matrix form on tensor cores, h in registers  batch, 64 or 128 (head, p) rows
+// the same, split      states of segments first, then their outputs     the above and segments
+// ssd_step_kernel      one step: read h, write h                        batch, head, p
+// ---------------------------------------------------------------------------------------
+
+// A batch of sequences, time-major. A row (one token) of x holds heads * head_dim values, of B
+// and C n_groups * d_state, of dt heads; rows are *_stride elements apart, so each may be a window
+// of a wider row (the convolution's output is [x | B | C]). Head i uses group i / (heads / groups).
+template <class T>
+struct SsdArgs {
+  int64_t batch = 0, L = 0;
+  int heads = 0, head_dim = 0, d_state = 0, groups = 1;
+  const T* x = nullptr;   // (batch, L, heads, head_dim)
+  const T* dt = nullptr;  // (batch, L, heads), raw
+  const T* B = nullptr;   // (batch, L, groups, d_state)
+  const T* C = nullptr;   // (batch, L, groups, d_state)
+  int64_t x_stride = 0, dt_stride = 0, B_stride = 0, C_stride = 0, out_stride = 0;
+  const float* A = nullptr;        // (heads)
+  const float* D = nullptr;        // (heads) or null
+  const float* dt_bias = nullptr;  // (heads) or null
+  float dt_min = 0, dt_max = INFINITY, delta_ratio = 1;
+  const float* h0 = nullptr;  // (batch, heads, head_dim, d_state) or null: zero
+  float* hT = nullptr;        // the same shape or null; may be h0
+  T* out = nullptr;           // (batch, L, heads, head_dim)
+  // Sequences of different lengths, end to end without padding: sequence b is the tokens
+  // cu_seqlens[b] .. cu_seqlens[b + 1] of one long batch, none longer than L. Null: all have L.
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1)
+  const int* done = nullptr;            // step: (batch), where not 0 the state stays
+  void* workspace = nullptr;            // ssd_workspace_bytes(args) bytes, if that is not 0
+};
+
+struct SsdSpan { int64_t first, length; };  // tokens of one sequence
+
+template <class T>
+__device__ SsdSpan ssd_span(const SsdArgs<T>& args, int64_t b) {
+  if (!args.cu_seqlens) return {b * args.L, args.L};
+  return {args.cu_seqlens[b], args.cu_seqlens[b + 1] - args.cu_seqlens[b]};
+}
+
+// softplus(v) = log(1 + exp(v)), clamped; above 20 it is v to the last bit.
+__device__ inline float ssd_delta(float v, float dt_min, float dt_max) {
+  return fminf(fmaxf(v > 20.f ? v : log1pf(expf(v)), dt_min), dt_max);
+}
+
+// --- naive: the recurrence as written. One warp per (batch, head, p) walks time; lane i keeps
+// states i, i + 32, ... of h[p,:] in registers and the lanes add up h_t . C_t.
+
+inline constexpr int kSsdNaiveStates = 8;  // registers per lane: d_state <= 256
+
+template <class T>
+__global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> args) {
+  const int lane = threadIdx.x % 32;
+  const int64_t row = blockIdx.x * int64_t{4} + threadIdx.x / 32;  // (b, head, p)
+  if (row >= args.batch * args.heads * args.head_dim) return;
+  const int64_t channel = row % (args.heads * args.head_dim);
+  const int head = channel / args.head_dim, N = args.d_state;
+  const int64_t group = head / (args.heads / args.groups);
+  const SsdSpan span = ssd_span(args, row / (args.heads * args.head_dim));
+  const float A = args.A[head], D = args.D ? args.D[head] : 0.f;
+  const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
+
+  float h[kSsdNaiveStates];
+  for (int i = 0; i < kSsdNaiveStates; ++i) {
+    const int n = lane + 32 * i;
+    h[i] = args.h0 && n < N ? args.h0[row * N + n] : 0.f;
+  }
+  for (int64_t t = span.first; t < span.first + span.length; ++t) {
+    const float dt = to_float(args.dt[t * args.dt_stride + head]);
+    const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
+    const float decay = expf(delta * A);
+    const float x = to_float(args.x[t * args.x_stride + channel]);
+    float y = 0;
+    for (int i = 0; i < kSsdNaiveStates; ++i) {
+      const int n = lane + 32 * i;
+      if (n >= N) break;
+      const float B = to_float(args.B[t * args.B_stride + group * N + n]);
+      const float C = to_float(args.C[t * args.C_stride + group * N + n]);
+      h[i] = decay * h[i] + delta * x * B;
+      y += h[i] * C;
+    }
+    for (int d = 16; d > 0; d /= 2) y += __shfl_xor_sync(~0u, y, d);
+    if (lane == 0) args.out[t * args.out_stride + channel] = from_float<T>(y + D * x);
+  }
+  for (int i = 0; i < kSsdNaiveStates; ++i) {
+    const int n = lane + 32 * i;
+    if (args.hT && n < N) args.hT[row * N + n] = h[i];
+  }
+}
+
+// --- tensor-core vocabulary (PTX ISA, "mma.m16n8k16" and "ldmatrix"). In a warp, lane l is
+// g = l / 4, q = l % 4. Operand A (16 x 16): register pairs at rows g, g + 8 and columns 2q, 2q + 1
+// (+ 8). Operand B (16 x 8): rows 2q, 2q + 1 (+ 8), column g. Result (16 x 8): rows g, g + 8,
+// columns 2q, 2q + 1. So a result packed to 16 bits is operand A as it stands, and the
+// transpose of a result is operand B as it stands.
+
+template <class T>
+struct Pair;  // two 16-bit values in one register, the first in the low half
+
+template <>
+struct Pair<__nv_bfloat16> {
+  __device__ static uint32_t pack(float lo, float hi) {
+    uint32_t r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+  }
+  __device__ static float2 unpack(uint32_t r) {
+    return {__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)};
+  }
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Pair<__half> {
+  __device__ static uint32_t pack(float lo, float hi) {
+    uint32_t r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+  }
+  __device__ static float2 unpack(uint32_t r) {
+    return __half22float2(reinterpret_cast<const __half2&>(r));
+  }
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+};
+
+// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8 (16 bytes of shared memory).
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+__device__ inline uint32_t transpose_matrix(uint32_t r) {
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
+  return r;
+}
+
+__device__ inline void store_shared(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+
+// 16 bytes from global to shared memory, behind the threads' backs; zeros, and nothing is read,
+// where !valid.
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(valid ? 16 : 0) : "memory");
+}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+template <int kPending>  // all but the last kPending commits have arrived
+__device__ void copy_async_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Tiles in shared memory: rows of kCols 16-bit values in pieces of 16 bytes. Piece c of row r
+// lies at c ^ (r % 8), so that the eight rows of a matrix, and one row, touch all banks once.
+template <int kCols>
+__device__ uint32_t tile_offset(uint32_t row, uint32_t piece) {
+  return row * (kCols * 2) + piece / 8 * 128 + ((piece ^ row) & 7) * 16;
+}
+
+// The address `pieces` to the right in the same row, where that carries nothing: the piece that
+// `address` names has no bit in common with `pieces`.
+__device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
+  return (address ^ (pieces % 8 * 16)) + pieces / 8 * 128;
+}
+
+// --- fused: the matrix form, one pass over global memory.
+//
+// Block: 4 warps, one segment of one sequence, 4 * 16 * kRowTiles rows (head, p) of one group
+//        (P = 64, kRowTiles = 2: two heads). A warp owns 16 * kRowTiles rows of one head.
+// Registers: the warp's rows of h in float32, for the whole segment.
+// Shared: C, B and x of two chunks (this one, and the next on its way); the decays of both;
+//        M of this chunk, one for each head of the block from one product C B^T.
+// Everything is computed transposed, rows p down and time across: Y^T = h C^T + X^T M^T and
+// h' = X^T B. Then h, a result, is operand A of the next product without leaving its
+// registers, and so is the only large thing that is carried from chunk to chunk.
+// Rounding to 16 bits, beside inputs and outputs: M, h (as a factor; the carried h stays
+// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for h_T,
+// to first order. In float16, as in every such format, M and h must also stay below 65504.
+//
+// kOutputs = false makes the state at the end of the segment from a zero start, and nothing
+// else: the first of the two launches when the sequence is split (see ssd).
+
+inline constexpr int kSsdChunk = 64;
+inline constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
+
+struct SsdSegments {
+  int64_t length = 0;      // tokens in a segment, a multiple of kSsdChunk
+  int64_t count = 1;       // segments in a sequence of L tokens
+  float* state = nullptr;  // (count - 1, batch, heads, head_dim, d_state): from a zero start
+  float* decay = nullptr;  // (count - 1, batch, heads): of a state that passes the segment
+};
+
+// The decays of one head in one chunk, in shared memory.
+struct SsdDecays {
+  float cum[kSsdChunk];     // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
+  float source[kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
+  float carry[kSsdChunk];   // a(-1, t)
+  float fade[kSsdChunk];    // a(s, 63) delta_s
+};
+
+template <int kStates, int kRowTiles, bool kOutputs>
+struct SsdTiles {  // bytes of shared memory
+  static constexpr int kRows = 4 * 16 * kRowTiles;
+  static constexpr int kHeads = kRowTiles == 2 ? 2 : 4;  // at most, in these rows
+  static constexpr int kBC = kSsdChunk * kStates * 2, kX = kSsdChunk * kRows * 2;
+  static constexpr int kStage = (kOutputs ? 2 : 1) * kBC + kX;
+  static constexpr int kMask = kOutputs ? 10 * 512 : 0;  // M of a head: 10 tiles of 16 x 16
+  static constexpr int kTurn = kOutputs ? 8 * kRows * 2 : 0;
+  static constexpr int kMasks = 2 * kStage, kTurns = kMasks + kHeads * kMask;  // offsets
+  static constexpr int kDecays = kTurns + kTurn;
+  static constexpr int kBytes = kDecays + 2 * kHeads * int(sizeof(SsdDecays));
+};
+
+// 64 rows of a (time, channel) matrix, valid_rows of them and valid_cols columns real.
+template <int kCols, class T>
+__device__ void ssd_copy_tile(uint32_t tile, const T* from, int64_t stride, int valid_rows,
+                              int valid_cols) {
+  constexpr int kPieces = kCols / 8, kRowStep = 128 / kPieces;
+  const int piece = threadIdx.x % kPieces;
+  int row = threadIdx.x / kPieces;
+  from += row * stride + piece * 8;
+  if (piece * 8 >= valid_cols) valid_rows = 0;
+#pragma unroll
+  for (int i = 0; i < kSsdChunk / kRowStep; ++i, row += kRowStep, from += kRowStep * stride)
+    copy_async(tile + tile_offset<kCols>(row, piece), from, row < valid_rows);
+}
+
+// By one warp; lane i has raw dt, bias added, of steps 2i and 2i + 1.
+template <class T>
+__device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, float A_log2,
+                           int valid_rows) {
+  const int lane = threadIdx.x % 32;
+  const float delta0 = 2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
+  const float delta1 =
+      2 * lane + 1 < valid_rows ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max) : 0.f;
+  // A step that decays by 2^-152 or more leaves 0 in float32; stopping there bounds the sums
+  // to 64 * 152, and so the rounding of their differences.
+  const float first = fmaxf(delta0 * A_log2, -152.f);
+  const float both = first + fmaxf(delta1 * A_log2, -152.f);
+  float sum = both;  // inclusive scan over the lanes
+  for (int d = 1; d < 32; d *= 2) {
+    const float left = __shfl_up_sync(~0u, sum, d);
+    if (lane >= d) sum += left;
+  }
+  const float total = __shfl_sync(~0u, sum, 31);
+  const float2 cum = {sum - both + first, sum};
+  const float2 source = {cum.x - __log2f(delta0), cum.y - __log2f(delta1)};
+  reinterpret_cast<float2*>(to.cum)[lane] = cum;
+  reinterpret_cast<float2*>(to.source)[lane] = source;
+  reinterpret_cast<float2*>(to.carry)[lane] = {exp2_approx(cum.x), exp2_approx(cum.y)};
+  reinterpret_cast<float2*>(to.fade)[lane] = {exp2_approx(total - source.x),
+                                              exp2_approx(total - source.y)};
+}
+
+template <class T, int kStates, int kRowTiles, bool kOutputs>
+__global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
+    ssd_fused_kernel(SsdArgs<T> args, SsdSegments segments) {
+  using Tiles = SsdTiles<kStates, kRowTiles, kOutputs>;
+  using P2 = Pair<T>;
+  constexpr int kWarpRows = 16 * kRowTiles, kRows = Tiles::kRows, kHeads = Tiles::kHeads;
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  const int P = args.head_dim, N = args.d_state;
+
+  // Block -> (b, segment, group, rows). Neighbouring blocks share B and C through L2.
+  const int heads_per_group = args.heads / args.groups, group_rows = heads_per_group * P;
+  const int tiles = (group_rows + kRows - 1) / kRows;
+  int64_t block = blockIdx.x;
+  const int row0 = block % tiles * kRows;  // first row of the block in its group
+  const int group = (block /= tiles) % args.groups;
+  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
+  const int64_t segment = (block /= args.groups) % launched, b = block / launched;
+  const SsdSpan span = ssd_span(args, b);
+  const int64_t begin = segment * segments.length;
+  const bool last = begin + segments.length >= span.length;
+  const int64_t end = last ? span.length : begin + segments.length;
+  if (begin > 0 && begin >= span.length) return;  // a shorter sequence has fewer segments
+  if (!kOutputs && last) return;                  // no segment follows that would want it
+
+  // Warp -> rows of one head; a warp beyond the group computes on zeros and stores nothing.
+  const int warp_row = row0 + warp * kWarpRows;
+  const bool active = warp_row < group_rows;
+  const int head0 = group * heads_per_group + row0 / P;  // the block's first
+  const int heads = min(row0 + kRows - 1, group_rows - 1) / P - row0 / P + 1;
+  const int slot = active ? warp_row / P - row0 / P : 0, head = head0 + slot;
+  const int p0 = active ? warp_row % P : 0;
+
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t stage0 = __cvta_generic_to_shared(shared);
+  uint4* masks = reinterpret_cast<uint4*>(shared + Tiles::kMasks) + lane;
+  char* turn = shared + Tiles::kTurns + warp * (Tiles::kTurn / 4);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2][kHeads]
+
+  // Where a lane points ldmatrix: at matrices side by side (two pieces of 8 rows, then the
+  // next 8 rows), or one above the other (two times 8 rows, then the next piece).
+  const int beside_row = lane / 16 * 8 + lane % 8, beside_piece = lane / 8 % 2;
+  const int above_row = lane / 8 % 2 * 8 + lane % 8, above_piece = lane / 16;
+  const uint32_t beside_BC = tile_offset<kStates>(beside_row, beside_piece);
+  const uint32_t above_BC = tile_offset<kStates>(above_row, above_piece);
+  const uint32_t beside_x =
+      Tiles::kBC + tile_offset<kRows>(beside_row, warp * kWarpRows / 8 + beside_piece);
+  constexpr int kRowBC = kStates * 2, kRowX = kRows * 2;  // in bytes
+
+  const auto copy_chunk = [&](int64_t t, uint32_t stage) {
+    const int64_t token = span.first + t;
+    const int64_t bc = int64_t{group} * N;
+    const int rows = min(end - t, int64_t{kSsdChunk});
+    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows, N);
+    ssd_copy_tile<kRows>(stage + Tiles::kBC,
+                         args.x + token * args.x_stride + int64_t{group} * group_rows + row0,
+                         args.x_stride, rows, group_rows - row0);
+    if (kOutputs)
+      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX,
+                             args.C + token * args.C_stride + bc, args.C_stride, rows, N);
+    copy_async_commit();
+  };
+
+  // The last warps, which have the fewest tiles of M, each make the decays of one head.
+  const int decay_slot = 3 - warp, decay_head = head0 + min(decay_slot, heads - 1);
+  const float A_log2 = args.A[decay_head] * 1.44269504f;
+  const float dt_bias = args.dt_bias ? args.dt_bias[decay_head] : 0.f;
+  const auto load_dt = [&](int64_t t) {
+    const T* dt = args.dt + (span.first + t + 2 * lane) * args.dt_stride + decay_head;
+    const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
+    return float2{left > 0 ? to_float(dt[0]) + dt_bias : 0.f,
+                  left > 1 ? to_float(dt[args.dt_stride]) + dt_bias : 0.f};
+  };
+
+  // h[i][j]: rows p0 + 16i + g (+ 8 for elements 2, 3), columns 8j + 2q, + 1. visit calls
+  // f(offset in (heads, P, N), two elements) for each pair that exists.
+  float h[kRowTiles][kStates / 8][4];
+  const auto visit = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int j = 0; j < kStates / 8; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; k += 2)
+          if (active && 8 * j + 2 * q < N)
+            f((int64_t{head} * P + p0 + 16 * i + g + 4 * k) * N + 8 * j + 2 * q, h[i][j][k],
+              h[i][j][k + 1]);
+  };
+  const int64_t state_size = int64_t{args.heads} * P * N;
+
+  if (begin < end) copy_chunk(begin, stage0);
+  float2 dt = load_dt(begin);
+  if (decay_slot < heads)
+    ssd_decays(decays[decay_slot], args, dt, A_log2, min(end - begin, int64_t{kSsdChunk}));
+  dt = load_dt(begin + kSsdChunk);
+  for (auto& rows : h)
+    for (auto& tile : rows) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+  if (kOutputs && args.h0)
+    visit([&](int64_t offset, float& h0, float& h1) {
+      const float2 v = *reinterpret_cast<const float2*>(args.h0 + b * state_size + offset);
+      h0 = v.x, h1 = v.y;
+    });
+  for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
+    const float decay = segments.decay[(s * args.batch + b) * args.heads + head];
+    const float* state = segments.state + (s * args.batch + b) * state_size;
+    visit([&](int64_t offset, float& h0, float& h1) {
+      const float2 v = *reinterpret_cast<const float2*>(state + offset);
+      h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
+    });
+  }
+  float segment_decay = 1;
+
+  int parity = 0;  // of the chunk: which stage, which decays
+#pragma unroll 1
+  for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk, parity ^= 1) {
+    const uint32_t stage = stage0 + parity * Tiles::kStage;
+    const uint32_t tile_B = stage, tile_C = stage + Tiles::kBC + Tiles::kX;
+    const SsdDecays* now = decays + parity * kHeads;
+    const int64_t next = t0 + kSsdChunk;
+    copy_async_wait();
+    // This chunk's copies and decays before their reads; and all reads of the previous chunk
+    // (its stage, decays and M) before the writes that follow.
+    __syncthreads();
+    if (next < end) {
+      copy_chunk(next, stage0 + (parity ^ 1) * Tiles::kStage);
+      if (decay_slot < heads)
+        ssd_decays(decays[(parity ^ 1) * kHeads + decay_slot], args, dt, A_log2,
+                   min(end - next, int64_t{kSsdChunk}));
+      dt = load_dt(next + kSsdChunk);
+    }
+
+    if (kOutputs) {
+      // S[t,s] = C_t . B_s where s <= t: tiles of 16 x 16 below and on the diagonal, numbered
+      // row by row; warp w makes tiles w, w + 4 and w + 8.
+      float S[3][2][4] = {};
+      int t[3], u[3];  // tile's first step t, first step s
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        const int e = warp + 4 * i, row = (e > 0) + (e > 2) + (e > 5);
+        t[i] = 16 * row, u[i] = 16 * (e - row * (row + 1) / 2);
+      }
+      const auto multiply = [&](int i, int k) {
+        uint32_t a[4], c[4];
+        load_matrices(a, move_right(tile_C + t[i] * kRowBC + above_BC, 2 * k));
+        load_matrices(c, move_right(tile_B + u[i] * kRowBC + beside_BC, 2 * k));
+        P2::mma(S[i][0], a, c[0], c[1]);
+        P2::mma(S[i][1], a, c[2], c[3]);
+      };
+#pragma unroll
+      for (int k = 0; k < kStates / 16; ++k) multiply(0, k), multiply(1, k);
+      if (warp < 2)
+#pragma unroll
+        for (int k = 0; k < kStates / 16; ++k) multiply(2, k);
+      // M[t,s] of each head, D added on the diagonal (y_t has D x_t), stored as the operand B
+      // that the transpose of this result is: 16 bytes a lane.
+#pragma unroll 1
+      for (int j = 0; j < heads; ++j) {
+        const float D = args.D ? args.D[head0 + j] : 0.f;
+#pragma unroll
+        for (int i = 0; i < 3; ++i)
+          if (i < 2 || warp < 2) {
+            float2 M[4];  // steps t: 8 (r / 2) + g, steps s: 8 (r % 2) + 2q
+#pragma unroll
+            for (int r = 0; r < 4; ++r) {
+              const float cum = now[j].cum[t[i] + r / 2 * 8 + g];
+              const float2 source =
+                  *reinterpret_cast<const float2*>(&now[j].source[u[i] + r % 2 * 8 + 2 * q]);
+              M[r] = {S[i][r % 2][r / 2 * 2] * exp2_approx(cum - source.x),
+                      S[i][r % 2][r / 2 * 2 + 1] * exp2_approx(cum - source.y)};
+            }
+            if (t[i] == u[i])  // on the diagonal, s <= t only
+#pragma unroll
+              for (int r = 0; r < 4; ++r) {
+                const int ahead = 8 * (r % 2) + 2 * q - 8 * (r / 2) - g;  // s - t
+                M[r].x = ahead < 0 ? M[r].x : ahead == 0 ? M[r].x + D : 0.f;
+                M[r].y = ahead < -1 ? M[r].y : ahead == -1 ? M[r].y + D : 0.f;
+              }
+            masks[(10 * j + warp + 4 * i) * 32] = {P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y),
+                                                    P2::pack(M[2].x, M[2].y), P2::pack(M[3].x, M[3].y)};
+          }
+      }
+    }
+
+    const auto load_X = [&](uint32_t(&X)[4], int i, int k) {  // rows 16i.. of X^T, steps 16k..
+      load_matrices_transposed(X, move_right(stage + beside_x, 2 * i) + 16 * k * kRowX);
+    };
+
+    if (kOutputs) {
+#pragma unroll
+      for (int first = 0; first < kSsdChunk; first += kSsdSteps) {
+        float Y[kRowTiles][kSsdSteps / 8][4] = {};  // Y^T: rows p, columns t in tiles of 8
+#pragma unroll
+        for (int k = 0; k < kStates / 16; ++k) {    // h C^T
+          uint32_t a[kRowTiles][4], c[4];
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+            for (int r = 0; r < 4; ++r)
+              a[i][r] = P2::pack(h[i][2 * k + r / 2][r % 2 * 2],
+                                 h[i][2 * k + r / 2][r % 2 * 2 + 1]);
+#pragma unroll
+          for (int j = 0; j < kSsdSteps / 16; ++j) {
+            load_matrices(c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) {
+              P2::mma(Y[i][2 * j], a[i], c[0], c[1]);
+              P2::mma(Y[i][2 * j + 1], a[i], c[2], c[3]);
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kSsdSteps / 8; ++j) {
+          const float2 carry =
+              *reinterpret_cast<const float2*>(&now[slot].carry[first + 8 * j + 2 * q]);
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+            for (int r = 0; r < 4; ++r) Y[i][j][r] *= r % 2 ? carry.y : carry.x;
+        }
+        if (first == 0) __syncthreads();  // M, by all warps, before its reads
+#pragma unroll
+        for (int k = 0; k < (first + kSsdSteps) / 16; ++k) {  // X^T M^T, steps s 16k..
+          uint32_t X[kRowTiles][4];
+#pragma unroll
+          for (int i = 0; i < kRowTiles; ++i) load_X(X[i], i, k);
+#pragma unroll
+          for (int j = max(0, k - first / 16); j < kSsdSteps / 16; ++j) {
+            const int row = first / 16 + j;  // of tiles
+            const uint4 m = masks[(10 * slot + row * (row + 1) / 2 + k) * 32];
+#pragma unroll
+            for (int i = 0; i < kRowTiles; ++i) {
+              P2::mma(Y[i][2 * j], X[i], m.x, m.y);
+              P2::mma(Y[i][2 * j + 1], X[i], m.z, m.w);
+            }
+          }
+        }
+        // Y^T -> out, 8 steps at a time: turned over in the warp's own corner of shared memory,
+        // 8 rows of kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), see above.
+        constexpr int kPieces = kWarpRows / 8, kRowsPerLine = 8 / kPieces;
+        const auto turned = [&](int row, int piece) {
+          return turn + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
+        };
+        const int row = lane / kPieces, piece = lane % kPieces;
+        T* out = args.out + (span.first + t0 + first + row) * args.out_stride +
+                 int64_t{head} * P + p0 + piece * 8;
+        const int rows = active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
+#pragma unroll
+        for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * args.out_stride) {
+          __syncwarp();  // the reads of the 8 steps before, before these writes
+#pragma unroll
+          for (int i = 0; i < kPieces; ++i)
+            *reinterpret_cast<uint32_t*>(turned(g, i) + 4 * q) = transpose_matrix(
+                P2::pack(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
+          __syncwarp();  // these writes before the reads
+          if (8 * j < rows)
+            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(turned(row, piece));
+        }
+      }
+    }
+
+    // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
+    uint32_t X[4][kRowTiles][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i) {
+        load_X(X[k][i], i, k);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float2 fade =
+              *reinterpret_cast<const float2*>(&now[slot].fade[16 * k + r / 2 * 8 + 2 * q]);
+          const float2 v = P2::unpack(X[k][i][r]);
+          X[k][i][r] = P2::pack(v.x * fade.x, v.y * fade.y);
+        }
+      }
+    const float chunk_decay = now[slot].carry[kSsdChunk - 1];
+#pragma unroll
+    for (int n = 0; n < kStates / 16; ++n) {
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int r = 0; r < 8; ++r) h[i][2 * n + r / 4][r % 4] *= chunk_decay;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        uint32_t c[4];
+        load_matrices_transposed(c, move_right(tile_B + above_BC, 2 * n) + 16 * k * kRowBC);
+#pragma unroll
+        for (int i = 0; i < kRowTiles; ++i) {
+          P2::mma(h[i][2 * n], X[k][i], c[0], c[1]);
+          P2::mma(h[i][2 * n + 1], X[k][i], c[2], c[3]);
+        }
+      }
+    }
+    segment_decay *= chunk_decay;
+  }
+
+  float* hT = kOutputs ? args.hT ? args.hT + b * state_size : nullptr
+                       : segments.state + (segment * args.batch + b) * state_size;
+  if (hT && (last || !kOutputs))
+    visit([&](int64_t offset, float& h0, float& h1) {
+      *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
+    });
+  if (!kOutputs && active && p0 == 0 && lane == 0)
+    segments.decay[(segment * args.batch + b) * args.heads + head] = segment_decay;
+}
+
+// --- fused on warpgroups (Hopper): the same algorithm, and the same roundings, with the tensor
+// cores fed by wgmma. What limits the kernel above is shared memory: each of its warps fetches
+// every B and C for its own 32 rows. A warpgroup of 4 warps fetches them once for 64 rows, in the
+// background, and multiplies at nearly twice the rate.
+//
+// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128.
+//        A warpgroup makes its own M, so that the three meet once per chunk and otherwise keep
+//        the tensor cores busy while another computes decays or stores.
+// Registers: 64 rows of h to a warpgroup, in the layout of the kernel above (warp: 16 rows).
+// Shared: C, B, x and decays of two chunks; M. Tiles are columns of 128 bytes: see ssd_tile.
+
+#define SSD_WGMMA(TYPE)                                                                        \
+  /* d (64 x 64) (+)= A (64 x 16) B (16 x 64), both rows along k in shared memory. */           \
+  __device__ static void rows_rows(float (&d)[8][4], uint64_t a, uint64_t b, int add) {         \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; "                                      \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "               \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                     \
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;}" \
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),                 \
+                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),                 \
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),                 \
+                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),                 \
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),                 \
+                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),                 \
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),                 \
+                   "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                  \
+                 : "l"(a), "l"(b), "r"(add));                                                            \
+  }                                                                                            \
+  /* d (64 x 64) += A (64 x 16) B (16 x 64): A columns, B rows along k in shared memory. */    \
+  __device__ static void columns_rows(float (&d)[8][4], uint64_t a, uint64_t b) {              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "               \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                     \
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 1, 0;" \
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),                 \
+                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),                 \
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),                 \
+                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),                 \
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),                 \
+                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),                 \
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),                 \
+                   "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                  \
+                 : "l"(a), "l"(b));                                                            \
+  }                                                                                            \
+  /* The same with A in registers; B rows along k, or (kTransposed) along its other side. */   \
+  template <int kTransposed>                                                                   \
+  __device__ static void registers(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,       \
+                                   int add) {                                                  \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; "                                      \
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "               \
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                     \
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}" \
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),                 \
+                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),                 \
+                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),                 \
+                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),                 \
+                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),                 \
+                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),                 \
+                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),                 \
+                   "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),               \
+                   "n"(kTransposed));                                                          \
+  }
+
+template <class T>
+struct Warpgroup;
+template <>
+struct Warpgroup<__nv_bfloat16> { SSD_WGMMA("bf16") };
+template <>
+struct Warpgroup<__half> { SSD_WGMMA("f16") };
+#undef SSD_WGMMA
+
+// Registers that wgmma will read or add to are written, before it starts.
+__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int kPending>  // all but the last kPending commits are done
+__device__ void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// This thread's writes to shared memory become visible to wgmma after the next barrier.
+__device__ inline void publish_to_wgmma() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// A tile of 64 rows: columns of 64 values (128 bytes), each 64 x 128 bytes on its own; in a
+// column, piece c of row r lies at c ^ (r % 8) ("128-byte swizzle").
+__device__ inline uint32_t ssd_tile(uint32_t row, uint32_t piece) {
+  return piece / 8 * 8192 + row * 128 + ((piece ^ row) & 7) * 16;
+}
+// What wgmma wants to know of one (PTX ISA, "matrix descriptor"): where it starts, 8192 bytes to
+// the next column, 1024 to the next 8 rows, 128-byte swizzle.
+__device__ inline uint64_t ssd_describe(uint32_t address) {
+  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{8192 / 16} << 16 |
+         (address & 0x3ffff) / 16;
+}
+
+inline constexpr int kSsdWarpgroups = 3;
+
+template <int kStates, bool kOutputs>
+struct SsdWarpgroupTiles {  // offsets in shared memory; tiles are aligned to 1024 bytes
+  static constexpr int kStages = 3;
+  static constexpr int kBC = kSsdChunk * kStates * 2, kX = kSsdWarpgroups * 8192;
+  static constexpr int kStage = (kOutputs ? 2 : 1) * kBC + kX;  // B, x, C
+  static constexpr int kM = kStages * kStage;
+  static constexpr int kTurn = kM + (kOutputs ? kSsdWarpgroups * 8192 : 0);
+  static constexpr int kDecays = kTurn + (kOutputs ? kSsdWarpgroups * 4 * 512 : 0);
+  static constexpr int kBarriers = kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
+  static constexpr int kBytes = kBarriers + kStages * 16 + 1024;  // to align
+};
+
+// Barriers in shared memory (PTX ISA, "mbarrier"): a phase ends when `count` threads arrived, and
+// wait returns once the phase of that parity has ended.
+__device__ inline void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+__device__ inline void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ inline void barrier_wait(uint32_t barrier, int parity) {
+  asm volatile(
+      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
+      "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
+}
+
+template <class T, int kStates, bool kOutputs>
+__global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
+    ssd_warpgroup_kernel(SsdArgs<T> args, SsdSegments segments) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma exists in sm_90a only; see ssd_has_warpgroups
+  using Tiles = SsdWarpgroupTiles<kStates, kOutputs>;
+  using P2 = Pair<T>;
+  constexpr int kRows = 64 * kSsdWarpgroups, kStages = Tiles::kStages;
+  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int warps = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  const int wg = warps / 4, warp = warps % 4;
+  const int P = args.head_dim, N = args.d_state;
+
+  // Block -> (b, segment, group, rows), as above.
+  const int heads_per_group = args.heads / args.groups, group_rows = heads_per_group * P;
+  const int tiles = (group_rows + kRows - 1) / kRows;
+  int64_t block = blockIdx.x;
+  const int row0 = block % tiles * kRows;
+  const int group = (block /= tiles) % args.groups;
+  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
+  const int64_t segment = (block /= args.groups) % launched, b = block / launched;
+  const SsdSpan span = ssd_span(args, b);
+  const int64_t begin = segment * segments.length;
+  const bool last = begin + segments.length >= span.length;
+  const int64_t end = last ? span.length : begin + segments.length;
+  if (begin > 0 && begin >= span.length) return;
+  if (!kOutputs && last) return;
+
+  // Warpgroup -> 64 rows of one head; one beyond the group computes on zeros, stores nothing.
+  const auto is_active = [&](int w) { return row0 + 64 * w < group_rows; };
+  const auto head_of = [&](int w) {
+    return group * heads_per_group + (is_active(w) ? (row0 + 64 * w) / P : 0);
+  };
+
+  extern __shared__ __align__(1024) char unaligned[];
+  char* shared = unaligned + (-__cvta_generic_to_shared(unaligned) & 1023);
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);
+  const uint32_t full = base + Tiles::kBarriers, empty = full + 8 * kStages;  // of each stage
+  if (threadIdx.x == 0)
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + 8 * i, 128);
+      barrier_init(empty + 8 * i, kSsdWarpgroups);
+    }
+  __syncthreads();  // the barriers, before their use
+
+  if (wg == kSsdWarpgroups) {
+    // The last warpgroup fetches chunks, and makes their decays (a warp for each of the others),
+    // as far ahead as there are stages. It hands its registers to the others.
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+    const bool decaying = warp < kSsdWarpgroups;
+    const int head = head_of(decaying ? warp : 0);
+    const float A_log2 = args.A[head] * 1.44269504f;
+    const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
+    T dt[2];
+    const auto load_dt = [&](int64_t t) {
+      const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
+      const T* from = args.dt + (span.first + t + 2 * lane) * args.dt_stride + head;
+      if (left > 0) dt[0] = from[0];
+      if (left > 1) dt[1] = from[args.dt_stride];
+    };
+    load_dt(begin);
+    int stage = 0, parity = 1, previous = -1;
+#pragma unroll 1
+    for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
+      const int rows = min(end - t0, int64_t{kSsdChunk});
+      barrier_wait(empty + 8 * stage, parity);  // passes at once in the first round
+      constexpr int kBColumns = kStates / 64, kBxColumns = kBColumns + kSsdWarpgroups;
+#pragma unroll 1
+      for (int c = warp; c < Tiles::kStage / 8192; c += 4) {  // columns of 64: B, x, C
+        const bool is_x = c >= kBColumns && c < kBxColumns;
+        const int col = 64 * (is_x ? c - kBColumns : c % kBxColumns) + lane % 8 * 8;
+        const T* from = is_x ? args.x : c < kBColumns ? args.B : args.C;
+        const int64_t stride =
+            is_x ? args.x_stride : c < kBColumns ? args.B_stride : args.C_stride;
+        const int limit = is_x ? group_rows - row0 : N;
+        from += (span.first + t0 + lane / 8) * stride +
+                (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
+        const int left = col < limit ? rows - lane / 8 : 0;
+        const uint32_t to = base + stage * Tiles::kStage + 8192 * c;
+#pragma unroll
+        for (int i = 0; i < kSsdChunk / 4; ++i, from += 4 * stride)
+          copy_async(to + ssd_tile(4 * i + lane / 8, lane % 8), from, 4 * i < left);
+      }
+      copy_async_commit();
+      if (decaying) {
+        ssd_decays(decays[stage * kSsdWarpgroups + warp], args,
+                   {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, rows);
+        load_dt(t0 + kSsdChunk);
+      }
+      if (previous >= 0) {  // the copies of the chunk before have arrived
+        copy_async_wait_but<1>();
+        publish_to_wgmma();
+        barrier_arrive(full + 8 * previous);
+      }
+      previous = stage;
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+    if (previous >= 0) {
+      copy_async_wait_but<0>();
+      publish_to_wgmma();
+      barrier_arrive(full + 8 * previous);
+    }
+    return;
+  }
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+
+  const bool active = is_active(wg);
+  const int head = head_of(wg), p0 = active ? (row0 + 64 * wg) % P + 16 * warp : 0;
+  const float D = args.D ? args.D[head] : 0.f;
+  const uint32_t M = base + Tiles::kM + 8192 * wg;
+  const uint32_t lane_M = M + ssd_tile(16 * warp + g, 0) + 4 * q;
+  char* turn = shared + Tiles::kTurn + 512 * warps;
+  const uint32_t lane_x = Tiles::kBC + ssd_tile(lane / 16 * 8 + lane % 8,
+                                                8 * wg + 2 * warp + lane / 8 % 2);
+  const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory"); };
+
+  // h[c][j]: rows p0 + g (+ 8), columns 64c + 8j + 2q, + 1.
+  float h[kStates / 64][8][4] = {};
+  const auto visit = [&](auto f) {
+#pragma unroll
+    for (int c = 0; c < kStates / 64; ++c)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int k = 0; k < 4; k += 2)
+          if (active && 64 * c + 8 * j + 2 * q < N)
+            f((int64_t{head} * P + p0 + g + 4 * k) * N + 64 * c + 8 * j + 2 * q, h[c][j][k],
+              h[c][j][k + 1]);
+  };
+  const int64_t state_size = int64_t{args.heads} * P * N;
+
+  if (kOutputs && args.h0)
+    visit([&](int64_t offset, float& h0, float& h1) {
+      const float2 v = *reinterpret_cast<const float2*>(args.h0 + b * state_size + offset);
+      h0 = v.x, h1 = v.y;
+    });
+  for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
+    const float decay = segments.decay[(s * args.batch + b) * args.heads + head];
+    const float* state = segments.state + (s * args.batch + b) * state_size;
+    visit([&](int64_t offset, float& h0, float& h1) {
+      const float2 v = *reinterpret_cast<const float2*>(state + offset);
+      h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
+    });
+  }
+  float segment_decay = 1;
+
+  int number = 0, parity = 0;  // of the stage; of its phase
+#pragma unroll 1
+  for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
+    const uint32_t stage = base + number * Tiles::kStage;
+    const uint32_t tile_x = stage + Tiles::kBC + 8192 * wg;  // the warpgroup's own column
+    const uint32_t tile_C = stage + Tiles::kBC + Tiles::kX;
+    const SsdDecays& now = decays[number * kSsdWarpgroups + wg];
+    barrier_wait(full + 8 * number, parity);
+
+    float Y[8][4];  // Y^T: rows p, columns t in tiles of 8
+    if (kOutputs) {
+      float S[8][4];  // S[t,s] = C_t . B_s
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < kStates / 16; ++k) {
+        const uint32_t along = k / 4 * 8192 + k % 4 * 32;
+        Warpgroup<T>::rows_rows(S, ssd_describe(tile_C + along), ssd_describe(stage + along),
+                                k > 0);
+      }
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      // M[t,s], D added on the diagonal (y_t has D x_t).
+      const float cum[2] = {now.cum[16 * warp + g], now.cum[16 * warp + 8 + g]};
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {  // steps s: 8j + 2q, + 1
+        const float2 source = *reinterpret_cast<const float2*>(&now.source[8 * j + 2 * q]);
+        const int ahead = 8 * j - 16 * warp;  // first s - first t of the tile
+        float2 m[2] = {};  // steps t: 16 warp + 8r + g
+        if (ahead < 16)
+#pragma unroll
+          for (int r = 0; r < 2; ++r)
+            m[r] = {S[j][2 * r] * exp2_approx(cum[r] - source.x),
+                    S[j][2 * r + 1] * exp2_approx(cum[r] - source.y)};
+        if (ahead == 0 || ahead == 8)  // s <= t only
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int a = ahead + 2 * q - 8 * r - g;  // s - t
+            m[r].x = a < 0 ? m[r].x : a == 0 ? m[r].x + D : 0.f;
+            m[r].y = a < -1 ? m[r].y : a == -1 ? m[r].y + D : 0.f;
+          }
+#pragma unroll
+        for (int r = 0; r < 2; ++r)
+          store_shared(move_right(lane_M, j) + 1024 * r, P2::pack(m[r].x, m[r].y));
+      }
+      publish_to_wgmma();
+
+      uint32_t a[kStates / 16][4];  // h, rounded
+#pragma unroll
+      for (int k = 0; k < kStates / 16; ++k)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float* v = &h[k / 4][k % 4 * 2 + r / 2][r % 2 * 2];
+          a[k][r] = P2::pack(v[0], v[1]);
+        }
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < kStates / 16; ++k)  // h C^T
+        Warpgroup<T>::template registers<0>(
+            Y, a[k], ssd_describe(tile_C + k / 4 * 8192 + k % 4 * 32), k > 0);
+      warpgroup_commit();
+      warpgroup_wait<0>();
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float2 carry = *reinterpret_cast<const float2*>(&now.carry[8 * j + 2 * q]);
+        Y[j][0] *= carry.x, Y[j][1] *= carry.y, Y[j][2] *= carry.x, Y[j][3] *= carry.y;
+      }
+      meet();  // M, by the warps of the warpgroup, before its reads
+      warpgroup_arrive();
+#pragma unroll
+      for (int k = 0; k < 4; ++k)  // X^T M^T, steps s 16k..
+        Warpgroup<T>::columns_rows(Y, ssd_describe(tile_x + 2048 * k),
+                                   ssd_describe(M + 32 * k));
+      warpgroup_commit();
+    }
+
+    // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
+    uint32_t X[4][4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      load_matrices_transposed(X[k], stage + lane_x + 2048 * k);
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const float2 fade =
+            *reinterpret_cast<const float2*>(&now.fade[16 * k + r / 2 * 8 + 2 * q]);
+        const float2 v = P2::unpack(X[k][r]);
+        X[k][r] = P2::pack(v.x * fade.x, v.y * fade.y);
+      }
+    }
+    const float chunk_decay = now.carry[kSsdChunk - 1];
+    segment_decay *= chunk_decay;
+#pragma unroll
+    for (auto& column : h)
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+#pragma unroll
+        for (int r = 0; r < 4; ++r) column[j][r] *= chunk_decay;
+    warpgroup_arrive();
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int c = 0; c < kStates / 64; ++c)
+        Warpgroup<T>::template registers<1>(h[c], X[k],
+                                            ssd_describe(stage + 8192 * c + 2048 * k), 1);
+    warpgroup_commit();
+
+    if (kOutputs) {
+      warpgroup_wait<1>();  // Y is done; h' goes on
+      // Y^T -> out, 16 steps at a time: turned over in the warp's own corner of shared memory,
+      // 16 rows of 2 pieces; piece c of row r lies at c ^ (r / 4 % 2).
+      const auto turned = [&](int row, int piece) {
+        return turn + row * 32 + (piece ^ (row / 4 % 2)) * 16;
+      };
+      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride + int64_t{head} * P +
+               p0 + lane % 2 * 8;
+      const int rows = active ? min(end - t0, int64_t{kSsdChunk}) - lane / 2 : 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j, out += 16 * args.out_stride) {
+        __syncwarp();  // the reads of the 16 steps before, before these writes
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          *reinterpret_cast<uint32_t*>(turned(i % 2 * 8 + g, i / 2) + 4 * q) = transpose_matrix(
+              P2::pack(Y[2 * j + i % 2][i / 2 * 2], Y[2 * j + i % 2][i / 2 * 2 + 1]));
+        __syncwarp();  // these writes before the reads
+        if (16 * j < rows)
+          *reinterpret_cast<uint4*>(out) =
+              *reinterpret_cast<const uint4*>(turned(lane / 2, lane % 2));
+      }
+    }
+    warpgroup_wait<0>();
+    meet();  // reads of the stage and of M, by the warpgroup, before they are written again
+    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * number);
+    if (++number == kStages) number = 0, parity ^= 1;
+  }
+
+  float* hT = kOutputs ? args.hT ? args.hT + b * state_size : nullptr
+                       : segments.state + (segment * args.batch + b) * state_size;
+  if (hT && (last || !kOutputs))
+    visit([&](int64_t offset, float& h0, float& h1) {
+      *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
+    });
+  if (!kOutputs && active && p0 == 0 && lane == 0)
+    segments.decay[(segment * args.batch + b) * args.heads + head] = segment_decay;
+#endif
+}
+
+// --- step: one token for every sequence of a batch (args.L = 1). The state of a large batch is
+// most of what a step moves, so it is read and written exactly once, 16 bytes a lane: a row of h
+// is spread over `lanes` lanes (a power of two), B and C stay in registers for all its rows.
+// args.h0 is the state before, args.hT after; they are normally the same buffer.
+
+inline constexpr int kSsdStepRows = 4;  // loads in flight per lane
+
+template <class T>
+__global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lanes) {
+  const int64_t b = blockIdx.x / args.heads;
+  if (args.done && args.done[b]) return;
+  const int head = blockIdx.x % args.heads, group = head / (args.heads / args.groups);
+  const int P = args.head_dim, N = args.d_state;
+  const int lane = threadIdx.x % lanes, rows = blockDim.x / lanes, n0 = 4 * lane;
+  const float dt = to_float(args.dt[b * args.dt_stride + head]);
+  const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
+  const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
+  const float decay = expf(delta * args.A[head]), D = args.D ? args.D[head] : 0.f;
+  const T* B = args.B + b * args.B_stride + group * N;
+  const T* C = args.C + b * args.C_stride + group * N;
+  const int64_t base = (b * args.heads + head) * P * N;
+
+  for (int first = threadIdx.x / lanes; first - int(threadIdx.x) / lanes < P;
+       first += kSsdStepRows * rows) {
+    float y[kSsdStepRows] = {}, x[kSsdStepRows];
+    for (int i = 0; i < kSsdStepRows; ++i) {
+      const int p = first + i * rows;
+      x[i] = p < P ? to_float(args.x[b * args.x_stride + int64_t{head} * P + p]) : 0.f;
+    }
+    for (int n = n0; n < N; n += 4 * lanes) {
+      float4 h[kSsdStepRows];
+#pragma unroll
+      for (int i = 0; i < kSsdStepRows; ++i) {
+        const int p = first + i * rows;
+        h[i] = args.h0 && p < P
+                   ? *reinterpret_cast<const float4*>(args.h0 + base + int64_t{p} * N + n)
+                   : float4{0, 0, 0, 0};
+      }
+      float dB[4], c[4];
+      for (int k = 0; k < 4; ++k) dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
+#pragma unroll
+      for (int i = 0; i < kSsdStepRows; ++i) {
+        const int p = first + i * rows;
+        h[i] = {decay * h[i].x + dB[0] * x[i], decay * h[i].y + dB[1] * x[i],
+                decay * h[i].z + dB[2] * x[i], decay * h[i].w + dB[3] * x[i]};
+        y[i] += h[i].x * c[0] + h[i].y * c[1] + h[i].z * c[2] + h[i].w * c[3];
+        if (args.hT && p < P)
+          *reinterpret_cast<float4*>(args.hT + base + int64_t{p} * N + n) = h[i];
+      }
+    }
+    for (int i = 0; i < kSsdStepRows; ++i) {
+      const int p = first + i * rows;
+      for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
+      if (lane == 0 && p < P)
+        args.out[b * args.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
+    }
+  }
+}
+
+// --- launchers
+
+enum class SsdRung { kNaive, kFused, kWarpgroup };
+
+// Was ssd_warpgroup_kernel compiled for this GPU? Its body is empty (a few registers) unless the
+// target is sm_90a.
+inline bool ssd_has_warpgroups() {
+  static const bool has = [] {
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes,
+                                     ssd_warpgroup_kernel<__nv_bfloat16, 128, true>));
+    return attributes.numRegs > 64;
+  }();
+  return has;
+}
+
+// The fastest rung that can do it: tensor-core tiles are 16 (64) rows of a head; copies 16 bytes.
+template <class T>
+SsdRung ssd_rung(const SsdArgs<T>& a) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  if (sizeof(T) != 2 || a.head_dim % 16 || a.d_state % 8 || a.d_state > 256 ||
+      (a.x_stride | a.B_stride | a.C_stride | a.out_stride) % 8 || !aligned(a.x) ||
+      !aligned(a.B) || !aligned(a.C) || !aligned(a.out))
+    return SsdRung::kNaive;
+  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup
+                                                                          : SsdRung::kFused;
+}
+
+template <class T>
+bool ssd_wide(const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
+  return a.head_dim % 64 == 0 && a.d_state <= 128;
+}
+
+template <class T>
+int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of each sequence
+  const int64_t group_rows = int64_t{a.heads} / a.groups * a.head_dim;
+  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups : ssd_wide(a) ? 128 : 64;
+  return a.batch * a.groups * ((group_rows + rows - 1) / rows);
+}
+
+// How many segments? More fill the GPU, but all except the last are walked twice (the first
+// time, for the state alone, at kStatePass of the cost), and a launch costs about kLaunch chunks.
+template <class T>
+SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
+  constexpr double kStatePass = 0.35, kLaunch = 2;
+  int device = 0, sms = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
+  const int64_t at_once = rung == SsdRung::kWarpgroup ? sms : 2 * sms;
+  const int64_t chunks = (a.L + kSsdChunk - 1) / kSsdChunk, blocks = ssd_blocks(a, rung);
+  const auto rounds = [&](int64_t n) { return (n + at_once - 1) / at_once; };
+  SsdSegments best{chunks * kSsdChunk, 1, nullptr, nullptr};
+  double least = rounds(blocks) * chunks;
+  for (int64_t count = 2; count <= chunks && count <= 32; ++count) {
+    const int64_t length = (chunks + count - 1) / count;
+    if ((count - 1) * length >= chunks) continue;
+    const double cost = rounds(blocks * count) * (length + 0.1 * count) +
+                        rounds(blocks * (count - 1)) * length * kStatePass + kLaunch;
+    if (cost < 0.95 * least) least = cost, best.length = length * kSsdChunk, best.count = count;
+  }
+  return best;
+}
+
+template <class T>
+size_t ssd_state_bytes(const SsdArgs<T>& a) {
+  return sizeof(float) * a.batch * a.heads * a.head_dim * a.d_state;
+}
+
+// States and decays of all segments but the last, and h0 where hT would overwrite it.
+template <class T>
+size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
+  const SsdRung rung = ssd_rung(a);
+  const int64_t count = rung == SsdRung::kNaive ? 1 : ssd_segments(a, rung).count;
+  return count == 1 ? 0 : count * ssd_state_bytes(a) +
+                              (count - 1) * sizeof(float) * a.batch * a.heads;
+}
+
+template <class T>
+void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads, int bytes,
+                const SsdArgs<T>& args, const SsdSegments& segments, cudaStream_t stream) {
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<blocks, threads, bytes, stream>>>(args, segments);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <bool kOutputs, class T>
+void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
+              cudaStream_t stream) {
+  const int64_t blocks = ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
+  const auto fused = [&](auto states, auto row_tiles) {
+    constexpr int kStates = decltype(states)::value, kRowTiles = decltype(row_tiles)::value;
+    ssd_launch(ssd_fused_kernel<T, kStates, kRowTiles, kOutputs>, blocks, 128,
+               SsdTiles<kStates, kRowTiles, kOutputs>::kBytes, args, segments, stream);
+  };
+  const auto warpgroup = [&](auto states) {
+    constexpr int kStates = decltype(states)::value;
+    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks, 128 * kSsdWarpgroups + 128,
+               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, args, segments, stream);
+  };
+  using std::integral_constant;
+  constexpr integral_constant<int, 1> one;
+  constexpr integral_constant<int, 2> two;
+  constexpr integral_constant<int, 64> n64;
+  constexpr integral_constant<int, 128> n128;
+  constexpr integral_constant<int, 256> n256;
+  if (rung == SsdRung::kWarpgroup) return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
+  if (args.d_state > 128) return fused(n256, one);
+  if (args.d_state > 64) return ssd_wide(args) ? fused(n128, two) : fused(n128, one);
+  return ssd_wide(args) ? fused(n64, two) : fused(n64, one);
+}
+
+template <class T>
+void ssd_naive(const SsdArgs<T>& args, cudaStream_t stream) {
+  if (args.d_state > 32 * kSsdNaiveStates)
+    fail("ssd: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", args.d_state);
+  const int64_t rows = args.batch * args.heads * args.head_dim;
+  ssd_naive_kernel<<<(rows + 3) / 4, 128, 0, stream>>>(args);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// A tensor-core rung with a split of the caller's: one pass, or states and then outputs.
+template <class T>
+void ssd_split(SsdArgs<T> args, SsdRung rung, SsdSegments segments, cudaStream_t stream) {
+  if (segments.count > 1) {
+    const size_t state_bytes = ssd_state_bytes(args);
+    segments.state = static_cast<float*>(args.workspace);
+    float* h0 = segments.state + (segments.count - 1) * state_bytes / sizeof(float);
+    segments.decay = h0 + state_bytes / sizeof(float);
+    if (args.h0 && args.h0 == args.hT) {  // early segments still read h0 when hT is written
+      CUDA_CHECK(cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
+      args.h0 = h0;
+    }
+    ssd_pass<false>(args, rung, segments, stream);
+  }
+  ssd_pass<true>(args, rung, segments, stream);
+}
+
+template <class T>
+void ssd(const SsdArgs<T>& args, cudaStream_t stream) {
+  if (args.batch == 0 || args.heads == 0) return;
+  const SsdRung rung = ssd_rung(args);
+  if constexpr (sizeof(T) == 2)
+    if (rung != SsdRung::kNaive)
+      return ssd_split(args, rung, ssd_segments(args, rung), stream);
+  ssd_naive(args, stream);
+}
+
+template <class T>
+void ssd_step(const SsdArgs<T>& args, cudaStream_t stream) {
+  if (args.batch == 0 || args.heads == 0) return;
+  if (args.d_state % 4 != 0) return ssd_naive(args, stream);
+  int lanes = 1;
+  while (lanes < 32 && 4 * lanes < args.d_state) lanes *= 2;
+  ssd_step_kernel<<<args.batch * args.heads, 128, 0, stream>>>(args, lanes);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ---------------------------------------------------------------------------------------
+// rms_norm:        residual += x (x optional);  out = residual / rms(residual) * weight
+// gated_rms_norm:  v = y * silu(z);             out = v / rms(v over its group) * weight
+//                  rms(v) = sqrt(mean(v^2) + eps)
+//
+// One block per row (per row and group); every thread keeps its own values in shared memory
+// between the two passes, so global memory is read and written once, 4 values at a time.
+// ---------------------------------------------------------------------------------------
+
+inline constexpr int kNormThreads = 256;
+
+// Sum over the block, the same bits in every thread on every run.
+__device__ inline float block_sum(float v) {
+  __shared__ float partial[kNormThreads / 32];
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();  // the partial sums before their reads
+  v = partial[0];
+  for (int i = 1; i < kNormThreads / 32; ++i) v += partial[i];
+  return v;
+}
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four { T v[4]; };
+
+template <class T>
+__device__ float4 load_four(const T* p) {
+  const Four<T> f = *reinterpret_cast<const Four<T>*>(p);
+  return {to_float(f.v[0]), to_float(f.v[1]), to_float(f.v[2]), to_float(f.v[3])};
+}
+template <class T>
+__device__ void store_four(T* p, float4 v) {
+  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y), from_float<T>(v.z),
+                                    from_float<T>(v.w)};
+}
+__device__ inline float sum_of_squares(float4 v) {
+  return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+}
+
+// out (rows, d), from = values in shared memory, 4 a thread as they were written.
+template <class T>
+__device__ void scale_row(T* out, const float4* from, const float* weight, int d, float scale) {
+  for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
+    const float4 v = from[i], w = reinterpret_cast<const float4*>(weight)[i];
+    store_four(out + 4 * i, {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z,
+                             v.w * scale * w.w});
+  }
+}
+
+template <class In, class T>
+__global__ void __launch_bounds__(kNormThreads)
+    rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
+                    int d, T* out, int64_t out_stride) {
+  extern __shared__ float4 values[];
+  const int64_t row = blockIdx.x;
+  float sum = 0;
+  for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
+    float4* r = reinterpret_cast<float4*>(residual + row * d) + i;
+    float4 v = *r;
+    if (x) {
+      const float4 add = load_four(x + row * x_stride + 4 * i);
+      *r = v = {v.x + add.x, v.y + add.y, v.z + add.z, v.w + add.w};
+    }
+    values[i] = v;
+    sum += sum_of_squares(v);
+  }
+  const float scale = rsqrtf(block_sum(sum) / d + eps);
+  scale_row(out + row * out_stride, values, weight, d, scale);
+}
+
+template <class In, class T>
+__global__ void __launch_bounds__(kNormThreads)
+    gated_rms_norm_kernel(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
+                          const float* weight, float eps, int group_size, T* out,
+                          int64_t out_stride) {
+  extern __shared__ float4 values[];
+  const int64_t row = blockIdx.x, first = int64_t{blockIdx.y} * group_size;
+  const auto silu = [](float v) { return v / (1.f + expf(-v)); };
+  float sum = 0;
+  for (int i = threadIdx.x; i < group_size / 4; i += kNormThreads) {
+    const float4 u = load_four(y + row * y_stride + first + 4 * i);
+    const float4 w = load_four(z + row * z_stride + first + 4 * i);
+    const float4 v = {u.x * silu(w.x), u.y * silu(w.y), u.z * silu(w.z), u.w * silu(w.w)};
+    values[i] = v;
+    sum += sum_of_squares(v);
+  }
+  const float scale = rsqrtf(block_sum(sum) / group_size + eps);
+  scale_row(out + row * out_stride + first, values, weight + first, group_size, scale);
+}
+
+// residual (rows, d) float32, x (rows, d) or null, out (rows, d).
+template <class In, class T>
+void rms_norm(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
+              int64_t rows, int d, T* out, int64_t out_stride, cudaStream_t stream) {
+  if (d % 4) fail("rms_norm: width: expected a multiple of 4, found ", d);
+  if (rows == 0) return;
+  rms_norm_kernel<<<rows, kNormThreads, d * sizeof(float), stream>>>(residual, x, x_stride, weight,
+                                                                     eps, d, out, out_stride);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// y, z, out (rows, d); the mean square is that of each of `groups` equal runs of channels.
+template <class In, class T>
+void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
+                    const float* weight, float eps, int64_t rows, int d, int groups, T* out,
+                    int64_t out_stride, cudaStream_t stream) {
+  const int group_size = d / groups;
+  if (group_size % 4) fail("gated_rms_norm: group: expected a multiple of 4, found ", group_size);
+  if (rows == 0) return;
+  const dim3 grid(rows, groups);
+  gated_rms_norm_kernel<<<grid, kNormThreads, group_size * sizeof(float), stream>>>(
+      y, y_stride, z, z_stride, weight, eps, group_size, out, out_stride);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ============================================================================================
+// One token: matrix-vector products fused with what stands around them
+// ============================================================================================
+//
+// For a few sequences at a time a layer costs the reading of its weights, if nothing else is in the
+// way: four kernels a layer for Mamba, three for Mamba-2, each a product with what precedes and
+// follows it, one CUDA graph for the whole token, and every kernel requests its first weights while
+// the one before it is still at work (programmatic dependent launch). What a kernel may touch before
+// wait_for_previous() are weights alone: they never change.
+//
+//   Mamba     linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> x, z
+//             linear_step_kernel   x -> x_proj -> dt, B, C
+//             scan_decode_kernel   dt_proj, selective_scan_step, gate -> y
+//             linear_step_kernel   y -> out_proj, added to the residual
+//   Mamba-2   linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> z x B C dt
+//             ssd_decode_kernel    ssd_step, gate -> y, and its sums of squares
+//             linear_step_kernel   y -> gated_rms_norm, out_proj, added to the residual
+
+__device__ inline void launch_next() {  // the next kernel may start where there is room
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_previous() {  // until all that it wrote can be read
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <class... Parameters, class... Arguments>
+void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_t stream,
+                 const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+constexpr int kMostGroups = 8, kMostFewRows = 8;  // of Mamba-2's norm; sequences that count as few
+
+// --- what a product reads: x (batch, cols), n neighbouring columns at a time ---
+
+template <class T>
+struct PlainInput {
+  const T* x;  // rows `stride` apart
+  std::int64_t stride;
+  static constexpr bool kNormed = false;
+  template <int n>
+  struct Weights {};
+  __device__ void begin(int, float*) const {}
+  template <int n>
+  __device__ void weights(std::int64_t, Weights<n>&) const {}
+  template <int n>
+  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*, float (&to)[n],
+                       float&) const {
+    unpack(mamba::load<n>(x + b * stride + column, true), to);
+  }
+  __device__ float scale(float) const { return 1.f; }
+};
+
+// rms_norm: W (r * weight / rms) = W (r * weight) / rms, so nobody waits for the sum of squares: each
+// warp gathers it on its way along the row, and divides once, at the end.
+struct NormedInput {
+  const float *residual, *weight;
+  std::int64_t cols;
+  float eps;
+  static constexpr bool kNormed = true;
+  template <int n>
+  struct Weights {
+    float of[n];
+  };
+  __device__ void begin(int, float*) const {}
+  template <int n>
+  __device__ void weights(std::int64_t column, Weights<n>& w) const {
+    unpack(mamba::load<n>(weight + column, true), w.of);
+  }
+  template <int n>
+  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float*, float (&to)[n],
+                       float& squares) const {
+    unpack(mamba::load<n>(residual + b * cols + column, true), to);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      squares = fmaf(to[k], to[k], squares);
+      to[k] *= w.of[k];
+    }
+  }
+  __device__ float scale(float squares) const { return rsqrtf(squares / cols + eps); }
+};
+
+// gated_rms_norm: ssd_decode_kernel left g = y silu(z) and, per block, the sum of its squares.
+struct GatedNormInput {
+  const float *g, *squares, *weight;  // (batch, cols), (batch, n_groups slots), (cols)
+  std::int64_t cols;
+  int n_groups, slots;                // slots: sums of squares per group
+  float eps;
+  static constexpr bool kNormed = false;
+  template <int n>
+  struct Weights {
+    float of[n];
+  };
+  __device__ void begin(int batch, float* scales) const {  // scales[b n_groups + group]
+    const int lane = threadIdx.x % 32;
+    for (int i = threadIdx.x / 32; i < batch * n_groups; i += blockDim.x / 32) {
+      float sum = 0.f;
+      for (int s = lane; s < slots; s += 32) sum += squares[i * slots + s];
+      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+      if (lane == 0) scales[i] = rsqrtf(sum * n_groups / cols + eps);
+    }
+    __syncthreads();  // scales are written before anybody reads them
+  }
+  template <int n>
+  __device__ void weights(std::int64_t column, Weights<n>& w) const {
+    unpack(mamba::load<n>(weight + column, true), w.of);
+  }
+  template <int n>
+  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales, float (&to)[n],
+                       float&) const {
+    unpack(mamba::load<n>(g + b * cols + column, true), to);
+    const int width = cols / n_groups;  // a piece may straddle two groups
+    int group = column / width, next = (group + 1) * width - column;
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      if (k == next) ++group, next += width;
+      to[k] *= w.of[k] * scales[b * n_groups + group];
+    }
+  }
+  __device__ float scale(float) const { return 1.f; }
+};
+
+// --- where a product goes: one number, row `row` for sequence b ---
+
+struct PlainOutput {
+  float* out;  // (batch, stride)
+  std::int64_t stride;
+  __device__ void operator()(std::int64_t row, int b, float v) const { out[b * stride + row] = v; }
+};
+
+struct ResidualOutput {
+  float* residual;    // (batch, d_model)
+  const float* bias;  // (d_model) or null
+  std::int64_t d_model;
+  __device__ void operator()(std::int64_t row, int b, float v) const {
+    residual[b * d_model + row] += bias ? v + bias[row] : v;
+  }
+};
+
+// causal_conv1d_step and silu for the rows [first, first + count), as they are for the others.
+template <class T>
+struct ConvOutput {
+  T* out;                                   // (batch, stride)
+  T* state;                                 // (batch, width - 1, count)
+  const float *bias, *weight, *conv_bias;   // (stride) or null; (count, width); (count) or null
+  const int* done;                          // (batch) or null: where not 0 the state stays
+  std::int64_t stride, first, count;
+  int width;
+  __device__ void operator()(std::int64_t row, int b, float v) const {
+    if (bias) v += bias[row];
+    const std::int64_t d = row - first;
+    if (d >= 0 && d < count) {
+      const T x_t = from_float<T>(v);
+      T* past = state + b * (width - 1) * count + d;
+      const bool keep = done && done[b];
+      float sum = conv_bias ? conv_bias[d] : 0.f;
+      for (int k = 0; k + 1 < width; ++k) {
+        sum = fmaf(weight[d * width + k], to_float(past[k * count]), sum);
+        if (!keep) past[k * count] = k + 2 < width ? past[(k + 1) * count] : x_t;
+      }
+      v = silu(fmaf(weight[d * width + width - 1], to_float(x_t), sum));
+    }
+    out[b * stride + row] = from_float<T>(v);
+  }
+};
+
+// 16 bytes of weights, read once: they need not stay in the L1 cache.
+template <class T>
+__device__ inline Vector<T, 16 / sizeof(T)> load_weights(const T* p) {
+  Vector<T, 16 / sizeof(T)> v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+               : "l"(p));
+  return v;
+}
+
+// output(row, b) = W[row] . input(b).  W (rows, cols), cols a multiple of 16 bytes; b < batch <= kBatch.
+// A block is 8 warps. kSplit of them share kWarpRows rows of W: each lane takes every 32 kSplit-th piece
+// of 16 bytes, keeps kDepth pieces of each row in flight, and multiplies in float32. x comes through the
+// L1 cache, in which all warps of the SM find it. Grid: x = rows in blocks of 8 / kSplit * kWarpRows.
+constexpr int kStepWarps = 8;
+
+template <int kBatch, int kWarpRows, int kSplit, int kDepth, class T, class Input, class Output>
+__global__ void __launch_bounds__(32 * kStepWarps)
+    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, Input input,
+                       Output output) {
+  constexpr int n = 16 / sizeof(T), kSums = kWarpRows * kBatch;
+  static_assert(kSums <= 32, "a lane finishes one sum");
+  __shared__ float scales[kBatch * kMostGroups], partial[kStepWarps][kSums + kBatch];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % kSplit;
+  const std::int64_t first = (std::int64_t(blockIdx.x) * kStepWarps + warp) / kSplit * kWarpRows;
+  const int pieces = cols / n, steps = (pieces + 32 * kSplit - 1) / (32 * kSplit);
+
+  Vector<T, n> w[kDepth][kWarpRows];
+  const auto fetch = [&](int slot, int step) {
+    const int piece = (step * kSplit + part) * 32 + lane;
+    if (piece >= pieces) return;
+#pragma unroll
+    for (int r = 0; r < kWarpRows; ++r)
+      w[slot][r] = load_weights(W + min(first + r, rows - 1) * cols + std::int64_t(piece) * n);
+  };
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) fetch(i, i);
+  launch_next();
+  wait_for_previous();
+  input.begin(batch, scales);
+
+  float sum[kSums] = {}, squares[kBatch] = {};
+  for (int step = 0; step < steps; step += kDepth) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      const int piece = ((step + i) * kSplit + part) * 32 + lane;
+      if (piece >= pieces) break;
+      float w_r[kWarpRows][n];
+#pragma unroll
+      for (int r = 0; r < kWarpRows; ++r) unpack(w[i][r], w_r[r]);
+      fetch(i, step + i + kDepth);
+      typename Input::template Weights<n> weights;
+      input.weights(std::int64_t(piece) * n, weights);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (b >= batch) break;
+        float x[n];
+        input.load(b, std::int64_t(piece) * n, weights, scales, x, squares[b]);
+#pragma unroll
+        for (int r = 0; r < kWarpRows; ++r)
+#pragma unroll
+          for (int k = 0; k < n; ++k) sum[r * kBatch + b] = fmaf(w_r[r][k], x[k], sum[r * kBatch + b]);
+      }
+    }
+  }
+
+  // Lane i ends up with sum i, and with the squares of its b.
+  float mine = 0.f, my_squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+    if (lane == i) mine = sum[i];
+  }
+  if (Input::kNormed) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
+      if (lane % kBatch == b) my_squares = squares[b];
+    }
+  }
+  if (kSplit > 1) {
+    if (lane < kSums) partial[warp][lane] = mine;
+    if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
+    __syncthreads();  // partial sums are written before the first warp of each row adds them
+    if (part != 0) return;
+    for (int p = 1; p < kSplit; ++p) {
+      if (lane < kSums) mine += partial[warp + p][lane];
+      my_squares += partial[warp + p][kSums + lane % kBatch];
+    }
+  }
+  const std::int64_t row = first + lane / kBatch;
+  const int b = lane % kBatch;
+  if (lane < kSums && row < rows && b < batch) output(row, b, mine * input.scale(my_squares));
+}
+
+template <int kSplit, class T, class Input, class Output>
+void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, const Input& input,
+                 const Output& output, cudaStream_t stream) {
+  const auto launch = [&](auto kernel, int warp_rows) {
+    launch_step(kernel, dim3(ceil_div(rows, kStepWarps / kSplit * warp_rows)), 32 * kStepWarps, stream, W, rows,
+                cols, batch, input, output);
+  };
+  if (batch == 1) return launch(linear_step_kernel<1, 2, kSplit, 4, T, Input, Output>, 2);
+  if (batch <= 4) return launch(linear_step_kernel<4, 2, kSplit, 4, T, Input, Output>, 2);
+  launch(linear_step_kernel<8, 4, kSplit, 2, T, Input, Output>, 4);
+}
+
+// --- Mamba: dt_proj, selective_scan_step and the gate ---
+
+template <class T>
+struct ScanDecodeArgs {
+  int batch, d_inner, d_state, dt_rank;
+  const float* dt_B_C;                // (batch, dt_rank + 2 d_state)
+  const T *xz, *dt_proj;              // (batch, 2 d_inner), (d_inner, dt_rank)
+  const float *dt_bias, *A, *D;       // (d_inner), (d_inner, d_state), (d_inner)
+  float* h;                           // (batch, d_inner, d_state)
+  T* out;                             // (batch, d_inner)
+  float delta_ratio;
+  const int* done;                    // (batch) or null: where not 0 the state stays
+};
+
+// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and every fourth piece
+// of the states, four numbers a piece. Grid: x = channels in blocks of 32, y = batch.
+constexpr int kScanDecodeAhead = 10;  // pieces of dt_proj in registers before the wait: dt_rank 160
+
+template <class T>
+__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
+  const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state, pieces = a.dt_rank / 4;
+  const int d = min(int(blockIdx.x * 32 + threadIdx.x / 4), a.d_inner - 1);  // the last may work in vain
+  const T* row = a.dt_proj + std::int64_t(d) * a.dt_rank;
+  const bool aligned = a.dt_rank % 4 == 0;
+  Vector<T, 4> w[kScanDecodeAhead];
+#pragma unroll
+  for (int i = 0; i < kScanDecodeAhead; ++i) {
+    w[i] = load<4>(row + 4 * (4 * i + lane), aligned && 4 * i + lane < pieces);
+  }
+  const float bias = a.dt_bias[d], D = a.D[d];
+  float A[4];
+  unpack(load<4>(a.A + std::int64_t(d) * N + 4 * lane, 4 * lane < N), A);
+  launch_next();
+  wait_for_previous();
+
+  const float* dt = a.dt_B_C + std::int64_t(b) * (a.dt_rank + 2 * N);
+  const float *B = dt + a.dt_rank, *C = B + N;
+  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
+  float h_n[4];
+  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+  const float x = to_float(a.xz[(2 * std::int64_t(b)) * a.d_inner + d]);
+  const float z = to_float(a.xz[(2 * std::int64_t(b) + 1) * a.d_inner + d]);
+  float delta = 0.f;
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < kScanDecodeAhead; ++i) {
+      const int piece = 4 * i + lane;
+      if (piece >= pieces) break;
+      float w_i[4];
+      unpack(w[i], w_i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt[4 * piece + k], delta);
+    }
+    for (int k = 16 * kScanDecodeAhead + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
+  } else {
+    for (int k = lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
+  }
+  delta += __shfl_xor_sync(~0u, delta, 1);
+  delta += __shfl_xor_sync(~0u, delta, 2);
+  delta = a.delta_ratio * softplus(delta + bias);
+
+  const bool owner = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
+  const bool keep = !owner || (a.done && a.done[b]);
+  float y = 0.f;
+  for (int n = 4 * lane; n < N; n += 16) {
+    if (n >= 16) {
+      unpack(load<4>(h + n, true), h_n);
+      unpack(load<4>(a.A + std::int64_t(d) * N + n, true), A);
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A[k])), h_n[k], delta * x * B[n + k]);
+      y = fmaf(C[n + k], h_n[k], y);
+    }
+    if (!keep) store(h + n, pack<float>(h_n));
+  }
+  y += __shfl_xor_sync(~0u, y, 1);
+  y += __shfl_xor_sync(~0u, y, 2);
+  if (lane == 0 && owner) a.out[std::int64_t(b) * a.d_inner + d] = from_float<T>(fmaf(D, x, y) * silu(z));
+}
+
+template <class T>
+void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
+  launch_step(scan_decode_kernel<T>, dim3(ceil_div(a.d_inner, 32), a.batch), 128, stream, a);
+}
+
+// --- Mamba-2: ssd_step and the gate ---
+
+template <class T>
+struct SsdDecodeArgs {
+  int batch, n_heads, head_dim, d_state, n_groups;
+  const T* zxBCdt;                    // (batch, width), after the convolution
+  const float *A, *D, *dt_bias;       // (n_heads)
+  float dt_min, dt_max, delta_ratio;
+  float* h;                           // (batch, n_heads, head_dim, d_state)
+  float *g, *squares;                 // (batch, d_inner): y silu(z);  (batch, blocks of a sequence)
+  const int* done;                    // (batch) or null: where not 0 the state stays
+};
+
+// A block owns kSsdDecodeRows rows (head, p) of one head; a row of h is spread over `lanes` lanes, four
+// neighbouring states each, and read and written once. Grid: x = heads times blocks of rows, y = batch.
+constexpr int kSsdDecodeRows = 16, kSsdDecodeFlight = 4;  // rows of a block; of them in flight per lane
+
+template <class T>
+__global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
+  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P, blocks = gridDim.x / a.n_heads;
+  const int head = blockIdx.x / blocks, b = blockIdx.y, group = head / (a.n_heads / a.n_groups);
+  const int p0 = blockIdx.x % blocks * kSsdDecodeRows;
+  const int lane = threadIdx.x % lanes, step = blockDim.x / lanes, rows = min(kSsdDecodeRows, P - p0);
+  const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
+  launch_next();
+  wait_for_previous();
+
+  const std::int64_t conv_width = d_inner + 2 * a.n_groups * N;
+  const T* z = a.zxBCdt + b * (d_inner + conv_width + a.n_heads);
+  const T *x = z + d_inner, *B = x + d_inner + group * N, *C = B + a.n_groups * N, *dt = x + conv_width;
+  const float delta = a.delta_ratio * fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
+  const float decay = exp2_approx(delta * (kLog2e * A));
+  const bool keep = a.done && a.done[b];
+  float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
+  float squares = 0.f;
+  for (int base = 0; base < rows; base += kSsdDecodeFlight * step) {
+    const int first = base + threadIdx.x / lanes;
+    float y[kSsdDecodeFlight] = {}, x_p[kSsdDecodeFlight];
+#pragma unroll
+    for (int i = 0; i < kSsdDecodeFlight; ++i) {
+      const int p = first + i * step;
+      x_p[i] = p < rows ? to_float(x[head * P + p0 + p]) : 0.f;
+    }
+    for (int n = 4 * lane; n < N; n += 4 * lanes) {
+      float h_n[kSsdDecodeFlight][4];
+#pragma unroll
+      for (int i = 0; i < kSsdDecodeFlight; ++i) {
+        const int p = first + i * step;
+        unpack(load<4>(h + std::int64_t(p) * N + n, p < rows), h_n[i]);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float delta_B = delta * to_float(B[n + k]), C_n = to_float(C[n + k]);
+#pragma unroll
+        for (int i = 0; i < kSsdDecodeFlight; ++i) {
+          h_n[i][k] = fmaf(decay, h_n[i][k], delta_B * x_p[i]);
+          y[i] = fmaf(C_n, h_n[i][k], y[i]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSsdDecodeFlight; ++i) {
+        const int p = first + i * step;
+        if (p < rows && !keep) store(h + std::int64_t(p) * N + n, pack<float>(h_n[i]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kSsdDecodeFlight; ++i) {
+      const int p = first + i * step;
+      for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
+      if (lane != 0 || p >= rows) continue;
+      const std::int64_t column = head * P + p0 + p;
+      const float g = fmaf(D, x_p[i], y[i]) * silu(to_float(z[column]));
+      a.g[std::int64_t(b) * d_inner + column] = g;
+      squares = fmaf(g, g, squares);
+    }
+  }
+  __shared__ float partial[4];
+  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x == 0)
+    a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] = partial[0] + partial[1] + partial[2] + partial[3];
+}
+
+inline int ssd_decode_blocks(int head_dim) { return ceil_div(head_dim, kSsdDecodeRows); }  // per head
+
+template <class T>
+void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
+  int lanes = 1;
+  while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
+  launch_step(ssd_decode_kernel<T>, dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), 128, stream, a, lanes);
+}
+
+// ============================================================================================
+// Embedding and sampling
+// ============================================================================================
+
+template <class T>  // residual[t] = embedding[ids[t]].  Grid: one block a token
+__global__ void embedding_kernel(const T* embedding, const Token* ids, std::int64_t d_model, float* residual) {
+  const T* row = embedding + ids[blockIdx.x] * d_model;
+  for (std::int64_t i = threadIdx.x; i < d_model; i += blockDim.x)
+    residual[blockIdx.x * d_model + i] = to_float(row[i]);
+}
+
+// Section 5 of mamba.hpp on the GPU, in double and in its order: a block draws the next token of one
+// sequence from its logits. Nothing is sorted. "The entries that stay, from the best one down, until
+// they make up the limit" is a threshold, and the sum above a threshold only grows as it falls: it is
+// found by bisection over the bits of the score.
+struct SampleArgs {
+  const float* logits;              // (batch, vocab_size)
+  std::int64_t vocab_size, batch;
+  double temperature, top_p, min_p, penalty;
+  std::int64_t top_k;
+  std::uint64_t seed;
+  const std::uint64_t* sequence;    // (batch) numbers of the sequences
+  std::uint64_t* position;          // (batch) of the token to be drawn; moves on by one
+  std::int64_t* made;               // (batch) tokens drawn so far
+  unsigned char* seen;              // (batch, vocab_size) tokens of the history, or null: no penalty
+  double* weights;                  // (batch, vocab_size) room for what stays, null if greedy
+  Token* candidates;                // (batch, vocab_size) and for its ids
+  int* done;                        // (batch) set when the stop token was drawn
+  Token stop;
+  Token* next;                      // (batch) the tokens drawn
+  Token* log;                       // (longest, batch) the same for the host, -1: no number among logits
+};
+
+constexpr int kSampleThreads = 1024, kSampleWarps = kSampleThreads / 32;
+
+template <class V>
+__device__ inline V warp_sum(V v) {
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+template <class V>  // the same bits in all threads, on every run
+__device__ inline V sample_sum(V v) {
+  __shared__ V partial[kSampleWarps];
+  v = warp_sum(v);
+  __syncthreads();  // the sums of the call before have been read
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+  __syncthreads();  // the warps' sums are written before they are added
+  return warp_sum(partial[threadIdx.x % 32]);
+}
+
+// Unsigned integers in the order of the doubles.
+__device__ inline std::uint64_t order_key(double v) {
+  const std::uint64_t bits = __double_as_longlong(v);
+  return bits >> 63 ? ~bits : bits | 1ull << 63;
+}
+
+// The least key with: the sum of weight(i) over all i < count with key(i) > it is below limit.
+template <class Key, class Weight>
+__device__ inline std::uint64_t least_key(std::int64_t count, double limit, const Key& key, const Weight& weight) {
+  std::uint64_t low = 0, high = ~0ull;  // the answer lies in [low, high]
+  while (low < high) {
+    const std::uint64_t quarter = (high - low) / 4;
+    const std::uint64_t at[3] = {low + quarter, low + quarter + (high - low - quarter) / 3, high - quarter - 1};
+    double above[3] = {};
+    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
+      const std::uint64_t key_i = key(i);
+      const double w = weight(i);
+#pragma unroll
+      for (int j = 0; j < 3; ++j) above[j] += key_i > at[j] ? w : 0.;
+    }
+    std::uint64_t new_low = low, new_high = high;
+#pragma unroll
+    for (int j = 0; j < 3; ++j) {
+      if (sample_sum(above[j]) < limit) new_high = min(new_high, at[j]);
+      else new_low = max(new_low, at[j] + 1);
+    }
+    low = new_low, high = new_high;
+  }
+  return low;
+}
+
+// uniform() of mamba.hpp: 53 bits of the Philox4x32-10 block of (position, sequence) under seed.
+__device__ inline double draw_uniform(std::uint64_t seed, std::uint64_t sequence, std::uint64_t position) {
+  std::uint32_t c[4] = {std::uint32_t(position), std::uint32_t(position >> 32), std::uint32_t(sequence),
+                        std::uint32_t(sequence >> 32)};
+  std::uint32_t key[2] = {std::uint32_t(seed), std::uint32_t(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
+    c[0] = std::uint32_t(p1 >> 32) ^ c[1] ^ key[0], c[1] = std::uint32_t(p1);
+    c[2] = std::uint32_t(p0 >> 32) ^ c[3] ^ key[1], c[3] = std::uint32_t(p0);
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return double((std::uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
+}
+
+// The first id of the largest score, or -1 if a score is no number (NaN, infinite, or all are -inf).
+template <class Score>
+__device__ inline Token best_token(std::int64_t vocab_size, const Score& score) {
+  __shared__ double scores[kSampleWarps];
+  __shared__ Token ids[kSampleWarps];
+  double best = -INFINITY;
+  std::int64_t id = 0;
+  int wrong = 0;
+  for (std::int64_t i = threadIdx.x; i < vocab_size; i += kSampleThreads) {
+    const double s = score(i);
+    if (!(s < INFINITY)) wrong = 1;
+    if (s > best) best = s, id = i;
+  }
+  const auto merge = [&](double s, std::int64_t i) {
+    if (s > best || (s == best && i < id)) best = s, id = i;
+  };
+  for (int d = 16; d > 0; d /= 2) merge(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, id, d));
+  if (threadIdx.x % 32 == 0) scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = Token(id);
+  wrong = __syncthreads_or(wrong);  // also: the warps' best are written before they are read
+  for (int w = 0; w < kSampleWarps; ++w) merge(scores[w], ids[w]);
+  return wrong || best == -INFINITY ? -1 : Token(id);
+}
+
+// Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: best_token's.
+template <class Score>
+__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, const Score& score) {
+  const std::int64_t V = a.vocab_size;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  double* weights = a.weights + b * V;
+  Token* candidates = a.candidates + b * V;
+  const auto score_key = [&](std::int64_t id) { return order_key(score(id)); };
+  const auto one = [](std::int64_t) { return 1.; };
+  const std::uint64_t least_score = a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, score_key, one) : 0;
+
+  const double largest = score(best);
+  const auto weight = [&](std::int64_t id) {
+    const double s = score(id);
+    return order_key(s) < least_score ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
+  };
+  // Each warp looks through its own stretch of ids, so that candidates keep the order of ids.
+  const std::int64_t stretch = (V + kSampleWarps - 1) / kSampleWarps;
+  const std::int64_t begin = min(V, warp * stretch), end = min(V, begin + stretch);
+  double total = 0.;
+  for (std::int64_t i = begin + lane; i < end; i += 32) total += weights[i] = weight(i);
+  total = sample_sum(total);
+
+  // Weights below this go whatever the order: all of them together are below 1 - top_p.
+  const double certain = a.top_p < 1 ? (1 - a.top_p) * total / double(V) : 0.;
+  const auto may_stay = [&](std::int64_t i) { return i < end && weights[i] >= fmax(certain, 1e-300); };
+  __shared__ std::int64_t counts[kSampleWarps];
+  std::int64_t count = 0;
+  for (std::int64_t i = begin; i < end; i += 32) count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
+  if (lane == 0) counts[warp] = count;
+  __syncthreads();  // counts are written before they are added
+  std::int64_t first = 0;
+  count = 0;
+  for (int w = 0; w < kSampleWarps; ++w) first += w < warp ? counts[w] : 0, count += counts[w];
+  for (std::int64_t i = begin; i < end; i += 32) {
+    const bool stays = may_stay(i + lane);
+    const unsigned staying = __ballot_sync(~0u, stays);
+    if (stays) candidates[first + __popc(staying & ((1u << lane) - 1))] = Token(i + lane);
+    first += __popc(staying);
+  }
+  __syncthreads();  // candidates are written before others read them
+
+  if (a.top_p < 1) {
+    const double limit = a.top_p * total;
+    const auto weight_of = [&](std::int64_t i) { return weights[candidates[i]]; };
+    const std::uint64_t least = least_key(count, limit, [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
+    // Of equal scores the higher ids stay: the same search among them, by id.
+    double above = 0.;
+    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads)
+      above += score_key(candidates[i]) > least ? weight_of(i) : 0.;
+    above = sample_sum(above);
+    const std::uint64_t least_id = least_key(
+        count, limit - above, [&](std::int64_t i) { return std::uint64_t(candidates[i]); },
+        [&](std::int64_t i) { return score_key(candidates[i]) == least ? weight_of(i) : 0.; });
+    __syncthreads();  // all weights have been read before some are erased
+    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
+      const std::uint64_t key = score_key(candidates[i]);
+      if (key < least || (key == least && std::uint64_t(candidates[i]) < least_id)) weights[candidates[i]] = 0.;
+    }
+    __syncthreads();  // weights are erased before they are added
+  }
+  const auto kept = [&](std::int64_t i) {
+    const double w = i < count ? weights[candidates[i]] : 0.;
+    return w < fmax(a.min_p, 1e-300) ? 0. : w;
+  };
+
+  // The first candidate, in order of ids, at which the sum exceeds u; or the last one with a weight.
+  __shared__ double sums[kSampleWarps];
+  __shared__ Token drawn;
+  const std::int64_t share = (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
+  double sum = 0.;
+  for (std::int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32) sum += kept(i);
+  sum = warp_sum(sum);
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();  // the warps' sums are written before they are read
+  if (warp == 0) {
+    double all = 0., before = 0.;
+    for (int w = 0; w < kSampleWarps; ++w) all += sums[w];
+    const double u = draw_uniform(a.seed, a.sequence[b], a.position[b]) * all;
+    int w = 0;
+    while (w + 1 < kSampleWarps && before + sums[w] <= u) before += sums[w++];
+    Token token = best;
+    for (std::int64_t i = w * share; i < count; i += 32) {
+      const double w_i = kept(i + lane);
+      double upto = w_i;  // sum over the lanes up to this one
+      for (int d = 1; d < 32; d *= 2) {
+        const double left = __shfl_up_sync(~0u, upto, d);
+        if (lane >= d) upto += left;
+      }
+      const unsigned any = __ballot_sync(~0u, w_i > 0.), past = __ballot_sync(~0u, w_i > 0. && before + upto > u);
+      if (any) token = candidates[i + (past ? __ffs(past) - 1 : 31 - __clz(any))];
+      if (past) break;
+      before += __shfl_sync(~0u, upto, 31);
+    }
+    if (lane == 0) drawn = token;
+  }
+  __syncthreads();  // the token is written before it is read
+  return drawn;
+}
+
+// Draws the next token, notes it, and looks up its embedding for the next step. Grid: one block a sequence.
+template <class T>
+__global__ void __launch_bounds__(kSampleThreads)
+    sample_kernel(SampleArgs a, const T* embedding, std::int64_t d_model, float* residual) {
+  launch_next();
+  wait_for_previous();
+  const std::int64_t b = blockIdx.x, V = a.vocab_size;
+  const float* logits = a.logits + b * V;
+  unsigned char* seen = a.seen ? a.seen + b * V : nullptr;
+  const auto score = [&](std::int64_t id) {
+    const double s = logits[id];
+    return seen && seen[id] ? (s < 0 ? s * a.penalty : s / a.penalty) : s;
+  };
+  if (a.done[b]) return;
+  Token token = best_token(V, score);
+  if (token >= 0 && a.temperature > 0) token = draw(a, b, token, score);
+  __syncthreads();  // all have read seen, made and position before they change
+  if (threadIdx.x == 0) {
+    a.next[b] = token;
+    a.log[a.made[b] * a.batch + b] = token;
+    a.made[b] += 1;
+    a.position[b] += 1;
+    if (seen && token >= 0) seen[token] = 1;
+    if (token == a.stop || token < 0) a.done[b] = 1;
+  }
+  const T* row = embedding + std::int64_t(max(token, 0)) * d_model;
+  for (std::int64_t i = threadIdx.x; i < d_model; i += kSampleThreads) residual[b * d_model + i] = to_float(row[i]);
+}
+
+// ============================================================================================
+// The model on the GPU
+// ============================================================================================
+
+// A (rows, cols) matrix of weights as stored.
+struct DeviceMatrix {
+  std::int64_t rows = 0, cols = 0;
+  DeviceBuffer<std::byte> bytes;
+  template <class T>
+  const T* as() const {
+    return reinterpret_cast<const T*>(bytes.data());
+  }
+};
+struct DeviceRow : DeviceBuffer<float> {  // a weight per channel, or conv1d's (conv_width, d_conv)
+  using DeviceBuffer<float>::operator=;
+};
+struct DeviceStateMatrix : DeviceBuffer<float> {  // A (d_inner, d_state), row by row
+  using DeviceBuffer<float>::operator=;
+};
+
+// The members of ssm::Layer and ssm::Model, which for_each_weight names and load_model fills.
+struct DeviceLayer {
+  DeviceRow norm;
+  DeviceMatrix in_proj;
+  DeviceRow in_proj_bias, conv_weight, conv_bias;
+  DeviceMatrix x_proj, dt_proj;
+  DeviceRow dt_bias;
+  DeviceStateMatrix A;
+  DeviceRow D, gated_norm;
+  DeviceMatrix out_proj;
+  DeviceRow out_proj_bias;
+};
+struct DeviceModel {
+  ssm::Sizes sizes;
+  DeviceMatrix embedding;
+  std::vector<DeviceLayer> layers;
+  DeviceRow norm_f;
+  DeviceMatrix lm_head;
+  bool tied = true;
+};
+
+inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMatrix& matrix) {
+  const Tensor stored = tensor.dtype == *storage ? tensor : to_dtype(tensor, *storage);
+  matrix.rows = tensor.shape[0], matrix.cols = tensor.shape[1];
+  matrix.bytes = {static_cast<const std::byte*>(stored.data), stored.bytes().size()};
+}
+inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceRow& row) {
+  ssm::Row<float> host;
+  assign(tensor, storage, host);
+  row = DeviceBuffer<float>(host.data(), static_cast<std::size_t>(host.size()));
+}
+inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStateMatrix& A) {
+  ssm::StateMatrix<float> columns;
+  assign(A_log, storage, columns);
+  const Matrix<float> rows = columns;
+  A = DeviceBuffer<float>(rows.data(), static_cast<std::size_t>(rows.size()));
+}
+
+// Calls f with a null pointer to the type of the weights.
+template <class Function>
+void with_type(DType dtype, const Function& f) {
+  switch (dtype) {
+    case DType::F32: return f(static_cast<float*>(nullptr));
+    case DType::BF16: return f(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::F16: return f(static_cast<__half*>(nullptr));
+    default: fail("weights: expected f32, bf16 or f16");
+  }
+}
+
+// What is remembered of `batch` texts, in the order in which the kernels read it:
+// conv (n_layer, batch, d_conv - 1, conv_width) as stored, h (n_layer, batch, d_inner, d_state).
+struct DeviceState {
+  std::int64_t batch = 0;
+  DeviceBuffer<std::byte> conv;
+  DeviceBuffer<float> h;
+  DeviceState() = default;
+  DeviceState(const Config& c, DType dtype, std::int64_t batch)
+      : batch(batch),
+        conv(dtype_size(dtype) * c.n_layer * batch * (c.d_conv - 1) * c.conv_width()),
+        h(c.n_layer * batch * c.d_inner * c.d_state) {
+    conv.zero();
+    h.zero();
+  }
+  template <class T>
+  T* layer_conv(const Config& c, Index l) const {
+    return reinterpret_cast<T*>(conv.data()) + l * batch * (c.d_conv - 1) * c.conv_width();
+  }
+  float* layer_h(const Config& c, Index l) const { return h.data() + l * batch * c.d_inner * c.d_state; }
+};
+
+template <class T>  // x (L, d) += bias (d).  One thread a number.
+__global__ void add_bias_kernel(T* x, const float* bias, std::int64_t L, std::int64_t d) {
+  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < L * d) x[i] = from_float<T>(to_float(x[i]) + bias[i % d]);
+}
+template <class T>
+void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaStream_t stream) {
+  if (bias.size() == 0 || L == 0) return;
+  add_bias_kernel<<<ceil_div(L * d, 256), 256, 0, stream>>>(x, bias.data(), L, d);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T> constexpr cudaDataType_t kCudaType = CUDA_R_32F;
+template <> inline constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
+template <> inline constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
+
+// The stream that all work goes to, and cuBLAS on it.
+class Queue {
+ public:
+  Queue() : workspace_(std::size_t{32} << 20) {
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+    CUBLAS_CHECK(cublasCreate(&cublas_));
+    CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
+    CUBLAS_CHECK(cublasSetWorkspace(cublas_, workspace_.data(), workspace_.bytes()));
+    CUBLAS_CHECK(cublasSetMathMode(  // sums stay float32, and float32 is not cut down to TF32
+        cublas_, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+  }
+  Queue(const Queue&) = delete;
+  Queue& operator=(const Queue&) = delete;
+  ~Queue() {
+    cublasDestroy(cublas_);
+    cudaStreamDestroy(stream_);
+  }
+  cudaStream_t stream() const { return stream_; }
+  void wait() const { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
+
+  // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
+  template <class T, class Out>
+  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W, std::int64_t rows, std::int64_t cols,
+              Out* y, std::int64_t y_stride, float beta = 0.f) const {
+    const float one = 1.f;
+    if (L == 0) return;
+    CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L), int(cols), &one, W, kCudaType<T>,
+                              int(cols), x, kCudaType<T>, int(x_stride), &beta, y, kCudaType<Out>, int(y_stride),
+                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+  }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+  cublasHandle_t cublas_ = nullptr;
+  DeviceBuffer<std::byte> workspace_;
+};
+
+// Room for what one layer hands from operation to operation, `rows` tokens at once.
+template <class T>
+struct Activations {
+  float* residual;          // (rows, d_model)
+  T *u;                     // (rows, d_model)     rms_norm of it
+  T *projected;             // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt
+  T *x;                     // (rows, conv_width)  Mamba: x;  Mamba-2: x B C
+  T *dt_B_C, *delta, *y;    // (rows, dt_rank + 2 d_state), (rows, d_inner) twice; normed: in delta
+  float *dt_B_C_step = nullptr, *g = nullptr, *squares = nullptr;  // where few sequences take one token
+
+  Activations(const Config& c, std::int64_t rows, DeviceBuffer<std::byte>& room) {
+    std::size_t used = 0;
+    for (const bool measure : {true, false}) {
+      used = 0;
+      const auto take = [&](auto*& p, std::int64_t per_row) {
+        using Number = std::remove_reference_t<decltype(*p)>;
+        p = measure ? nullptr : reinterpret_cast<Number*>(room.data() + used);
+        used += (sizeof(Number) * rows * per_row + 255) / 256 * 256;
+      };
+      take(residual, c.d_model);
+      take(u, c.d_model);
+      take(projected, c.in_proj_width());
+      take(x, c.conv_width());
+      take(dt_B_C, c.dt_rank + 2 * c.d_state);
+      take(delta, c.d_inner);
+      take(y, c.d_inner);
+      if (rows <= kMostFewRows) {
+        take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
+        take(g, c.d_inner);
+        take(squares, c.n_heads * ssd_decode_blocks(std::max<Index>(1, c.head_dim)));
+      }
+      if (measure) room.grow(used);
+    }
+  }
+};
+
+// All operations of ssm_reference.hpp's blocks and model, on the GPU. T: what matrices are stored in,
+// and what is handed from operation to operation; the residual stream and the states are float32.
+template <class T>
+struct Compute {
+  const Config& config;
+  const DeviceModel& model;
+  Queue& queue;
+  DeviceBuffer<std::byte>&activation_room, &scan_room;
+  float delta_ratio;
+
+  const T* head() const { return (model.tied ? model.embedding : model.lm_head).template as<T>(); }
+
+  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const DeviceMatrix& W, T* y) const {
+    queue.linear(x, L, x_stride, W.as<T>(), W.rows, W.cols, y, W.rows);
+  }
+  void rms_norm(const Activations<T>& a, const DeviceRow& weight, std::int64_t L) const {
+    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), float(config.norm_eps), L, int(config.d_model),
+                          a.u, config.d_model, queue.stream());
+  }
+  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y, std::int64_t L) const {
+    queue.linear(y, L, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner, a.residual,
+                 config.d_model, 1.f);
+    add_bias(a.residual, w.out_proj_bias, L, config.d_model, queue.stream());
+  }
+
+  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, std::int64_t first, T* state) const {
+    ConvArgs<T> conv;
+    conv.d = config.conv_width(), conv.width = int(config.d_conv);
+    conv.x = a.projected + first, conv.x_stride = config.in_proj_width();
+    conv.weight = w.conv_weight.data(), conv.bias = w.conv_bias.data();
+    conv.state = state, conv.state_out = state;
+    conv.out = a.x, conv.out_stride = config.conv_width();
+    return conv;
+  }
+
+  ScanArgs<T> scan_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
+    ScanArgs<T> scan;
+    scan.d_inner = config.d_inner, scan.d_state = config.d_state;
+    scan.x = a.x, scan.x_stride = config.d_inner;
+    scan.delta = a.delta, scan.delta_stride = config.d_inner;
+    scan.A = w.A.data(), scan.D = w.D.data(), scan.delta_bias = w.dt_bias.data();
+    scan.B = a.dt_B_C + config.dt_rank, scan.C = scan.B + config.d_state;
+    scan.B_stride = scan.C_stride = config.dt_rank + 2 * config.d_state;
+    scan.z = a.projected + config.d_inner, scan.z_stride = config.in_proj_width();
+    scan.h0 = h, scan.h_T = h;
+    scan.out = a.y, scan.out_stride = config.d_inner;
+    scan.delta_ratio = delta_ratio;
+    return scan;
+  }
+
+  SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
+    const std::int64_t GN = config.n_groups * config.d_state;
+    SsdArgs<T> in;
+    in.heads = int(config.n_heads), in.head_dim = int(config.head_dim), in.d_state = int(config.d_state);
+    in.groups = int(config.n_groups);
+    in.x = a.x, in.B = a.x + config.d_inner, in.C = in.B + GN;
+    in.x_stride = in.B_stride = in.C_stride = config.conv_width();
+    in.dt = a.projected + config.d_inner + config.conv_width(), in.dt_stride = config.in_proj_width();
+    in.A = w.A.data(), in.D = w.D.data(), in.dt_bias = w.dt_bias.data();
+    in.dt_min = float(config.dt_min), in.dt_max = float(config.dt_max);
+    in.h0 = h, in.hT = h;
+    in.out = a.y, in.out_stride = config.d_inner;
+    in.delta_ratio = delta_ratio;
+    return in;
+  }
+
+  // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
+  // 1, and the step functions do it; done as in ConvArgs.
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch, std::int64_t L, T* conv_state,
+                   float* h, bool step, const int* done) const {
+    const std::int64_t rows = batch * L;
+    rms_norm(a, w.norm, rows);
+    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
+    add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
+    ConvArgs<T> conv = conv_args(a, w, 0, conv_state);
+    conv.batch = batch, conv.L = L, conv.done = done;
+    step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+    linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
+    linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
+    ScanArgs<T> scan = scan_args(a, w, h);
+    scan.batch = batch, scan.L = L, scan.done = done;
+    if (step) {
+      selective_scan_step(scan, queue.stream());
+    } else {
+      scan_room.grow(selective_scan_workspace(scan));
+      selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
+    }
+    add_out_proj(a, w, a.y, rows);
+  }
+
+  // The same for Mamba-2.
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch, std::int64_t L, T* conv_state,
+                    float* h, bool step, const int* done) const {
+    const std::int64_t rows = batch * L;
+    rms_norm(a, w.norm, rows);
+    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
+    add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
+    ConvArgs<T> conv = conv_args(a, w, config.d_inner, conv_state);
+    conv.batch = batch, conv.L = L, conv.done = done;
+    step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+    SsdArgs<T> in = ssd_args(a, w, h);
+    in.batch = batch, in.L = L, in.done = done;
+    if (step) {
+      ssd_step(in, queue.stream());
+    } else {
+      scan_room.grow(ssd_workspace_bytes(in));
+      in.workspace = scan_room.data();
+      ssd(in, queue.stream());
+    }
+    gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
+                   float(config.norm_eps), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
+                   queue.stream());
+    add_out_proj(a, w, a.delta, rows);
+  }
+
+  // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
+  Activations<T> backbone(const Token* ids, std::int64_t L, DeviceState& state) const {
+    const Activations<T> a(config, L, activation_room);
+    embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids, config.d_model, a.residual);
+    CUDA_CHECK(cudaGetLastError());
+    for (Index l = 0; l < config.n_layer; ++l) {
+      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
+      (this->*block)(model.layers[l], a, 1, L, state.layer_conv<T>(config, l), state.layer_h(config, l), false, nullptr);
+    }
+    return a;
+  }
+
+  // rows [first, first + count) of a.residual -> logits (count, vocab_size); a.u is overwritten.
+  void lm_head(const Activations<T>& a, std::int64_t first, std::int64_t count, float* logits) const {
+    Activations<T> rows = a;
+    rows.residual += first * config.d_model;
+    rms_norm(rows, model.norm_f, count);
+    queue.linear(a.u, count, config.d_model, head(), config.vocab_size, config.d_model, logits, config.vocab_size);
+  }
+
+  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time.
+  bool takes_few(std::int64_t batch) const {
+    const std::int64_t n = 16 / sizeof(T);
+    return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 && config.d_state % 4 == 0 &&
+           config.n_groups <= kMostGroups;
+  }
+
+  // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
+  void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
+    if (takes_few(state.batch)) return step_few(a, state, done, logits);
+    for (Index l = 0; l < config.n_layer; ++l) {
+      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
+      (this->*block)(model.layers[l], a, state.batch, 1, state.layer_conv<T>(config, l), state.layer_h(config, l), true,
+                     done);
+    }
+    lm_head(a, 0, state.batch, logits);
+  }
+
+  // The same by the fused kernels.
+  void step_few(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
+    const Config& c = config;
+    const int batch = int(state.batch);
+    const cudaStream_t stream = queue.stream();
+    const float eps = float(c.norm_eps);
+    for (Index l = 0; l < c.n_layer; ++l) {
+      const DeviceLayer& w = model.layers[l];
+      const NormedInput u{a.residual, w.norm.data(), c.d_model, eps};
+      const ResidualOutput residual{a.residual, w.out_proj_bias.data(), c.d_model};
+      const ConvOutput<T> projected{a.projected, state.layer_conv<T>(c, l), w.in_proj_bias.data(), w.conv_weight.data(),
+                                    w.conv_bias.data(), done, c.in_proj_width(), c.version == 1 ? 0 : c.d_inner,
+                                    c.conv_width(), int(c.d_conv)};
+      linear_step<1>(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
+      if (c.version == 1) {
+        const std::int64_t width = c.dt_rank + 2 * c.d_state;
+        // x is the left half of the rows of xz, which lie 2 d_inner apart
+        linear_step<8>(w.x_proj.as<T>(), width, c.d_inner, batch, PlainInput<T>{a.projected, c.in_proj_width()},
+                       PlainOutput{a.dt_B_C_step, width}, stream);
+        scan_decode(ScanDecodeArgs<T>{batch, int(c.d_inner), int(c.d_state), int(c.dt_rank), a.dt_B_C_step, a.projected,
+                                      w.dt_proj.as<T>(), w.dt_bias.data(), w.A.data(), w.D.data(), state.layer_h(c, l),
+                                      a.y, delta_ratio, done},
+                    stream);
+        linear_step<4>(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner}, residual, stream);
+      } else {
+        ssd_decode(SsdDecodeArgs<T>{batch, int(c.n_heads), int(c.head_dim), int(c.d_state), int(c.n_groups), a.projected,
+                                    w.A.data(), w.D.data(), w.dt_bias.data(), float(c.dt_min), float(c.dt_max),
+                                    delta_ratio, state.layer_h(c, l), a.g, a.squares, done},
+                   stream);
+        const int slots = int(c.n_heads / c.n_groups) * ssd_decode_blocks(int(c.head_dim));
+        linear_step<4>(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
+                       GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner, int(c.n_groups), slots, eps},
+                       residual, stream);
+      }
+    }
+    linear_step<1>(head(), c.vocab_size, c.d_model, batch, NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
+                   PlainOutput{logits, c.vocab_size}, stream);
+  }
+};
+
+// ============================================================================================
+// The engine
+// ============================================================================================
+
+/// Makes GPU `device` the current one; fails in one line where there is none that can run this program.
+inline void use_device(int device) {
+  int count = 0, driver = 0, runtime = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  CUDA_CHECK(cudaDriverGetVersion(&driver));
+  CUDA_CHECK(cudaRuntimeGetVersion(&runtime));
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  if (error == cudaErrorInsufficientDriver && driver > 0)
+    fail("driver too old: expected one for CUDA ", version(runtime), ", found one for CUDA ", version(driver));
+  if (error != cudaSuccess || count == 0) fail("no GPU: ", cudaGetErrorString(error ? error : cudaErrorNoDevice));
+  if (device < 0 || device >= count) fail("--device: expected 0 to ", count - 1, ", found ", device);
+  CUDA_CHECK(cudaSetDevice(device));
+  cudaFuncAttributes kernel;
+  if (cudaFuncGetAttributes(&kernel, embedding_kernel<float>) != cudaSuccess) {
+    cudaDeviceProp gpu;
+    CUDA_CHECK(cudaGetDeviceProperties(&gpu, device));
+    fail("wrong GPU: ", gpu.name, ": this program was not compiled for its compute capability ", gpu.major, ".", gpu.minor);
+  }
+}
+
+/// Numbers that the GPU writes and the host reads without asking for a copy.
+class HostTokens {
+ public:
+  explicit HostTokens(std::size_t size) {
+    CUDA_CHECK(cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
+  }
+  HostTokens(const HostTokens&) = delete;
+  HostTokens& operator=(const HostTokens&) = delete;
+  ~HostTokens() { cudaFreeHost(data_); }
+  Token* data() const { return data_; }
+
+ private:
+  Token* data_ = nullptr;
+};
+
+class CudaEngine {
+ public:
+  static constexpr const char* kName = "mamba_cuda";
+  static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
+  static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
+  static constexpr bool kHasDevice = true;
+  static constexpr Index kPiece = 4096;           // tokens that the parallel form takes at once
+  static constexpr std::size_t kMostSequences = 256;  // that are continued together
+
+  using State = DeviceState;
+
+  CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
+      : CudaEngine(config, options, storage(checkpoint, config, options)) {
+    model_ = load_model<DeviceModel>(checkpoint, config, dtype_);
+  }
+  /// Random weights, as wide and as large as config says: for measurements.
+  CudaEngine(const Config& config, const EngineOptions& options) : CudaEngine(config, options, *options.dtype) {
+    fill_random();
+  }
+
+  const Config& config() const { return config_; }
+  State new_state() const { return State(config_, dtype_, 1); }
+  State from_host(const ssm::State<float>& host) const;
+  ssm::State<float> to_host(const State& state) const;
+
+  Matrix<float> prefill(State& state, const Token* ids, Index L);
+  void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
+  Matrix<float> step(State& state, Token id);
+  void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options, const OnToken& on_token);
+  static void bench(const BenchOptions& options);
+
+ private:
+  CudaEngine(const Config& config, const EngineOptions& options, DType dtype)
+      : config_(config), dtype_(dtype), delta_ratio_(options.delta_ratio) {
+    std::size_t bytes = 0;
+    for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
+      std::size_t size = shape.size() == 2 ? dtype_size(dtype) : sizeof(float);
+      for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
+      bytes += size;
+    });
+    use_device(options.device);
+    need_memory(bytes, "weights");
+    queue_ = std::make_unique<Queue>();
+  }
+  static DType storage(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options) {
+    const DType file = weight(checkpoint, "backbone.embeddings.weight", {config.vocab_size, config.d_model}).dtype;
+    const bool stored = file == DType::BF16 || file == DType::F16;
+    return options.dtype.value_or(stored ? file : DType::F32);
+  }
+  void fill_random();
+
+  template <class T>
+  Compute<T> compute() {
+    return {config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
+  }
+  const Token* upload(const Token* ids, Index L) {
+    ids_.grow(static_cast<std::size_t>(L));
+    CUDA_CHECK(cudaMemcpyAsync(ids_.data(), ids, L * sizeof(Token), cudaMemcpyHostToDevice, queue_->stream()));
+    return ids_.data();
+  }
+  Matrix<float> download_logits(Index rows) {
+    Matrix<float> host(rows, config_.vocab_size);
+    CUDA_CHECK(cudaMemcpyAsync(host.data(), logits_.data(), host.size() * sizeof(float), cudaMemcpyDeviceToHost,
+                               queue_->stream()));
+    queue_->wait();
+    return host;
+  }
+  /// After this, logits_ holds the logits after the last of L > 0 tokens in row `row`.
+  template <class T>
+  void prefill_on_device(State& state, const Token* ids, Index L, Index row);
+  template <class T>
+  void generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
+                         const GenerateOptions& options, const OnToken& on_token);
+
+  Config config_;
+  DType dtype_;
+  float delta_ratio_;
+  std::unique_ptr<Queue> queue_;
+  DeviceModel model_;
+  DeviceBuffer<std::byte> activation_room_, scan_room_;
+  DeviceBuffer<Token> ids_;
+  DeviceBuffer<float> logits_;
+};
+
+// --- states: a host's h lies column by column, the GPU's row by row ---
+
+inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
+  State state = new_state();
+  std::vector<float> conv, h;
+  for (const auto& layer : host.layers) {
+    const Matrix<float> rows = layer.h;
+    conv.insert(conv.end(), layer.conv.data(), layer.conv.data() + layer.conv.size());
+    h.insert(h.end(), rows.data(), rows.data() + rows.size());
+  }
+  const auto n = static_cast<std::int64_t>(conv.size());
+  const Tensor plain = tensor_view("conv", {n}, conv.data());
+  const Tensor stored = dtype_ == DType::F32 ? plain : to_dtype(plain, dtype_);
+  if (n > 0) state.conv.copy_from(static_cast<const std::byte*>(stored.data));
+  state.h.copy_from(h.data());
+  return state;
+}
+
+inline ssm::State<float> CudaEngine::to_host(const State& state) const {
+  queue_->wait();
+  std::vector<std::byte> conv(state.conv.size());
+  std::vector<float> h(state.h.size());
+  state.conv.copy_to(conv.data());
+  state.h.copy_to(h.data());
+  ssm::State<float> host(config_);
+  const std::byte* next_conv = conv.data();
+  const float* next_h = h.data();
+  for (auto& layer : host.layers) {
+    const std::size_t bytes = layer.conv.size() * dtype_size(dtype_);
+    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
+    layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
+    next_conv += bytes;
+    next_h += layer.h.size();
+  }
+  return host;
+}
+
+// --- whole texts ---
+
+template <class T>
+void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Index row) {
+  for (Index t = 0; t < L; t += kPiece) {
+    const Index count = std::min(kPiece, L - t);
+    const auto a = compute<T>().backbone(upload(ids + t, count), count, state);
+    if (t + count == L) compute<T>().lm_head(a, count - 1, 1, logits_.data() + row * config_.vocab_size);
+  }
+}
+
+inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
+  logits_.grow(static_cast<std::size_t>(config_.vocab_size));
+  with_type(dtype_, [&](auto* type) {
+    prefill_on_device<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
+  });
+  return download_logits(std::min<Index>(L, 1));
+}
+
+inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
+  const Index kRows = 256;  // logits are wide: some rows at a time
+  logits_.grow(static_cast<std::size_t>(std::min(L, kRows) * config_.vocab_size));
+  with_type(dtype_, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (Index t = 0; t < L; t += kPiece) {
+      const Index count = std::min(kPiece, L - t);
+      const auto a = compute<T>().backbone(upload(ids + t, count), count, state);
+      for (Index first = 0; first < count; first += kRows) {
+        const Index rows = std::min(kRows, count - first);
+        compute<T>().lm_head(a, first, rows, logits_.data());
+        sink(t + first, download_logits(rows));
+      }
+    }
+  });
+}
+
+inline Matrix<float> CudaEngine::step(State& state, Token id) {
+  logits_.grow(static_cast<std::size_t>(config_.vocab_size));
+  with_type(dtype_, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Activations<T> a(config_, 1, activation_room_);
+    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(model_.embedding.as<T>(), upload(&id, 1), config_.d_model, a.residual);
+    CUDA_CHECK(cudaGetLastError());
+    compute<T>().step(a, state, nullptr, logits_.data());
+  });
+  return download_logits(1);
+}
+
+// --- generation ---
+//
+// Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One step,
+// from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches it a few
+// tokens ahead and only reads along: a sequence that has drawn the stop token stands still on the GPU.
+
+/// What is copied between the layers of one sequence's state and those of a batch.
+inline void copy_state(const Config& c, const DeviceState& from, Index from_row, const DeviceState& to, Index to_row,
+                       cudaStream_t stream) {
+  const auto copy = [&](auto* to_data, const auto* from_data, std::size_t bytes_of_layer_and_row) {
+    const std::size_t bytes = bytes_of_layer_and_row;
+    if (bytes == 0) return;
+    CUDA_CHECK(cudaMemcpy2DAsync(reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
+                                 reinterpret_cast<const std::byte*>(from_data) + from_row * bytes, from.batch * bytes,
+                                 bytes, c.n_layer, cudaMemcpyDeviceToDevice, stream));
+  };
+  copy(to.conv.data(), from.conv.data(), from.conv.bytes() / (c.n_layer * from.batch));
+  copy(to.h.data(), from.h.data(), from.h.bytes() / (c.n_layer * from.batch));
+}
+
+template <class T>
+void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
+                                   const GenerateOptions& options, const OnToken& on_token) {
+  const cudaStream_t stream = queue_->stream();
+  const Index V = config_.vocab_size;
+  logits_.grow(batch * V);
+  const bool penalty = options.sampler.repetition_penalty != 1;
+  std::vector<std::uint64_t> numbers(batch), positions(batch);
+  std::vector<unsigned char> seen(penalty ? batch * V : 0);
+  for (std::size_t i = 0; i < batch; ++i) {
+    auto& s = sequences[i];
+    const std::size_t end = s.ids.size() - (options.n == 0 ? 1 : 0), begin = std::exchange(s.taken, end);
+    prefill_on_device<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin), static_cast<Index>(i));
+    queue_->wait();  // before the pieces' ids are replaced
+    numbers[i] = s.index, positions[i] = s.ids.size();
+    for (const Token id : s.ids)
+      if (penalty) seen[i * V + id] = 1;
+  }
+  if (options.n == 0) return;
+
+  State state(config_, dtype_, batch);
+  for (std::size_t i = 0; i < batch; ++i) copy_state(config_, sequences[i].state, 0, state, i, stream);
+  const Activations<T> a(config_, batch, activation_room_);
+  const bool greedy = options.sampler.temperature == 0;
+  const DeviceBuffer<std::uint64_t> sequence_d(numbers.data(), batch), position_d(positions.data(), batch);
+  const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
+  DeviceBuffer<std::int64_t> made_d(batch);
+  DeviceBuffer<int> done_d(batch);
+  const DeviceBuffer<Token> next_d(batch), candidates_d(greedy ? 0 : batch * V);
+  const DeviceBuffer<double> weights_d(greedy ? 0 : batch * V);
+  const HostTokens log(options.n * batch);
+  made_d.zero();
+  done_d.zero();
+  const SamplerOptions& o = options.sampler;
+  const SampleArgs args{logits_.data(), V, static_cast<std::int64_t>(batch), o.temperature, o.top_p, o.min_p,
+                        o.repetition_penalty, o.top_k, o.seed, sequence_d.data(), position_d.data(), made_d.data(),
+                        seen_d.data(), weights_d.data(), candidates_d.data(), done_d.data(), options.stop,
+                        next_d.data(), log.data()};
+  const auto sample = [&] {
+    launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, stream, args, model_.embedding.as<T>(),
+                config_.d_model, a.residual);
+  };
+
+  CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
+  Graph graph(stream, [&] {
+    compute<T>().step(a, state, done_d.data(), logits_.data());
+    sample();
+  });
+  constexpr Index kAhead = 8;  // tokens that the GPU may be ahead of the host
+  std::vector<Event> drawn(kAhead);
+  std::vector<char> finished(batch, 0);
+  std::size_t turn = 0;  // the first unfinished sequence; tokens of later ones are told in their turn
+  std::vector<std::size_t> told(batch);
+  for (std::size_t i = 0; i < batch; ++i) told[i] = sequences[i].ids.size();
+  const auto tell = [&] {
+    for (; turn < batch; ++turn) {
+      auto& ids = sequences[turn].ids;
+      while (told[turn] < ids.size()) on_token(first + turn, ids[told[turn]++]);
+      if (!finished[turn]) return;
+    }
+  };
+  Index launched = 0;
+  for (Index made = 0; made < options.n && turn < batch; ++made) {
+    for (; launched < std::min(options.n, made + kAhead); ++launched) {
+      if (launched == 0) sample();
+      else graph.launch(stream);
+      drawn[launched % kAhead].record(stream);
+    }
+    drawn[made % kAhead].wait();
+    for (std::size_t i = 0; i < batch; ++i) {
+      if (finished[i]) continue;
+      const Token token = log.data()[made * batch + i];
+      if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
+      sequences[i].ids.push_back(token);
+      finished[i] = token == options.stop || made + 1 == options.n;
+    }
+    tell();
+  }
+  queue_->wait();
+  for (std::size_t i = 0; i < batch; ++i) {
+    copy_state(config_, state, i, sequences[i].state, 0, stream);
+    sequences[i].taken = sequences[i].ids.size() - 1;
+  }
+  queue_->wait();
+}
+
+inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
+                                 const OnToken& on_token) {
+  check(options.sampler);
+  with_type(dtype_, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (std::size_t first = 0; first < sequences.size(); first += kMostSequences)
+      generate_together<T>(sequences.data() + first, first, std::min(kMostSequences, sequences.size() - first), options,
+                           on_token);
+  });
+}
+
+// ============================================================================================
+// Measurements: one JSON object a line, against this GPU's own limits measured in the same run
+// ============================================================================================
+
+// Uniform numbers in [-scale, scale) plus `offset`, by hashing the index (splitmix64).
+template <class T>
+__global__ void random_kernel(T* out, std::int64_t size, float scale, float offset, std::uint64_t seed) {
+  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += std::int64_t(gridDim.x) * blockDim.x) {
+    std::uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
+    v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
+    v = (v ^ v >> 27) * 0x94D049BB133111EBull;
+    out[i] = from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
+  }
+}
+
+// Spread as at the start of training, so that nothing overflows.
+inline void CudaEngine::fill_random() {
+  model_.sizes = config_;
+  model_.layers.resize(static_cast<std::size_t>(config_.n_layer));
+  std::uint64_t seed = 1;
+  const auto fill = [&](auto* data, std::size_t size, float scale, float offset) {
+    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset, ++seed);
+    CUDA_CHECK(cudaGetLastError());
+  };
+  for_each_weight(config_, model_, [&](const std::string& name, const auto& shape, auto& to) {
+    using To = std::remove_reference_t<decltype(to)>;
+    std::size_t size = 1;
+    for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
+    if constexpr (std::is_same_v<To, DeviceMatrix>) {
+      to.rows = shape[0], to.cols = shape[1];
+      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
+      with_type(dtype_, [&](auto* type) {
+        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size, std::sqrt(3.f / float(shape[1])), 0.f);
+      });
+    } else {
+      to = DeviceBuffer<float>(size);
+      const bool dt_bias = name.find("dt_") != std::string::npos;
+      const bool conv = name.find("conv1d.weight") != std::string::npos;
+      if (std::is_same_v<To, DeviceStateMatrix>) fill(to.data(), size, 7.f, -8.f);
+      else if (dt_bias) fill(to.data(), size, 2.f, -4.6f);
+      else fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
+    }
+  });
+  CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+/// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs.
+template <class Function>
+double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
+  std::vector<double> times;
+  for (Index i = -3; i < repeat; ++i) {  // three to warm up
+    Event start(true), end(true);
+    start.record(stream);
+    f();
+    end.record(stream);
+    end.wait();
+    if (i >= 0) times.push_back(start.milliseconds_to(end));
+  }
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
+}
+
+/// Bytes a second, read and written, that a large copy reaches.
+inline double copy_bandwidth(cudaStream_t stream) {
+  const DeviceBuffer<std::byte> from(std::size_t{1} << 30), to(std::size_t{1} << 30);
+  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()), std::int64_t{1} << 28, 1.f, 0.f, 7);
+  const double ms = median_ms(stream, 10, [&] {
+    CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
+  });
+  return 2e3 * double(from.bytes()) / ms;
+}
+
+/// Multiply-adds a second, times two, that a large product of this type reaches on random numbers.
+template <class T>
+double matmul_peak(const Queue& queue) {
+  constexpr std::int64_t n = 8192;
+  const DeviceBuffer<T> x(n * n), W(n * n), y(n * n);
+  for (const T* p : {x.data(), W.data()})
+    random_kernel<<<1024, 256, 0, queue.stream()>>>(const_cast<T*>(p), n * n, 1.f, 0.f, p == W.data());
+  return 2e3 * double(n) * n * n / median_ms(queue.stream(), 10, [&] { queue.linear(x.data(), n, n, W.data(), n, n, y.data(), n); });
+}
+
+inline void CudaEngine::bench(const BenchOptions& options) {
+  const bool decode = options.op == "decode";
+  if (options.op == "bandwidth" || options.op == "matmul") {
+    use_device(options.device);
+    Queue queue;
+    with_type(options.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const Json figure = options.op == "matmul" ? Json{{"op", "matmul"}, {"dtype", dtype_name(options.dtype)}, {"TFLOP/s", matmul_peak<T>(queue) / 1e12}}
+                                                 : Json{{"op", "bandwidth"}, {"GB/s", copy_bandwidth(queue.stream()) / 1e9}};
+      std::cout << figure << "\n";
+    });
+    return;
+  }
+  if (!decode && options.op != "prefill") fail("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
+  const Config config = published_config(options.shape);
+  EngineOptions engine_options;
+  engine_options.dtype = options.dtype;
+  engine_options.device = options.device;
+  CudaEngine engine(config, engine_options);
+  const cudaStream_t stream = engine.queue_->stream();
+  double parameters = 0, small = 0;  // of matrices: each is read once and costs a multiply-add a token
+  for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
+    double size = 1;
+    for (const std::int64_t extent : shape) size *= double(extent);
+    (shape.size() == 2 && shape[1] != config.d_state ? parameters : small) += size;
+  });
+  const double head = double(config.vocab_size * config.d_model), batch = double(options.batch), L = double(options.length);
+  const double weight_bytes = parameters * double(dtype_size(options.dtype)) + small * 4;
+  with_type(options.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const double bandwidth = copy_bandwidth(stream), peak = matmul_peak<T>(*engine.queue_);
+    State state(config, options.dtype, decode ? options.batch : 1);
+    const double state_bytes = 2 * double(state.h.bytes() + state.conv.bytes());
+    double ms = 0, bytes = weight_bytes, flops = 0;
+    if (decode) {
+      engine.logits_.grow(options.batch * config.vocab_size);
+      const Activations<T> a(config, options.batch, engine.activation_room_);
+      std::vector<std::uint64_t> zeros(options.batch);
+      const DeviceBuffer<std::uint64_t> numbers(zeros.data(), options.batch), positions(zeros.data(), options.batch);
+      DeviceBuffer<std::int64_t> made(options.batch);
+      DeviceBuffer<int> done(options.batch);
+      const DeviceBuffer<Token> next(options.batch);
+      const Index kMost = 1 << 14;
+      const HostTokens log(kMost * options.batch);
+      made.zero(), done.zero();
+      CUDA_CHECK(cudaMemset(a.residual, 0, options.batch * config.d_model * sizeof(float)));
+      CUDA_CHECK(cudaDeviceSynchronize());
+      SampleArgs args{};
+      args.logits = engine.logits_.data(), args.vocab_size = config.vocab_size, args.batch = options.batch;
+      args.sequence = numbers.data(), args.position = positions.data(), args.made = made.data();
+      args.done = done.data(), args.stop = -1, args.next = next.data(), args.log = log.data();
+      Graph graph(stream, [&] {
+        engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
+        launch_step(sample_kernel<T>, dim3(unsigned(options.batch)), kSampleThreads, stream, args,
+                    engine.model_.embedding.template as<T>(), config.d_model, a.residual);
+      });
+      constexpr Index kSteps = 20;
+      const Index repeat = std::min<Index>(options.repeat, kMost / kSteps - 4);
+      ms = median_ms(stream, repeat, [&] { for (Index i = 0; i < kSteps; ++i) graph.launch(stream); }) / kSteps;
+      bytes += state_bytes;
+      flops = 2 * parameters * batch;
+    } else {
+      engine.logits_.grow(config.vocab_size);
+      std::vector<Token> ids(options.length);
+      for (Index t = 0; t < options.length; ++t) ids[t] = static_cast<Token>(t * 7919 % config.vocab_size);
+      ms = median_ms(stream, options.repeat, [&] { engine.prefill_on_device<T>(state, ids.data(), options.length, 0); });
+      bytes = weight_bytes;
+      flops = 2 * ((parameters - head) * L + head);
+    }
+    const double floor = std::max(bytes / bandwidth, flops / peak) * 1e3;
+    std::cout << Json{{"op", options.op}, {"shape", options.shape}, {"dtype", dtype_name(options.dtype)},
+                      {"batch", decode ? options.batch : 1}, {"length", decode ? 1 : options.length}, {"ms", ms},
+                      {"bytes", bytes}, {"flops", flops}, {"GB/s", bandwidth / 1e9}, {"TFLOP/s", peak / 1e12},
+                      {"floor ms", floor}, {"% of floor", 100 * floor / ms}}
+              << "\n";
+  });
+}
+
+}  // namespace mamba
+
+#ifndef MAMBA_NO_MAIN
+int main(int argc, char** argv) { return mamba::run<mamba::CudaEngine>(argc, argv); }
+#endif
