@@ -12,27 +12,29 @@ HEADERS   = ssm_reference.hpp tokenizer.hpp mamba.hpp
 TESTS     = $(patsubst tests/%.cpp,build/%.o,$(wildcard tests/*.cpp))
 CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
 
+MAKEFLAGS += -j$(shell nproc)
+
 .PHONY: help run test debug bench format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
-run: setup mamba  ## install what is missing, build, and tell a story from the shipped weights
+run: mamba       ## install what is missing, build, and tell a story from the shipped weights
 	./mamba "Once upon a time"
 
-test: setup mamba build/tests  ## the same, then all tests that this machine can run
+test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
 	./build/tests
 	@command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 || echo "GPU tests: skipped, no GPU here"
 
-mamba: mamba.cpp $(HEADERS)
+mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
 
 # Tests are built for quick compilation; the reference's loops keep their vectors.
-build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS)
+build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build
-	$(CXX) $(CXXFLAGS) -O1 $(WARNINGS) -c $< -o $@ $(LIBS)
+	$(CXX) $(CXXFLAGS) -O1 $(WARNINGS) -I. -c $< -o $@ $(LIBS)
 
 build/tests: $(TESTS)
 	$(CXX) $(CXXFLAGS) $(TESTS) -o $@ $(LIBS) $(CATCH2)
@@ -40,13 +42,13 @@ build/tests: $(TESTS)
 SANITIZE = -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 debug: setup  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@mkdir -p build/debug
-	for t in tests/*.cpp; do $(CXX) $(SANITIZE) $(WARNINGS) -c $$t -o build/debug/$$(basename $$t .cpp).o $(LIBS) || exit 1; done
+	for t in tests/*.cpp; do $(CXX) $(SANITIZE) $(WARNINGS) -I. -c $$t -o build/debug/$$(basename $$t .cpp).o $(LIBS) || exit 1; done
 	$(CXX) $(SANITIZE) build/debug/*.o -o build/debug/tests $(LIBS) $(CATCH2)
 	$(CXX) $(SANITIZE) mamba.cpp -o build/debug/mamba $(LIBS)
 	./build/debug/tests
 	python3 tests/test_command_line.py build/debug/mamba
 
-bench: setup mamba  ## decode and prefill of the 130m shape against this machine's limits
+bench: mamba     ## decode and prefill of the 130m shape against this machine's limits
 	./mamba bench bandwidth
 	./mamba bench matmul
 	for dtype in f32 bf16 f16; do ./mamba bench decode --dtype $$dtype; ./mamba bench prefill --dtype $$dtype; done

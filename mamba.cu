@@ -138,7 +138,8 @@ class Graph {
 // Storage types and pointwise functions
 // ==========================================================================================
 
-// n neighbouring numbers, kept as the words that carry them until they are needed as floats.
+// n neighbouring numbers, kept as the words that carry them until they are needed as
+// floats.
 template <class T, int n>
 struct alignas(n * sizeof(T)) Vector {
   // Words, not T: a load that is taken apart at once is a load that is waited for at once.
@@ -193,7 +194,8 @@ __device__ inline Vector<T, n> pack(const float (&from)[n]) {
 
 constexpr float kLog2e = 1.44269504f;
 
-// 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126 become 0.
+// 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126
+// become 0.
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -207,8 +209,9 @@ __device__ inline float reciprocal_approx(float x) {
 }
 
 // softplus(x) = max(x, 0) + log(1 + e), e = exp(-|x|) in (0, 1], so nothing overflows.
-// log(1 + e) = e P(e), P the polynomial through the Chebyshev nodes of [0, 1]: relative error below
-// 2^-23 in P, 2.0e-7 when rounded, small e included; a log instruction would be 2^-22 absolute there.
+// log(1 + e) = e P(e), P the polynomial through the Chebyshev nodes of [0, 1]: relative
+// error below 2^-23 in P, 2.0e-7 when rounded, small e included; a log instruction would be
+// 2^-22 absolute there.
 __device__ inline float softplus(float x) {
   const float e = exp2_approx(-kLog2e * fabsf(x));
   float p = 0.00512610236f;
@@ -241,9 +244,8 @@ __device__ inline Rows rows_of(std::int64_t b, std::int64_t L,
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-template <
-    class
-    T>  // may rows that start at p and lie `stride` apart be read four numbers at a time?
+// May rows that start at p and lie `stride` apart be read four numbers at a time?
+template <class T>
 bool aligned4(const T* p, std::int64_t stride) {
   return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
 }
@@ -254,8 +256,9 @@ bool aligned4(const T* p, std::int64_t stride) {
 //
 //   out[t, d] = act(bias[d] + sum_k weight[d, k] x[t - (width - 1) + k, d]),   act = silu or none
 //
-// x before the sequence is `state` (batch, width - 1, d), oldest first, zero if absent. Afterwards
-// state_out holds the last width - 1 of state and x together; it may be the same memory.
+// x before the sequence is `state` (batch, width - 1, d), oldest first, zero if absent.
+// Afterwards state_out holds the last width - 1 of state and x together; it may be the same
+// memory.
 
 template <class T>
 struct ConvArgs {
@@ -303,11 +306,11 @@ __global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
   a.out[(rows.first + t) * a.out_stride + d] = from_float<T>(a.activate ? silu(sum) : sum);
 }
 
-// Since the rung before: each input is read from memory once, not `width` times. A thread owns
-// kVector neighbouring channels (4, or 1 where rows are not aligned) over `steps` rows and slides the
-// window through registers, eight rows in flight at a time.
-// Grid: x = sequences times pieces of `steps` rows, y = blocks of 128 times kVector channels.
-// kWidth is the width, or 8 for any width up to it: the missing oldest taps are zero.
+// Since the rung before: each input is read from memory once, not `width` times. A thread
+// owns kVector neighbouring channels (4, or 1 where rows are not aligned) over `steps` rows
+// and slides the window through registers, eight rows in flight at a time. Grid: x =
+// sequences times pieces of `steps` rows, y = blocks of 128 times kVector channels. kWidth
+// is the width, or 8 for any width up to it: the missing oldest taps are zero.
 constexpr int kConvThreads = 128, kConvRows = 8;
 
 template <class T, int kWidth, int kVector>
@@ -338,7 +341,8 @@ __global__ void __launch_bounds__(kConvThreads)
     if (known)
       unpack(conv_input<kVector>(a, b, rows, begin - (kWidth - 1) + k, d), window[k]);
   }
-  // The thread that has just read `state` also replaces it: no other thread touches these entries.
+  // The thread that has just read `state` also replaces it: no other thread touches these
+  // entries.
   if (begin == 0 && a.state_out) {
     for (int k = 0; k < a.width - 1; ++k) {
       store(a.state_out + (b * (a.width - 1) + k) * a.d + d,
@@ -374,8 +378,8 @@ __global__ void __launch_bounds__(kConvThreads)
   }
 }
 
-// One token: x, out (batch, d); state_out (batch, width - 1, d) slides by one row, in place.
-// One thread per channel, so that it alone reads and writes its column of the state.
+// One token: x, out (batch, d); state_out (batch, width - 1, d) slides by one row, in
+// place. One thread per channel, so that it alone reads and writes its column of the state.
 template <class T>
 __global__ void causal_conv1d_step_kernel(ConvArgs<T> a) {
   const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -411,7 +415,8 @@ void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
                        aligned4(a.state, a.d) && aligned4(a.state_out, a.d) &&
                        aligned4(a.weight, 4) && aligned4(a.bias, 4);
   const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * kConvThreads);
-  // Short pieces fill the GPU with few tokens; long ones read their width - 1 extra rows less often.
+  // Short pieces fill the GPU with few tokens; long ones read their width - 1 extra rows
+  // less often.
   const std::int64_t million = 1 << 20, outputs = a.batch * a.L * a.d;
   const int steps = outputs < 16 * million ? 16 : outputs < 64 * million ? 32 : 64;
   const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(a.L, steps));
@@ -451,8 +456,8 @@ struct ScanArgs {
   const float* h0 = nullptr;               // (batch, d_inner, d_state) or null
   T* out = nullptr;                        // (batch L, d_inner)
   float* h_T = nullptr;                    // (batch, d_inner, d_state) or null; may be h0
-  std::int64_t x_stride = 0, delta_stride = 0, B_stride = 0,
-               C_stride = 0;  // from row to row
+  // Numbers from one row to the next.
+  std::int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
   std::int64_t z_stride = 0, out_stride = 0;
   bool delta_softplus = true;
   float delta_ratio = 1.f;
@@ -496,22 +501,25 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
   for (int n = 0; n < N && a.h_T; ++n) a.h_T[i * N + n] = h[n];
 }
 
-// Since the rung before: a channel's states are split over kLanes threads, kStates each, in registers;
-// B and C are read once per block, not once per channel; and everything that is done once per (t, d)
-// rather than once per (t, d, n) leaves the loop that walks time. A block is 256 threads over
-// kChannels channels of one group of one sequence, and works on tiles of kSteps rows:
+// Since the rung before: a channel's states are split over kLanes threads, kStates each, in
+// registers; B and C are read once per block, not once per channel; and everything that is
+// done once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A
+// block is 256 threads over kChannels channels of one group of one sequence, and works on
+// tiles of kSteps rows:
 //
 //   walkers (threads 0-127)    walk time, each with kStates states of one channel
-//   servers (threads 128-255)  while tile i is walked, finish the outputs of tile i - 1 (sum over lanes,
-//                              D x, gate) and prepare tile i + 1 (softplus, B, C); four channels a thread
+//   servers (threads 128-255)  while tile i is walked, finish the outputs of tile i - 1 (sum
+//                              over lanes, D x, gate) and prepare tile i + 1 (softplus, B, C)
 //
-// Everything shared is double-buffered by the tile's parity, so one barrier per tile orders all of it.
-// Rows past the end get delta = 0 and B = 0: the state stands still. Missing states get A = B = C = 0.
+// Everything shared is double-buffered by the tile's parity, so one barrier per tile orders
+// all of it. Rows past the end get delta = 0 and B = 0: the state stands still. Missing
+// states get A = B = C = 0.
 //
-// What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B, two
-// multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from shared memory.
-// More states per thread therefore mean less shared traffic, and fewer threads per channel.
-// Grid: sequences (or their chunks) times groups times blocks of kChannels.
+// What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B,
+// two multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from
+// shared memory. More states per thread therefore mean less shared traffic, and fewer
+// threads per channel. Grid: sequences (or their chunks) times groups times blocks of
+// kChannels.
 template <int kStates_, int kLanes_>
 struct ScanTile {
   static constexpr int kStates = kStates_, kLanes = kLanes_;
@@ -519,8 +527,7 @@ struct ScanTile {
   static constexpr int kN = kStates * kLanes;  // d_state, rounded up
   static constexpr int kChannels = kWalkers / kLanes;
   static constexpr int kSteps = kN > 64 ? 8 : kChannels > 32 ? 16 : 32;
-  static constexpr int kAhead =
-      kStates < 8 ? 2 : 1;  // steps from reading operands to using them
+  static constexpr int kAhead = kStates < 8 ? 2 : 1;  // steps from reading to using
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
   static_assert(kLanes % 2 == 0, "two neighbouring walkers share a channel");
   static_assert(kChannels % 4 == 0, "a server owns four channels");
@@ -529,8 +536,8 @@ struct ScanTile {
 
   alignas(32) float2 input[2][kSteps][kChannels];  // {delta_t, delta_t x_t}
   alignas(32) float2 BC[2][kSteps][kN];            // {B_t, C_t}
-  alignas(32) float y[2][kSteps][kLanes * kLaneStride +
-                                 kChannels % 32];  // each lane's share of C_t . h_t
+  // Each lane's share of C_t . h_t.
+  alignas(32) float y[2][kSteps][kLanes * kLaneStride + kChannels % 32];
 };
 
 // What one block works on: some rows of one sequence, some channels of one group.
@@ -542,7 +549,8 @@ struct ScanBlock {
   int n_channels;        // how many of them exist
 };
 
-// Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b count + k.
+// Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b
+// count + k.
 struct Chunks {
   std::int64_t count = 1, length = 0;
   float* total = nullptr;  // (batch, count, d_inner): sum of delta_t over the chunk
@@ -567,15 +575,15 @@ __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunk
 template <class Tile, class T>
 __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, Tile& tile) {
   constexpr int kStates = Tile::kStates;
-  const int c = threadIdx.x / 2 %
-                Tile::kChannels;  // neighbours share a channel: one read serves both
+  // Neighbouring threads share a channel: one read of its delta serves both.
+  const int c = threadIdx.x / 2 % Tile::kChannels;
   const int s = threadIdx.x % 2 + threadIdx.x / (2 * Tile::kChannels) * 2;
   const std::int64_t d = block.channel + c,
                      state = (block.sequence * a.d_inner + d) * a.d_state;
   const bool exists = c < block.n_channels;
 
-  float A[kStates],
-      h[kStates];  // A log2(e), so that exp(delta A) is one multiply and one exp2
+  // A log2(e) is kept, so that exp(delta A) is one multiply and one exp2.
+  float A[kStates], h[kStates];
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
     const int n = s * kStates + p;
@@ -584,8 +592,9 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
     h[p] = known && a.h0 ? a.h0[state + n] : 0.f;
   }
 
-  // What step t needs from shared memory. It is read kAhead steps before it is used: the compiler may
-  // not move these reads across the writes of y, and their latency would be paid in every step.
+  // What step t needs from shared memory. It is read kAhead steps before it is used: the
+  // compiler may not move these reads across the writes of y, and their latency would be
+  // paid in every step.
   struct Operands {
     float delta, delta_x, B[kStates], C[kStates];
   };
@@ -638,7 +647,8 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
   }
 }
 
-// The part of the rows of a tile that one server carries: n neighbouring columns in every kStride-th row.
+// The part of the rows of a tile that one server carries: n neighbouring columns in every
+// kStride-th row.
 template <class Tile, int kColumns, int n>
 struct Share {
   static constexpr int kThreads = kColumns / n;  // that share a row
@@ -684,7 +694,8 @@ __device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   const T* z_out = a.z + first * a.z_stride + d;
   T* out = a.out + first * a.out_stride + d;
 
-  // Numbers on their way from global memory. They are requested a whole tile before they are used.
+  // Numbers on their way from global memory. They are requested a whole tile before they
+  // are used.
   struct Input {
     Vector<T, n> x[ShareD::kRows], delta[ShareD::kRows], B[ShareN::kRows], C[ShareN::kRows];
   };
@@ -801,7 +812,8 @@ __device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
     if (a.out && i > 0) finish(i - 1, gate);
     if (i + 1 < tiles) prepare(i + 1, input);
   }
-  // The half of `input` that no walker reads any more takes the sums over each server's rows.
+  // The half of `input` that no walker reads any more takes the sums over each server's
+  // rows.
   if (chunks.total && my.first < kSteps) {
 #pragma unroll
     for (int k = 0; k < n; ++k) tile.input[tiles & 1][my.first][my.column + k].x = total[k];
@@ -832,11 +844,12 @@ __global__ void __launch_bounds__(Tile::kWalkers + Tile::kServers, kBlocksPerSM)
   }
 }
 
-// For long sequences with few channels: the sequence itself is split. (1) The fused kernel runs over
-// every chunk from a zero state and leaves its last state in `states` and the sum of its delta in
-// `total`: over a whole chunk the decay is exp(A sum delta_t). (2) This kernel walks over the chunks,
-// one thread per (b, d, n), and replaces each chunk's last state by the state in which it starts.
-// (3) The fused kernel runs again from there. Twice the exps, for `count` times the parallelism.
+// For long sequences with few channels: the sequence itself is split. (1) The fused kernel
+// runs over every chunk from a zero state and leaves its last state in `states` and the sum
+// of its delta in `total`: over a whole chunk the decay is exp(A sum delta_t). (2) This
+// kernel walks over the chunks, one thread per (b, d, n), and replaces each chunk's last
+// state by the state in which it starts. (3) The fused kernel runs again from there. Twice
+// the exps, for `count` times the parallelism.
 template <class T>
 __global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks,
                                                   float* states) {
@@ -854,9 +867,10 @@ __global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks,
   if (a.h_T) a.h_T[i] = h;
 }
 
-// One token: x, delta, z, out (batch, d_inner), h_T (batch, d_inner, d_state) advanced in place.
-// Four lanes share a channel and take kVector (4, or 1 if not aligned) neighbouring states each, so a warp reads and writes
-// whole lines of h, which is nearly all the traffic. Grid: batch d_inner channels in blocks of 32.
+// One token: x, delta, z, out (batch, d_inner), h_T (batch, d_inner, d_state) advanced in
+// place. Four lanes share a channel and take kVector (4, or 1 if not aligned) neighbouring
+// states each, so a warp reads and writes whole lines of h, which is nearly all the
+// traffic. Grid: batch d_inner channels in blocks of 32.
 constexpr int kStepLanes = 4, kStepThreads = 128;
 
 template <class T, int kVector>
@@ -937,9 +951,10 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, cudaStream_t strea
   CUDA_CHECK(cudaGetLastError());
 }
 
-// Into how many chunks `selective_scan` cuts each sequence: 1 unless the channels leave part of the GPU
-// idle, and the sequence is so long that two passes by all of it win. Measured on an H100, a row costs
-// 22 ns in one pass, 200 ns in both passes over a chunk, and splitting costs 22 us.
+// Into how many chunks `selective_scan` cuts each sequence: 1 unless the channels leave
+// part of the GPU idle, and the sequence is so long that two passes by all of it win.
+// Measured on an H100, a row costs 22 ns in one pass, 200 ns in both passes over a chunk,
+// and splitting costs 22 us.
 inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t d_inner) {
   if (batch * ceil_div(d_inner, 16) >= multiprocessors()) return 1;
   const std::int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
@@ -989,8 +1004,9 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   }
   if (N > 64) return launch_scan<ScanTile<8, 32>, 4, 2>(a, chunks, workspace, stream);
   if (N > 16) return launch_scan<ScanTile<4, 16>, 4, 2>(a, chunks, workspace, stream);
-  // As many states per thread as leave enough blocks to fill the GPU. Where each SM gets one to two
-  // blocks of 32 channels, three small blocks win if their registers allow three, as 2-byte data do.
+  // As many states per thread as leave enough blocks to fill the GPU. Where each SM gets
+  // one to two blocks of 32 channels, three small blocks win if their registers allow
+  // three, as 2-byte data do.
   const std::int64_t channels = a.batch * a.d_inner, SMs = multiprocessors();
   if (chunks > 1 || channels >= 4 * 64 * SMs) {
     launch_scan<ScanTile<8, 2>, 4, 2>(a, chunks, workspace, stream);
@@ -1026,11 +1042,14 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
 //   Y  = a(-1, t) (C h^T)  +  M X          M[t,s] = a(s, t) delta_s (C_t . B_s) for s <= t
 //   h' = a(-1, Q-1) h      +  X^T diag(a(s, Q-1) delta_s) B
 //
-// kernel               idea                                             parallel over
-// ssd_naive_kernel     the recurrence as written, lanes hold states     batch, head, p
-// ssd_fused_kernel     the matrix form on tensor cores, h in registers  batch, 64 or 128 (head, p) rows
-// the same, split      states of segments first, then their outputs     the above and segments
-// ssd_step_kernel      one step: read h, write h                        batch, head, p
+// kernel                idea                                         parallel over
+// ssd_naive_kernel      the recurrence as written                    batch, head, p
+// ssd_fused_kernel      the matrix form on tensor cores              batch, 64-128 rows (head, p)
+// ssd_warpgroup_kernel  the same on Hopper's asynchronous ones       batch, 192 rows (head, p)
+// ssd_step_kernel       one step: read h, write h                    batch, head
+//
+// Either fused kernel can cut a sequence into segments: first the states at their ends, then,
+// each segment from the state before it, the outputs (ssd_split). float32 takes the naive one.
 // ---------------------------------------------------------------------------------------
 
 // A batch of sequences, time-major. A row (one token) of x holds heads * head_dim values, of B
@@ -1059,7 +1078,9 @@ struct SsdArgs {
   void* workspace = nullptr;            // ssd_workspace_bytes(args) bytes, if that is not 0
 };
 
-struct SsdSpan { int64_t first, length; };  // tokens of one sequence
+struct SsdSpan {
+  int64_t first, length;
+};  // tokens of one sequence
 
 template <class T>
 __device__ SsdSpan ssd_span(const SsdArgs<T>& args, int64_t b) {
@@ -1136,7 +1157,8 @@ struct Pair<__nv_bfloat16> {
   __device__ static float2 unpack(uint32_t r) {
     return {__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)};
   }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                             uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -1154,7 +1176,8 @@ struct Pair<__half> {
   __device__ static float2 unpack(uint32_t r) {
     return __half22float2(reinterpret_cast<const __half2&>(r));
   }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                             uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -1165,29 +1188,34 @@ struct Pair<__half> {
 // Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8 (16 bytes of shared memory).
 __device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
 }
 __device__ inline uint32_t transpose_matrix(uint32_t r) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
   return r;
 }
 
-__device__ inline void store_shared(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
-}
-
 // 16 bytes from global to shared memory, behind the threads' backs; zeros, and nothing is read,
 // where !valid.
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0) : "memory");
+               "r"(valid ? 16 : 0)
+               : "memory");
 }
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ inline void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
 template <int kPending>  // all but the last kPending commits have arrived
 __device__ void copy_async_wait_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -1227,18 +1255,20 @@ inline constexpr int kSsdChunk = 64;
 inline constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
 
 struct SsdSegments {
-  int64_t length = 0;      // tokens in a segment, a multiple of kSsdChunk
-  int64_t count = 1;       // segments in a sequence of L tokens
-  float* state = nullptr;  // (count - 1, batch, heads, head_dim, d_state): from a zero start
+  int64_t length = 0;  // tokens in a segment, a multiple of kSsdChunk
+  int64_t count = 1;   // segments in a sequence of L tokens
+  float* state =
+      nullptr;  // (count - 1, batch, heads, head_dim, d_state): from a zero start
   float* decay = nullptr;  // (count - 1, batch, heads): of a state that passes the segment
 };
 
 // The decays of one head in one chunk, in shared memory.
 struct SsdDecays {
-  float cum[kSsdChunk];     // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
-  float source[kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
-  float carry[kSsdChunk];   // a(-1, t)
-  float fade[kSsdChunk];    // a(s, 63) delta_s
+  float cum[kSsdChunk];  // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
+  float source
+      [kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
+  float carry[kSsdChunk];  // a(-1, t)
+  float fade[kSsdChunk];   // a(s, 63) delta_s
 };
 
 template <int kStates, int kRowTiles, bool kOutputs>
@@ -1273,7 +1303,8 @@ template <class T>
 __device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, float A_log2,
                            int valid_rows) {
   const int lane = threadIdx.x % 32;
-  const float delta0 = 2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
+  const float delta0 =
+      2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
   const float delta1 =
       2 * lane + 1 < valid_rows ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max) : 0.f;
   // A step that decays by 2^-152 or more leaves 0 in float32; stopping there bounds the sums
@@ -1348,10 +1379,12 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
     const int64_t token = span.first + t;
     const int64_t bc = int64_t{group} * N;
     const int rows = min(end - t, int64_t{kSsdChunk});
-    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows, N);
-    ssd_copy_tile<kRows>(stage + Tiles::kBC,
-                         args.x + token * args.x_stride + int64_t{group} * group_rows + row0,
-                         args.x_stride, rows, group_rows - row0);
+    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows,
+                           N);
+    ssd_copy_tile<kRows>(
+        stage + Tiles::kBC,
+        args.x + token * args.x_stride + int64_t{group} * group_rows + row0, args.x_stride,
+        rows, group_rows - row0);
     if (kOutputs)
       ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX,
                              args.C + token * args.C_stride + bc, args.C_stride, rows, N);
@@ -1448,8 +1481,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
       if (warp < 2)
 #pragma unroll
         for (int k = 0; k < kStates / 16; ++k) multiply(2, k);
-      // M[t,s] of each head, D added on the diagonal (y_t has D x_t), stored as the operand B
-      // that the transpose of this result is: 16 bytes a lane.
+          // M[t,s] of each head, D added on the diagonal (y_t has D x_t), stored as the operand B
+          // that the transpose of this result is: 16 bytes a lane.
 #pragma unroll 1
       for (int j = 0; j < heads; ++j) {
         const float D = args.D ? args.D[head0 + j] : 0.f;
@@ -1460,8 +1493,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
               const float cum = now[j].cum[t[i] + r / 2 * 8 + g];
-              const float2 source =
-                  *reinterpret_cast<const float2*>(&now[j].source[u[i] + r % 2 * 8 + 2 * q]);
+              const float2 source = *reinterpret_cast<const float2*>(
+                  &now[j].source[u[i] + r % 2 * 8 + 2 * q]);
               M[r] = {S[i][r % 2][r / 2 * 2] * exp2_approx(cum - source.x),
                       S[i][r % 2][r / 2 * 2 + 1] * exp2_approx(cum - source.y)};
             }
@@ -1472,13 +1505,15 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
                 M[r].x = ahead < 0 ? M[r].x : ahead == 0 ? M[r].x + D : 0.f;
                 M[r].y = ahead < -1 ? M[r].y : ahead == -1 ? M[r].y + D : 0.f;
               }
-            masks[(10 * j + warp + 4 * i) * 32] = {P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y),
-                                                    P2::pack(M[2].x, M[2].y), P2::pack(M[3].x, M[3].y)};
+            masks[(10 * j + warp + 4 * i) * 32] = {
+                P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y),
+                P2::pack(M[2].x, M[2].y), P2::pack(M[3].x, M[3].y)};
           }
       }
     }
 
-    const auto load_X = [&](uint32_t(&X)[4], int i, int k) {  // rows 16i.. of X^T, steps 16k..
+    const auto load_X = [&](uint32_t(&X)[4], int i,
+                            int k) {  // rows 16i.. of X^T, steps 16k..
       load_matrices_transposed(X, move_right(stage + beside_x, 2 * i) + 16 * k * kRowX);
     };
 
@@ -1487,7 +1522,7 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
       for (int first = 0; first < kSsdChunk; first += kSsdSteps) {
         float Y[kRowTiles][kSsdSteps / 8][4] = {};  // Y^T: rows p, columns t in tiles of 8
 #pragma unroll
-        for (int k = 0; k < kStates / 16; ++k) {    // h C^T
+        for (int k = 0; k < kStates / 16; ++k) {  // h C^T
           uint32_t a[kRowTiles][4], c[4];
 #pragma unroll
           for (int i = 0; i < kRowTiles; ++i)
@@ -1497,7 +1532,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
                                  h[i][2 * k + r / 2][r % 2 * 2 + 1]);
 #pragma unroll
           for (int j = 0; j < kSsdSteps / 16; ++j) {
-            load_matrices(c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
+            load_matrices(
+                c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
 #pragma unroll
             for (int i = 0; i < kRowTiles; ++i) {
               P2::mma(Y[i][2 * j], a[i], c[0], c[1]);
@@ -1540,7 +1576,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
         const int row = lane / kPieces, piece = lane % kPieces;
         T* out = args.out + (span.first + t0 + first + row) * args.out_stride +
                  int64_t{head} * P + p0 + piece * 8;
-        const int rows = active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
+        const int rows =
+            active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
 #pragma unroll
         for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * args.out_stride) {
           __syncwarp();  // the reads of the 8 steps before, before these writes
@@ -1550,7 +1587,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
                 P2::pack(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
           __syncwarp();  // these writes before the reads
           if (8 * j < rows)
-            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(turned(row, piece));
+            *reinterpret_cast<uint4*>(out) =
+                *reinterpret_cast<const uint4*>(turned(row, piece));
         }
       }
     }
@@ -1606,74 +1644,84 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
 // every B and C for its own 32 rows. A warpgroup of 4 warps fetches them once for 64 rows, in the
 // background, and multiplies at nearly twice the rate.
 //
-// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128.
-//        A warpgroup makes its own M, so that the three meet once per chunk and otherwise keep
-//        the tensor cores busy while another computes decays or stores.
+// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128;
+//        and a fourth that fetches chunks and makes decays for them. A warpgroup makes its own
+//        M, so that the three never wait for one another: while one computes exponentials or
+//        stores, the others multiply.
 // Registers: 64 rows of h to a warpgroup, in the layout of the kernel above (warp: 16 rows).
-// Shared: C, B, x and decays of two chunks; M. Tiles are columns of 128 bytes: see ssd_tile.
+// Shared: C, B, x and decays of three chunks; an M for each warpgroup. Tiles are columns of 128
+//        bytes: see ssd_tile. Stages are handed over by two barriers each: full and empty.
 
-#define SSD_WGMMA(TYPE)                                                                        \
-  /* d (64 x 64) (+)= A (64 x 16) B (16 x 64), both rows along k in shared memory. */           \
-  __device__ static void rows_rows(float (&d)[8][4], uint64_t a, uint64_t b, int add) {         \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %34, 0; "                                      \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "               \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                     \
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, p, 1, 1, 0, 0;}" \
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),                 \
-                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),                 \
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),                 \
-                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),                 \
-                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),                 \
-                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),                 \
-                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),                 \
-                   "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                  \
-                 : "l"(a), "l"(b), "r"(add));                                                            \
-  }                                                                                            \
-  /* d (64 x 64) += A (64 x 16) B (16 x 64): A columns, B rows along k in shared memory. */    \
-  __device__ static void columns_rows(float (&d)[8][4], uint64_t a, uint64_t b) {              \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "               \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                     \
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 1, 0;" \
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),                 \
-                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),                 \
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),                 \
-                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),                 \
-                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),                 \
-                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),                 \
-                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),                 \
-                   "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                  \
-                 : "l"(a), "l"(b));                                                            \
-  }                                                                                            \
-  /* The same with A in registers; B rows along k, or (kTransposed) along its other side. */   \
-  template <int kTransposed>                                                                   \
-  __device__ static void registers(float (&d)[8][4], const uint32_t (&a)[4], uint64_t b,       \
-                                   int add) {                                                  \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0; "                                      \
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "               \
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                     \
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, {%32,%33,%34,%35}, %36, p, 1, 1, %38;}" \
-                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]),                 \
-                   "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]),                 \
-                   "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]),                 \
-                   "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]),                 \
-                   "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),                 \
-                   "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]),                 \
-                   "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]),                 \
-                   "+f"(d[7][0]), "+f"(d[7][1]), "+f"(d[7][2]), "+f"(d[7][3])                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add),               \
-                   "n"(kTransposed));                                                          \
+// The 64 x 64 result d, as text for the assembler and as its operands 0 to 31.
+#define SSD_D                                        \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"  \
+  "%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
+  "%26,%27,%28,%29,%30,%31}"
+#define SSD_D_OPERANDS                                                           \
+  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),     \
+      "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), \
+      "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), \
+      "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), \
+      "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), \
+      "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
+      "+f"(d[7][2]), "+f"(d[7][3])
+
+// d (64 x 64) = A (64 x 16) B (16 x 64) + (add ? d : 0). shared: both lie along k in shared
+// memory. registers: A in registers; B along k, or (kTransposed) along its other side.
+#define SSD_WGMMA(TYPE)                                                                    \
+  __device__ static void shared(float(&d)[8][4], uint64_t a, uint64_t b, int add) {        \
+    asm volatile(                                                                          \
+        "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D              \
+        ", %32, %33, p, 1, 1, 0, 0;}"                                                      \
+        : SSD_D_OPERANDS                                                                   \
+        : "l"(a), "l"(b), "r"(add));                                                       \
+  }                                                                                        \
+  template <int kTransposed>                                                               \
+  __device__ static void registers(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b,     \
+                                   int add) {                                              \
+    asm volatile(                                                                          \
+        "{.reg .pred p; setp.ne.b32 p, %37, 0; "                                           \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D              \
+        ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"                                         \
+        : SSD_D_OPERANDS                                                                   \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed)); \
   }
 
 template <class T>
 struct Warpgroup;
 template <>
-struct Warpgroup<__nv_bfloat16> { SSD_WGMMA("bf16") };
+struct Warpgroup<__nv_bfloat16> {
+  SSD_WGMMA("bf16")
+};
 template <>
-struct Warpgroup<__half> { SSD_WGMMA("f16") };
+struct Warpgroup<__half> {
+  SSD_WGMMA("f16")
+};
 #undef SSD_WGMMA
+#undef SSD_D_OPERANDS
+#undef SSD_D
+
+// Four 8 x 8 matrices to shared memory; lane l names the place of row l % 8 of matrix l / 8.
+__device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1,
+                                      uint32_t r2, uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
+__device__ inline void store_matrices_transposed(uint32_t address, uint32_t r0, uint32_t r1,
+                                                 uint32_t r2, uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
 
 // Registers that wgmma will read or add to are written, before it starts.
-__device__ inline void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void warpgroup_arrive() {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
 __device__ inline void warpgroup_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -1708,7 +1756,8 @@ struct SsdWarpgroupTiles {  // offsets in shared memory; tiles are aligned to 10
   static constexpr int kM = kStages * kStage;
   static constexpr int kTurn = kM + (kOutputs ? kSsdWarpgroups * 8192 : 0);
   static constexpr int kDecays = kTurn + (kOutputs ? kSsdWarpgroups * 4 * 512 : 0);
-  static constexpr int kBarriers = kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
+  static constexpr int kBarriers =
+      kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
   static constexpr int kBytes = kBarriers + kStages * 16 + 1024;  // to align
 };
 
@@ -1723,7 +1772,9 @@ __device__ inline void barrier_arrive(uint32_t barrier) {
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   asm volatile(
       "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
-      "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
+      "@!done bra again;}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 template <class T, int kStates, bool kOutputs>
@@ -1763,7 +1814,8 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
   char* shared = unaligned + (-__cvta_generic_to_shared(unaligned) & 1023);
   const uint32_t base = __cvta_generic_to_shared(shared);
   SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);
-  const uint32_t full = base + Tiles::kBarriers, empty = full + 8 * kStages;  // of each stage
+  const uint32_t full = base + Tiles::kBarriers,
+                 empty = full + 8 * kStages;  // of each stage
   if (threadIdx.x == 0)
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 128);
@@ -1779,27 +1831,30 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     const int head = head_of(decaying ? warp : 0);
     const float A_log2 = args.A[head] * 1.44269504f;
     const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
-    T dt[2];
+    T dt[2] = {}, next_dt[2] = {};
     const auto load_dt = [&](int64_t t) {
       const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
       const T* from = args.dt + (span.first + t + 2 * lane) * args.dt_stride + head;
-      if (left > 0) dt[0] = from[0];
-      if (left > 1) dt[1] = from[args.dt_stride];
+      if (left > 0) next_dt[0] = from[0];
+      if (left > 1) next_dt[1] = from[args.dt_stride];
     };
     load_dt(begin);
     int stage = 0, parity = 1, previous = -1;
 #pragma unroll 1
     for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
       const int rows = min(end - t0, int64_t{kSsdChunk});
+      dt[0] = next_dt[0], dt[1] = next_dt[1];
+      load_dt(t0 + kSsdChunk);
       barrier_wait(empty + 8 * stage, parity);  // passes at once in the first round
       constexpr int kBColumns = kStates / 64, kBxColumns = kBColumns + kSsdWarpgroups;
 #pragma unroll 1
-      for (int c = warp; c < Tiles::kStage / 8192; c += 4) {  // columns of 64: B, x, C
+      for (int c = (warp + 1) % 4; c < Tiles::kStage / 8192; c += 4) {  // columns: B, x, C
         const bool is_x = c >= kBColumns && c < kBxColumns;
         const int col = 64 * (is_x ? c - kBColumns : c % kBxColumns) + lane % 8 * 8;
         const T* from = is_x ? args.x : c < kBColumns ? args.B : args.C;
-        const int64_t stride =
-            is_x ? args.x_stride : c < kBColumns ? args.B_stride : args.C_stride;
+        const int64_t stride = is_x            ? args.x_stride
+                               : c < kBColumns ? args.B_stride
+                                               : args.C_stride;
         const int limit = is_x ? group_rows - row0 : N;
         from += (span.first + t0 + lane / 8) * stride +
                 (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
@@ -1810,11 +1865,9 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
           copy_async(to + ssd_tile(4 * i + lane / 8, lane % 8), from, 4 * i < left);
       }
       copy_async_commit();
-      if (decaying) {
+      if (decaying)
         ssd_decays(decays[stage * kSsdWarpgroups + warp], args,
                    {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, rows);
-        load_dt(t0 + kSsdChunk);
-      }
       if (previous >= 0) {  // the copies of the chunk before have arrived
         copy_async_wait_but<1>();
         publish_to_wgmma();
@@ -1836,10 +1889,10 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
   const int head = head_of(wg), p0 = active ? (row0 + 64 * wg) % P + 16 * warp : 0;
   const float D = args.D ? args.D[head] : 0.f;
   const uint32_t M = base + Tiles::kM + 8192 * wg;
-  const uint32_t lane_M = M + ssd_tile(16 * warp + g, 0) + 4 * q;
+  const uint32_t lane_M = M + ssd_tile(16 * warp + lane / 8 % 2 * 8 + lane % 8, lane / 16);
   char* turn = shared + Tiles::kTurn + 512 * warps;
-  const uint32_t lane_x = Tiles::kBC + ssd_tile(lane / 16 * 8 + lane % 8,
-                                                8 * wg + 2 * warp + lane / 8 % 2);
+  const uint32_t lane_x =
+      Tiles::kBC + ssd_tile(lane / 16 * 8 + lane % 8, 8 * wg + 2 * warp + lane / 8 % 2);
   const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory"); };
 
   // h[c][j]: rows p0 + g (+ 8), columns 64c + 8j + 2q, + 1.
@@ -1876,7 +1929,6 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 #pragma unroll 1
   for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
     const uint32_t stage = base + number * Tiles::kStage;
-    const uint32_t tile_x = stage + Tiles::kBC + 8192 * wg;  // the warpgroup's own column
     const uint32_t tile_C = stage + Tiles::kBC + Tiles::kX;
     const SsdDecays& now = decays[number * kSsdWarpgroups + wg];
     barrier_wait(full + 8 * number, parity);
@@ -1888,33 +1940,34 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 #pragma unroll
       for (int k = 0; k < kStates / 16; ++k) {
         const uint32_t along = k / 4 * 8192 + k % 4 * 32;
-        Warpgroup<T>::rows_rows(S, ssd_describe(tile_C + along), ssd_describe(stage + along),
-                                k > 0);
+        Warpgroup<T>::shared(S, ssd_describe(tile_C + along), ssd_describe(stage + along),
+                             k > 0);
       }
       warpgroup_commit();
       warpgroup_wait<0>();
       // M[t,s], D added on the diagonal (y_t has D x_t).
       const float cum[2] = {now.cum[16 * warp + g], now.cum[16 * warp + 8 + g]};
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {  // steps s: 8j + 2q, + 1
-        const float2 source = *reinterpret_cast<const float2*>(&now.source[8 * j + 2 * q]);
-        const int ahead = 8 * j - 16 * warp;  // first s - first t of the tile
-        float2 m[2] = {};  // steps t: 16 warp + 8r + g
-        if (ahead < 16)
+      for (int j = 0; j < 8; j += 2) {
+        uint32_t m[2][2] = {};  // steps s: 8 (j + i) + 2q, + 1; steps t: 16 warp + 8r + g
+        if (8 * j <= 16 * warp)
 #pragma unroll
-          for (int r = 0; r < 2; ++r)
-            m[r] = {S[j][2 * r] * exp2_approx(cum[r] - source.x),
-                    S[j][2 * r + 1] * exp2_approx(cum[r] - source.y)};
-        if (ahead == 0 || ahead == 8)  // s <= t only
+          for (int i = 0; i < 2; ++i) {
+            const float2 source =
+                *reinterpret_cast<const float2*>(&now.source[8 * (j + i) + 2 * q]);
 #pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int a = ahead + 2 * q - 8 * r - g;  // s - t
-            m[r].x = a < 0 ? m[r].x : a == 0 ? m[r].x + D : 0.f;
-            m[r].y = a < -1 ? m[r].y : a == -1 ? m[r].y + D : 0.f;
+            for (int r = 0; r < 2; ++r) {
+              float2 v = {S[j + i][2 * r] * exp2_approx(cum[r] - source.x),
+                          S[j + i][2 * r + 1] * exp2_approx(cum[r] - source.y)};
+              if (8 * j == 16 * warp) {  // on the diagonal, s <= t only
+                const int ahead = 8 * i + 2 * q - 8 * r - g;  // s - t
+                v.x = ahead < 0 ? v.x : ahead == 0 ? v.x + D : 0.f;
+                v.y = ahead < -1 ? v.y : ahead == -1 ? v.y + D : 0.f;
+              }
+              m[i][r] = P2::pack(v.x, v.y);
+            }
           }
-#pragma unroll
-        for (int r = 0; r < 2; ++r)
-          store_shared(move_right(lane_M, j) + 1024 * r, P2::pack(m[r].x, m[r].y));
+        store_matrices(move_right(lane_M, j), m[0][0], m[0][1], m[1][0], m[1][1]);
       }
       publish_to_wgmma();
 
@@ -1938,28 +1991,30 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
         const float2 carry = *reinterpret_cast<const float2*>(&now.carry[8 * j + 2 * q]);
         Y[j][0] *= carry.x, Y[j][1] *= carry.y, Y[j][2] *= carry.x, Y[j][3] *= carry.y;
       }
+    }
+    uint32_t X[4][4];  // X^T: rows p, steps s in tiles of 16
+#pragma unroll
+    for (int k = 0; k < 4; ++k) load_matrices_transposed(X[k], stage + lane_x + 2048 * k);
+    if (kOutputs) {
       meet();  // M, by the warps of the warpgroup, before its reads
       warpgroup_arrive();
 #pragma unroll
-      for (int k = 0; k < 4; ++k)  // X^T M^T, steps s 16k..
-        Warpgroup<T>::columns_rows(Y, ssd_describe(tile_x + 2048 * k),
-                                   ssd_describe(M + 32 * k));
+      for (int k = 0; k < 4; ++k)  // X^T M^T
+        Warpgroup<T>::template registers<0>(Y, X[k], ssd_describe(M + 32 * k), 1);
       warpgroup_commit();
     }
 
     // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
-    uint32_t X[4][4];
+    uint32_t fading_X[4][4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      load_matrices_transposed(X[k], stage + lane_x + 2048 * k);
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const float2 fade =
             *reinterpret_cast<const float2*>(&now.fade[16 * k + r / 2 * 8 + 2 * q]);
         const float2 v = P2::unpack(X[k][r]);
-        X[k][r] = P2::pack(v.x * fade.x, v.y * fade.y);
+        fading_X[k][r] = P2::pack(v.x * fade.x, v.y * fade.y);
       }
-    }
     const float chunk_decay = now.carry[kSsdChunk - 1];
     segment_decay *= chunk_decay;
 #pragma unroll
@@ -1973,7 +2028,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int c = 0; c < kStates / 64; ++c)
-        Warpgroup<T>::template registers<1>(h[c], X[k],
+        Warpgroup<T>::template registers<1>(h[c], fading_X[k],
                                             ssd_describe(stage + 8192 * c + 2048 * k), 1);
     warpgroup_commit();
 
@@ -1984,18 +2039,18 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       const auto turned = [&](int row, int piece) {
         return turn + row * 32 + (piece ^ (row / 4 % 2)) * 16;
       };
-      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride + int64_t{head} * P +
-               p0 + lane % 2 * 8;
+      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride +
+               int64_t{head} * P + p0 + lane % 2 * 8;
       const int rows = active ? min(end - t0, int64_t{kSsdChunk}) - lane / 2 : 0;
 #pragma unroll
-      for (int j = 0; j < 4; ++j, out += 16 * args.out_stride) {
+      for (int j = 0; j < 8; j += 2, out += 16 * args.out_stride) {
         __syncwarp();  // the reads of the 16 steps before, before these writes
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          *reinterpret_cast<uint32_t*>(turned(i % 2 * 8 + g, i / 2) + 4 * q) = transpose_matrix(
-              P2::pack(Y[2 * j + i % 2][i / 2 * 2], Y[2 * j + i % 2][i / 2 * 2 + 1]));
+        store_matrices_transposed(
+            base + (turned(lane / 16 * 8 + lane % 8, lane / 8 % 2) - shared),
+            P2::pack(Y[j][0], Y[j][1]), P2::pack(Y[j][2], Y[j][3]),
+            P2::pack(Y[j + 1][0], Y[j + 1][1]), P2::pack(Y[j + 1][2], Y[j + 1][3]));
         __syncwarp();  // these writes before the reads
-        if (16 * j < rows)
+        if (8 * j < rows)
           *reinterpret_cast<uint4*>(out) =
               *reinterpret_cast<const uint4*>(turned(lane / 2, lane % 2));
       }
@@ -2056,7 +2111,8 @@ __global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lane
                    : float4{0, 0, 0, 0};
       }
       float dB[4], c[4];
-      for (int k = 0; k < 4; ++k) dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
+      for (int k = 0; k < 4; ++k)
+        dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
 #pragma unroll
       for (int i = 0; i < kSsdStepRows; ++i) {
         const int p = first + i * rows;
@@ -2071,7 +2127,8 @@ __global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lane
       const int p = first + i * rows;
       for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
       if (lane == 0 && p < P)
-        args.out[b * args.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
+        args.out[b * args.out_stride + int64_t{head} * P + p] =
+            from_float<T>(y[i] + D * x[i]);
     }
   }
 }
@@ -2085,8 +2142,8 @@ enum class SsdRung { kNaive, kFused, kWarpgroup };
 inline bool ssd_has_warpgroups() {
   static const bool has = [] {
     cudaFuncAttributes attributes;
-    CUDA_CHECK(cudaFuncGetAttributes(&attributes,
-                                     ssd_warpgroup_kernel<__nv_bfloat16, 128, true>));
+    CUDA_CHECK(
+        cudaFuncGetAttributes(&attributes, ssd_warpgroup_kernel<__nv_bfloat16, 128, true>));
     return attributes.numRegs > 64;
   }();
   return has;
@@ -2095,24 +2152,30 @@ inline bool ssd_has_warpgroups() {
 // The fastest rung that can do it: tensor-core tiles are 16 (64) rows of a head; copies 16 bytes.
 template <class T>
 SsdRung ssd_rung(const SsdArgs<T>& a) {
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const auto aligned = [](const void* p) {
+    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  };
   if (sizeof(T) != 2 || a.head_dim % 16 || a.d_state % 8 || a.d_state > 256 ||
       (a.x_stride | a.B_stride | a.C_stride | a.out_stride) % 8 || !aligned(a.x) ||
       !aligned(a.B) || !aligned(a.C) || !aligned(a.out))
     return SsdRung::kNaive;
-  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup
-                                                                          : SsdRung::kFused;
+  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups()
+             ? SsdRung::kWarpgroup
+             : SsdRung::kFused;
 }
 
 template <class T>
-bool ssd_wide(const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
+bool ssd_wide(
+    const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
   return a.head_dim % 64 == 0 && a.d_state <= 128;
 }
 
 template <class T>
 int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of each sequence
   const int64_t group_rows = int64_t{a.heads} / a.groups * a.head_dim;
-  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups : ssd_wide(a) ? 128 : 64;
+  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups
+                       : ssd_wide(a)               ? 128
+                                                   : 64;
   return a.batch * a.groups * ((group_rows + rows - 1) / rows);
 }
 
@@ -2134,7 +2197,8 @@ SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
     if ((count - 1) * length >= chunks) continue;
     const double cost = rounds(blocks * count) * (length + 0.1 * count) +
                         rounds(blocks * (count - 1)) * length * kStatePass + kLaunch;
-    if (cost < 0.95 * least) least = cost, best.length = length * kSsdChunk, best.count = count;
+    if (cost < 0.95 * least)
+      least = cost, best.length = length * kSsdChunk, best.count = count;
   }
   return best;
 }
@@ -2149,14 +2213,17 @@ template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
   const SsdRung rung = ssd_rung(a);
   const int64_t count = rung == SsdRung::kNaive ? 1 : ssd_segments(a, rung).count;
-  return count == 1 ? 0 : count * ssd_state_bytes(a) +
-                              (count - 1) * sizeof(float) * a.batch * a.heads;
+  return count == 1
+             ? 0
+             : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.heads;
 }
 
 template <class T>
-void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads, int bytes,
-                const SsdArgs<T>& args, const SsdSegments& segments, cudaStream_t stream) {
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads,
+                int bytes, const SsdArgs<T>& args, const SsdSegments& segments,
+                cudaStream_t stream) {
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<blocks, threads, bytes, stream>>>(args, segments);
   CUDA_CHECK(cudaGetLastError());
 }
@@ -2164,7 +2231,8 @@ void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int thr
 template <bool kOutputs, class T>
 void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
               cudaStream_t stream) {
-  const int64_t blocks = ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
+  const int64_t blocks =
+      ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
   const auto fused = [&](auto states, auto row_tiles) {
     constexpr int kStates = decltype(states)::value, kRowTiles = decltype(row_tiles)::value;
     ssd_launch(ssd_fused_kernel<T, kStates, kRowTiles, kOutputs>, blocks, 128,
@@ -2172,8 +2240,9 @@ void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
   };
   const auto warpgroup = [&](auto states) {
     constexpr int kStates = decltype(states)::value;
-    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks, 128 * kSsdWarpgroups + 128,
-               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, args, segments, stream);
+    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks,
+               128 * kSsdWarpgroups + 128, SsdWarpgroupTiles<kStates, kOutputs>::kBytes,
+               args, segments, stream);
   };
   using std::integral_constant;
   constexpr integral_constant<int, 1> one;
@@ -2181,7 +2250,8 @@ void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
   constexpr integral_constant<int, 64> n64;
   constexpr integral_constant<int, 128> n128;
   constexpr integral_constant<int, 256> n256;
-  if (rung == SsdRung::kWarpgroup) return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
+  if (rung == SsdRung::kWarpgroup)
+    return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
   if (args.d_state > 128) return fused(n256, one);
   if (args.d_state > 64) return ssd_wide(args) ? fused(n128, two) : fused(n128, one);
   return ssd_wide(args) ? fused(n64, two) : fused(n64, one);
@@ -2205,7 +2275,8 @@ void ssd_split(SsdArgs<T> args, SsdRung rung, SsdSegments segments, cudaStream_t
     float* h0 = segments.state + (segments.count - 1) * state_bytes / sizeof(float);
     segments.decay = h0 + state_bytes / sizeof(float);
     if (args.h0 && args.h0 == args.hT) {  // early segments still read h0 when hT is written
-      CUDA_CHECK(cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
+      CUDA_CHECK(
+          cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
       args.h0 = h0;
     }
     ssd_pass<false>(args, rung, segments, stream);
@@ -2256,7 +2327,9 @@ __device__ inline float block_sum(float v) {
 }
 
 template <class T>
-struct alignas(4 * sizeof(T)) Four { T v[4]; };
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
 
 template <class T>
 __device__ float4 load_four(const T* p) {
@@ -2265,8 +2338,8 @@ __device__ float4 load_four(const T* p) {
 }
 template <class T>
 __device__ void store_four(T* p, float4 v) {
-  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y), from_float<T>(v.z),
-                                    from_float<T>(v.w)};
+  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y),
+                                    from_float<T>(v.z), from_float<T>(v.w)};
 }
 __device__ inline float sum_of_squares(float4 v) {
   return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
@@ -2274,7 +2347,8 @@ __device__ inline float sum_of_squares(float4 v) {
 
 // out (rows, d), from = values in shared memory, 4 a thread as they were written.
 template <class T>
-__device__ void scale_row(T* out, const float4* from, const float* weight, int d, float scale) {
+__device__ void scale_row(T* out, const float4* from, const float* weight, int d,
+                          float scale) {
   for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
     const float4 v = from[i], w = reinterpret_cast<const float4*>(weight)[i];
     store_four(out + 4 * i, {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z,
@@ -2284,8 +2358,8 @@ __device__ void scale_row(T* out, const float4* from, const float* weight, int d
 
 template <class In, class T>
 __global__ void __launch_bounds__(kNormThreads)
-    rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
-                    int d, T* out, int64_t out_stride) {
+    rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight,
+                    float eps, int d, T* out, int64_t out_stride) {
   extern __shared__ float4 values[];
   const int64_t row = blockIdx.x;
   float sum = 0;
@@ -2325,12 +2399,13 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // residual (rows, d) float32, x (rows, d) or null, out (rows, d).
 template <class In, class T>
-void rms_norm(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
-              int64_t rows, int d, T* out, int64_t out_stride, cudaStream_t stream) {
+void rms_norm(float* residual, const In* x, int64_t x_stride, const float* weight,
+              float eps, int64_t rows, int d, T* out, int64_t out_stride,
+              cudaStream_t stream) {
   if (d % 4) fail("rms_norm: width: expected a multiple of 4, found ", d);
   if (rows == 0) return;
-  rms_norm_kernel<<<rows, kNormThreads, d * sizeof(float), stream>>>(residual, x, x_stride, weight,
-                                                                     eps, d, out, out_stride);
+  rms_norm_kernel<<<rows, kNormThreads, d * sizeof(float), stream>>>(
+      residual, x, x_stride, weight, eps, d, out, out_stride);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -2340,7 +2415,8 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
                     const float* weight, float eps, int64_t rows, int d, int groups, T* out,
                     int64_t out_stride, cudaStream_t stream) {
   const int group_size = d / groups;
-  if (group_size % 4) fail("gated_rms_norm: group: expected a multiple of 4, found ", group_size);
+  if (group_size % 4)
+    fail("gated_rms_norm: group: expected a multiple of 4, found ", group_size);
   if (rows == 0) return;
   const dim3 grid(rows, groups);
   gated_rms_norm_kernel<<<grid, kNormThreads, group_size * sizeof(float), stream>>>(
@@ -2472,35 +2548,42 @@ struct GatedNormInput {
   __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales, float (&to)[n],
                        float&) const {
     unpack(mamba::load<n>(g + b * cols + column, true), to);
-    const int width = cols / n_groups;  // a piece may straddle two groups
-    int group = column / width, next = (group + 1) * width - column;
+    const float scale = scales[b * n_groups + int(column) / int(cols / n_groups)];  // a piece lies in one group
 #pragma unroll
-    for (int k = 0; k < n; ++k) {
-      if (k == next) ++group, next += width;
-      to[k] *= w.of[k] * scales[b * n_groups + group];
-    }
+    for (int k = 0; k < n; ++k) to[k] *= w.of[k] * scale;
   }
   __device__ float scale(float) const { return 1.f; }
 };
 
-// --- where a product goes: one number, row `row` for sequence b ---
+// --- where a product goes: one number, row `row` for sequence b. What it will be combined with is
+// requested before the product is made: weights() before the wait, past() after it. ---
 
 struct PlainOutput {
   float* out;  // (batch, stride)
   std::int64_t stride;
-  __device__ void operator()(std::int64_t row, int b, float v) const { out[b * stride + row] = v; }
+  struct Operands {};
+  __device__ void weights(std::int64_t, Operands&) const {}
+  __device__ void past(std::int64_t, int, Operands&) const {}
+  __device__ void operator()(std::int64_t row, int b, float v, const Operands&) const { out[b * stride + row] = v; }
 };
 
 struct ResidualOutput {
   float* residual;    // (batch, d_model)
   const float* bias;  // (d_model) or null
   std::int64_t d_model;
-  __device__ void operator()(std::int64_t row, int b, float v) const {
-    residual[b * d_model + row] += bias ? v + bias[row] : v;
+  struct Operands {
+    float bias, residual;
+  };
+  __device__ void weights(std::int64_t row, Operands& o) const { o.bias = bias ? bias[row] : 0.f; }
+  __device__ void past(std::int64_t row, int b, Operands& o) const { o.residual = residual[b * d_model + row]; }
+  __device__ void operator()(std::int64_t row, int b, float v, const Operands& o) const {
+    residual[b * d_model + row] = o.residual + (v + o.bias);
   }
 };
 
 // causal_conv1d_step and silu for the rows [first, first + count), as they are for the others.
+constexpr int kStepTaps = 4;  // at most; missing ones are zero
+
 template <class T>
 struct ConvOutput {
   T* out;                                   // (batch, stride)
@@ -2509,19 +2592,37 @@ struct ConvOutput {
   const int* done;                          // (batch) or null: where not 0 the state stays
   std::int64_t stride, first, count;
   int width;
-  __device__ void operator()(std::int64_t row, int b, float v) const {
-    if (bias) v += bias[row];
-    const std::int64_t d = row - first;
-    if (d >= 0 && d < count) {
-      const T x_t = from_float<T>(v);
-      T* past = state + b * (width - 1) * count + d;
-      const bool keep = done && done[b];
-      float sum = conv_bias ? conv_bias[d] : 0.f;
-      for (int k = 0; k + 1 < width; ++k) {
-        sum = fmaf(weight[d * width + k], to_float(past[k * count]), sum);
-        if (!keep) past[k * count] = k + 2 < width ? past[(k + 1) * count] : x_t;
-      }
-      v = silu(fmaf(weight[d * width + width - 1], to_float(x_t), sum));
+  struct Operands {
+    float bias, conv_bias, weight[kStepTaps];  // of the newest input first
+    T past[kStepTaps];                         // past[k]: k tokens ago
+    bool keep;
+  };
+  __device__ bool passes(std::int64_t row) const { return row >= first && row < first + count; }
+  __device__ void weights(std::int64_t row, Operands& o) const {
+    o.bias = bias ? bias[row] : 0.f;
+    const std::int64_t d = passes(row) ? row - first : 0;
+    o.conv_bias = conv_bias ? conv_bias[d] : 0.f;
+#pragma unroll
+    for (int k = 0; k < kStepTaps; ++k) o.weight[k] = k < width ? weight[d * width + width - 1 - k] : 0.f;
+  }
+  __device__ void past(std::int64_t row, int b, Operands& o) const {
+    const T* rows = state + b * (width - 1) * count + (passes(row) ? row - first : 0);
+#pragma unroll
+    for (int k = 1; k < kStepTaps; ++k) o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
+    o.keep = done && done[b];
+  }
+  __device__ void operator()(std::int64_t row, int b, float v, Operands& o) const {
+    v += o.bias;
+    if (passes(row)) {
+      o.past[0] = from_float<T>(v);
+      v = o.conv_bias;
+#pragma unroll
+      for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.weight[k], to_float(o.past[k]), v);
+      v = silu(v);
+      T* rows = state + b * (width - 1) * count + row - first;
+#pragma unroll
+      for (int k = 0; k + 1 < kStepTaps; ++k)
+        if (k + 1 < width && !o.keep) rows[(width - 2 - k) * count] = o.past[k];
     }
     out[b * stride + row] = from_float<T>(v);
   }
@@ -2538,100 +2639,121 @@ __device__ inline Vector<T, 16 / sizeof(T)> load_weights(const T* p) {
 }
 
 // output(row, b) = W[row] . input(b).  W (rows, cols), cols a multiple of 16 bytes; b < batch <= kBatch.
-// A block is 8 warps. kSplit of them share kWarpRows rows of W: each lane takes every 32 kSplit-th piece
-// of 16 bytes, keeps kDepth pieces of each row in flight, and multiplies in float32. x comes through the
-// L1 cache, in which all warps of the SM find it. Grid: x = rows in blocks of 8 / kSplit * kWarpRows.
+// A block is 8 warps. `split` of them (1, 2, 4 or 8) share a group of kWarpRows rows of W: each lane takes
+// every 32 split-th piece of 16 bytes and multiplies in float32. kDepth pieces of each row are in flight,
+// across the end of a group too: while its sums are finished the next group's weights arrive. x comes
+// through the L1 cache, in which all warps of the SM find it.
 constexpr int kStepWarps = 8;
 
-template <int kBatch, int kWarpRows, int kSplit, int kDepth, class T, class Input, class Output>
-__global__ void __launch_bounds__(32 * kStepWarps)
-    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, Input input,
+template <int kBatch, int kWarpRows, int kDepth, class T, class Input, class Output>
+__global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
+    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, int split, Input input,
                        Output output) {
   constexpr int n = 16 / sizeof(T), kSums = kWarpRows * kBatch;
   static_assert(kSums <= 32, "a lane finishes one sum");
   __shared__ float scales[kBatch * kMostGroups], partial[kStepWarps][kSums + kBatch];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % kSplit;
-  const std::int64_t first = (std::int64_t(blockIdx.x) * kStepWarps + warp) / kSplit * kWarpRows;
-  const int pieces = cols / n, steps = (pieces + 32 * kSplit - 1) / (32 * kSplit);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
+  const int pieces = cols / n, steps = (pieces + 32 * split * kDepth - 1) / (32 * split * kDepth) * kDepth;
+  const int groups = (rows + kWarpRows - 1) / kWarpRows, at_once = gridDim.x * kStepWarps / split;
+  int group = (blockIdx.x * kStepWarps + warp) / split;
+  const int rounds = (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
 
   Vector<T, n> w[kDepth][kWarpRows];
-  const auto fetch = [&](int slot, int step) {
-    const int piece = (step * kSplit + part) * 32 + lane;
-    if (piece >= pieces) return;
+  const auto fetch = [&](int slot, int of_group, int step) {
+    const int piece = (step * split + part) * 32 + lane;
+    if (piece >= pieces || of_group >= groups) return;
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r)
-      w[slot][r] = load_weights(W + min(first + r, rows - 1) * cols + std::int64_t(piece) * n);
+    for (int r = 0; r < kWarpRows; ++r) {
+      const std::int64_t row = min(std::int64_t(of_group) * kWarpRows + r, rows - 1);
+      w[slot][r] = load_weights(W + row * cols + std::int64_t(piece) * n);
+    }
   };
+  // Lane i finishes the sum of row i / kBatch of the group for sequence i % kBatch.
+  const int b_mine = lane % kBatch;
+  const auto row_mine = [&] { return std::int64_t(group) * kWarpRows + lane / kBatch; };
+  const auto finishes = [&] { return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch; };
+
+  typename Output::Operands operands;
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) fetch(i, i);
+  for (int i = 0; i < kDepth; ++i) fetch(i, group, i);
+  if (finishes()) output.weights(row_mine(), operands);
   launch_next();
   wait_for_previous();
   input.begin(batch, scales);
 
-  float sum[kSums] = {}, squares[kBatch] = {};
-  for (int step = 0; step < steps; step += kDepth) {
+  for (int round = 0; round < rounds; ++round, group += at_once) {
+    if (finishes()) {
+      if (round > 0) output.weights(row_mine(), operands);
+      output.past(row_mine(), b_mine, operands);
+    }
+    float sum[kSums] = {}, squares[kBatch] = {};
+    for (int step = 0; step < steps; step += kDepth) {
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) {
-      const int piece = ((step + i) * kSplit + part) * 32 + lane;
-      if (piece >= pieces) break;
-      float w_r[kWarpRows][n];
+      for (int i = 0; i < kDepth; ++i) {
+        const int piece = ((step + i) * split + part) * 32 + lane;
+        float w_r[kWarpRows][n];
 #pragma unroll
-      for (int r = 0; r < kWarpRows; ++r) unpack(w[i][r], w_r[r]);
-      fetch(i, step + i + kDepth);
-      typename Input::template Weights<n> weights;
-      input.weights(std::int64_t(piece) * n, weights);
+        for (int r = 0; r < kWarpRows; ++r) unpack(w[i][r], w_r[r]);
+        const bool last = step + kDepth >= steps;
+        fetch(i, last ? group + at_once : group, last ? i : step + i + kDepth);
+        if (piece >= pieces) continue;
+        typename Input::template Weights<n> weights;
+        input.weights(std::int64_t(piece) * n, weights);
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (b >= batch) break;
-        float x[n];
-        input.load(b, std::int64_t(piece) * n, weights, scales, x, squares[b]);
+        for (int b = 0; b < kBatch; ++b) {
+          if (b >= batch) break;
+          float x[n];
+          input.load(b, std::int64_t(piece) * n, weights, scales, x, squares[b]);
 #pragma unroll
-        for (int r = 0; r < kWarpRows; ++r)
+          for (int r = 0; r < kWarpRows; ++r)
 #pragma unroll
-          for (int k = 0; k < n; ++k) sum[r * kBatch + b] = fmaf(w_r[r][k], x[k], sum[r * kBatch + b]);
+            for (int k = 0; k < n; ++k) sum[r * kBatch + b] = fmaf(w_r[r][k], x[k], sum[r * kBatch + b]);
+        }
       }
     }
-  }
 
-  // Lane i ends up with sum i, and with the squares of its b.
-  float mine = 0.f, my_squares = 0.f;
+    float mine = 0.f, my_squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < kSums; ++i) {
-    for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
-    if (lane == i) mine = sum[i];
-  }
-  if (Input::kNormed) {
+    for (int i = 0; i < kSums; ++i) {
+      for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+      if (lane == i) mine = sum[i];
+    }
+    if (Input::kNormed) {
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
-      if (lane % kBatch == b) my_squares = squares[b];
+      for (int b = 0; b < kBatch; ++b) {
+        for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
+        if (b_mine == b) my_squares = squares[b];
+      }
     }
-  }
-  if (kSplit > 1) {
-    if (lane < kSums) partial[warp][lane] = mine;
-    if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
-    __syncthreads();  // partial sums are written before the first warp of each row adds them
-    if (part != 0) return;
-    for (int p = 1; p < kSplit; ++p) {
-      if (lane < kSums) mine += partial[warp + p][lane];
-      my_squares += partial[warp + p][kSums + lane % kBatch];
+    if (split > 1) {
+      if (round > 0) __syncthreads();  // the partial sums of the round before have been read
+      if (lane < kSums) partial[warp][lane] = mine;
+      if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
+      __syncthreads();  // partial sums are written before the first warp of each group adds them
+      for (int p = 1; part == 0 && p < split; ++p) {
+        if (lane < kSums) mine += partial[warp + p][lane];
+        my_squares += partial[warp + p][kSums + b_mine];
+      }
     }
+    if (finishes()) output(row_mine(), b_mine, mine * input.scale(my_squares), operands);
   }
-  const std::int64_t row = first + lane / kBatch;
-  const int b = lane % kBatch;
-  if (lane < kSums && row < rows && b < batch) output(row, b, mine * input.scale(my_squares));
 }
 
-template <int kSplit, class T, class Input, class Output>
+// As many warps to a group as keep the GPU busy; as few rounds as fit it, and all of one length.
+template <class T, class Input, class Output>
 void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, const Input& input,
                  const Output& output, cudaStream_t stream) {
   const auto launch = [&](auto kernel, int warp_rows) {
-    launch_step(kernel, dim3(ceil_div(rows, kStepWarps / kSplit * warp_rows)), 32 * kStepWarps, stream, W, rows,
-                cols, batch, input, output);
+    const std::int64_t groups = ceil_div(rows, warp_rows), slots = 2 * kStepWarps * multiprocessors();
+    int split = 1;
+    while (split < kStepWarps && 2 * split * groups <= slots) split *= 2;
+    const std::int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
+    launch_step(kernel, dim3(unsigned(ceil_div(at_once * split, kStepWarps))), 32 * kStepWarps, stream, W, rows, cols,
+                batch, split, input, output);
   };
-  if (batch == 1) return launch(linear_step_kernel<1, 2, kSplit, 4, T, Input, Output>, 2);
-  if (batch <= 4) return launch(linear_step_kernel<4, 2, kSplit, 4, T, Input, Output>, 2);
-  launch(linear_step_kernel<8, 4, kSplit, 2, T, Input, Output>, 4);
+  if (batch == 1) return launch(linear_step_kernel<1, 2, 4, T, Input, Output>, 2);
+  if (batch <= 4) return launch(linear_step_kernel<4, 2, 4, T, Input, Output>, 2);
+  launch(linear_step_kernel<8, 4, 2, T, Input, Output>, 4);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
@@ -2640,7 +2762,8 @@ template <class T>
 struct ScanDecodeArgs {
   int batch, d_inner, d_state, dt_rank;
   const float* dt_B_C;                // (batch, dt_rank + 2 d_state)
-  const T *xz, *dt_proj;              // (batch, 2 d_inner), (d_inner, dt_rank)
+  const T *x, *z, *dt_proj;           // (batch, d_inner) twice, (d_inner, dt_rank)
+  std::int64_t x_stride, z_stride;    // from row to row
   const float *dt_bias, *A, *D;       // (d_inner), (d_inner, d_state), (d_inner)
   float* h;                           // (batch, d_inner, d_state)
   T* out;                             // (batch, d_inner)
@@ -2648,76 +2771,76 @@ struct ScanDecodeArgs {
   const int* done;                    // (batch) or null: where not 0 the state stays
 };
 
-// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and every fourth piece
-// of the states, four numbers a piece. Grid: x = channels in blocks of 32, y = batch.
-constexpr int kScanDecodeAhead = 10;  // pieces of dt_proj in registers before the wait: dt_rank 160
+// Four lanes share a channel: each takes every fourth piece of the row of dt_proj, which stays in registers
+// for all sequences of the block, and every fourth piece of the states, four numbers a piece.
+// Grid: x = channels in blocks of 32, y = sequences in blocks of `sequences`.
+constexpr int kScanDecodePieces = 10;  // of dt_proj in registers: dt_rank 160
 
 template <class T>
-__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
-  const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state, pieces = a.dt_rank / 4;
-  const int d = min(int(blockIdx.x * 32 + threadIdx.x / 4), a.d_inner - 1);  // the last may work in vain
-  const T* row = a.dt_proj + std::int64_t(d) * a.dt_rank;
-  const bool aligned = a.dt_rank % 4 == 0;
-  Vector<T, 4> w[kScanDecodeAhead];
+__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a, int sequences) {
+  const int lane = threadIdx.x % 4, N = a.d_state;
+  const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
+  const std::int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
+  const int width = a.dt_rank + 2 * N;
+  const bool aligned = a.dt_rank % 4 == 0;  // otherwise all of the row is `rest`
+  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0, rest = 4 * pieces;
+  const T* row = a.dt_proj + d * a.dt_rank;
+  Vector<T, 4> w[kScanDecodePieces];
 #pragma unroll
-  for (int i = 0; i < kScanDecodeAhead; ++i) {
-    w[i] = load<4>(row + 4 * (4 * i + lane), aligned && 4 * i + lane < pieces);
-  }
+  for (int i = 0; i < kScanDecodePieces; ++i) w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
   const float bias = a.dt_bias[d], D = a.D[d];
   float A[4];
-  unpack(load<4>(a.A + std::int64_t(d) * N + 4 * lane, 4 * lane < N), A);
+  unpack(load<4>(a.A + d * N + 4 * lane, 4 * lane < N), A);
   launch_next();
   wait_for_previous();
 
-  const float* dt = a.dt_B_C + std::int64_t(b) * (a.dt_rank + 2 * N);
-  const float *B = dt + a.dt_rank, *C = B + N;
-  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
-  float h_n[4];
-  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
-  const float x = to_float(a.xz[(2 * std::int64_t(b)) * a.d_inner + d]);
-  const float z = to_float(a.xz[(2 * std::int64_t(b) + 1) * a.d_inner + d]);
-  float delta = 0.f;
-  if (aligned) {
+  const int end = min(a.batch, int(blockIdx.y + 1) * sequences);
+  for (int b = blockIdx.y * sequences; b < end; ++b) {
+    const float *dt = a.dt_B_C + std::int64_t(b) * width, *B = dt + a.dt_rank, *C = B + N;
+    float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
+    float h_n[4];
+    unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+    const float x = to_float(a.x[std::int64_t(b) * a.x_stride + d]), z = to_float(a.z[std::int64_t(b) * a.z_stride + d]);
+
+    float delta = 0.f;
 #pragma unroll
-    for (int i = 0; i < kScanDecodeAhead; ++i) {
+    for (int i = 0; i < kScanDecodePieces; ++i) {
       const int piece = 4 * i + lane;
       if (piece >= pieces) break;
-      float w_i[4];
+      float w_i[4], dt_i[4];
       unpack(w[i], w_i);
+      unpack(load<4>(dt + 4 * piece, true), dt_i);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt[4 * piece + k], delta);
+      for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt_i[k], delta);
     }
-    for (int k = 16 * kScanDecodeAhead + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
-  } else {
-    for (int k = lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
-  }
-  delta += __shfl_xor_sync(~0u, delta, 1);
-  delta += __shfl_xor_sync(~0u, delta, 2);
-  delta = a.delta_ratio * softplus(delta + bias);
+    for (int k = rest + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
+    delta += __shfl_xor_sync(~0u, delta, 1);
+    delta += __shfl_xor_sync(~0u, delta, 2);
+    delta = a.delta_ratio * softplus(delta + bias);
 
-  const bool owner = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
-  const bool keep = !owner || (a.done && a.done[b]);
-  float y = 0.f;
-  for (int n = 4 * lane; n < N; n += 16) {
-    if (n >= 16) {
-      unpack(load<4>(h + n, true), h_n);
-      unpack(load<4>(a.A + std::int64_t(d) * N + n, true), A);
-    }
+    const bool keep = !exists || (a.done && a.done[b]);
+    float y = 0.f;
+    for (int n = 4 * lane; n < N; n += 16) {
+      if (n >= 16) unpack(load<4>(h + n, true), h_n);
+      if (N > 16) unpack(load<4>(a.A + d * N + n, true), A);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A[k])), h_n[k], delta * x * B[n + k]);
-      y = fmaf(C[n + k], h_n[k], y);
+      for (int k = 0; k < 4; ++k) {
+        h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A[k])), h_n[k], delta * x * B[n + k]);
+        y = fmaf(C[n + k], h_n[k], y);
+      }
+      if (!keep) store(h + n, pack<float>(h_n));
     }
-    if (!keep) store(h + n, pack<float>(h_n));
+    y += __shfl_xor_sync(~0u, y, 1);
+    y += __shfl_xor_sync(~0u, y, 2);
+    if (lane == 0 && exists) a.out[b * std::int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
   }
-  y += __shfl_xor_sync(~0u, y, 1);
-  y += __shfl_xor_sync(~0u, y, 2);
-  if (lane == 0 && owner) a.out[std::int64_t(b) * a.d_inner + d] = from_float<T>(fmaf(D, x, y) * silu(z));
 }
 
 template <class T>
 void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
-  launch_step(scan_decode_kernel<T>, dim3(ceil_div(a.d_inner, 32), a.batch), 128, stream, a);
+  const std::int64_t blocks = ceil_div(a.d_inner, 32);  // more sequences a block where they fill the GPU anyway
+  const int sequences = int(std::min<std::int64_t>(8, std::max<std::int64_t>(1, blocks * a.batch / (8 * multiprocessors()))));
+  launch_step(scan_decode_kernel<T>, dim3(unsigned(blocks), unsigned(ceil_div(a.batch, sequences))), 128, stream, a, sequences);
 }
 
 // --- Mamba-2: ssd_step and the gate ---
@@ -2725,10 +2848,12 @@ void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
 template <class T>
 struct SsdDecodeArgs {
   int batch, n_heads, head_dim, d_state, n_groups;
-  const T* zxBCdt;                    // (batch, width), after the convolution
+  const T *z, *x, *dt;                // (batch, d_inner), (batch, conv_width): x B C, (batch, n_heads)
+  std::int64_t z_stride, x_stride, dt_stride;  // from row to row
   const float *A, *D, *dt_bias;       // (n_heads)
   float dt_min, dt_max, delta_ratio;
   float* h;                           // (batch, n_heads, head_dim, d_state)
+  T* out;                             // (batch, d_inner): y, and that is all;  or null, and then
   float *g, *squares;                 // (batch, d_inner): y silu(z);  (batch, blocks of a sequence)
   const int* done;                    // (batch) or null: where not 0 the state stays
 };
@@ -2747,9 +2872,8 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
   launch_next();
   wait_for_previous();
 
-  const std::int64_t conv_width = d_inner + 2 * a.n_groups * N;
-  const T* z = a.zxBCdt + b * (d_inner + conv_width + a.n_heads);
-  const T *x = z + d_inner, *B = x + d_inner + group * N, *C = B + a.n_groups * N, *dt = x + conv_width;
+  const T *x = a.x + b * a.x_stride, *B = x + d_inner + group * N, *C = B + a.n_groups * N;
+  const T *z = a.z + b * a.z_stride, *dt = a.dt + b * a.dt_stride;
   const float delta = a.delta_ratio * fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
   const float decay = exp2_approx(delta * (kLog2e * A));
   const bool keep = a.done && a.done[b];
@@ -2791,11 +2915,16 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
       for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
       if (lane != 0 || p >= rows) continue;
       const std::int64_t column = head * P + p0 + p;
-      const float g = fmaf(D, x_p[i], y[i]) * silu(to_float(z[column]));
+      const float y_p = fmaf(D, x_p[i], y[i]), g = y_p * silu(to_float(z[column]));
+      if (a.out) {
+        a.out[std::int64_t(b) * d_inner + column] = from_float<T>(y_p);
+        continue;
+      }
       a.g[std::int64_t(b) * d_inner + column] = g;
       squares = fmaf(g, g, squares);
     }
   }
+  if (a.out) return;
   __shared__ float partial[4];
   for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
@@ -3229,8 +3358,8 @@ struct Activations {
       take(dt_B_C, c.dt_rank + 2 * c.d_state);
       take(delta, c.d_inner);
       take(y, c.d_inner);
+      take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
       if (rows <= kMostFewRows) {
-        take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
         take(g, c.d_inner);
         take(squares, c.n_heads * ssd_decode_blocks(std::max<Index>(1, c.head_dim)));
       }
@@ -3305,6 +3434,22 @@ struct Compute {
     return in;
   }
 
+  // x: after the convolution, its rows x_stride apart.
+  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch, const T* x,
+                                     std::int64_t x_stride, float* h, const int* done) const {
+    return {batch, int(config.d_inner), int(config.d_state), int(config.dt_rank), a.dt_B_C_step, x,
+            a.projected + config.d_inner, w.dt_proj.as<T>(), x_stride, config.in_proj_width(), w.dt_bias.data(),
+            w.A.data(), w.D.data(), h, a.y, delta_ratio, done};
+  }
+  SsdDecodeArgs<T> ssd_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch, const T* x,
+                                   std::int64_t x_stride, T* out, float* h, const int* done) const {
+    const Config& c = config;
+    const std::int64_t width = c.in_proj_width();
+    return {batch, int(c.n_heads), int(c.head_dim), int(c.d_state), int(c.n_groups), a.projected, x,
+            a.projected + width - c.n_heads, width, x_stride, width, w.A.data(), w.D.data(), w.dt_bias.data(),
+            float(c.dt_min), float(c.dt_max), delta_ratio, h, out, a.g, a.squares, done};
+  }
+
   // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
   // 1, and the step functions do it; done as in ConvArgs.
   void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch, std::int64_t L, T* conv_state,
@@ -3316,15 +3461,18 @@ struct Compute {
     ConvArgs<T> conv = conv_args(a, w, 0, conv_state);
     conv.batch = batch, conv.L = L, conv.done = done;
     step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
-    linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
-    linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
-    ScanArgs<T> scan = scan_args(a, w, h);
-    scan.batch = batch, scan.L = L, scan.done = done;
-    if (step) {
-      selective_scan_step(scan, queue.stream());
+    if (step && config.d_state % 4 == 0) {  // dt_proj, the scan and the gate in one
+      const std::int64_t width = w.x_proj.rows;
+      queue.linear(a.x, rows, config.d_inner, w.x_proj.as<T>(), width, config.d_inner, a.dt_B_C_step, width);
+      scan_decode(scan_decode_args(a, w, int(batch), a.x, config.d_inner, h, done), queue.stream());
     } else {
-      scan_room.grow(selective_scan_workspace(scan));
-      selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
+      linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
+      linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
+      ScanArgs<T> scan = scan_args(a, w, h);
+      scan.batch = batch, scan.L = L, scan.done = done;
+      scan_room.grow(step ? 0 : selective_scan_workspace(scan));
+      step ? selective_scan_step(scan, queue.stream())
+           : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
     }
     add_out_proj(a, w, a.y, rows);
   }
@@ -3341,12 +3489,12 @@ struct Compute {
     step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
     SsdArgs<T> in = ssd_args(a, w, h);
     in.batch = batch, in.L = L, in.done = done;
-    if (step) {
-      ssd_step(in, queue.stream());
+    if (step && config.d_state % 4 == 0) {
+      ssd_decode(ssd_decode_args(a, w, int(batch), a.x, config.conv_width(), a.y, h, done), queue.stream());
     } else {
-      scan_room.grow(ssd_workspace_bytes(in));
+      scan_room.grow(step ? 0 : ssd_workspace_bytes(in));
       in.workspace = scan_room.data();
-      ssd(in, queue.stream());
+      step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
     }
     gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
                    float(config.norm_eps), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
@@ -3378,7 +3526,7 @@ struct Compute {
   bool takes_few(std::int64_t batch) const {
     const std::int64_t n = 16 / sizeof(T);
     return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 && config.d_state % 4 == 0 &&
-           config.n_groups <= kMostGroups;
+           config.n_groups <= kMostGroups && config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps;
   }
 
   // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
@@ -3405,29 +3553,23 @@ struct Compute {
       const ConvOutput<T> projected{a.projected, state.layer_conv<T>(c, l), w.in_proj_bias.data(), w.conv_weight.data(),
                                     w.conv_bias.data(), done, c.in_proj_width(), c.version == 1 ? 0 : c.d_inner,
                                     c.conv_width(), int(c.d_conv)};
-      linear_step<1>(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
+      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
       if (c.version == 1) {
         const std::int64_t width = c.dt_rank + 2 * c.d_state;
-        // x is the left half of the rows of xz, which lie 2 d_inner apart
-        linear_step<8>(w.x_proj.as<T>(), width, c.d_inner, batch, PlainInput<T>{a.projected, c.in_proj_width()},
+        linear_step(w.x_proj.as<T>(), width, c.d_inner, batch, PlainInput<T>{a.projected, c.in_proj_width()},
                        PlainOutput{a.dt_B_C_step, width}, stream);
-        scan_decode(ScanDecodeArgs<T>{batch, int(c.d_inner), int(c.d_state), int(c.dt_rank), a.dt_B_C_step, a.projected,
-                                      w.dt_proj.as<T>(), w.dt_bias.data(), w.A.data(), w.D.data(), state.layer_h(c, l),
-                                      a.y, delta_ratio, done},
-                    stream);
-        linear_step<4>(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner}, residual, stream);
+        scan_decode(scan_decode_args(a, w, batch, a.projected, c.in_proj_width(), state.layer_h(c, l), done), stream);
+        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner}, residual, stream);
       } else {
-        ssd_decode(SsdDecodeArgs<T>{batch, int(c.n_heads), int(c.head_dim), int(c.d_state), int(c.n_groups), a.projected,
-                                    w.A.data(), w.D.data(), w.dt_bias.data(), float(c.dt_min), float(c.dt_max),
-                                    delta_ratio, state.layer_h(c, l), a.g, a.squares, done},
-                   stream);
+        ssd_decode(ssd_decode_args(a, w, batch, a.projected + c.d_inner, c.in_proj_width(), nullptr,
+                                   state.layer_h(c, l), done), stream);
         const int slots = int(c.n_heads / c.n_groups) * ssd_decode_blocks(int(c.head_dim));
-        linear_step<4>(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
+        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
                        GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner, int(c.n_groups), slots, eps},
                        residual, stream);
       }
     }
-    linear_step<1>(head(), c.vocab_size, c.d_model, batch, NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
+    linear_step(head(), c.vocab_size, c.d_model, batch, NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
                    PlainOutput{logits, c.vocab_size}, stream);
   }
 };

@@ -28,7 +28,6 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <nlohmann/json.hpp>
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -47,6 +46,7 @@
 #include <limits>
 #include <map>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
 #include <set>
@@ -62,7 +62,6 @@
 
 #include "ssm_reference.hpp"
 #include "tokenizer.hpp"
-
 
 #pragma GCC diagnostic push  // stb's headers do not mind the warnings that we do
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -1425,7 +1424,8 @@ void for_each_weight(const Config& c, Model& model, const Visit& visit) {
   visit("backbone.embeddings.weight", Shape{c.vocab_size, c.d_model}, model.embedding);
   for (Index l = 0; l < c.n_layer; ++l) {
     auto& w = model.layers[static_cast<std::size_t>(l)];
-    const std::string layer = "backbone.layers." + std::to_string(l) + ".", mixer = layer + "mixer.";
+    const std::string layer = "backbone.layers." + std::to_string(l) + ".",
+                      mixer = layer + "mixer.";
     visit(layer + "norm.weight", Shape{c.d_model}, w.norm);
     visit(mixer + "in_proj.weight", Shape{c.in_proj_width(), c.d_model}, w.in_proj);
     if (c.use_bias) visit(mixer + "in_proj.bias", Shape{c.in_proj_width()}, w.in_proj_bias);
@@ -1455,8 +1455,8 @@ template <class Visit>
 void for_each_shape(const Config& config, const Visit& visit) {
   struct None {};
   struct Layer {
-    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
-        gated_norm, out_proj, out_proj_bias;
+    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A,
+        D, gated_norm, out_proj, out_proj_bias;
   };
   struct {
     None embedding, norm_f, lm_head;
@@ -1465,9 +1465,9 @@ void for_each_shape(const Config& config, const Visit& visit) {
   } no_model;
   no_model.layers.resize(static_cast<std::size_t>(config.n_layer));
   no_model.tied = config.tie_embeddings;
-  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const None&) {
-    visit(name, shape);
-  });
+  for_each_weight(
+      config, no_model,
+      [&](const std::string& name, const auto& shape, const None&) { visit(name, shape); });
 }
 
 inline std::string original_name(const std::string& name) {
@@ -1485,7 +1485,8 @@ inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& nam
   if (by_token && !needed.empty() && needed[0] > shape[0]) needed[0] = shape[0];
   if (needed != shape)
     fail("wrong shape: ", checkpoint.where, ": ", quote(tensor.name), ": expected ",
-         shape_text(shape), by_token ? " or more rows" : "", ", found ", shape_text(tensor.shape));
+         shape_text(shape), by_token ? " or more rows" : "", ", found ",
+         shape_text(tensor.shape));
   return tensor;
 }
 
@@ -1532,8 +1533,9 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
     model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
                              weight(checkpoint, "backbone.embeddings.weight", by_token));
     if (!model.tied)
-      warn(checkpoint.where + ": lm_head.weight differs from the embedding that config.json ties"
-                              " it to: used as it is");
+      warn(checkpoint.where +
+           ": lm_head.weight differs from the embedding that config.json ties"
+           " it to: used as it is");
   }
   std::set<std::string> used = {"lm_head.weight"};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
@@ -1542,7 +1544,9 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
     used.insert(tensor.name);
   });
   for (const auto& [name, tensor] : checkpoint.tensors)
-    if (!used.count(name)) warn(checkpoint.where + ": " + quote(name) + " is not a weight of this model: ignored");
+    if (!used.count(name))
+      warn(checkpoint.where + ": " + quote(name) +
+           " is not a weight of this model: ignored");
   for (const std::string& line : non_finite(checkpoint)) warn(line);
   return model;
 }
@@ -1555,10 +1559,11 @@ inline Config published_config(const std::string& name) {
     Index d_model, n_layer;
   };
   static constexpr Known kKnown[] = {
-      {"130m", 1, 768, 24},        {"370m", 1, 1024, 48},       {"790m", 1, 1536, 48},
-      {"1.4b", 1, 2048, 48},       {"2.8b", 1, 2560, 64},       {"mamba2-130m", 2, 768, 24},
-      {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48}, {"mamba2-1.3b", 2, 2048, 48},
-      {"mamba2-2.7b", 2, 2560, 64}};
+      {"130m", 1, 768, 24},         {"370m", 1, 1024, 48},
+      {"790m", 1, 1536, 48},        {"1.4b", 1, 2048, 48},
+      {"2.8b", 1, 2560, 64},        {"mamba2-130m", 2, 768, 24},
+      {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48},
+      {"mamba2-1.3b", 2, 2048, 48}, {"mamba2-2.7b", 2, 2560, 64}};
   std::string names;
   for (const Known& known : kKnown) {
     names += std::string(names.empty() ? "" : ", ") + known.name;
@@ -1580,26 +1585,32 @@ inline Config published_config(const std::string& name) {
 }
 
 /// A checkpoint of random weights, spread as at the start of training so that nothing overflows.
-inline Checkpoint random_checkpoint(const Config& config, DType dtype, std::uint64_t seed = 1) {
+inline Checkpoint random_checkpoint(const Config& config, DType dtype,
+                                    std::uint64_t seed = 1) {
   Checkpoint checkpoint;
   checkpoint.where = "random weights";
   const auto ends_with = [](const std::string& s, std::string_view end) {
     return s.size() >= end.size() && s.compare(s.size() - end.size(), end.size(), end) == 0;
   };
-  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+  for_each_shape(config, [&](const std::string& name,
+                             const std::vector<std::int64_t>& shape) {
     Tensor plan{name, DType::F32, shape, nullptr, nullptr};
     const auto values = std::make_shared<std::vector<float>>(plan.size());
     const bool matrix = shape.size() > 1;
     const double fan_in = static_cast<double>(shape.size() == 3 ? shape[2] : shape.back());
     for (std::size_t i = 0; i < values->size(); ++i) {
-      seed = seed * 6364136223846793005u + 1442695040888963407u;  // Knuth's linear congruence
+      seed =
+          seed * 6364136223846793005u + 1442695040888963407u;  // Knuth's linear congruence
       const double u = static_cast<double>(seed >> 40) * 0x1p-24;  // in [0, 1)
       double value = 1;
-      if (ends_with(name, "A_log")) value = std::log(1 + static_cast<double>(i % 16));
+      if (ends_with(name, "A_log"))
+        value = std::log(1 + static_cast<double>(i % 16));
       else if (ends_with(name, "dt_proj.bias") || ends_with(name, "dt_bias"))
         value = std::log(std::expm1(std::exp(std::log(1e-3) + u * std::log(100.0))));
-      else if (matrix) value = (2 * u - 1) * std::sqrt(3 / fan_in);
-      else if (ends_with(name, "bias")) value = 0;
+      else if (matrix)
+        value = (2 * u - 1) * std::sqrt(3 / fan_in);
+      else if (ends_with(name, "bias"))
+        value = 0;
       (*values)[i] = static_cast<float>(value);
     }
     plan.data = values->data();
@@ -1822,22 +1833,24 @@ using LogitsSink = std::function<void(Index first, const Matrix<float>& logits)>
 /// Takes ids from `state` on and hands the logits of all L positions to sink, in order. The parallel
 /// form takes Engine::kPiece tokens at a time, so that memory does not grow with the text.
 template <class Engine>
-void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L, Mode mode,
-          const LogitsSink& sink) {
+void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L,
+          Mode mode, const LogitsSink& sink) {
   if (mode.kind == Mode::recurrent) {
     for (Index t = 0; t < L; ++t) sink(t, engine.step(state, ids[t]));
     return;
   }
   const Index piece = mode.kind == Mode::chunked ? mode.chunk : Engine::kPiece;
   for (Index t = 0; t < L; t += piece) {
-    engine.forward(state, ids + t, std::min(piece, L - t),
-                   [&](Index first, const Matrix<float>& logits) { sink(t + first, logits); });
+    engine.forward(
+        state, ids + t, std::min(piece, L - t),
+        [&](Index first, const Matrix<float>& logits) { sink(t + first, logits); });
   }
 }
 
 /// The logits after the last of L > 0 tokens, in the parallel form.
 template <class Engine>
-Matrix<float> prefill(Engine& engine, typename Engine::State& state, const Token* ids, Index L) {
+Matrix<float> prefill(Engine& engine, typename Engine::State& state, const Token* ids,
+                      Index L) {
   Matrix<float> logits;
   for (Index t = 0; t < L; t += Engine::kPiece)
     logits = engine.prefill(state, ids + t, std::min(Engine::kPiece, L - t));
@@ -1850,8 +1863,8 @@ template <class State>
 struct Sequence {
   std::vector<Token> ids;
   State state;
-  std::uint64_t index = 0;    // which of several; with the seed it fixes the random numbers
-  std::size_t taken = 0;      // ids that are in the state
+  std::uint64_t index = 0;  // which of several; with the seed it fixes the random numbers
+  std::size_t taken = 0;    // ids that are in the state
 };
 
 struct GenerateOptions {
@@ -1864,13 +1877,15 @@ using OnToken = std::function<void(std::size_t sequence, Token token)>;
 
 /// Prefill, then token by token, one sequence after the other.
 template <class Engine>
-void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::State>>& sequences,
+void generate_on_host(Engine& engine,
+                      std::vector<Sequence<typename Engine::State>>& sequences,
                       const GenerateOptions& options, const OnToken& on_token) {
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     auto& s = sequences[i];
     const auto take = [&](std::size_t end) {
       const std::size_t begin = std::exchange(s.taken, end);
-      return prefill(engine, s.state, s.ids.data() + begin, static_cast<Index>(end - begin));
+      return prefill(engine, s.state, s.ids.data() + begin,
+                     static_cast<Index>(end - begin));
     };
     if (options.n == 0) {
       take(s.ids.size() - 1);
@@ -1893,14 +1908,17 @@ void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::Stat
 inline void save_state(const std::string& path, const std::vector<Token>& ids,
                        const ssm::State<float>& state) {
   std::vector<Matrix<float>> rows;  // h lies column by column; files are row-major
-  std::vector<Tensor> tensors = {tensor_view("ids", {static_cast<std::int64_t>(ids.size())}, ids.data())};
+  std::vector<Tensor> tensors = {
+      tensor_view("ids", {static_cast<std::int64_t>(ids.size())}, ids.data())};
   rows.reserve(state.layers.size());
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
     const auto& layer = state.layers[l];
     const std::string name = "layers." + std::to_string(l) + ".";
     rows.emplace_back(layer.h);
-    tensors.push_back(tensor_view(name + "conv", {layer.conv.rows(), layer.conv.cols()}, layer.conv.data()));
-    tensors.push_back(tensor_view(name + "h", {layer.h.rows(), layer.h.cols()}, rows.back().data()));
+    tensors.push_back(tensor_view(name + "conv", {layer.conv.rows(), layer.conv.cols()},
+                                  layer.conv.data()));
+    tensors.push_back(
+        tensor_view(name + "h", {layer.h.rows(), layer.h.cols()}, rows.back().data()));
   }
   write_safetensors(path, tensors, {{"format", "mamba state"}});
 }
@@ -1928,7 +1946,8 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
     fail("wrong state: ", path, ": expected ", config.n_layer, " layers, found more");
   for (const std::int64_t id : values<std::int64_t>(file.at("ids"))) {
     if (id < 0 || id >= config.vocab_size)
-      fail("wrong state: ", path, ": ids: expected ids below ", config.vocab_size, ", found ", id);
+      fail("wrong state: ", path, ": ids: expected ids below ", config.vocab_size,
+           ", found ", id);
     ids.push_back(static_cast<Token>(id));
   }
   if (ids.empty()) fail("wrong state: ", path, ": ids: expected at least one, found none");
@@ -1941,18 +1960,21 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
 
 /// ids (L) and logits (L, vocab_size) of a text as a safetensors file.
 template <class Engine>
-void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode, const std::string& path) {
+void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode,
+                  const std::string& path) {
   const Index L = static_cast<Index>(ids.size()), V = engine.config().vocab_size;
   Matrix<float> all(L, V);
   auto state = engine.new_state();
   walk(engine, state, ids.data(), L, mode, [&](Index first, const Matrix<float>& logits) {
     all.middleRows(first, logits.rows()) = logits;
   });
-  write_safetensors(path, {tensor_view("ids", {L}, ids.data()), tensor_view("logits", {L, V}, all.data())});
+  write_safetensors(path, {tensor_view("ids", {L}, ids.data()),
+                           tensor_view("logits", {L, V}, all.data())});
 }
 
 /// -log softmax(logits)[target], in nats.
-inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
+inline double negative_log_likelihood(const Matrix<float>& logits, Index row,
+                                      Token target) {
   const auto scores = logits.row(row).array().template cast<double>();
   const double largest = scores.maxCoeff();
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
@@ -1978,9 +2000,11 @@ inline void check(const PerplexityOptions& options, Index n) {
   const Index stride = options.stride ? options.stride : length;
   if (n < 2) fail("perplexity: text: expected at least 2 tokens, found ", n);
   if (length < 2 || length > n)
-    fail("perplexity: --lengths: expected at least 2 and at most the ", n, " tokens of the text, found ", length);
+    fail("perplexity: --lengths: expected at least 2 and at most the ", n,
+         " tokens of the text, found ", length);
   if (stride < 1 || stride > length)
-    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ", stride);
+    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ",
+         stride);
   if (options.carry_state && stride != length)
     fail("perplexity: --stride: windows cannot overlap with --carry-state");
 }
@@ -1990,7 +2014,8 @@ inline void check(const PerplexityOptions& options, Index n) {
 /// that no window has scored yet; the very first token of the text, and of windows that do not
 /// overlap, has no context and is not scored.
 template <class Engine>
-Score perplexity(Engine& engine, const std::vector<Token>& ids, const PerplexityOptions& options,
+Score perplexity(Engine& engine, const std::vector<Token>& ids,
+                 const PerplexityOptions& options,
                  const std::function<void(Index done, Index all)>& progress = {}) {
   const Index n = static_cast<Index>(ids.size());
   check(options, n);
@@ -2011,7 +2036,8 @@ Score perplexity(Engine& engine, const std::vector<Token>& ids, const Perplexity
            for (Index i = 0; i < logits.rows(); ++i) {
              const Index target = begin + first + i + 1;
              if (target < scored) continue;
-             score.nll += negative_log_likelihood(logits, i, ids[static_cast<std::size_t>(target)]);
+             score.nll +=
+                 negative_log_likelihood(logits, i, ids[static_cast<std::size_t>(target)]);
              ++score.tokens;
            }
            if (progress) progress(begin + first, n);
@@ -2027,7 +2053,6 @@ Score perplexity(Engine& engine, const std::vector<Token>& ids, const Perplexity
 // =======================================================================================
 // needs: <algorithm> <array> <cmath> <cstdint> <cstdio> <limits> <string> <vector>, fail,
 //        AtomicFile. These lines go to the head of the file:
-
 
 struct Colour {
   std::uint8_t r, g, b;
@@ -2486,8 +2511,8 @@ struct BenchOptions {
 
 /// All flags of all subcommands; each subcommand reads those that it declares.
 struct Arguments {
-  std::string model = "weights/stories", prompt, prompt_file, text, ids, ids_file, out, mode = "parallel",
-              dtype, save_state, load_state, csv, png;
+  std::string model = "weights/stories", prompt, prompt_file, text, ids, ids_file, out,
+              mode = "parallel", dtype, save_state, load_state, csv, png;
   std::vector<Index> lengths;
   Index n = 256, batch = 1, stride = 0;
   bool print_ids = false, ignore_eos = false, carry_state = false, decode = false;
@@ -2507,7 +2532,8 @@ inline DType parse_dtype(const std::string& text) {
 /// A file whole, or standard input for "-".
 inline std::string read_text(const std::string& path) {
   if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-  if (std::filesystem::is_directory(path)) fail("cannot read: ", path, ": expected a file, found a directory");
+  if (std::filesystem::is_directory(path))
+    fail("cannot read: ", path, ": expected a file, found a directory");
   std::ifstream file(path, std::ios::binary);  // may be a pipe
   if (!file) fail("cannot open: ", path, ": ", std::strerror(errno));
   return {std::istreambuf_iterator<char>(file), {}};
@@ -2526,14 +2552,16 @@ inline std::vector<Token> parse_ids(const std::string& text, const std::string& 
   return ids;
 }
 
-inline void check_ids(const std::vector<Token>& ids, const Config& config, const std::string& where) {
+inline void check_ids(const std::vector<Token>& ids, const Config& config,
+                      const std::string& where) {
   for (const Token id : ids)
     if (id < 0 || id >= config.vocab_size)
       fail(where, ": expected token ids below ", config.vocab_size, ", found ", id);
 }
 
 inline double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 /// A bar on stderr while something long goes on, if stderr is a terminal.
@@ -2543,8 +2571,8 @@ inline void show_progress(Index done, Index all) {
   if (!terminal || now() - last < 0.1) return;
   last = now();
   const int width = 40, filled = static_cast<int>(width * done / std::max<Index>(1, all));
-  std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, ' ') << "] " << done
-            << "/" << all << std::flush << "\r\033[K";
+  std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, ' ') << "] "
+            << done << "/" << all << std::flush << "\r\033[K";
 }
 
 template <class Engine>
@@ -2590,10 +2618,13 @@ inline std::vector<std::string> prompts(const Arguments& arguments) {
   } else {
     std::istringstream lines(read_text(arguments.prompt_file));
     for (std::string line; std::getline(lines, line);) texts.push_back(line);
-    if (texts.empty()) fail("--prompt-file: ", arguments.prompt_file, ": expected a prompt a line, found none");
+    if (texts.empty())
+      fail("--prompt-file: ", arguments.prompt_file,
+           ": expected a prompt a line, found none");
   }
   std::vector<std::string> all;
-  for (const std::string& text : texts) all.insert(all.end(), static_cast<std::size_t>(arguments.batch), text);
+  for (const std::string& text : texts)
+    all.insert(all.end(), static_cast<std::size_t>(arguments.batch), text);
   return all;
 }
 
@@ -2602,7 +2633,8 @@ void run_generate(const Arguments& arguments) {
   check(arguments.sampler);
   const std::vector<std::string> texts = prompts(arguments);
   const bool stateful = !arguments.save_state.empty() || !arguments.load_state.empty();
-  if (stateful && texts.size() != 1) fail("--save-state, --load-state: expected one prompt, found ", texts.size());
+  if (stateful && texts.size() != 1)
+    fail("--save-state, --load-state: expected one prompt, found ", texts.size());
   Engine engine = open_engine<Engine>(arguments);
   const Tokenizer tokenizer = open_tokenizer(arguments);
   const Config& config = engine.config();
@@ -2620,7 +2652,8 @@ void run_generate(const Arguments& arguments) {
     const std::vector<Token> prompt = tokenizer.encode(texts[i]);
     s.ids.insert(s.ids.end(), prompt.begin(), prompt.end());
     if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
-    if (s.ids.empty()) fail("--prompt: expected a text: this model has no token to begin with");
+    if (s.ids.empty())
+      fail("--prompt: expected a text: this model has no token to begin with");
     check_ids(s.ids, config, "--prompt: tokenizer and model do not match");
   }
 
@@ -2633,8 +2666,10 @@ void run_generate(const Arguments& arguments) {
   std::vector<std::string> waiting(texts.size());
   std::size_t turn = 0;
   const auto print = [&](std::size_t i, const std::string& text) {
-    if (i == turn) std::cout << text << std::flush;
-    else waiting[i] += text;
+    if (i == turn)
+      std::cout << text << std::flush;
+    else
+      waiting[i] += text;
   };
   const auto turn_to = [&](std::size_t i) {
     while (turn < i) {
@@ -2668,9 +2703,11 @@ void run_generate(const Arguments& arguments) {
   }
   if (!arguments.save_state.empty())
     save_state(arguments.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
-  std::cerr << std::fixed << std::setprecision(3) << prompt_tokens << " tokens in, first token after "
-            << first - start << " s; " << made << " tokens out";
-  if (made > 1) std::cerr << ", " << (end - first) / static_cast<double>(made - 1) * 1e3 << " ms each";
+  std::cerr << std::fixed << std::setprecision(3) << prompt_tokens
+            << " tokens in, first token after " << first - start << " s; " << made
+            << " tokens out";
+  if (made > 1)
+    std::cerr << ", " << (end - first) / static_cast<double>(made - 1) * 1e3 << " ms each";
   std::cerr << "\n";
 }
 
@@ -2699,7 +2736,8 @@ void run_perplexity(const Arguments& arguments) {
     std::cout << std::fixed << std::setw(9) << score.length << std::setw(10) << score.tokens
               << std::setprecision(4) << std::setw(12) << score.mean() << std::setw(12)
               << score.perplexity() << std::endl;
-    csv << score.length << ',' << score.tokens << ',' << score.mean() << ',' << score.perplexity() << '\n';
+    csv << score.length << ',' << score.tokens << ',' << score.mean() << ','
+        << score.perplexity() << '\n';
     series.x.push_back(static_cast<double>(length));
     series.y.push_back(score.perplexity());
   }
@@ -2709,7 +2747,8 @@ void run_perplexity(const Arguments& arguments) {
     file.commit();
   }
   if (!arguments.png.empty())
-    line_chart(arguments.png, "Perplexity against context length", "context length (tokens)", "perplexity", {series});
+    line_chart(arguments.png, "Perplexity against context length",
+               "context length (tokens)", "perplexity", {series});
 }
 
 inline void run_tokenize(const Arguments& arguments) {
@@ -2719,7 +2758,8 @@ inline void run_tokenize(const Arguments& arguments) {
       const std::vector<Token> ids = parse_ids(line, "standard input");
       for (const Token id : ids)
         if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
-          fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
+          fail("standard input: expected token ids below ", tokenizer.vocab_size(),
+               ", found ", id);
       std::cout << tokenizer.decode(ids) << "\n";
     } else {
       const std::vector<Token> ids = tokenizer.encode(line);
@@ -2739,16 +2779,20 @@ inline void run_info(const Arguments& arguments) {
     bytes += tensor.byte_size();
     dtypes[dtype_name(tensor.dtype)] += tensor.size();
   }
-  std::cout << "model        " << (c.version == 1 ? "Mamba" : "Mamba-2") << ", " << checkpoint.where << "\n"
-            << "d_model      " << c.d_model << "\nn_layer      " << c.n_layer << "\nvocab_size   "
-            << c.vocab_size << "\nd_inner      " << c.d_inner << "\nd_state      " << c.d_state
-            << "\nd_conv       " << c.d_conv << "\n";
-  if (c.version == 1) std::cout << "dt_rank      " << c.dt_rank << "\n";
+  std::cout << "model        " << (c.version == 1 ? "Mamba" : "Mamba-2") << ", "
+            << checkpoint.where << "\n"
+            << "d_model      " << c.d_model << "\nn_layer      " << c.n_layer
+            << "\nvocab_size   " << c.vocab_size << "\nd_inner      " << c.d_inner
+            << "\nd_state      " << c.d_state << "\nd_conv       " << c.d_conv << "\n";
+  if (c.version == 1)
+    std::cout << "dt_rank      " << c.dt_rank << "\n";
   else
-    std::cout << "n_heads      " << c.n_heads << "\nhead_dim     " << c.head_dim << "\nn_groups     "
-              << c.n_groups << "\n";
-  std::cout << "head         " << (c.tie_embeddings ? "tied to the embedding" : "its own") << "\n"
-            << "parameters   " << parameters << "\nbytes        " << bytes << "\ndtypes      ";
+    std::cout << "n_heads      " << c.n_heads << "\nhead_dim     " << c.head_dim
+              << "\nn_groups     " << c.n_groups << "\n";
+  std::cout << "head         " << (c.tie_embeddings ? "tied to the embedding" : "its own")
+            << "\n"
+            << "parameters   " << parameters << "\nbytes        " << bytes
+            << "\ndtypes      ";
   for (const auto& [name, count] : dtypes) std::cout << " " << name << " (" << count << ")";
   const Index state = c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state);
   std::cout << "\nstate        " << state * 4 << " bytes a sequence, at any length\n";
@@ -2761,16 +2805,20 @@ inline void run_convert(const Arguments& arguments) {
   const Checkpoint checkpoint = read_checkpoint(arguments.model);
   std::vector<Tensor> tensors;
   const Tensor* head = checkpoint.find("lm_head.weight");
-  config.tie_embeddings = config.tie_embeddings &&
-                          (!head || same_values(*head, weight(checkpoint, "backbone.embeddings.weight",
-                                                              {config.vocab_size, config.d_model})));
-  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-    Tensor tensor = weight(checkpoint, name, shape);
-    if (!arguments.dtype.empty()) tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
-    tensor.name = name;
-    if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
-    tensors.push_back(tensor);
-  });
+  config.tie_embeddings =
+      config.tie_embeddings &&
+      (!head || same_values(*head, weight(checkpoint, "backbone.embeddings.weight",
+                                          {config.vocab_size, config.d_model})));
+  for_each_shape(config,
+                 [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+                   Tensor tensor = weight(checkpoint, name, shape);
+                   if (!arguments.dtype.empty())
+                     tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
+                   tensor.name = name;
+                   if (shape[0] == config.vocab_size)
+                     tensor.shape[0] = config.vocab_size;  // without the padding
+                   tensors.push_back(tensor);
+                 });
   std::error_code error;
   fs::create_directories(arguments.out, error);
   if (error) fail("cannot write: ", arguments.out, ": ", error.message());
@@ -2791,18 +2839,21 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     return sub;
   };
   const auto model = [&](CLI::App* sub) {
-    sub->add_option("--model", a.model, "directory with config.json, weights and tokenizer.json");
+    sub->add_option("--model", a.model,
+                    "directory with config.json, weights and tokenizer.json");
   };
   const auto engine = [&](CLI::App* sub) {
     model(sub);
-    sub->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16 (default: as in the file)");
+    sub->add_option("--dtype", a.dtype,
+                    "storage of weights: f32, bf16, f16 (default: as in the file)");
     sub->add_option("--delta-ratio", a.delta_ratio, "stretches every step of the state");
     if (Engine::kHasDevice) sub->add_option("--device", a.device, "which GPU");
   };
   const auto input = [&](CLI::App* sub, bool ids) {
     auto* group = sub->add_option_group("input", "the text, one of");
     group->add_option("--text", a.text, "a text file, - for standard input");
-    group->add_option("--ids-file", a.ids_file, "a file of token ids, - for standard input");
+    group->add_option("--ids-file", a.ids_file,
+                      "a file of token ids, - for standard input");
     if (ids) group->add_option("--ids", a.ids, "token ids");
     group->require_option(1);
   };
@@ -2810,22 +2861,32 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     sub->add_option("--mode", a.mode, "parallel, recurrent or chunked=K");
   };
 
-  auto* generate = command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
+  auto* generate =
+      command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
   engine(generate);
-  auto* prompt = generate->add_option("prompt,--prompt", a.prompt, "the text to continue, - for standard input");
-  generate->add_option("--prompt-file", a.prompt_file, "several prompts, one a line, - for standard input")
+  auto* prompt = generate->add_option("prompt,--prompt", a.prompt,
+                                      "the text to continue, - for standard input");
+  generate
+      ->add_option("--prompt-file", a.prompt_file,
+                   "several prompts, one a line, - for standard input")
       ->excludes(prompt);
   generate->add_option("-n", a.n, "tokens to add at most")->check(CLI::NonNegativeNumber);
   generate->add_option("--temperature", a.sampler.temperature, "0 is greedy");
   generate->add_option("--top-k", a.sampler.top_k, "keep the k likeliest tokens, 0: all");
-  generate->add_option("--top-p", a.sampler.top_p, "keep the likeliest tokens that make up p");
-  generate->add_option("--min-p", a.sampler.min_p, "keep tokens at least p times as likely as the likeliest");
-  generate->add_option("--repetition-penalty", a.sampler.repetition_penalty, "above 1: less repetition");
+  generate->add_option("--top-p", a.sampler.top_p,
+                       "keep the likeliest tokens that make up p");
+  generate->add_option("--min-p", a.sampler.min_p,
+                       "keep tokens at least p times as likely as the likeliest");
+  generate->add_option("--repetition-penalty", a.sampler.repetition_penalty,
+                       "above 1: less repetition");
   generate->add_option("--seed", a.sampler.seed, "same seed, same text");
-  generate->add_option("--batch", a.batch, "so many continuations of each prompt")->check(CLI::PositiveNumber);
-  generate->add_option("--save-state", a.save_state, "where to leave the state, to go on later");
+  generate->add_option("--batch", a.batch, "so many continuations of each prompt")
+      ->check(CLI::PositiveNumber);
+  generate->add_option("--save-state", a.save_state,
+                       "where to leave the state, to go on later");
   generate->add_option("--load-state", a.load_state, "go on from a saved state");
-  generate->add_flag("--ids", a.print_ids, "print token ids, one line a sequence, instead of text");
+  generate->add_flag("--ids", a.print_ids,
+                     "print token ids, one line a sequence, instead of text");
   generate->add_flag("--ignore-eos", a.ignore_eos, "go on after the end-of-text token");
 
   auto* logits = command("logits", "write the logits of every position", [&a] {
@@ -2838,24 +2899,31 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   mode(logits);
   logits->add_option("--out", a.out, "the safetensors file to write")->required();
 
-  auto* ppl = command("perplexity", "perplexity of a text, against context length", [&a] { run_perplexity<Engine>(a); });
+  auto* ppl = command("perplexity", "perplexity of a text, against context length",
+                      [&a] { run_perplexity<Engine>(a); });
   engine(ppl);
   input(ppl, false);
   mode(ppl);
-  ppl->add_option("--lengths", a.lengths, "context lengths, separated by commas (default: the whole text)")
-      ->delimiter(',')->check(CLI::PositiveNumber);
-  ppl->add_option("--stride", a.stride, "tokens from window to window (default: no overlap)")->check(CLI::PositiveNumber);
+  ppl->add_option("--lengths", a.lengths,
+                  "context lengths, separated by commas (default: the whole text)")
+      ->delimiter(',')
+      ->check(CLI::PositiveNumber);
+  ppl->add_option("--stride", a.stride,
+                  "tokens from window to window (default: no overlap)")
+      ->check(CLI::PositiveNumber);
   ppl->add_flag("--carry-state", a.carry_state, "each window goes on from the one before");
   ppl->add_option("--csv", a.csv, "also write the table here");
   ppl->add_option("--png", a.png, "also draw it here");
 
-  auto* tokenize = command("tokenize", "standard input to token ids, line by line", [&a] { run_tokenize(a); });
+  auto* tokenize = command("tokenize", "standard input to token ids, line by line",
+                           [&a] { run_tokenize(a); });
   model(tokenize);
   tokenize->add_flag("--decode", a.decode, "token ids to text");
 
   model(command("info", "sizes of a model", [&a] { run_info(a); }));
 
-  auto* convert = command("convert", "write a model in the Hugging Face layout", [&a] { run_convert(a); });
+  auto* convert = command("convert", "write a model in the Hugging Face layout",
+                          [&a] { run_convert(a); });
   model(convert);
   convert->add_option("--dtype", a.dtype, "f32, bf16 or f16 (default: as in the file)");
   convert->add_option("--out", a.out, "the directory to write")->required();
@@ -2866,10 +2934,16 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     Engine::bench(a.bench);
   });
   bench->add_option("op", a.bench.op, Engine::kBenchOps)->required();
-  bench->add_option("--shape", a.bench.shape, "a published size: 130m .. 2.8b, mamba2-130m .. mamba2-2.7b");
-  bench->add_option("--length", a.bench.length, "tokens of a prefill")->check(CLI::PositiveNumber);
-  bench->add_option("--batch", a.bench.batch, "sequences at once")->check(CLI::PositiveNumber);
-  bench->add_option("--repeat", a.bench.repeat, "measurements, of which the median is printed")->check(CLI::PositiveNumber);
+  bench->add_option("--shape", a.bench.shape,
+                    "a published size: 130m .. 2.8b, mamba2-130m .. mamba2-2.7b");
+  bench->add_option("--length", a.bench.length, "tokens of a prefill")
+      ->check(CLI::PositiveNumber);
+  bench->add_option("--batch", a.bench.batch, "sequences at once")
+      ->check(CLI::PositiveNumber);
+  bench
+      ->add_option("--repeat", a.bench.repeat,
+                   "measurements, of which the median is printed")
+      ->check(CLI::PositiveNumber);
   bench->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16");
   if (Engine::kHasDevice) bench->add_option("--device", a.device, "which GPU");
 }
@@ -2887,7 +2961,8 @@ int run(int argc, char** argv) {
   try {
     std::vector<std::string> words(argv + 1, argv + argc);
     bool named = words.empty() || words[0] == "-h" || words[0] == "--help";
-    for (const CLI::App* sub : app.get_subcommands({})) named = named || words[0] == sub->get_name();
+    for (const CLI::App* sub : app.get_subcommands({}))
+      named = named || words[0] == sub->get_name();
     if (!named) words.insert(words.begin(), "generate");
     std::reverse(words.begin(), words.end());  // as CLI11 wants them
     app.parse(words);

@@ -42,10 +42,12 @@ inline std::vector<std::string> golden_folders() {
   return folders;
 }
 
-inline std::vector<std::string> files_matching(const std::string& folder, const std::string& start) {
+inline std::vector<std::string> files_matching(const std::string& folder,
+                                               const std::string& start) {
   std::vector<std::string> found;
   for (const auto& entry : std::filesystem::directory_iterator(folder))
-    if (entry.path().filename().string().rfind(start, 0) == 0) found.push_back(entry.path().string());
+    if (entry.path().filename().string().rfind(start, 0) == 0)
+      found.push_back(entry.path().string());
   std::sort(found.begin(), found.end());
   return found;
 }
@@ -54,7 +56,8 @@ inline std::vector<std::string> files_matching(const std::string& folder, const 
 struct TempFolder {
   std::string path;
   TempFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "mamba_test_XXXXXX").string();
+    std::string name =
+        (std::filesystem::temp_directory_path() / "mamba_test_XXXXXX").string();
     REQUIRE(::mkdtemp(name.data()) != nullptr);
     path = name;
   }
@@ -71,12 +74,14 @@ class Random {
   explicit Random(std::uint64_t seed) : bits_(seed) {}
   double uniform() { return static_cast<double>(bits_() >> 11) * 0x1p-53; }
   double normal() {
-    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
+    return std::sqrt(-2 * std::log(1 - uniform())) *
+           std::cos(6.283185307179586 * uniform());
   }
   template <class Scalar>
   Matrix<Scalar> matrix(Index rows, Index cols, double scale = 1) {
     Matrix<Scalar> m(rows, cols);
-    for (Index i = 0; i < m.size(); ++i) m.data()[i] = static_cast<Scalar>(scale * normal());
+    for (Index i = 0; i < m.size(); ++i)
+      m.data()[i] = static_cast<Scalar>(scale * normal());
     return m;
   }
 
@@ -97,20 +102,23 @@ Matrix<Scalar> matrix(const mamba::Tensor& tensor) {
 /// natural size of the terms that were added. NaN never passes. Returns the worst multiple of
 /// eps * magnitude.
 template <class Got, class Want, class Size>
-double check_close(const char* name, const Got& got, const Want& want, const Size& magnitude, double k,
-                   double eps) {
+double check_close(const char* name, const Got& got, const Want& want,
+                   const Size& magnitude, double k, double eps) {
   REQUIRE(got.rows() == want.rows());
   REQUIRE(got.cols() == want.cols());
   double worst = 0;
   Index row = 0, col = 0;
   for (Index r = 0; r < got.rows(); ++r) {
     for (Index c = 0; c < got.cols(); ++c) {
-      const double error = std::abs(static_cast<double>(got(r, c)) - static_cast<double>(want(r, c)));
+      const double error =
+          std::abs(static_cast<double>(got(r, c)) - static_cast<double>(want(r, c)));
       const double unit = eps * static_cast<double>(magnitude(r, c)) + 1e-300;
-      if (!(error / unit <= worst)) worst = std::isnan(error) ? INFINITY : error / unit, row = r, col = c;
+      if (!(error / unit <= worst))
+        worst = std::isnan(error) ? INFINITY : error / unit, row = r, col = c;
     }
   }
-  INFO(name << ": worst at (" << row << ", " << col << "): " << worst << " units of rounding, allowed " << k);
+  INFO(name << ": worst at (" << row << ", " << col << "): " << worst
+            << " units of rounding, allowed " << k);
   CHECK(worst <= k);
   return worst;
 }
@@ -122,7 +130,8 @@ double max_difference(const A& a, const B& b) {
   double worst = 0;
   for (Index r = 0; r < a.rows(); ++r)
     for (Index c = 0; c < a.cols(); ++c) {
-      const double d = std::abs(static_cast<double>(a(r, c)) - static_cast<double>(b(r, c)));
+      const double d =
+          std::abs(static_cast<double>(a(r, c)) - static_cast<double>(b(r, c)));
       if (!(d <= worst)) worst = std::isnan(d) ? INFINITY : d;
     }
   return worst;

@@ -176,6 +176,7 @@ TEST_CASE("safetensors: what is written is read back, in every dtype and shape")
     tensors.push_back(to_dtype(tensor_view("", {59}, numbers.data()), dtype));
     tensors.back().name = std::string("as ") + dtype_name(dtype);
   }
+  tensors.push_back(to_dtype(tensor_view("odd", {3}, numbers.data()), DType::F16));
   const std::map<std::string, std::string> metadata = {{"format", "pt"},
                                                        {"text", "\"\\ \u00fc\n"}};
   write_safetensors(folder / "a.safetensors", tensors, metadata);

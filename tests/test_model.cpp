@@ -30,7 +30,8 @@ std::vector<Case> golden_models() {
   std::vector<Case> cases;
   for (const std::string& folder : golden_folders())
     for (const std::string& path : files_matching(folder, "mamba")) {
-      const mamba::Checkpoint file = mamba::read_safetensors(path + "/expected.safetensors");
+      const mamba::Checkpoint file =
+          mamba::read_safetensors(path + "/expected.safetensors");
       const auto& shape = file.at("logits").shape;  // (batch, L, vocab_size)
       Case c{path, {}, {}};
       const Matrix<double> logits = matrix<double>(file.at("logits"));
@@ -41,28 +42,34 @@ std::vector<Case> golden_models() {
       cases.push_back(c);
     }
   const char* more = std::getenv("MAMBA_TEST_DATA");
-  for (const char* name : {"stories-mamba1-hf", "stories-mamba1-original", "stories-mamba2-hf"}) {
+  for (const char* name :
+       {"stories-mamba1-hf", "stories-mamba1-original", "stories-mamba2-hf"}) {
     if (!more || !*more) break;
     const std::string path = std::string(more) + "/weights/" + name;
     const mamba::Checkpoint file = mamba::read_safetensors(path + "/expected.safetensors");
     Case c{path, {}, {}};
     for (int i = 0; i < 5; ++i) {
       c.logits.push_back(matrix<double>(file.at("logits_" + std::to_string(i))));
-      c.ids.push_back(tokens(file.at("greedy_" + std::to_string(i)), 0, c.logits.back().rows()));
+      c.ids.push_back(
+          tokens(file.at("greedy_" + std::to_string(i)), 0, c.logits.back().rows()));
     }
     cases.push_back(c);
   }
   return cases;
 }
 
-const std::vector<std::string> kModes = {"parallel", "recurrent", "chunked=1", "chunked=3", "chunked=7", "chunked=64"};
+const std::vector<std::string> kModes = {"parallel",  "recurrent", "chunked=1",
+                                         "chunked=3", "chunked=7", "chunked=64"};
 
 template <class Engine>
-Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids, const std::string& mode) {
+Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids,
+                        const std::string& mode) {
   Matrix<float> all(static_cast<Index>(ids.size()), engine.config().vocab_size);
   auto state = engine.new_state();
-  mamba::walk(engine, state, ids.data(), static_cast<Index>(ids.size()), mamba::parse_mode(mode),
-              [&](Index first, const Matrix<float>& rows) { all.middleRows(first, rows.rows()) = rows; });
+  mamba::walk(engine, state, ids.data(), static_cast<Index>(ids.size()),
+              mamba::parse_mode(mode), [&](Index first, const Matrix<float>& rows) {
+                all.middleRows(first, rows.rows()) = rows;
+              });
   return all;
 }
 
@@ -74,7 +81,8 @@ mamba::CpuEngine open(const std::string& folder, std::optional<mamba::DType> dty
 
 }  // namespace
 
-TEST_CASE("models: float32 logits agree with golden data below 1e-4, both layouts, every mode") {
+TEST_CASE(
+    "models: float32 logits agree with golden data below 1e-4, both layouts, every mode") {
   const auto cases = golden_models();
   REQUIRE(cases.size() >= 4);
   double worst = 0;
@@ -95,35 +103,41 @@ TEST_CASE("models: the double reference agrees with golden data below 1e-5, ever
   double worst = 0;
   for (const Case& c : golden_models()) {
     const mamba::Config config = mamba::read_config(c.folder);
-    const auto model = mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
+    const auto model =
+        mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
     const bool small = config.d_model < 128;
     for (std::size_t i = 0; i < (small ? c.ids.size() : 1); ++i)
       for (const ssm::Form form : ssm::kForms) {
-        if (!small && form == ssm::Form::parallel && config.version == 1) continue;  // L d N numbers
+        if (!small && form == ssm::Form::parallel && config.version == 1)
+          continue;  // L d N numbers
         ssm::Options<double> options;
         options.form = form;
         ssm::State<double> state(config);
-        const Matrix<double> got =
-            ssm::forward(model, c.ids[i].data(), static_cast<Index>(c.ids[i].size()), state, options);
+        const Matrix<double> got = ssm::forward(
+            model, c.ids[i].data(), static_cast<Index>(c.ids[i].size()), state, options);
         CAPTURE(c.folder, i, int(form));
         const double d = max_difference(got, c.logits[i]);
         CHECK(d < 1e-5);
         worst = std::max(worst, d);
       }
   }
-  std::cout << "models: worst double logit is off by " << worst << " (the files hold float32)\n";
+  std::cout << "models: worst double logit is off by " << worst
+            << " (the files hold float32)\n";
 }
 
 TEST_CASE("models: step by step equals the whole sequence in double, states included") {
   for (const Case& c : golden_models()) {
     const mamba::Config config = mamba::read_config(c.folder);
     if (config.d_model >= 128) continue;  // the small models say it all
-    const auto model = mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
+    const auto model =
+        mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
     const auto& ids = c.ids[0];
     ssm::State<double> whole(config), stepped(config);
-    const Matrix<double> want = ssm::forward(model, ids.data(), static_cast<Index>(ids.size()), whole);
+    const Matrix<double> want =
+        ssm::forward(model, ids.data(), static_cast<Index>(ids.size()), whole);
     Matrix<double> got(want.rows(), want.cols());
-    for (std::size_t t = 0; t < ids.size(); ++t) got.row(static_cast<Index>(t)) = ssm::step(model, ids[t], stepped);
+    for (std::size_t t = 0; t < ids.size(); ++t)
+      got.row(static_cast<Index>(t)) = ssm::step(model, ids[t], stepped);
     CAPTURE(c.folder);
     CHECK(max_difference(got, want) < 1e-12);
     for (std::size_t l = 0; l < whole.layers.size(); ++l) {
@@ -137,7 +151,8 @@ TEST_CASE("models: a text may be cut anywhere, empty pieces included") {
   for (const Case& c : golden_models()) {
     const mamba::Config config = mamba::read_config(c.folder);
     if (config.d_model >= 128) continue;
-    const auto model = mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
+    const auto model =
+        mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
     const Token* ids = c.ids[0].data();
     const Index L = static_cast<Index>(c.ids[0].size());
     ssm::State<double> whole(config);
@@ -161,7 +176,8 @@ TEST_CASE("models: both layouts of the same model give the same bits") {
     auto a = open(folder + "/" + name + "-hf"), b = open(folder + "/" + name + "-original");
     const std::vector<Token> ids = {5, 17, 3, 99, 0, 42};
     CAPTURE(name);
-    CHECK(max_difference(logits_of(a, ids, "parallel"), logits_of(b, ids, "parallel")) == 0);
+    CHECK(max_difference(logits_of(a, ids, "parallel"), logits_of(b, ids, "parallel")) ==
+          0);
   }
 }
 
@@ -182,10 +198,14 @@ TEST_CASE("models: bf16 and f16 storage change the weights, not the arithmetic")
   }
 }
 
-TEST_CASE("generate: greedy continuations of the shipped model equal the expected ones token for token") {
-  const mamba::Checkpoint file = mamba::read_safetensors(root("tests/golden/expected_stories.safetensors"));
+TEST_CASE(
+    "generate: greedy continuations of the shipped model equal the expected ones token for "
+    "token") {
+  const mamba::Checkpoint file =
+      mamba::read_safetensors(root("tests/golden/expected_stories.safetensors"));
   auto engine = open(root("weights/stories"));
-  const auto tokenizer = mamba::Tokenizer::from_file(root("weights/stories/tokenizer.json"));
+  const auto tokenizer =
+      mamba::Tokenizer::from_file(root("weights/stories/tokenizer.json"));
   const auto texts = mamba::Json::parse(file.metadata.at("prompts"));
   for (std::size_t i = 0; i < 5; ++i) {
     const std::string n = std::to_string(i);
@@ -210,7 +230,8 @@ TEST_CASE("generate: several prompts at once are each as if alone") {
   mamba::GenerateOptions options;
   options.n = 12;
   std::vector<Sequence> together;
-  for (std::size_t i = 0; i < prompts.size(); ++i) together.push_back({prompts[i], engine.new_state(), i, 0});
+  for (std::size_t i = 0; i < prompts.size(); ++i)
+    together.push_back({prompts[i], engine.new_state(), i, 0});
   engine.generate(together, options, [](std::size_t, Token) {});
   for (std::size_t i = 0; i < prompts.size(); ++i) {
     std::vector<Sequence> alone;
@@ -251,11 +272,13 @@ TEST_CASE("generate: a saved state goes on as if it had never stopped") {
 }
 
 TEST_CASE("perplexity: the golden negative log likelihoods, whole, chunked and recurrent") {
-  const mamba::Checkpoint file = mamba::read_safetensors(root("tests/golden/expected_stories.safetensors"));
+  const mamba::Checkpoint file =
+      mamba::read_safetensors(root("tests/golden/expected_stories.safetensors"));
   auto engine = open(root("weights/stories"));
   const auto nll = mamba::values<double>(file.at("val_nll"));
   const auto ids = tokens(file.at("val_ids"), 0, static_cast<Index>(nll.size()) + 1);
-  const double want = std::accumulate(nll.begin(), nll.end(), 0.0) / static_cast<double>(nll.size());
+  const double want =
+      std::accumulate(nll.begin(), nll.end(), 0.0) / static_cast<double>(nll.size());
   for (const char* mode : {"parallel", "recurrent", "chunked=7"}) {
     mamba::PerplexityOptions options;
     options.mode = mamba::parse_mode(mode);
@@ -269,7 +292,8 @@ TEST_CASE("perplexity: the golden negative log likelihoods, whole, chunked and r
 TEST_CASE("perplexity: the 4,096 validation tokens have mean 1.9006") {
   const auto data = extra_data();
   if (!data) return;
-  const mamba::Checkpoint file = mamba::read_safetensors(*data + "/weights/stories-mamba1-hf/expected.safetensors");
+  const mamba::Checkpoint file =
+      mamba::read_safetensors(*data + "/weights/stories-mamba1-hf/expected.safetensors");
   auto engine = open(root("weights/stories"));
   const auto ids = tokens(file.at("val_ids"), 0, 4097);
   for (const char* mode : {"parallel", "recurrent", "chunked=100"}) {
@@ -293,9 +317,10 @@ TEST_CASE("perplexity: windows score what they say") {
   };
   CHECK(score(0, 0, false).tokens == 49);
   CHECK(score(50, 0, false).nll == score(0, 0, false).nll);
-  CHECK(score(10, 0, false).tokens == 45);    // the first of each of 5 windows has no context
-  CHECK(score(10, 5, false).tokens == 49);    // overlapping windows leave out the very first only
-  CHECK(score(10, 0, true).tokens == 49);     // carried state: as the whole text
+  CHECK(score(10, 0, false).tokens == 45);  // the first of each of 5 windows has no context
+  CHECK(score(10, 5, false).tokens ==
+        49);  // overlapping windows leave out the very first only
+  CHECK(score(10, 0, true).tokens == 49);  // carried state: as the whole text
   CHECK(score(10, 0, true).nll == Approx(score(0, 0, false).nll).margin(1e-3));
   CHECK(score(7, 3, false).tokens == 49);
   // by hand: stride 1 scores every token with the 9 before it (fewer at the start)
@@ -304,7 +329,8 @@ TEST_CASE("perplexity: windows score what they say") {
     const Index begin = std::max<Index>(0, target - 9);
     const std::vector<Token> context(ids.begin() + begin, ids.begin() + target);
     const Matrix<float> logits = logits_of(engine, context, "parallel");
-    nll += mamba::negative_log_likelihood(logits, logits.rows() - 1, ids[static_cast<std::size_t>(target)]);
+    nll += mamba::negative_log_likelihood(logits, logits.rows() - 1,
+                                          ids[static_cast<std::size_t>(target)]);
   }
   CHECK(score(10, 1, false).nll == Approx(nll).margin(1e-3));
   CHECK_THROWS_WITH(score(51, 0, false), Catch::Contains("at most the 50 tokens"));
@@ -317,7 +343,8 @@ TEST_CASE("delta ratio: one is the model itself, another is not") {
   const mamba::Checkpoint checkpoint = mamba::read_checkpoint(folder);
   mamba::EngineOptions half;
   half.delta_ratio = 0.5f;
-  mamba::CpuEngine one(checkpoint, mamba::read_config(folder), {}), other(checkpoint, mamba::read_config(folder), half);
+  mamba::CpuEngine one(checkpoint, mamba::read_config(folder), {}),
+      other(checkpoint, mamba::read_config(folder), half);
   const Matrix<float> want = logits_of(other, ids, "parallel");
   CHECK(max_difference(logits_of(one, ids, "parallel"), want) > 1e-2);
   CHECK(max_difference(logits_of(other, ids, "recurrent"), want) < 1e-5);

@@ -9,7 +9,9 @@ using ssm::kForms;
 namespace {
 
 const char* name(Form form) {
-  return form == Form::sequential ? "sequential" : form == Form::parallel ? "parallel" : "chunked";
+  return form == Form::sequential ? "sequential"
+         : form == Form::parallel ? "parallel"
+                                  : "chunked";
 }
 
 // Multiples of eps that the forms of the reference may differ by: they add the same
@@ -75,28 +77,32 @@ const std::vector<ScanCase> kScanCases = [] {
   std::vector<ScanCase> cases;
   for (const Index L : {0, 1, 2, 3, 31, 32, 33, 63, 129, 257})
     cases.push_back({L, 5, 16, 1, true, true, true, true});
-  for (const Index N : {1, 3, 8, 64}) cases.push_back({33, 7, N, 1, true, true, true, true});
+  for (const Index N : {1, 3, 8, 64})
+    cases.push_back({33, 7, N, 1, true, true, true, true});
   for (int options = 0; options < 16; ++options)
-    cases.push_back({17, 6, 4, 3, bool(options & 1), bool(options & 2), bool(options & 4), bool(options & 8)});
+    cases.push_back({17, 6, 4, 3, bool(options & 1), bool(options & 2), bool(options & 4),
+                     bool(options & 8)});
   cases.push_back({40, 1, 1, 1, false, false, false, false});
   return cases;
 }();
 
 template <class Scalar>
-Matrix<Scalar> scan_in_pieces(const ScanData<Scalar>& s, const std::vector<Index>& cuts, Form form,
-                              StateMatrix<Scalar>& h) {
+Matrix<Scalar> scan_in_pieces(const ScanData<Scalar>& s, const std::vector<Index>& cuts,
+                              Form form, StateMatrix<Scalar>& h) {
   h = s.h0;
   Matrix<Scalar> out(s.in.length(), h.rows());
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
     const Index first = cuts[i], count = cuts[i + 1] - first;
-    out.middleRows(first, count) = ssm::selective_scan<Scalar>(s.in.tokens(first, count), h, form, 7);
+    out.middleRows(first, count) =
+        ssm::selective_scan<Scalar>(s.in.tokens(first, count), h, form, 7);
   }
   return out;
 }
 
 }  // namespace
 
-TEST_CASE("selective_scan: sequential, parallel and chunked forms agree, final state included") {
+TEST_CASE(
+    "selective_scan: sequential, parallel and chunked forms agree, final state included") {
   for (const ScanCase& c : kScanCases) {
     ScanData<double> s;
     fill(s, c, 1);
@@ -150,13 +156,16 @@ TEST_CASE("selective_scan: a sequence may be cut anywhere, empty pieces included
   for (const Form form : kForms) {
     for (Index cut = 0; cut <= 33; ++cut) {
       CAPTURE(name(form), cut);
-      check_close("out", scan_in_pieces(s, {0, cut, cut, 33}, form, h), want, size, kFormsBound, 0x1p-53);
+      check_close("out", scan_in_pieces(s, {0, cut, cut, 33}, form, h), want, size,
+                  kFormsBound, 0x1p-53);
       check_close("hT", h, want_h, size_h, kFormsBound, 0x1p-53);
     }
   }
 }
 
-TEST_CASE("selective_scan: agrees with golden data in double to 1e-10, every form, cut everywhere") {
+TEST_CASE(
+    "selective_scan: agrees with golden data in double to 1e-10, every form, cut "
+    "everywhere") {
   std::size_t files = 0;
   for (const std::string& folder : golden_folders()) {
     for (const std::string& path : files_matching(folder, "scan_")) {
@@ -165,15 +174,18 @@ TEST_CASE("selective_scan: agrees with golden data in double to 1e-10, every for
       const auto& shape = file.at("u").shape;  // (batch, d, L)
       const Index batch = shape[0], d = shape[1], L = shape[2], N = file.at("A").shape[1];
       const Index groups = file.at("B").shape[1];
-      const auto at = [&](const std::string& key, Index b) -> Matrix<double> {  // of batch b
+      const auto at = [&](const std::string& key,
+                          Index b) -> Matrix<double> {  // of batch b
         if (!file.find(key)) return {};
         const Matrix<double> all = matrix<double>(file.at(key));
         return all.middleRows(b * all.rows() / batch, all.rows() / batch);
       };
       for (Index b = 0; b < batch; ++b) {
         ScanData<double> s;
-        s.x = at("u", b).transpose(), s.delta = at("delta", b).transpose(), s.z = at("z", b).transpose();
-        s.B = at("B", b).transpose(), s.C = at("C", b).transpose();  // (groups N, L) -> (L, groups N)
+        s.x = at("u", b).transpose(), s.delta = at("delta", b).transpose(),
+        s.z = at("z", b).transpose();
+        s.B = at("B", b).transpose(),
+        s.C = at("C", b).transpose();  // (groups N, L) -> (L, groups N)
         s.A = matrix<double>(file.at("A"));
         if (file.find("D")) s.D = matrix<double>(file.at("D"));
         if (file.find("delta_bias")) s.bias = matrix<double>(file.at("delta_bias"));
@@ -187,7 +199,8 @@ TEST_CASE("selective_scan: agrees with golden data in double to 1e-10, every for
           for (Index cut = 0; cut <= L; cut += L > 300 ? L / 3 : step) {
             CAPTURE(path, b, name(form), cut);
             StateMatrix<double> h;
-            CHECK(max_difference(scan_in_pieces(s, {0, cut, L}, form, h), out) <= 1e-10 * scale);
+            CHECK(max_difference(scan_in_pieces(s, {0, cut, L}, form, h), out) <=
+                  1e-10 * scale);
             CHECK(max_difference(h, hT) <= 1e-10 * scale_h);
           }
         }
@@ -197,14 +210,16 @@ TEST_CASE("selective_scan: agrees with golden data in double to 1e-10, every for
   REQUIRE(files > 0);
 }
 
-TEST_CASE("selective_scan: groups repeat B and C interleaved, neighbouring channels together") {
+TEST_CASE(
+    "selective_scan: groups repeat B and C interleaved, neighbouring channels together") {
   ScanData<double> s;
   fill(s, {9, 6, 2, 3, false, false, false, true}, 4);
   StateMatrix<double> h = s.h0;
   const Matrix<double> out = ssm::selective_scan<double>(s.in, h);
   for (Index c = 0; c < 6; ++c) {  // each channel alone, with the B and C of its group
     const Index g = c / 2;
-    const Matrix<double> x = s.x.col(c), delta = s.delta.col(c), B = s.B.middleCols(2 * g, 2), C = s.C.middleCols(2 * g, 2);
+    const Matrix<double> x = s.x.col(c), delta = s.delta.col(c),
+                         B = s.B.middleCols(2 * g, 2), C = s.C.middleCols(2 * g, 2);
     const StateMatrix<double> A = s.A.row(c);
     StateMatrix<double> h_c = s.h0.row(c);
     ssm::ScanInputs<double> in;
@@ -220,17 +235,19 @@ TEST_CASE("associative_scan: the pair operator keeps order for every length") {
     Matrix<double> want = b;
     for (Index t = 1; t < L; ++t) want.row(t) += a.row(t).cwiseProduct(want.row(t - 1));
     Matrix<double> size = b.cwiseAbs();
-    for (Index t = 1; t < L; ++t) size.row(t) += a.row(t).cwiseAbs().cwiseProduct(size.row(t - 1));
+    for (Index t = 1; t < L; ++t)
+      size.row(t) += a.row(t).cwiseAbs().cwiseProduct(size.row(t - 1));
     ssm::associative_scan(a, b);
     CAPTURE(L);
     check_close("h", b, want, size, kFormsBound, 0x1p-53);
   }
 }
 
-TEST_CASE("selective_scan: extreme steps neither overflow nor divide by an underflowed decay") {
+TEST_CASE(
+    "selective_scan: extreme steps neither overflow nor divide by an underflowed decay") {
   ScanData<float> s;
   fill(s, {50, 4, 3, 1, true, true, true, true}, 5);
-  s.delta.topRows(20).array() += 1000;   // softplus(1000) = 1000: decay is exactly zero
+  s.delta.topRows(20).array() += 1000;     // softplus(1000) = 1000: decay is exactly zero
   s.delta.bottomRows(20).array() -= 1000;  // softplus(-1000) = 0: nothing moves
   for (const Form form : kForms) {
     CAPTURE(name(form));
@@ -274,7 +291,8 @@ struct SsdData {
 };
 
 template <class Scalar>
-void fill(SsdData<Scalar>& s, Index L, Index H, Index P, Index N, Index groups, std::uint64_t seed) {
+void fill(SsdData<Scalar>& s, Index L, Index H, Index P, Index N, Index groups,
+          std::uint64_t seed) {
   Random random(seed);
   s.x = random.matrix<Scalar>(L, H * P), s.dt = random.matrix<Scalar>(L, H);
   s.A = -random.matrix<Scalar>(H, 1).cwiseAbs();
@@ -294,8 +312,8 @@ void magnitude(const SsdData<double>& s, Matrix<double>& out, StateMatrix<double
   out = ssm::ssd<double>(a.in, hT, Form::sequential);
 }
 
-Matrix<double> ssd_in_pieces(const SsdData<double>& s, const std::vector<Index>& cuts, Form form,
-                             StateMatrix<double>& h) {
+Matrix<double> ssd_in_pieces(const SsdData<double>& s, const std::vector<Index>& cuts,
+                             Form form, StateMatrix<double>& h) {
   Matrix<double> out(s.in.length(), h.rows());
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i)
     out.middleRows(cuts[i], cuts[i + 1] - cuts[i]) =
@@ -305,7 +323,9 @@ Matrix<double> ssd_in_pieces(const SsdData<double>& s, const std::vector<Index>&
 
 }  // namespace
 
-TEST_CASE("ssd: recurrence, chunked and quadratic dual forms agree, final state included, cut anywhere") {
+TEST_CASE(
+    "ssd: recurrence, chunked and quadratic dual forms agree, final state included, cut "
+    "anywhere") {
   for (const Index L : {0, 1, 2, 3, 31, 32, 33, 63, 129}) {
     for (const Index groups : {1, 3}) {
       SsdData<double> s;
@@ -318,7 +338,8 @@ TEST_CASE("ssd: recurrence, chunked and quadratic dual forms agree, final state 
         for (Index cut = 0; cut <= L; cut += std::max<Index>(1, L / 7)) {
           CAPTURE(L, groups, name(form), cut);
           StateMatrix<double> h = s.h0;
-          check_close("out", ssd_in_pieces(s, {0, cut, cut, L}, form, h), want, size, kFormsBound, 0x1p-53);
+          check_close("out", ssd_in_pieces(s, {0, cut, cut, L}, form, h), want, size,
+                      kFormsBound, 0x1p-53);
           check_close("hT", h, want_h, size_h, kFormsBound, 0x1p-53);
         }
       }
@@ -336,12 +357,14 @@ TEST_CASE("ssd: is the selective scan with one decay per head") {
     for (Index i = 0; i < H * P; ++i) r(i / P, i) = 1;
     return r;
   }();
-  scan.x = s.x, scan.delta = ssm::step_size(s.in) * repeat, scan.B = s.B, scan.C = s.C, scan.D = s.D * repeat;
+  scan.x = s.x, scan.delta = ssm::step_size(s.in) * repeat, scan.B = s.B, scan.C = s.C,
+  scan.D = s.D * repeat;
   scan.A = repeat.transpose() * s.A * Matrix<double>::Ones(1, N);
   scan.h0 = s.h0;
   scan.bind(2, false);
   StateMatrix<double> h_ssd = s.h0, h_scan = s.h0;
-  const Matrix<double> y = ssm::ssd<double>(s.in, h_ssd), out = ssm::selective_scan<double>(scan.in, h_scan);
+  const Matrix<double> y = ssm::ssd<double>(s.in, h_ssd),
+                       out = ssm::selective_scan<double>(scan.in, h_scan);
   CHECK(max_difference(y, out) <= 1e-13);
   CHECK(max_difference(h_ssd, h_scan) <= 1e-13);
 }
@@ -371,7 +394,8 @@ TEST_CASE("ssd: agrees with golden data in double to 1e-10, every form, cut ever
       };
       for (Index b = 0; b < batch; ++b) {
         SsdData<double> s;
-        s.x = at("x", b, L), s.dt = at("dt", b, L), s.B = at("B", b, L), s.C = at("C", b, L);
+        s.x = at("x", b, L), s.dt = at("dt", b, L), s.B = at("B", b, L),
+        s.C = at("C", b, L);
         s.A = matrix<double>(file.at("A")).transpose();
         if (file.find("D")) s.D = matrix<double>(file.at("D"));
         if (file.find("dt_bias")) s.bias = matrix<double>(file.at("dt_bias"));
@@ -383,7 +407,8 @@ TEST_CASE("ssd: agrees with golden data in double to 1e-10, every form, cut ever
           for (Index cut = 0; cut <= L; cut += std::max<Index>(1, L / 5)) {
             CAPTURE(path, b, name(form), cut);
             StateMatrix<double> h = s.h0;
-            CHECK(max_difference(ssd_in_pieces(s, {0, cut, L}, form, h), out) <= 1e-10 * out.cwiseAbs().maxCoeff());
+            CHECK(max_difference(ssd_in_pieces(s, {0, cut, L}, form, h), out) <=
+                  1e-10 * out.cwiseAbs().maxCoeff());
             CHECK(max_difference(h, hT) <= 1e-10 * hT.cwiseAbs().maxCoeff());
           }
         }
@@ -395,13 +420,17 @@ TEST_CASE("ssd: agrees with golden data in double to 1e-10, every form, cut ever
 
 // --- causal_conv1d ---
 
-TEST_CASE("causal_conv1d: equals its sum, cut anywhere, pieces shorter than the window included") {
+TEST_CASE(
+    "causal_conv1d: equals its sum, cut anywhere, pieces shorter than the window "
+    "included") {
   for (const Index d_conv : {1, 2, 4, 5}) {
     for (const Index L : {0, 1, 2, 3, 4, 9}) {
       Random random(9);
       const Index d = 3;
-      const Matrix<double> x = random.matrix<double>(L, d), w = random.matrix<double>(d, d_conv);
-      const Matrix<double> bias = random.matrix<double>(1, d), state = random.matrix<double>(d_conv - 1, d);
+      const Matrix<double> x = random.matrix<double>(L, d),
+                           w = random.matrix<double>(d, d_conv);
+      const Matrix<double> bias = random.matrix<double>(1, d),
+                           state = random.matrix<double>(d_conv - 1, d);
       Matrix<double> all(d_conv - 1 + L, d);
       all << state, x;
       Matrix<double> want(L, d);
@@ -414,12 +443,14 @@ TEST_CASE("causal_conv1d: equals its sum, cut anywhere, pieces shorter than the 
         CAPTURE(d_conv, L, cut);
         Matrix<double> s = state, got(L, d);
         got.topRows(cut) = ssm::causal_conv1d<double>(x.topRows(cut), w, bias, s);
-        got.bottomRows(L - cut) = ssm::causal_conv1d<double>(x.bottomRows(L - cut), w, bias, s);
+        got.bottomRows(L - cut) =
+            ssm::causal_conv1d<double>(x.bottomRows(L - cut), w, bias, s);
         CHECK(max_difference(got, want) <= 1e-14);
         CHECK(max_difference(s, all.bottomRows(d_conv - 1)) == 0);
       }
       Matrix<double> s = state, got(L, d);
-      for (Index t = 0; t < L; ++t) got.row(t) = ssm::causal_conv1d_step<double>(x.row(t), w, bias, s);
+      for (Index t = 0; t < L; ++t)
+        got.row(t) = ssm::causal_conv1d_step<double>(x.row(t), w, bias, s);
       CHECK(max_difference(got, want) <= 1e-14);
       CHECK(max_difference(s, all.bottomRows(d_conv - 1)) == 0);
     }
@@ -450,7 +481,9 @@ TEST_CASE("gated_rms_norm: normalizes each group by itself, gate first") {
   for (Index t = 0; t < 4; ++t)
     for (Index g = 0; g < 2; ++g) {
       double sum = 0;
-      const auto gated = [&](Index c) { return y(t, c) * z(t, c) / (1 + std::exp(-z(t, c))); };
+      const auto gated = [&](Index c) {
+        return y(t, c) * z(t, c) / (1 + std::exp(-z(t, c)));
+      };
       for (Index c = 3 * g; c < 3 * g + 3; ++c) sum += gated(c) * gated(c);
       for (Index c = 3 * g; c < 3 * g + 3; ++c)
         CHECK(got(t, c) == Approx(gated(c) / std::sqrt(sum / 3 + 1e-5) * w(c)));

@@ -286,6 +286,15 @@ TEST_CASE("tokenizer: the queue of merges gives what the definition gives") {
   }
 }
 
+TEST_CASE("tokenizer: more words than it remembers") {
+  const Tokenizer tokenizer = made(with_merges({{"1", "2"}, {"Ġ", "7"}}));
+  std::string text;
+  for (int i = 0; i < 70000; ++i) text += " " + std::to_string(i);
+  const Ids ids = tokenizer.encode(text);
+  CHECK(tokenizer.decode(ids) == text);
+  CHECK(tokenizer.encode(text) == ids);
+}
+
 TEST_CASE("tokenizer: ignore_merges takes words that the vocabulary holds whole") {
   Json file = with_merges({{"a", "b"}, {"b", "c"}});
   file["model"]["vocab"]["Ġabc"] = 258;
@@ -535,6 +544,11 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
                                  {"pretokenizers",
                                   {{{"type", "Digits"}},
                                    {{"type", "ByteLevel"}, {"add_prefix_space", false}}}}}),
+       "pre_tokenizer: only Split"},
+      {broken("/pre_tokenizer", Json::parse(R"({"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Isolated",
+                 "invert": false},
+                {"type": "ByteLevel", "add_prefix_space": false}]})")),
        "pre_tokenizer: only Split"},
       {broken("/decoder", nothing), "decoder: "},
       {broken("/decoder/type", "WordPiece"), "decoder: only ByteLevel"},
