@@ -395,7 +395,7 @@ class CpuEngine {
   static constexpr const char* kDescription = "the readable reference, on the CPU";
   static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
   static constexpr bool kHasDevice = false;
-  static constexpr Index kPiece = 512;  // tokens that the parallel form takes at once
+  static constexpr Index kPiece = 256;  // tokens that the parallel form takes at once
 
   using State = ssm::State<float>;
 

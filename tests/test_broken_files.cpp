@@ -190,6 +190,8 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
   const BrokenModel model;
   require_line(error_of([&] { read_config(model.path.string()); }), "No such file",
                "config.json");
+  require_line(error_of([&] { read_config("no\nsuch"); }), "No such file",
+               "no?such/config.json");
   fs::create_directory(model.path / "config.json");
   require_line(error_of([&] { read_config(model.path.string()); }),
                "expected a file, found something else", "config.json");
@@ -538,6 +540,10 @@ TEST_CASE("broken torch.save: each of these ends in one line that names the file
       {"offset outside", torch_file(dict(text("x") + tensor(floats, 5, {2}, {1}))),
        "found offset 5, shape (2), strides (1)"},
       {"offset negative", torch_file(dict(text("x") + tensor(floats, -1, {2}, {1}))),
+       "found offset -1"},
+      {"offset negative in one byte",
+       torch_file(dict(text("x") + v2 + "(" + floats + "\x8a\x01\xff" + tuple({2}) +
+                       tuple({1}) + "\x89" + name("collections", "OrderedDict") + ")RtR")),
        "found offset -1"},
       {"offset of 2^63 - 1",
        torch_file(dict(text("x") + tensor(floats, INT64_MAX, {2}, {1}))),
