@@ -39,14 +39,21 @@ build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | 
 build/tests: $(TESTS)
 	$(CXX) $(CXXFLAGS) $(TESTS) -o $@ $(LIBS) $(CATCH2)
 
-SANITIZE = -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
-debug: setup  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@mkdir -p build/debug
-	for t in tests/*.cpp; do $(CXX) $(SANITIZE) $(WARNINGS) -I. -c $$t -o build/debug/$$(basename $$t .cpp).o $(LIBS) || exit 1; done
-	$(CXX) $(SANITIZE) build/debug/*.o -o build/debug/tests $(LIBS) $(CATCH2)
-	$(CXX) $(SANITIZE) mamba.cpp -o build/debug/mamba $(LIBS)
+SANITIZE = -std=c++17 -O1 -g1 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
+debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/debug/tests
 	python3 tests/test_command_line.py build/debug/mamba
+
+build/debug/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/debug
+	$(CXX) $(SANITIZE) $(WARNINGS) -I. -c $< -o $@ $(LIBS)
+
+build/debug/tests: $(TESTS:build/%=build/debug/%)
+	$(CXX) $(SANITIZE) $^ -o $@ $(LIBS) $(CATCH2)
+
+build/debug/mamba: mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/debug
+	$(CXX) $(SANITIZE) mamba.cpp -o $@ $(LIBS)
 
 bench: mamba     ## decode and prefill of the 130m shape against this machine's limits
 	./mamba bench bandwidth

@@ -1,6 +1,6 @@
 // mamba.cpp - the CPU program. Build and run:
 //
-//   g++ -std=c++17 -O3 -march=native -fopenmp mamba.cpp -o mamba -lutf8proc
+//   g++ -std=c++17 -O3 -march=native -fopenmp -isystem /usr/include/eigen3 mamba.cpp -o mamba -lutf8proc
 //   ./mamba "Once upon a time"
 //
 // The maths is ssm_reference.hpp in float, the loader, generator and command line are mamba.hpp. What
@@ -9,8 +9,16 @@
 
 #include "mamba.hpp"
 
-#include <malloc.h>
 #include <omp.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -21,28 +29,106 @@ namespace mamba {
 // The matrix product y = x W^T over weights as stored, on all cores
 // ------------------------------------------------------------------------------------------
 
+// The threads that share the caller's work. An OpenMP team meets at a barrier, so on a busy machine,
+// where a thread may be away for milliseconds, each of the hundred products of a token waits for
+// it. Here nobody waits for a thread that has not come: the caller takes pieces as well, and at the
+// end waits only for those that somebody has begun.
+class Workers {
+ public:
+  ~Workers() {
+    stop_ = true;
+    { const std::lock_guard<std::mutex> lock(mutex_); }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
+  // Calls piece(i) for every i below `pieces`, on at most omp_get_max_threads() threads.
+  void run(std::uint32_t pieces, const std::function<void(Index)>& piece) {
+    const int helpers = omp_get_max_threads() - 1;
+    std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
+    if (pieces <= 1 || helpers == 0 || inside_ ||
+        !turn.try_lock()) {  // alone, or in a piece
+      for (Index i = 0; i < pieces; ++i) piece(i);
+      return;
+    }
+    while (static_cast<int>(threads_.size()) < helpers)
+      threads_.emplace_back([this, i = static_cast<int>(threads_.size())] { serve(i); });
+    helpers_ = helpers;
+    piece_ = &piece;
+    unfinished_ = pieces;
+    error_ = nullptr;
+    left_ = ((left_ >> 32) + 1) << 32 | pieces;  // from here on pieces are taken
+    if (sleeping_ > 0) {
+      { const std::lock_guard<std::mutex> lock(mutex_); }
+      wake_.notify_all();
+    }
+    work();
+    while (unfinished_ > 0) std::this_thread::yield();
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  bool called(int helper) const {
+    return stop_ || (static_cast<std::uint32_t>(left_) > 0 && helper < helpers_);
+  }
+
+  void serve(int helper) {
+    constexpr int kTries = 300;  // some 0.1 ms: the next product is seldom further away
+    while (!stop_) {
+      for (int i = 0; i < kTries && !called(helper); ++i) std::this_thread::yield();
+      if (!called(helper)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleeping_;
+        wake_.wait(lock, [&] { return called(helper); });
+        --sleeping_;
+      }
+      work();
+    }
+  }
+
+  void work() {
+    inside_ = true;
+    for (std::uint64_t left = left_; static_cast<std::uint32_t>(left) > 0; left = left_) {
+      const std::function<void(Index)>* piece = piece_;
+      if (!left_.compare_exchange_weak(left, left - 1))
+        continue;  // so piece is of this call
+      try {
+        (*piece)(static_cast<std::uint32_t>(left) - 1);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        error_ = std::current_exception();
+      }
+      --unfinished_;
+    }
+    inside_ = false;
+  }
+
+  static inline thread_local bool inside_ = false;
+  std::mutex turn_, mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+  std::atomic<std::uint64_t> left_{
+      0};  // number of the call << 32 | pieces that nobody has taken
+  std::atomic<const std::function<void(Index)>*> piece_{nullptr};
+  std::atomic<std::uint32_t> unfinished_{0};
+  std::atomic<int> helpers_{0}, sleeping_{0};
+  std::atomic<bool> stop_{false};
+  std::exception_ptr error_;
+};
+
+inline Workers& workers() {
+  static Workers all;
+  return all;
+}
+
 // Calls f(begin, end) for consecutive pieces of [0, n), each of `grain` (the last one shorter), on
-// the threads of OpenMP. The pieces are the same for every number of threads. One piece, or a call
-// from inside a parallel_for, runs in the caller; an exception in f arrives in the caller.
+// all threads. The pieces are the same for every number of threads. A call from inside a piece runs
+// in its caller; an exception in f arrives in the caller.
 template <class Function>
 void parallel_for(Index n, Index grain, const Function& f) {
   const Index pieces = (n + grain - 1) / grain;
-  const auto piece = [&](Index i) { f(i * grain, std::min(n, (i + 1) * grain)); };
-  if (pieces <= 1 || omp_get_max_threads() == 1 || omp_in_parallel()) {
-    for (Index i = 0; i < pieces; ++i) piece(i);
-    return;
-  }
-  std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic)
-  for (Index i = 0; i < pieces; ++i) {
-    try {
-      piece(i);
-    } catch (...) {
-#pragma omp critical(mamba_parallel_for)
-      error = std::current_exception();
-    }
-  }
-  if (error) std::rethrow_exception(error);
+  workers().run(static_cast<std::uint32_t>(pieces),
+                [&](Index i) { f(i * grain, std::min(n, (i + 1) * grain)); });
 }
 
 // A (rows x cols) row-major matrix of weights as stored: F32, BF16 or F16, at any address.
@@ -395,7 +481,8 @@ class CpuEngine {
   static constexpr const char* kDescription = "the readable reference, on the CPU";
   static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
   static constexpr bool kHasDevice = false;
-  static constexpr Index kPiece = 256;  // tokens that the parallel form takes at once
+  static constexpr Index kPiece = 256;      // tokens that the parallel form takes at once
+  static constexpr std::size_t kBatch = 1;  // one text after the other
 
   using State = ssm::State<float>;
 
@@ -469,7 +556,9 @@ inline void CpuEngine::bench(const BenchOptions& options) {
   }
   const bool decode = options.op == "decode";
   if (!decode && options.op != "prefill")
-    fail("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
+    fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
+  if (options.batch != 1)
+    fail_usage("--batch: expected 1: the CPU takes one text after the other");
   const Config config = published_config(options.shape);
   std::size_t parameters =
       0;  // of matrices: each is read once and costs a multiply-add a token
@@ -500,14 +589,14 @@ inline void CpuEngine::bench(const BenchOptions& options) {
   std::cout << Json{{"op", options.op},
                     {"shape", options.shape},
                     {"dtype", dtype_name(options.dtype)},
-                    {"length", L},
+                    {"length", decode ? 1 : options.length},
                     {"threads", threads},
                     {"median ms", median(seconds) * 1e3},
                     {"best ms", best * 1e3},
                     {"bytes", bytes},
                     {"flops", flops},
                     {"floor ms", floor * 1e3},
-                    {"best, % of floor", 100 * floor / best}}
+                    {"% of floor", 100 * floor / best}}
             << "\n";
 }
 
@@ -515,8 +604,8 @@ inline void CpuEngine::bench(const BenchOptions& options) {
 
 #ifndef MAMBA_NO_MAIN
 int main(int argc, char** argv) {
-#if defined( \
-    __GLIBC__)  // keep freed memory: pages that come back from the kernel must be zeroed anew
+#if defined(__GLIBC__)
+  // Keep freed memory: pages that come back from the kernel must be zeroed anew.
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif

@@ -12,14 +12,16 @@
 //
 // What a program brings is an Engine, a class with
 //   Engine(const Checkpoint&, const Config&, const EngineOptions&)
-//   config()                        the Config
-//   State                           what is remembered of one text; state_tensors(state) lists it
-//   new_state()                     the state before the first token (zeros)
-//   prefill(state, ids, L)          takes L tokens at once, returns the logits after the last
-//   forward(state, ids, L, sink)    the same, and calls sink(first, logits) for all positions in order
-//   step(state, id)                 takes one token by the step functions, returns its logits
-//   generate(...)                   section 6; generate_on_host does for a program without its own
-//   bench(BenchOptions)             its own measurements
+//   config()                      the Config
+//   State, new_state()            what is remembered of one text; before the first token (zeros)
+//   to_host(state), from_host(s)  the same as ssm::State<float>, for files
+//   prefill(state, ids, L)        takes L tokens at once, returns the logits after the last
+//   forward(state, ids, L, sink)  the same; calls sink(first, logits) for all positions, in order
+//   step(state, id)               takes one token by the step functions, returns its logits
+//   generate(...)                 section 6; generate_on_host does for a program without its own
+//   bench(BenchOptions)           its own measurements
+//   kPiece, kBatch                tokens that prefill and forward, sequences that generate is given at most
+//   kName, kDescription, kBenchOps, kHasDevice    for the command line
 #pragma once
 
 #include <fcntl.h>
@@ -34,6 +36,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -100,6 +103,18 @@ template <class... Parts>
   throw std::runtime_error(line);
 }
 
+/// What is wrong is how the program was called: exit status 2.
+struct UsageError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+template <class... Parts>
+[[noreturn]] void fail_usage(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  throw UsageError(out.str());
+}
+
 /// A name out of a file, fit for an error line: printable, quoted, and not a page long.
 inline std::string quote(std::string_view name, std::size_t longest = 80) {
   std::string text(name.substr(0, longest));
@@ -136,16 +151,46 @@ class MappedFile {
   std::unique_ptr<void, Unmap> data_;
 };
 
+/// Removes the file that is being written when a signal ends the program, then lets it end.
+class PartRemover {
+ public:
+  explicit PartRemover(const std::string& part) {
+    static const bool installed = [] {
+      for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGXFSZ})
+        std::signal(signal, remove);
+      return true;
+    }();
+    (void)installed;
+    if (part.size() < sizeof path) std::memcpy(path, part.c_str(), part.size() + 1);
+  }
+  ~PartRemover() { path[0] = 0; }
+  PartRemover(const PartRemover&) = delete;
+  PartRemover& operator=(const PartRemover&) = delete;
+
+ private:
+  static void remove(int signal) {  // only what may be called in a handler
+    if (path[0] != 0) ::unlink(path);
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
+  }
+  static inline char path[4096] = "";
+};
+
 /// A file that appears under its name only when it is whole: the bytes go to a file beside
 /// it, and commit() renames that. Without commit() nothing stays; after a signal, at most
 /// the file beside it. What is not a regular file, such as /dev/stdout, is written
 /// directly.
 class AtomicFile {
  public:
-  explicit AtomicFile(std::string path) : path_(std::move(path)), part_(path_) {
+  explicit AtomicFile(const std::string& path)
+      : path_(std::filesystem::is_symlink(path)
+                  ? std::filesystem::weakly_canonical(path).string()
+                  : path),
+        part_(path_) {
     struct stat status = {};
     direct_ = ::stat(path_.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
     if (!direct_) part_ += "." + std::to_string(::getpid()) + ".part";
+    if (!direct_) remover_.emplace(part_);
     file_ = ::open(part_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     check(file_ >= 0);
   }
@@ -176,9 +221,15 @@ class AtomicFile {
   }
 
   std::string path_, part_;
+  std::optional<PartRemover> remover_;
   int file_ = -1;
   bool direct_ = false, committed_ = false;
 };
+
+/// Fails now, not after long work, if nothing can be written there. An empty path is no file.
+inline void check_writable(const std::string& path) {
+  if (!path.empty()) AtomicFile file(path);
+}
 
 /// Walks a window of bytes and never steps past its end.
 class ByteReader {
@@ -465,10 +516,11 @@ inline void write_config(const std::string& directory, const Config& c) {
       {"use_conv_bias", c.use_conv_bias},
       {"residual_in_fp32", c.residual_in_fp32},
       {"tie_word_embeddings", c.tie_embeddings}};
-  if (c.d_inner % c.d_model == 0)
-    json["expand"] = c.d_inner / c.d_model;
-  else
-    json["expand"] = static_cast<double>(c.d_inner) / static_cast<double>(c.d_model);
+  if (c.d_inner % c.d_model != 0)
+    fail("cannot write: ", directory,
+         "/config.json: expand: this layout knows whole numbers only, found ", c.d_inner,
+         " / ", c.d_model);
+  json["expand"] = c.d_inner / c.d_model;
   if (two) {
     json["num_heads"] = c.n_heads;
     json["head_dim"] = c.head_dim;
@@ -841,39 +893,42 @@ inline Checkpoint read_safetensors(const std::string& path) {
   return checkpoint;
 }
 
-/// Writes a safetensors file: widest dtypes first, so that every tensor is aligned.
-inline void write_safetensors(const std::string& path, const std::vector<Tensor>& tensors,
-                              const std::map<std::string, std::string>& metadata = {}) {
-  std::vector<const Tensor*> order;
-  order.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) order.push_back(&tensor);
-  std::stable_sort(order.begin(), order.end(), [](const Tensor* a, const Tensor* b) {
-    return dtype_size(a->dtype) > dtype_size(b->dtype);
-  });
+/// Begins a safetensors file: all but the tensors' data, which must follow in this order.
+inline void write_safetensors_header(AtomicFile& file, const std::vector<Tensor>& tensors,
+                                     const std::map<std::string, std::string>& metadata) {
   nlohmann::ordered_json header = nlohmann::ordered_json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   std::uint64_t offset = 0;
-  for (const Tensor* tensor : order) {
-    if (header.contains(tensor->name))
-      fail("cannot write: ", path, ": two tensors named ", quote(tensor->name));
-    const std::uint64_t end = offset + tensor->byte_size();
-    header[tensor->name] = {{"dtype", dtype_name(tensor->dtype)},
-                            {"shape", tensor->shape},
-                            {"data_offsets", {offset, end}}};
+  for (const Tensor& tensor : tensors) {
+    if (header.contains(tensor.name))
+      fail("cannot write: two tensors named ", quote(tensor.name));
+    const std::uint64_t end = offset + tensor.byte_size();
+    header[tensor.name] = {{"dtype", dtype_name(tensor.dtype)},
+                           {"shape", tensor.shape},
+                           {"data_offsets", {offset, end}}};
     offset = end;
   }
   std::string text;
   try {
     text = header.dump();
   } catch (const Json::exception&) {
-    fail("cannot write: ", path, ": expected names and metadata in UTF-8");
+    fail("cannot write: expected names and metadata in UTF-8");
   }
   text.resize((text.size() + 7) / 8 * 8, ' ');
   const std::uint64_t size = text.size();
-  AtomicFile file(path);
   file.write({reinterpret_cast<const char*>(&size), sizeof size});
   file.write(text);
-  for (const Tensor* tensor : order) file.write(tensor->bytes());
+}
+
+/// Writes a safetensors file: widest dtypes first, so that every tensor is aligned.
+inline void write_safetensors(const std::string& path, std::vector<Tensor> tensors,
+                              const std::map<std::string, std::string>& metadata = {}) {
+  std::stable_sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) {
+    return dtype_size(a.dtype) > dtype_size(b.dtype);
+  });
+  AtomicFile file(path);
+  write_safetensors_header(file, tensors, metadata);
+  for (const Tensor& tensor : tensors) file.write(tensor.bytes());
   file.commit();
 }
 
@@ -1581,7 +1636,7 @@ inline Config published_config(const std::string& name) {
     c.n_heads = c.version == 1 ? 0 : c.d_inner / c.head_dim;
     return c;
   }
-  fail("unknown shape: ", quote(name), ": expected one of ", names);
+  fail_usage("--shape: expected one of ", names, ", found ", quote(name));
 }
 
 /// A checkpoint of random weights, spread as at the start of training so that nothing overflows.
@@ -1650,7 +1705,7 @@ struct SamplerOptions {
 // Fails on an option outside its range; NaN is outside every range.
 inline void check(const SamplerOptions& options) {
   const auto need = [](bool ok, const char* name, const char* range, auto found) {
-    if (!ok) fail("sampler: ", name, ": expected ", range, ", found ", found);
+    if (!ok) fail_usage("--", name, ": expected ", range, ", found ", found);
   };
   const auto& [temperature, top_k, top_p, min_p, penalty, seed] = options;
   need(temperature >= 0 && std::isfinite(temperature), "temperature",
@@ -1824,7 +1879,8 @@ inline Mode parse_mode(const std::string& text) {
     const auto [rest, error] = std::from_chars(text.data() + prefix.size(), end, chunk);
     if (error == std::errc() && rest == end && chunk > 0) return {Mode::chunked, chunk};
   }
-  fail("--mode: expected parallel, recurrent or chunked=K with K > 0, found ", quote(text));
+  fail_usage("--mode: expected parallel, recurrent or chunked=K with K > 0, found ",
+             quote(text));
 }
 
 /// logits (count, vocab_size) of positions first, first + 1, ...
@@ -1958,18 +2014,23 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
 // 7. Evaluation
 // =======================================================================================
 
-/// ids (L) and logits (L, vocab_size) of a text as a safetensors file.
+/// ids (L) and logits (L, vocab_size) of a text as a safetensors file, written as they are made.
 template <class Engine>
 void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode,
                   const std::string& path) {
-  const Index L = static_cast<Index>(ids.size()), V = engine.config().vocab_size;
-  Matrix<float> all(L, V);
+  const Index L = static_cast<Index>(ids.size());
+  const std::vector<Tensor> tensors = {
+      tensor_view("ids", {L}, ids.data()),
+      {"logits", DType::F32, {L, engine.config().vocab_size}, nullptr, nullptr}};
+  AtomicFile file(path);
+  write_safetensors_header(file, tensors, {});
+  file.write(tensors[0].bytes());
   auto state = engine.new_state();
-  walk(engine, state, ids.data(), L, mode, [&](Index first, const Matrix<float>& logits) {
-    all.middleRows(first, logits.rows()) = logits;
+  walk(engine, state, ids.data(), L, mode, [&](Index, const Matrix<float>& logits) {
+    file.write({reinterpret_cast<const char*>(logits.data()),
+                static_cast<std::size_t>(logits.size()) * sizeof(float)});
   });
-  write_safetensors(path, {tensor_view("ids", {L}, ids.data()),
-                           tensor_view("logits", {L, V}, all.data())});
+  file.commit();
 }
 
 /// -log softmax(logits)[target], in nats.
@@ -2526,7 +2587,7 @@ inline DType parse_dtype(const std::string& text) {
   if (text == "f32") return DType::F32;
   if (text == "bf16") return DType::BF16;
   if (text == "f16") return DType::F16;
-  fail("--dtype: expected f32, bf16 or f16, found ", quote(text));
+  fail_usage("--dtype: expected f32, bf16 or f16, found ", quote(text));
 }
 
 /// A file whole, or standard input for "-".
@@ -2582,7 +2643,10 @@ Engine open_engine(const Arguments& arguments) {
   options.delta_ratio = arguments.delta_ratio;
   options.device = arguments.device;
   if (!(options.delta_ratio > 0) || !std::isfinite(options.delta_ratio))
-    fail("--delta-ratio: expected a number above 0, found ", options.delta_ratio);
+    fail_usage("--delta-ratio: expected a number above 0, found ", options.delta_ratio);
+  if (!std::filesystem::is_directory(arguments.model))
+    fail("no model: ", arguments.model,
+         ": expected a directory with config.json and weights (--model)");
   const Config config = read_config(arguments.model);
   return Engine(read_checkpoint(arguments.model), config, options);
 }
@@ -2628,86 +2692,104 @@ inline std::vector<std::string> prompts(const Arguments& arguments) {
   return all;
 }
 
+/// Prints several texts, which grow in any order, one after the other: the first that is not done
+/// streams, what comes for later ones waits for its turn.
+class Transcript {
+ public:
+  explicit Transcript(std::size_t texts) : waiting_(texts), done_(texts) {}
+  void add(std::size_t i, const std::string& text) {
+    waiting_[i] += text;
+    if (i == turn_) flush();
+  }
+  void finish(std::size_t i, const std::string& rest) {
+    waiting_[i] += rest + "\n";
+    done_[i] = true;
+    if (i == turn_) flush();
+  }
+
+ private:
+  void flush() {
+    std::cout << std::exchange(waiting_[turn_], {});
+    while (done_[turn_] && ++turn_ < waiting_.size())
+      std::cout << std::exchange(waiting_[turn_], {});
+    std::cout << std::flush;
+  }
+  std::vector<std::string> waiting_;
+  std::vector<bool> done_;
+  std::size_t turn_ = 0;
+};
+
 template <class Engine>
 void run_generate(const Arguments& arguments) {
   check(arguments.sampler);
   const std::vector<std::string> texts = prompts(arguments);
   const bool stateful = !arguments.save_state.empty() || !arguments.load_state.empty();
   if (stateful && texts.size() != 1)
-    fail("--save-state, --load-state: expected one prompt, found ", texts.size());
+    fail_usage("--save-state, --load-state: expected one prompt, found ", texts.size());
+  check_writable(arguments.save_state);
   Engine engine = open_engine<Engine>(arguments);
   const Tokenizer tokenizer = open_tokenizer(arguments);
   const Config& config = engine.config();
-
-  std::vector<Sequence<typename Engine::State>> sequences;
-  std::vector<StreamDecoder> decoders(texts.size(), StreamDecoder(tokenizer));
-  for (std::size_t i = 0; i < texts.size(); ++i) {
-    sequences.push_back({{}, engine.new_state(), i, 0});
-    auto& s = sequences.back();
-    if (!arguments.load_state.empty()) {
-      s.state = engine.from_host(load_state(arguments.load_state, config, s.ids));
-      s.taken = s.ids.size() - 1;
-      for (const Token id : s.ids) decoders[i].push(id);
-    }
-    const std::vector<Token> prompt = tokenizer.encode(texts[i]);
-    s.ids.insert(s.ids.end(), prompt.begin(), prompt.end());
-    if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
-    if (s.ids.empty())
-      fail("--prompt: expected a text: this model has no token to begin with");
-    check_ids(s.ids, config, "--prompt: tokenizer and model do not match");
-  }
-
   GenerateOptions options;
   options.n = arguments.n;
   options.sampler = arguments.sampler;
   options.stop = arguments.ignore_eos ? -1 : config.eos_token_id;
 
-  // Text of the first unfinished sequence streams; that of later ones waits for its turn.
-  std::vector<std::string> waiting(texts.size());
-  std::size_t turn = 0;
-  const auto print = [&](std::size_t i, const std::string& text) {
-    if (i == turn)
-      std::cout << text << std::flush;
-    else
-      waiting[i] += text;
-  };
-  const auto turn_to = [&](std::size_t i) {
-    while (turn < i) {
-      std::cout << (arguments.save_state.empty() ? decoders[turn].finish() : "") << "\n";
-      if (++turn < texts.size()) std::cout << waiting[turn] << std::flush;
+  std::size_t taken = 0, made = 0;
+  double to_first = 0, to_rest = 0;  // seconds
+  for (std::size_t begin = 0; begin < texts.size(); begin += Engine::kBatch) {
+    const std::size_t count = std::min<std::size_t>(Engine::kBatch, texts.size() - begin);
+    std::vector<Sequence<typename Engine::State>> sequences;
+    std::vector<StreamDecoder> decoders(count, StreamDecoder(tokenizer));
+    Transcript transcript(count);
+    for (std::size_t i = 0; i < count; ++i) {
+      sequences.push_back({{}, engine.new_state(), begin + i, 0});
+      auto& s = sequences.back();
+      if (!arguments.load_state.empty()) {
+        s.state = engine.from_host(load_state(arguments.load_state, config, s.ids));
+        s.taken = s.ids.size() - 1;
+      }
+      const std::vector<Token> prompt = tokenizer.encode(texts[begin + i]);
+      s.ids.insert(s.ids.end(), prompt.begin(), prompt.end());
+      if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
+      if (s.ids.empty())
+        fail("--prompt: expected a text: this model has no token to begin with");
+      check_ids(s.ids, config, "--prompt: tokenizer and model do not match");
+      for (const Token id : s.ids) decoders[i].push(id);
+      if (!arguments.print_ids && arguments.load_state.empty())
+        transcript.add(i, texts[begin + i]);
+      taken += s.ids.size() - s.taken;
     }
-  };
-  std::size_t prompt_tokens = 0, made = 0;
-  for (std::size_t i = 0; i < sequences.size(); ++i) {
-    prompt_tokens += sequences[i].ids.size() - sequences[i].taken;
-    if (!arguments.print_ids && arguments.load_state.empty()) {
-      for (const Token id : sequences[i].ids) decoders[i].push(id);
-      print(i, texts[i]);
+    const double start = now();
+    double first = 0;
+    engine.generate(sequences, options, [&](std::size_t i, Token token) {
+      if (first == 0) first = now();
+      ++made;
+      if (!arguments.print_ids && token != config.eos_token_id)
+        transcript.add(i, decoders[i].push(token));
+    });
+    to_first += (first == 0 ? now() : first) - start;
+    to_rest += first == 0 ? 0 : now() - first;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!arguments.print_ids) {
+        // bytes of a character that the saved state will complete are not printed yet
+        transcript.finish(i, arguments.save_state.empty() ? decoders[i].finish() : "");
+        continue;
+      }
+      for (std::size_t t = 0; t < sequences[i].ids.size(); ++t)
+        std::cout << (t > 0 ? " " : "") << sequences[i].ids[t];
+      std::cout << std::endl;
     }
+    if (!arguments.save_state.empty())
+      save_state(arguments.save_state, sequences[0].ids,
+                 engine.to_host(sequences[0].state));
   }
-  const double start = now();
-  double first = start;
-  engine.generate(sequences, options, [&](std::size_t i, Token token) {
-    if (made++ == 0) first = now();
-    if (arguments.print_ids) return;
-    turn_to(i);
-    if (token != config.eos_token_id) print(i, decoders[i].push(token));
-  });
-  const double end = now();
-  if (arguments.print_ids) {
-    for (const auto& s : sequences)
-      for (std::size_t t = 0; t < s.ids.size(); ++t)
-        std::cout << s.ids[t] << (t + 1 < s.ids.size() ? " " : "\n");
-  } else {
-    turn_to(texts.size());
-  }
-  if (!arguments.save_state.empty())
-    save_state(arguments.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
-  std::cerr << std::fixed << std::setprecision(3) << prompt_tokens
-            << " tokens in, first token after " << first - start << " s; " << made
+  std::cerr << std::fixed << std::setprecision(3) << taken
+            << " tokens in, first token after " << to_first << " s; " << made
             << " tokens out";
-  if (made > 1)
-    std::cerr << ", " << (end - first) / static_cast<double>(made - 1) * 1e3 << " ms each";
+  if (made > texts.size())
+    std::cerr << ", " << to_rest / static_cast<double>(made - texts.size()) * 1e3
+              << " ms each";
   std::cerr << "\n";
 }
 
@@ -2721,7 +2803,8 @@ void run_perplexity(const Arguments& arguments) {
   options.stride = arguments.stride;
   options.carry_state = arguments.carry_state;
   options.mode = parse_mode(arguments.mode);
-
+  check_writable(arguments.csv);
+  check_writable(arguments.png);
   for (const Index length : lengths) {
     options.length = length;
     check(options, static_cast<Index>(ids.size()));
@@ -2831,6 +2914,22 @@ inline void run_convert(const Arguments& arguments) {
   }
 }
 
+/// A check for CLI11: a whole number, not below `least`.
+inline CLI::Validator at_least(Index least) {
+  return CLI::Validator(
+      [least](const std::string& text) -> std::string {
+        std::uint64_t value = 0;
+        const char* end = text.data() + text.size();
+        const auto [rest, error] = std::from_chars(text.data(), end, value);
+        const bool good = error == std::errc() && rest == end &&
+                          value >= static_cast<std::uint64_t>(least);
+        return good ? ""
+                    : "expected a whole number from " + std::to_string(least) + ", found " +
+                          text;
+      },
+      "");
+}
+
 template <class Engine>
 void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action) {
   const auto command = [&](const char* name, const char* help, std::function<void()> run) {
@@ -2870,7 +2969,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
       ->add_option("--prompt-file", a.prompt_file,
                    "several prompts, one a line, - for standard input")
       ->excludes(prompt);
-  generate->add_option("-n", a.n, "tokens to add at most")->check(CLI::NonNegativeNumber);
+  generate->add_option("-n", a.n, "tokens to add at most")->check(at_least(0));
   generate->add_option("--temperature", a.sampler.temperature, "0 is greedy");
   generate->add_option("--top-k", a.sampler.top_k, "keep the k likeliest tokens, 0: all");
   generate->add_option("--top-p", a.sampler.top_p,
@@ -2879,9 +2978,10 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
                        "keep tokens at least p times as likely as the likeliest");
   generate->add_option("--repetition-penalty", a.sampler.repetition_penalty,
                        "above 1: less repetition");
-  generate->add_option("--seed", a.sampler.seed, "same seed, same text");
+  generate->add_option("--seed", a.sampler.seed, "same seed, same text")
+      ->check(at_least(0));
   generate->add_option("--batch", a.batch, "so many continuations of each prompt")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   generate->add_option("--save-state", a.save_state,
                        "where to leave the state, to go on later");
   generate->add_option("--load-state", a.load_state, "go on from a saved state");
@@ -2891,6 +2991,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
 
   auto* logits = command("logits", "write the logits of every position", [&a] {
     const Mode mode = parse_mode(a.mode);
+    check_writable(a.out);
     Engine e = open_engine<Engine>(a);
     write_logits(e, input_ids(a, e.config()), mode, a.out);
   });
@@ -2907,10 +3008,10 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   ppl->add_option("--lengths", a.lengths,
                   "context lengths, separated by commas (default: the whole text)")
       ->delimiter(',')
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   ppl->add_option("--stride", a.stride,
                   "tokens from window to window (default: no overlap)")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   ppl->add_flag("--carry-state", a.carry_state, "each window goes on from the one before");
   ppl->add_option("--csv", a.csv, "also write the table here");
   ppl->add_option("--png", a.png, "also draw it here");
@@ -2936,14 +3037,12 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   bench->add_option("op", a.bench.op, Engine::kBenchOps)->required();
   bench->add_option("--shape", a.bench.shape,
                     "a published size: 130m .. 2.8b, mamba2-130m .. mamba2-2.7b");
-  bench->add_option("--length", a.bench.length, "tokens of a prefill")
-      ->check(CLI::PositiveNumber);
-  bench->add_option("--batch", a.bench.batch, "sequences at once")
-      ->check(CLI::PositiveNumber);
+  bench->add_option("--length", a.bench.length, "tokens of a prefill")->check(at_least(1));
+  bench->add_option("--batch", a.bench.batch, "sequences at once")->check(at_least(1));
   bench
       ->add_option("--repeat", a.bench.repeat,
                    "measurements, of which the median is printed")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   bench->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16");
   if (Engine::kHasDevice) bench->add_option("--device", a.device, "which GPU");
 }
@@ -2976,6 +3075,9 @@ int run(int argc, char** argv) {
     action();
     if (!std::cout.flush()) fail("cannot write to standard output");
     return 0;
+  } catch (const UsageError& error) {
+    std::cerr << Engine::kName << ": " << error.what() << "\n";
+    return 2;
   } catch (const std::bad_alloc&) {
     std::cerr << Engine::kName << ": out of memory\n";
   } catch (const std::exception& error) {

@@ -62,10 +62,10 @@ using Eigen::Index;
 template <class Scalar>  // rows are time, columns are channels
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr Index kAll = std::numeric_limits<Index>::max();
-
 template <class Scalar>  // one number per channel
 using Row = Eigen::Matrix<Scalar, 1, Eigen::Dynamic, Eigen::RowMajor>;
+
+constexpr Index kAll = std::numeric_limits<Index>::max();  // channels, or heads, per group
 
 // What is kept per channel and state, (d, N), lies column by column: state n of all channels together,
 // so that here, too, neighbours in memory are neighbouring channels.
@@ -237,12 +237,12 @@ Scalar B_bar_zoh(Scalar delta, Scalar A, Scalar B) {  // -> delta B as delta A -
 
 template <class Scalar>
 struct ScanInputs {
-  View<Scalar> x, delta;            // (L, d)  delta before bias and softplus
-  StateView<Scalar> A;              // (d, N)
-  View<Scalar> B, C;                // (L, groups N)  group g uses columns [g N, (g+1) N)
-  View<Scalar> D = {};              // (d)    or empty
-  View<Scalar> z = {};              // (L, d) or empty
-  View<Scalar> delta_bias = {};     // (d)    or empty
+  View<Scalar> x, delta;         // (L, d)  delta before bias and softplus
+  StateView<Scalar> A;           // (d, N)
+  View<Scalar> B, C;             // (L, groups N)  group g uses columns [g N, (g+1) N)
+  View<Scalar> D = {};           // (d)    or empty
+  View<Scalar> z = {};           // (L, d) or empty
+  View<Scalar> delta_bias = {};  // (d)    or empty
   bool delta_softplus = true;
   Scalar delta_ratio = Scalar(1);   // stretches every step; 1 is the model as trained
   Index channels_per_group = kAll;  // so many neighbouring channels share one B and C
@@ -276,23 +276,25 @@ void skip_and_gate(const ScanInputs<Scalar>& in, Matrix<Scalar>& y) {
   if (in.z) y.array() *= silu(in.z.array());
 }
 
-// The recurrence, token by token (Algorithm 2, lines 6 to 8). This is the definition; the forms below
+// The recurrence, token by token (Algorithm 2, lines 5 and 6). This is the definition; the forms below
 // must agree with it.
 template <class Scalar>
-Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
+Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in,
+                                         ScanState<Scalar> h) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
   const Index width = std::min(d, in.channels_per_group);
   const Matrix<Scalar> delta = step_size(in), delta_x = delta.cwiseProduct(in.x);
   Matrix<Scalar> y(L, d);
   for (Index t = 0; t < L; ++t) {
     for (Index g = 0; g * width < d; ++g) {  // the channels that share B_t and C_t
-      const auto A = in.A.middleRows(g * width, width);                                // (width, N)
-      const auto B_t = in.B.row(t).segment(g * N, N);                                  // (N)
-      const auto C_t = in.C.row(t).segment(g * N, N);                                  // (N)
-      const auto delta_t = delta.row(t).segment(g * width, width).transpose();         // (width)
-      const auto delta_x_t = delta_x.row(t).segment(g * width, width).transpose();     // (width)
-      auto h_t = h.middleRows(g * width, width);                                       // (width, N)
-      auto y_t = y.row(t).segment(g * width, width).transpose();                       // (width)
+      const auto A = in.A.middleRows(g * width, width);  // (width, N)
+      const auto B_t = in.B.row(t).segment(g * N, N);    // (N)
+      const auto C_t = in.C.row(t).segment(g * N, N);    // (N)
+      const auto delta_t = delta.row(t).segment(g * width, width).transpose();  // (width)
+      const auto delta_x_t =
+          delta_x.row(t).segment(g * width, width).transpose();   // (width)
+      auto h_t = h.middleRows(g * width, width);                  // (width, N)
+      auto y_t = y.row(t).segment(g * width, width).transpose();  // (width)
 
       const auto A_bar = (delta_t.asDiagonal() * A).array().exp().matrix();
       h_t = A_bar.cwiseProduct(h_t) + delta_x_t.lazyProduct(B_t);  // (2a)

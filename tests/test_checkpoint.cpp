@@ -468,7 +468,7 @@ TEST_CASE("config: what published files carry along does not disturb") {
 TEST_CASE("config: what is written is read back") {
   for (
       const char* json :
-      {R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5, "time_step_rank": 9,
+      {R"({"model_type": "mamba", "hidden_size": 100, "expand": 3, "time_step_rank": 9,
             "layer_norm_epsilon": 1e-6, "use_bias": true, "bos_token_id": 5, "eos_token_id": 6})",
        R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2,
             "time_step_limit": [0.01, Infinity], "eos_token_id": null})",
@@ -482,6 +482,20 @@ TEST_CASE("config: what is written is read back") {
     CHECK(read.bos_token_id == config.bos_token_id);
     CHECK(read.eos_token_id == config.eos_token_id);
   }
+}
+
+TEST_CASE("config: a fraction for expand is read, and refused where transformers would refuse it") {
+  const Config config =
+      config_of(R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5})");
+  CHECK(config.d_inner == 150);
+  const Folder folder;
+  std::string line;
+  try {
+    write_config(folder.path.string(), config);
+  } catch (const std::runtime_error& error) {
+    line = error.what();
+  }
+  CHECK(line.find("expand: this layout knows whole numbers only") != std::string::npos);
 }
 
 TEST_CASE("checkpoints: a model reads the same from both published layouts") {

@@ -6,10 +6,12 @@ Usage: test_command_line.py PROGRAM      (standard library only; run from the re
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 
 PROGRAM = os.path.abspath(sys.argv[1])
 STORIES = "weights/stories"
@@ -133,14 +135,7 @@ with tempfile.TemporaryDirectory() as folder:
         (("info", "extra"), "extra"),
     ]:
         refuses(f"usage: {' '.join(arguments) or 'nothing'}", 2, fragment, *arguments)
-    code, out, _ = run("--help")
-    claim("--help prints the subcommands and exits 0", code == 0 and "generate" in out and "perplexity" in out)
-
-    # --- failures: status 1, one line, no file left ---
-    before = set(os.listdir(folder))
-    state_of_other = at("state")
     for name, fragment, arguments, stdin in [
-        ("no such model", "config.json", ("Lily", "--model", at("nowhere")), ""),
         ("a negative temperature", "temperature", ("Lily", "--temperature=-1"), ""),
         ("top-p of zero", "top-p", ("Lily", "--top-p", 0), ""),
         ("top-p above one", "top-p", ("Lily", "--top-p", 1.5), ""),
@@ -151,6 +146,35 @@ with tempfile.TemporaryDirectory() as folder:
         ("a mode nobody knows", "--mode", ("logits", "--ids", "1", "--mode", "fast", "--out", at("x")), ""),
         ("a chunk of zero", "--mode", ("logits", "--ids", "1", "--mode", "chunked=0", "--out", at("x")), ""),
         ("a chunk that is no number", "--mode", ("logits", "--ids", "1", "--mode", "chunked=7x", "--out", at("x")), ""),
+        ("states of several prompts", "one prompt", ("generate", "--prompt-file", at("prompts"), "--save-state", at("x")), ""),
+        ("a bench of nothing", "bench", ("bench", "nothing"), ""),
+        ("a shape nobody published", "shape", ("bench", "decode", "--shape", "7t"), ""),
+        ("a seed below zero", "--seed", ("Lily", "--seed", "-1"), ""),
+        ("a bench of several texts", "--batch", ("bench", "decode", "--batch", 3), ""),
+    ]:
+        refuses(name, 2, fragment, *arguments, stdin=stdin)
+    code, out, _ = run("--help")
+    claim("--help prints the subcommands and exits 0", code == 0 and "generate" in out and "perplexity" in out)
+
+    # --- a signal leaves nothing half-written ---
+    os.mkdir(at("signals"))
+    for delay in range(1, 40):
+        p = subprocess.Popen([PROGRAM, "logits", "--ids", " ".join(["7"] * 3000), "--out", at("signals/l")], stderr=subprocess.DEVNULL)
+        time.sleep(delay / 200)
+        p.send_signal(signal.SIGINT if delay % 2 else signal.SIGTERM)
+        p.wait()
+        left = os.listdir(at("signals"))
+        if left not in ([], ["l"]):
+            break
+    claim("a signal leaves no half-written file", left in ([], ["l"]), left)
+
+    # --- failures: status 1, one line, no file left ---
+    before = set(os.listdir(folder))
+    state_of_other = at("state")
+    for name, fragment, arguments, stdin in [
+        ("a state nobody can write", "cannot write", ("Lily", "-n", 3, "--save-state", at("no/such")), ""),
+        ("a table nobody can write", "cannot write", ("perplexity", "--ids-file", at("ids"), "--csv", at("no/such")), ""),
+        ("no such model", "--model", ("Lily", "--model", at("nowhere")), ""),
         ("an id beyond the vocabulary", "4096", ("logits", "--ids", "1 4096", "--out", at("x")), ""),
         ("an id below zero", "-1", ("logits", "--ids=-1", "--out", at("x")), ""),
         ("an id that is a word", "cat", ("logits", "--ids", "1 cat", "--out", at("x")), ""),
@@ -166,12 +190,9 @@ with tempfile.TemporaryDirectory() as folder:
         ("an unwritable output", "cannot write", ("logits", "--ids", "1", "--out", "/proc/nothing"), ""),
         ("a state that is no state", "header", ("generate", "--load-state", at("ids")), ""),
         ("a state of another model", "expected", ("generate", "--load-state", state_of_other, "--model", at("hf")), ""),
-        ("states of several prompts", "one prompt", ("generate", "--prompt-file", at("prompts"), "--save-state", at("x")), ""),
         ("an empty prompt file", "a prompt a line", ("generate", "--prompt-file", "/dev/null"), ""),
         ("decoding what is no id", "token ids", ("tokenize", "--decode"), "1 2 x\n"),
         ("decoding an id beyond the vocabulary", "below", ("tokenize", "--decode"), "99999\n"),
-        ("a bench of nothing", "bench", ("bench", "nothing"), ""),
-        ("a shape nobody published", "shape", ("bench", "decode", "--shape", "7t"), ""),
     ]:
         refuses(name, 1, fragment, *arguments, stdin=stdin)
     claim("failures leave no file behind", set(os.listdir(folder)) == before, set(os.listdir(folder)) - before)

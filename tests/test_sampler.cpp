@@ -332,7 +332,7 @@ TEST_CASE("sampler: a nonsense option ends in one line that names it") {
   const auto complains = [](SamplerOptions options, const std::string& name) {
     const std::string line = error_of({1, 2, 3}, options);
     CAPTURE(line);
-    CHECK(line.find("sampler: " + name + ": expected ") == 0);
+    CHECK(line.find("--" + name + ": expected ") == 0);
     CHECK(line.find('\n') == std::string::npos);
   };
   for (float bad : {-0.1f, kInf, kNaN}) complains(options_of(bad), "temperature");
