@@ -14,7 +14,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test debug bench format lint clean setup
+.PHONY: help run test cuda test-cuda debug bench format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -26,7 +26,7 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
 	./build/tests
-	@command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1 || echo "GPU tests: skipped, no GPU here"
+	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
 
 mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
@@ -38,6 +38,25 @@ build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | 
 
 build/tests: $(TESTS)
 	$(CXX) $(CXXFLAGS) $(TESTS) -o $@ $(LIBS) $(CATCH2)
+
+# The GPU program is built for one architecture. sm_90a is Hopper with its own instructions (wgmma);
+# for others: make cuda ARCH=compute_80,code=sm_80
+ARCH      ?= compute_90a,code=sm_90a
+NVCCFLAGS ?= -std=c++17 -O3 -gencode=arch=$(ARCH) -DEIGEN_NO_CUDA
+
+cuda: mamba_cuda  ## build the GPU program (needs the CUDA Toolkit)
+mamba_cuda: mamba.cu $(HEADERS) | setup
+	$(NVCC) $(NVCCFLAGS) mamba.cu -o mamba_cuda $(LIBS) -lcublas
+
+test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that they were skipped
+	./build/tests_cuda
+
+build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -Xcompiler -O1 -I. -c $< -o $@ $(LIBS)
+
+build/tests_cuda: $(patsubst tests/%.cu,build/%.cuda.o,$(wildcard tests/*.cu)) build/main.o
+	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
 
 SANITIZE = -std=c++17 -O1 -g1 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -61,7 +80,7 @@ bench: mamba     ## decode and prefill of the 130m shape against this machine's 
 	for dtype in f32 bf16 f16; do ./mamba bench decode --dtype $$dtype; ./mamba bench prefill --dtype $$dtype; done
 
 format:         ## clang-format all sources
-	clang-format -i *.hpp *.cpp tests/*.hpp tests/*.cpp
+	clang-format -i *.hpp *.cpp *.cu tests/*.hpp tests/*.cpp tests/*.cu
 
 lint: setup     ## clang-tidy and cppcheck
 	clang-tidy --quiet mamba.cpp -- -std=c++17 -fopenmp -isystem /usr/include/eigen3

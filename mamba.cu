@@ -1,6 +1,7 @@
 // mamba.cu - the GPU program. Build and run (Hopper; -arch=native does for other GPUs):
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a mamba.cu -o mamba_cuda -lcublas -lutf8proc
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA \
+//        -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
 //   ./mamba_cuda "Once upon a time"
 //
 // Read ssm_reference.hpp first: it says what is computed. Here the same operations, by the same names,
@@ -8,11 +9,19 @@
 // line are mamba.hpp.
 //
 //   kernel                             reference               idea                       in parallel
-//                                                             batch, d, pieces of N
-//   selective_scan_chunk_start_kernel  selective_scan_chunked fused twice, a short walk between;
-//                                                             batch, d, N, chunks of t
+//   causal_conv1d_naive_kernel         causal_conv1d           one output a thread        batch, t, d
+//   causal_conv1d_fused_kernel         causal_conv1d, silu     window in registers        pieces of t, d
+//   causal_conv1d_step_kernel          causal_conv1d_step      one token                  batch, d
+//   selective_scan_naive_kernel        selective_scan          one thread walks time      batch, d
+//   selective_scan_fused_kernel        selective_scan          half a block walks time,   batch, d, pieces of N
+//                                                              the other half feeds it
+//   selective_scan_chunk_start_kernel  selective_scan_chunked  a short walk between two   batch, d, N, chunks of t
+//                                                              passes of the fused one
+//   selective_scan_step_kernel         selective_scan_step     one token, h in place      batch, d, N
 //   ssd_naive_kernel                   ssd_sequential          one warp walks time        batch, H, P
 //   ssd_fused_kernel                   ssd_chunked             chunks on tensor cores     batch, rows of h, pieces of t
+//   ssd_warpgroup_kernel               ssd_chunked             the same on Hopper's       batch, rows of h, pieces of t
+//                                                              wgmma, a warpgroup feeds
 //   ssd_step_kernel                    ssd_step                one token, h in place      batch, H, P
 //   rms_norm_kernel                    rms_norm                a row stays on chip        rows
 //   gated_rms_norm_kernel              gated_rms_norm          the same                   rows, groups
@@ -36,7 +45,8 @@ namespace mamba {
 // ============================================================================================
 
 inline void check_cuda(cudaError_t error, const char* call, int line) {
-  if (error != cudaSuccess) fail("CUDA: ", cudaGetErrorString(error), ": mamba.cu:", line, ": ", call);
+  if (error != cudaSuccess)
+    fail("CUDA: ", cudaGetErrorString(error), ": mamba.cu:", line, ": ", call);
 }
 inline void check_cublas(cublasStatus_t status, const char* call, int line) {
   if (status != CUBLAS_STATUS_SUCCESS)
@@ -45,14 +55,17 @@ inline void check_cublas(cublasStatus_t status, const char* call, int line) {
 #define CUDA_CHECK(call) ::mamba::check_cuda((call), #call, __LINE__)
 #define CUBLAS_CHECK(call) ::mamba::check_cublas((call), #call, __LINE__)
 
-inline std::string mebibytes(std::size_t bytes) { return std::to_string((bytes >> 20) + 1) + " MiB"; }
+inline std::string mebibytes(std::size_t bytes) {
+  return std::to_string((bytes >> 20) + 1) + " MiB";
+}
 
 /// Fails, with what is needed and what there is, unless so many bytes can be had on the GPU.
 inline void need_memory(std::size_t bytes, const char* what) {
   std::size_t available = 0, total = 0;
   CUDA_CHECK(cudaMemGetInfo(&available, &total));
   if (bytes > available)
-    fail("out of GPU memory: ", what, ": needed ", mebibytes(bytes), ", available ", mebibytes(available));
+    fail("out of GPU memory: ", what, ": needed ", mebibytes(bytes), ", available ",
+         mebibytes(available));
 }
 
 // An array of T on the GPU. It owns its memory and can be moved, not copied.
@@ -63,7 +76,8 @@ class DeviceBuffer {
   explicit DeviceBuffer(std::size_t size) : size_(size) {
     if (size == 0) return;
     const cudaError_t error = cudaMalloc(&data_, bytes());
-    if (error == cudaErrorMemoryAllocation) cudaGetLastError(), need_memory(bytes(), "a buffer");
+    if (error == cudaErrorMemoryAllocation)
+      cudaGetLastError(), need_memory(bytes(), "a buffer");
     CUDA_CHECK(error);
   }
   DeviceBuffer(const T* from, std::size_t size) : DeviceBuffer(size) { copy_from(from); }
@@ -78,8 +92,12 @@ class DeviceBuffer {
   T* data() const { return data_; }
   std::size_t size() const { return size_; }
   std::size_t bytes() const { return size_ * sizeof(T); }
-  void copy_from(const T* host) { CUDA_CHECK(cudaMemcpy(data_, host, bytes(), cudaMemcpyHostToDevice)); }
-  void copy_to(T* host) const { CUDA_CHECK(cudaMemcpy(host, data_, bytes(), cudaMemcpyDeviceToHost)); }
+  void copy_from(const T* host) {
+    CUDA_CHECK(cudaMemcpy(data_, host, bytes(), cudaMemcpyHostToDevice));
+  }
+  void copy_to(T* host) const {
+    CUDA_CHECK(cudaMemcpy(host, data_, bytes(), cudaMemcpyDeviceToHost));
+  }
   void zero() { CUDA_CHECK(cudaMemset(data_, 0, bytes())); }
   void grow(std::size_t size) {  // to at least so many; what it held is lost
     if (size <= size_) return;
@@ -96,7 +114,8 @@ class DeviceBuffer {
 class Event {
  public:
   explicit Event(bool timed = false) {
-    CUDA_CHECK(cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventCreateWithFlags(&event_,
+                                        timed ? cudaEventDefault : cudaEventDisableTiming));
   }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
@@ -540,6 +559,13 @@ struct ScanTile {
   alignas(32) float y[2][kSteps][kLanes * kLaneStride + kChannels % 32];
 };
 
+// The block's two roles meet here. A barrier with a name, because they come from two branches, and
+// __syncthreads() is to be one and the same for all.
+template <class Tile>
+__device__ inline void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(Tile::kWalkers + Tile::kServers) : "memory");
+}
+
 // What one block works on: some rows of one sequence, some channels of one group.
 struct ScanBlock {
   std::int64_t sequence;  // index of the states: sequence, or chunk of one
@@ -614,7 +640,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
 
   const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
   for (int i = 0; i < tiles; ++i) {
-    __syncthreads();  // servers wrote input and BC of tile i, and have read y of tile i - 2
+    meet<Tile>();  // servers wrote input and BC of tile i, and have read y of tile i - 2
     const int parity = i & 1;
     Operands next[kAhead];
 #pragma unroll
@@ -638,7 +664,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
         tile.y[parity][t + k][s * Tile::kLaneStride + c] = y[k];
     }
   }
-  __syncthreads();  // y of the last tile, before servers read it
+  meet<Tile>();  // y of the last tile, before servers read it
 
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
@@ -804,7 +830,8 @@ __device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   Input next_input = fetch_input(1);
   Gate next_gate = {};
   for (int i = 0; i < tiles; ++i) {
-    __syncthreads();  // walkers wrote y of tile i - 1, and have read input and BC of tile i - 1
+    meet<
+        Tile>();  // walkers wrote y of tile i - 1, and have read input and BC of tile i - 1
     const Input input = next_input;
     const Gate gate = next_gate;
     next_input = fetch_input(i + 2);
@@ -818,7 +845,7 @@ __device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int k = 0; k < n; ++k) tile.input[tiles & 1][my.first][my.column + k].x = total[k];
   }
-  __syncthreads();  // walkers wrote y of the last tile, servers wrote their sums
+  meet<Tile>();  // walkers wrote y of the last tile, servers wrote their sums
   if (a.out && tiles > 0) finish(tiles - 1, next_gate);
   if (chunks.total && my.first == 0 && exists) {
     for (int r = 1; r < min(ShareD::kStride, kSteps); ++r) {
@@ -1117,7 +1144,8 @@ __global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> args) {
   }
   for (int64_t t = span.first; t < span.first + span.length; ++t) {
     const float dt = to_float(args.dt[t * args.dt_stride + head]);
-    const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
+    const float delta =
+        args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
     const float decay = expf(delta * A);
     const float x = to_float(args.x[t * args.x_stride + channel]);
     float y = 0;
@@ -1303,10 +1331,12 @@ template <class T>
 __device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, float A_log2,
                            int valid_rows) {
   const int lane = threadIdx.x % 32;
-  const float delta0 =
-      2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
-  const float delta1 =
-      2 * lane + 1 < valid_rows ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max) : 0.f;
+  const float delta0 = 2 * lane < valid_rows
+                           ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max)
+                           : 0.f;
+  const float delta1 = 2 * lane + 1 < valid_rows
+                           ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max)
+                           : 0.f;
   // A step that decays by 2^-152 or more leaves 0 in float32; stopping there bounds the sums
   // to 64 * 152, and so the rounding of their differences.
   const float first = fmaxf(delta0 * A_log2, -152.f);
@@ -2453,9 +2483,15 @@ __device__ inline void wait_for_previous() {  // until all that it wrote can be 
 #endif
 }
 
+// Asks for a cache line. What the L2 cache holds is always current, so states may be asked for before
+// wait_for_previous(): ahead of the weights, behind which a later request would queue.
+__device__ inline void prefetch_to_L2(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 template <class... Parameters, class... Arguments>
-void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaStream_t stream,
-                 const Arguments&... arguments) {
+void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads,
+                 cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -2468,7 +2504,8 @@ void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads, cudaSt
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
-constexpr int kMostGroups = 8, kMostFewRows = 8;  // of Mamba-2's norm; sequences that count as few
+constexpr int kMostGroups = 8,
+              kMostFewRows = 4;  // of Mamba-2's norm; sequences that count as few
 
 // --- what a product reads: x (batch, cols), n neighbouring columns at a time ---
 
@@ -2483,8 +2520,8 @@ struct PlainInput {
   template <int n>
   __device__ void weights(std::int64_t, Weights<n>&) const {}
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*, float (&to)[n],
-                       float&) const {
+  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*,
+                       float (&to)[n], float&) const {
     unpack(mamba::load<n>(x + b * stride + column, true), to);
   }
   __device__ float scale(float) const { return 1.f; }
@@ -2507,8 +2544,8 @@ struct NormedInput {
     unpack(mamba::load<n>(weight + column, true), w.of);
   }
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float*, float (&to)[n],
-                       float& squares) const {
+  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float*,
+                       float (&to)[n], float& squares) const {
     unpack(mamba::load<n>(residual + b * cols + column, true), to);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
@@ -2523,7 +2560,7 @@ struct NormedInput {
 struct GatedNormInput {
   const float *g, *squares, *weight;  // (batch, cols), (batch, n_groups slots), (cols)
   std::int64_t cols;
-  int n_groups, slots;                // slots: sums of squares per group
+  int n_groups, slots;  // slots: sums of squares per group
   float eps;
   static constexpr bool kNormed = false;
   template <int n>
@@ -2545,10 +2582,12 @@ struct GatedNormInput {
     unpack(mamba::load<n>(weight + column, true), w.of);
   }
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales, float (&to)[n],
-                       float&) const {
+  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales,
+                       float (&to)[n], float&) const {
     unpack(mamba::load<n>(g + b * cols + column, true), to);
-    const float scale = scales[b * n_groups + int(column) / int(cols / n_groups)];  // a piece lies in one group
+    const float scale =
+        scales[b * n_groups +
+               int(column) / int(cols / n_groups)];  // a piece lies in one group
 #pragma unroll
     for (int k = 0; k < n; ++k) to[k] *= w.of[k] * scale;
   }
@@ -2556,15 +2595,18 @@ struct GatedNormInput {
 };
 
 // --- where a product goes: one number, row `row` for sequence b. What it will be combined with is
-// requested before the product is made: weights() before the wait, past() after it. ---
+// requested before the product is made: ahead() and weights() before the wait, past() after it. ---
 
 struct PlainOutput {
   float* out;  // (batch, stride)
   std::int64_t stride;
   struct Operands {};
+  __device__ void ahead(std::int64_t, int) const {}
   __device__ void weights(std::int64_t, Operands&) const {}
   __device__ void past(std::int64_t, int, Operands&) const {}
-  __device__ void operator()(std::int64_t row, int b, float v, const Operands&) const { out[b * stride + row] = v; }
+  __device__ void operator()(std::int64_t row, int b, float v, const Operands&) const {
+    out[b * stride + row] = v;
+  }
 };
 
 struct ResidualOutput {
@@ -2574,8 +2616,13 @@ struct ResidualOutput {
   struct Operands {
     float bias, residual;
   };
-  __device__ void weights(std::int64_t row, Operands& o) const { o.bias = bias ? bias[row] : 0.f; }
-  __device__ void past(std::int64_t row, int b, Operands& o) const { o.residual = residual[b * d_model + row]; }
+  __device__ void ahead(std::int64_t, int) const {}
+  __device__ void weights(std::int64_t row, Operands& o) const {
+    o.bias = bias ? bias[row] : 0.f;
+  }
+  __device__ void past(std::int64_t row, int b, Operands& o) const {
+    o.residual = residual[b * d_model + row];
+  }
   __device__ void operator()(std::int64_t row, int b, float v, const Operands& o) const {
     residual[b * d_model + row] = o.residual + (v + o.bias);
   }
@@ -2586,10 +2633,11 @@ constexpr int kStepTaps = 4;  // at most; missing ones are zero
 
 template <class T>
 struct ConvOutput {
-  T* out;                                   // (batch, stride)
-  T* state;                                 // (batch, width - 1, count)
-  const float *bias, *weight, *conv_bias;   // (stride) or null; (count, width); (count) or null
-  const int* done;                          // (batch) or null: where not 0 the state stays
+  T* out;    // (batch, stride)
+  T* state;  // (batch, width - 1, count)
+  const float *bias, *weight,
+      *conv_bias;   // (stride) or null; (count, width); (count) or null
+  const int* done;  // (batch) or null: where not 0 the state stays
   std::int64_t stride, first, count;
   int width;
   struct Operands {
@@ -2597,18 +2645,26 @@ struct ConvOutput {
     T past[kStepTaps];                         // past[k]: k tokens ago
     bool keep;
   };
-  __device__ bool passes(std::int64_t row) const { return row >= first && row < first + count; }
+  __device__ bool passes(std::int64_t row) const {
+    return row >= first && row < first + count;
+  }
+  __device__ void ahead(std::int64_t row, int b) const {
+    for (int k = 0; passes(row) && k + 1 < width; ++k)
+      prefetch_to_L2(state + (b * (width - 1) + k) * count + row - first);
+  }
   __device__ void weights(std::int64_t row, Operands& o) const {
     o.bias = bias ? bias[row] : 0.f;
     const std::int64_t d = passes(row) ? row - first : 0;
     o.conv_bias = conv_bias ? conv_bias[d] : 0.f;
 #pragma unroll
-    for (int k = 0; k < kStepTaps; ++k) o.weight[k] = k < width ? weight[d * width + width - 1 - k] : 0.f;
+    for (int k = 0; k < kStepTaps; ++k)
+      o.weight[k] = k < width ? weight[d * width + width - 1 - k] : 0.f;
   }
   __device__ void past(std::int64_t row, int b, Operands& o) const {
     const T* rows = state + b * (width - 1) * count + (passes(row) ? row - first : 0);
 #pragma unroll
-    for (int k = 1; k < kStepTaps; ++k) o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
+    for (int k = 1; k < kStepTaps; ++k)
+      o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
     o.keep = done && done[b];
   }
   __device__ void operator()(std::int64_t row, int b, float v, Operands& o) const {
@@ -2617,7 +2673,8 @@ struct ConvOutput {
       o.past[0] = from_float<T>(v);
       v = o.conv_bias;
 #pragma unroll
-      for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.weight[k], to_float(o.past[k]), v);
+      for (int k = kStepTaps - 1; k >= 0; --k)
+        v = fmaf(o.weight[k], to_float(o.past[k]), v);
       v = silu(v);
       T* rows = state + b * (width - 1) * count + row - first;
 #pragma unroll
@@ -2647,16 +2704,19 @@ constexpr int kStepWarps = 8;
 
 template <int kBatch, int kWarpRows, int kDepth, class T, class Input, class Output>
 __global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
-    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, int split, Input input,
-                       Output output) {
+    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch,
+                       int split, Input input, Output output) {
   constexpr int n = 16 / sizeof(T), kSums = kWarpRows * kBatch;
   static_assert(kSums <= 32, "a lane finishes one sum");
   __shared__ float scales[kBatch * kMostGroups], partial[kStepWarps][kSums + kBatch];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
-  const int pieces = cols / n, steps = (pieces + 32 * split * kDepth - 1) / (32 * split * kDepth) * kDepth;
-  const int groups = (rows + kWarpRows - 1) / kWarpRows, at_once = gridDim.x * kStepWarps / split;
+  const int pieces = cols / n,
+            steps = (pieces + 32 * split * kDepth - 1) / (32 * split * kDepth) * kDepth;
+  const int groups = (rows + kWarpRows - 1) / kWarpRows,
+            at_once = gridDim.x * kStepWarps / split;
   int group = (blockIdx.x * kStepWarps + warp) / split;
-  const int rounds = (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
+  const int rounds =
+      (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
 
   Vector<T, n> w[kDepth][kWarpRows];
   const auto fetch = [&](int slot, int of_group, int step) {
@@ -2671,12 +2731,17 @@ __global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
   // Lane i finishes the sum of row i / kBatch of the group for sequence i % kBatch.
   const int b_mine = lane % kBatch;
   const auto row_mine = [&] { return std::int64_t(group) * kWarpRows + lane / kBatch; };
-  const auto finishes = [&] { return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch; };
+  const auto finishes = [&] {
+    return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch;
+  };
 
   typename Output::Operands operands;
+  if (finishes()) {
+    output.ahead(row_mine(), b_mine);
+    output.weights(row_mine(), operands);
+  }
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) fetch(i, group, i);
-  if (finishes()) output.weights(row_mine(), operands);
   launch_next();
   wait_for_previous();
   input.begin(batch, scales);
@@ -2707,7 +2772,8 @@ __global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
 #pragma unroll
           for (int r = 0; r < kWarpRows; ++r)
 #pragma unroll
-            for (int k = 0; k < n; ++k) sum[r * kBatch + b] = fmaf(w_r[r][k], x[k], sum[r * kBatch + b]);
+            for (int k = 0; k < n; ++k)
+              sum[r * kBatch + b] = fmaf(w_r[r][k], x[k], sum[r * kBatch + b]);
         }
       }
     }
@@ -2726,7 +2792,8 @@ __global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
       }
     }
     if (split > 1) {
-      if (round > 0) __syncthreads();  // the partial sums of the round before have been read
+      if (round > 0)
+        __syncthreads();  // the partial sums of the round before have been read
       if (lane < kSums) partial[warp][lane] = mine;
       if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
       __syncthreads();  // partial sums are written before the first warp of each group adds them
@@ -2741,19 +2808,20 @@ __global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
 
 // As many warps to a group as keep the GPU busy; as few rounds as fit it, and all of one length.
 template <class T, class Input, class Output>
-void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, const Input& input,
-                 const Output& output, cudaStream_t stream) {
+void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch,
+                 const Input& input, const Output& output, cudaStream_t stream) {
   const auto launch = [&](auto kernel, int warp_rows) {
-    const std::int64_t groups = ceil_div(rows, warp_rows), slots = 2 * kStepWarps * multiprocessors();
+    const std::int64_t groups = ceil_div(rows, warp_rows),
+                       slots = 3 * kStepWarps * multiprocessors();
     int split = 1;
     while (split < kStepWarps && 2 * split * groups <= slots) split *= 2;
-    const std::int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
-    launch_step(kernel, dim3(unsigned(ceil_div(at_once * split, kStepWarps))), 32 * kStepWarps, stream, W, rows, cols,
-                batch, split, input, output);
+    const std::int64_t rounds = ceil_div(groups * split, slots),
+                       at_once = ceil_div(groups, rounds);
+    launch_step(kernel, dim3(unsigned(ceil_div(at_once * split, kStepWarps))),
+                32 * kStepWarps, stream, W, rows, cols, batch, split, input, output);
   };
-  if (batch == 1) return launch(linear_step_kernel<1, 2, 4, T, Input, Output>, 2);
-  if (batch <= 4) return launch(linear_step_kernel<4, 2, 4, T, Input, Output>, 2);
-  launch(linear_step_kernel<8, 4, 2, T, Input, Output>, 4);
+  batch == 1 ? launch(linear_step_kernel<1, 2, 3, T, Input, Output>, 2)
+             : launch(linear_step_kernel<kMostFewRows, 2, 4, T, Input, Output>, 2);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
@@ -2761,86 +2829,89 @@ void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, co
 template <class T>
 struct ScanDecodeArgs {
   int batch, d_inner, d_state, dt_rank;
-  const float* dt_B_C;                // (batch, dt_rank + 2 d_state)
-  const T *x, *z, *dt_proj;           // (batch, d_inner) twice, (d_inner, dt_rank)
-  std::int64_t x_stride, z_stride;    // from row to row
-  const float *dt_bias, *A, *D;       // (d_inner), (d_inner, d_state), (d_inner)
-  float* h;                           // (batch, d_inner, d_state)
-  T* out;                             // (batch, d_inner)
+  const float* dt_B_C;              // (batch, dt_rank + 2 d_state)
+  const T *x, *z, *dt_proj;         // (batch, d_inner) twice, (d_inner, dt_rank)
+  std::int64_t x_stride, z_stride;  // from row to row
+  const float *dt_bias, *A, *D;     // (d_inner), (d_inner, d_state), (d_inner)
+  float* h;                         // (batch, d_inner, d_state)
+  T* out;                           // (batch, d_inner)
   float delta_ratio;
-  const int* done;                    // (batch) or null: where not 0 the state stays
+  const int* done;  // (batch) or null: where not 0 the state stays
 };
 
-// Four lanes share a channel: each takes every fourth piece of the row of dt_proj, which stays in registers
-// for all sequences of the block, and every fourth piece of the states, four numbers a piece.
-// Grid: x = channels in blocks of 32, y = sequences in blocks of `sequences`.
+// Four lanes share a channel: each takes every fourth piece of the row of dt_proj, in registers already
+// before the wait, and every fourth piece of the states, four numbers a piece.
+// Grid: x = channels in blocks of 32, y = sequences.
 constexpr int kScanDecodePieces = 10;  // of dt_proj in registers: dt_rank 160
 
 template <class T>
-__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a, int sequences) {
-  const int lane = threadIdx.x % 4, N = a.d_state;
+__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
+  const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state;
   const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
-  const std::int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
+  const std::int64_t d =
+      exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
   const int width = a.dt_rank + 2 * N;
   const bool aligned = a.dt_rank % 4 == 0;  // otherwise all of the row is `rest`
-  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0, rest = 4 * pieces;
+  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0,
+            rest = 4 * pieces;
   const T* row = a.dt_proj + d * a.dt_rank;
+  prefetch_to_L2(a.h + (std::int64_t(b) * a.d_inner + d) * N);
   Vector<T, 4> w[kScanDecodePieces];
 #pragma unroll
-  for (int i = 0; i < kScanDecodePieces; ++i) w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
+  for (int i = 0; i < kScanDecodePieces; ++i)
+    w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
   const float bias = a.dt_bias[d], D = a.D[d];
   float A[4];
   unpack(load<4>(a.A + d * N + 4 * lane, 4 * lane < N), A);
   launch_next();
   wait_for_previous();
 
-  const int end = min(a.batch, int(blockIdx.y + 1) * sequences);
-  for (int b = blockIdx.y * sequences; b < end; ++b) {
-    const float *dt = a.dt_B_C + std::int64_t(b) * width, *B = dt + a.dt_rank, *C = B + N;
-    float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
-    float h_n[4];
-    unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
-    const float x = to_float(a.x[std::int64_t(b) * a.x_stride + d]), z = to_float(a.z[std::int64_t(b) * a.z_stride + d]);
+  const float *dt = a.dt_B_C + std::int64_t(b) * width, *B = dt + a.dt_rank, *C = B + N;
+  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
+  float h_n[4];
+  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+  const float x = to_float(a.x[std::int64_t(b) * a.x_stride + d]),
+              z = to_float(a.z[std::int64_t(b) * a.z_stride + d]);
 
-    float delta = 0.f;
+  float delta = 0.f;
 #pragma unroll
-    for (int i = 0; i < kScanDecodePieces; ++i) {
-      const int piece = 4 * i + lane;
-      if (piece >= pieces) break;
-      float w_i[4], dt_i[4];
-      unpack(w[i], w_i);
-      unpack(load<4>(dt + 4 * piece, true), dt_i);
+  for (int i = 0; i < kScanDecodePieces; ++i) {
+    const int piece = 4 * i + lane;
+    if (piece >= pieces) break;
+    float w_i[4], dt_i[4];
+    unpack(w[i], w_i);
+    unpack(load<4>(dt + 4 * piece, true), dt_i);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt_i[k], delta);
-    }
-    for (int k = rest + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
-    delta += __shfl_xor_sync(~0u, delta, 1);
-    delta += __shfl_xor_sync(~0u, delta, 2);
-    delta = a.delta_ratio * softplus(delta + bias);
-
-    const bool keep = !exists || (a.done && a.done[b]);
-    float y = 0.f;
-    for (int n = 4 * lane; n < N; n += 16) {
-      if (n >= 16) unpack(load<4>(h + n, true), h_n);
-      if (N > 16) unpack(load<4>(a.A + d * N + n, true), A);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A[k])), h_n[k], delta * x * B[n + k]);
-        y = fmaf(C[n + k], h_n[k], y);
-      }
-      if (!keep) store(h + n, pack<float>(h_n));
-    }
-    y += __shfl_xor_sync(~0u, y, 1);
-    y += __shfl_xor_sync(~0u, y, 2);
-    if (lane == 0 && exists) a.out[b * std::int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
+    for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt_i[k], delta);
   }
+  for (int k = rest + lane; k < a.dt_rank; k += 4)
+    delta = fmaf(to_float(row[k]), dt[k], delta);
+  delta += __shfl_xor_sync(~0u, delta, 1);
+  delta += __shfl_xor_sync(~0u, delta, 2);
+  delta = a.delta_ratio * softplus(delta + bias);
+
+  const bool keep = !exists || (a.done && a.done[b]);
+  float y = 0.f;
+  for (int n = 4 * lane; n < N; n += 16) {
+    if (n >= 16) unpack(load<4>(h + n, true), h_n);
+    if (N > 16) unpack(load<4>(a.A + d * N + n, true), A);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A[k])), h_n[k], delta * x * B[n + k]);
+      y = fmaf(C[n + k], h_n[k], y);
+    }
+    if (!keep) store(h + n, pack<float>(h_n));
+  }
+  y += __shfl_xor_sync(~0u, y, 1);
+  y += __shfl_xor_sync(~0u, y, 2);
+  if (lane == 0 && exists)
+    a.out[b * std::int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
 }
 
 template <class T>
 void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
-  const std::int64_t blocks = ceil_div(a.d_inner, 32);  // more sequences a block where they fill the GPU anyway
-  const int sequences = int(std::min<std::int64_t>(8, std::max<std::int64_t>(1, blocks * a.batch / (8 * multiprocessors()))));
-  launch_step(scan_decode_kernel<T>, dim3(unsigned(blocks), unsigned(ceil_div(a.batch, sequences))), 128, stream, a, sequences);
+  launch_step(scan_decode_kernel<T>,
+              dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)), 128, stream, a);
 }
 
 // --- Mamba-2: ssd_step and the gate ---
@@ -2848,36 +2919,43 @@ void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
 template <class T>
 struct SsdDecodeArgs {
   int batch, n_heads, head_dim, d_state, n_groups;
-  const T *z, *x, *dt;                // (batch, d_inner), (batch, conv_width): x B C, (batch, n_heads)
+  const T *z, *x, *dt;  // (batch, d_inner), (batch, conv_width): x B C, (batch, n_heads)
   std::int64_t z_stride, x_stride, dt_stride;  // from row to row
-  const float *A, *D, *dt_bias;       // (n_heads)
+  const float *A, *D, *dt_bias;                // (n_heads)
   float dt_min, dt_max, delta_ratio;
-  float* h;                           // (batch, n_heads, head_dim, d_state)
-  T* out;                             // (batch, d_inner): y, and that is all;  or null, and then
-  float *g, *squares;                 // (batch, d_inner): y silu(z);  (batch, blocks of a sequence)
-  const int* done;                    // (batch) or null: where not 0 the state stays
+  float* h;            // (batch, n_heads, head_dim, d_state)
+  float *g, *squares;  // (batch, d_inner): y silu(z);  (batch, blocks of a sequence)
+  const int* done;     // (batch) or null: where not 0 the state stays
 };
 
 // A block owns kSsdDecodeRows rows (head, p) of one head; a row of h is spread over `lanes` lanes, four
 // neighbouring states each, and read and written once. Grid: x = heads times blocks of rows, y = batch.
-constexpr int kSsdDecodeRows = 16, kSsdDecodeFlight = 4;  // rows of a block; of them in flight per lane
+constexpr int kSsdDecodeRows = 16,
+              kSsdDecodeFlight = 4;  // rows of a block; of them in flight per lane
 
 template <class T>
 __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
-  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P, blocks = gridDim.x / a.n_heads;
-  const int head = blockIdx.x / blocks, b = blockIdx.y, group = head / (a.n_heads / a.n_groups);
+  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P,
+            blocks = gridDim.x / a.n_heads;
+  const int head = blockIdx.x / blocks, b = blockIdx.y,
+            group = head / (a.n_heads / a.n_groups);
   const int p0 = blockIdx.x % blocks * kSsdDecodeRows;
-  const int lane = threadIdx.x % lanes, step = blockDim.x / lanes, rows = min(kSsdDecodeRows, P - p0);
+  const int lane = threadIdx.x % lanes, step = blockDim.x / lanes,
+            rows = min(kSsdDecodeRows, P - p0);
   const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
+  float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
+  for (int i = 32 * threadIdx.x; i < rows * N; i += 32 * blockDim.x)
+    prefetch_to_L2(h + i);  // lines of 128 bytes
   launch_next();
   wait_for_previous();
 
   const T *x = a.x + b * a.x_stride, *B = x + d_inner + group * N, *C = B + a.n_groups * N;
   const T *z = a.z + b * a.z_stride, *dt = a.dt + b * a.dt_stride;
-  const float delta = a.delta_ratio * fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
+  const float delta =
+      a.delta_ratio *
+      fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
   const float decay = exp2_approx(delta * (kLog2e * A));
   const bool keep = a.done && a.done[b];
-  float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
   float squares = 0.f;
   for (int base = 0; base < rows; base += kSsdDecodeFlight * step) {
     const int first = base + threadIdx.x / lanes;
@@ -2915,31 +2993,31 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
       for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
       if (lane != 0 || p >= rows) continue;
       const std::int64_t column = head * P + p0 + p;
-      const float y_p = fmaf(D, x_p[i], y[i]), g = y_p * silu(to_float(z[column]));
-      if (a.out) {
-        a.out[std::int64_t(b) * d_inner + column] = from_float<T>(y_p);
-        continue;
-      }
+      const float g = fmaf(D, x_p[i], y[i]) * silu(to_float(z[column]));
       a.g[std::int64_t(b) * d_inner + column] = g;
       squares = fmaf(g, g, squares);
     }
   }
-  if (a.out) return;
   __shared__ float partial[4];
   for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
   __syncthreads();  // the warps' sums are written before they are added
   if (threadIdx.x == 0)
-    a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] = partial[0] + partial[1] + partial[2] + partial[3];
+    a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] =
+        partial[0] + partial[1] + partial[2] + partial[3];
 }
 
-inline int ssd_decode_blocks(int head_dim) { return ceil_div(head_dim, kSsdDecodeRows); }  // per head
+inline int ssd_decode_blocks(int head_dim) {
+  return ceil_div(head_dim, kSsdDecodeRows);
+}  // per head
 
 template <class T>
 void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
-  launch_step(ssd_decode_kernel<T>, dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), 128, stream, a, lanes);
+  launch_step(ssd_decode_kernel<T>,
+              dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), 128, stream, a,
+              lanes);
 }
 
 // ============================================================================================
@@ -2947,7 +3025,8 @@ void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
 // ============================================================================================
 
 template <class T>  // residual[t] = embedding[ids[t]].  Grid: one block a token
-__global__ void embedding_kernel(const T* embedding, const Token* ids, std::int64_t d_model, float* residual) {
+__global__ void embedding_kernel(const T* embedding, const Token* ids, std::int64_t d_model,
+                                 float* residual) {
   const T* row = embedding + ids[blockIdx.x] * d_model;
   for (std::int64_t i = threadIdx.x; i < d_model; i += blockDim.x)
     residual[blockIdx.x * d_model + i] = to_float(row[i]);
@@ -2958,21 +3037,21 @@ __global__ void embedding_kernel(const T* embedding, const Token* ids, std::int6
 // they make up the limit" is a threshold, and the sum above a threshold only grows as it falls: it is
 // found by bisection over the bits of the score.
 struct SampleArgs {
-  const float* logits;              // (batch, vocab_size)
+  const float* logits;  // (batch, vocab_size)
   std::int64_t vocab_size, batch;
   double temperature, top_p, min_p, penalty;
   std::int64_t top_k;
   std::uint64_t seed;
-  const std::uint64_t* sequence;    // (batch) numbers of the sequences
-  std::uint64_t* position;          // (batch) of the token to be drawn; moves on by one
-  std::int64_t* made;               // (batch) tokens drawn so far
-  unsigned char* seen;              // (batch, vocab_size) tokens of the history, or null: no penalty
-  double* weights;                  // (batch, vocab_size) room for what stays, null if greedy
-  Token* candidates;                // (batch, vocab_size) and for its ids
-  int* done;                        // (batch) set when the stop token was drawn
+  const std::uint64_t* sequence;  // (batch) numbers of the sequences
+  std::uint64_t* position;        // (batch) of the token to be drawn; moves on by one
+  std::int64_t* made;             // (batch) tokens drawn so far
+  unsigned char* seen;  // (batch, vocab_size) tokens of the history, or null: no penalty
+  double* weights;      // (batch, vocab_size) room for what stays, null if greedy
+  Token* candidates;    // (batch, vocab_size) and for its ids
+  int* done;            // (batch) set when the stop token was drawn
   Token stop;
-  Token* next;                      // (batch) the tokens drawn
-  Token* log;                       // (longest, batch) the same for the host, -1: no number among logits
+  Token* next;  // (batch) the tokens drawn
+  Token* log;   // (longest, batch) the same for the host, -1: no number among logits
 };
 
 constexpr int kSampleThreads = 1024, kSampleWarps = kSampleThreads / 32;
@@ -3000,11 +3079,13 @@ __device__ inline std::uint64_t order_key(double v) {
 
 // The least key with: the sum of weight(i) over all i < count with key(i) > it is below limit.
 template <class Key, class Weight>
-__device__ inline std::uint64_t least_key(std::int64_t count, double limit, const Key& key, const Weight& weight) {
+__device__ inline std::uint64_t least_key(std::int64_t count, double limit, const Key& key,
+                                          const Weight& weight) {
   std::uint64_t low = 0, high = ~0ull;  // the answer lies in [low, high]
   while (low < high) {
     const std::uint64_t quarter = (high - low) / 4;
-    const std::uint64_t at[3] = {low + quarter, low + quarter + (high - low - quarter) / 3, high - quarter - 1};
+    const std::uint64_t at[3] = {low + quarter, low + quarter + (high - low - quarter) / 3,
+                                 high - quarter - 1};
     double above[3] = {};
     for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
       const std::uint64_t key_i = key(i);
@@ -3015,8 +3096,10 @@ __device__ inline std::uint64_t least_key(std::int64_t count, double limit, cons
     std::uint64_t new_low = low, new_high = high;
 #pragma unroll
     for (int j = 0; j < 3; ++j) {
-      if (sample_sum(above[j]) < limit) new_high = min(new_high, at[j]);
-      else new_low = max(new_low, at[j] + 1);
+      if (sample_sum(above[j]) < limit)
+        new_high = min(new_high, at[j]);
+      else
+        new_low = max(new_low, at[j] + 1);
     }
     low = new_low, high = new_high;
   }
@@ -3024,9 +3107,10 @@ __device__ inline std::uint64_t least_key(std::int64_t count, double limit, cons
 }
 
 // uniform() of mamba.hpp: 53 bits of the Philox4x32-10 block of (position, sequence) under seed.
-__device__ inline double draw_uniform(std::uint64_t seed, std::uint64_t sequence, std::uint64_t position) {
-  std::uint32_t c[4] = {std::uint32_t(position), std::uint32_t(position >> 32), std::uint32_t(sequence),
-                        std::uint32_t(sequence >> 32)};
+__device__ inline double draw_uniform(std::uint64_t seed, std::uint64_t sequence,
+                                      std::uint64_t position) {
+  std::uint32_t c[4] = {std::uint32_t(position), std::uint32_t(position >> 32),
+                        std::uint32_t(sequence), std::uint32_t(sequence >> 32)};
   std::uint32_t key[2] = {std::uint32_t(seed), std::uint32_t(seed >> 32)};
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
@@ -3045,6 +3129,7 @@ __device__ inline Token best_token(std::int64_t vocab_size, const Score& score) 
   double best = -INFINITY;
   std::int64_t id = 0;
   int wrong = 0;
+#pragma unroll 8
   for (std::int64_t i = threadIdx.x; i < vocab_size; i += kSampleThreads) {
     const double s = score(i);
     if (!(s < INFINITY)) wrong = 1;
@@ -3053,28 +3138,34 @@ __device__ inline Token best_token(std::int64_t vocab_size, const Score& score) 
   const auto merge = [&](double s, std::int64_t i) {
     if (s > best || (s == best && i < id)) best = s, id = i;
   };
-  for (int d = 16; d > 0; d /= 2) merge(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, id, d));
-  if (threadIdx.x % 32 == 0) scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = Token(id);
-  wrong = __syncthreads_or(wrong);  // also: the warps' best are written before they are read
+  for (int d = 16; d > 0; d /= 2)
+    merge(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, id, d));
+  if (threadIdx.x % 32 == 0)
+    scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = Token(id);
+  wrong =
+      __syncthreads_or(wrong);  // also: the warps' best are written before they are read
   for (int w = 0; w < kSampleWarps; ++w) merge(scores[w], ids[w]);
   return wrong || best == -INFINITY ? -1 : Token(id);
 }
 
 // Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: best_token's.
 template <class Score>
-__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, const Score& score) {
+__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
+                             const Score& score) {
   const std::int64_t V = a.vocab_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double* weights = a.weights + b * V;
   Token* candidates = a.candidates + b * V;
   const auto score_key = [&](std::int64_t id) { return order_key(score(id)); };
   const auto one = [](std::int64_t) { return 1.; };
-  const std::uint64_t least_score = a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, score_key, one) : 0;
+  const std::uint64_t least_score =
+      a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, score_key, one) : 0;
 
   const double largest = score(best);
   const auto weight = [&](std::int64_t id) {
     const double s = score(id);
-    return order_key(s) < least_score ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
+    return order_key(s) < least_score ? 0.
+                                      : exp(fmax((s - largest) / a.temperature, -700.));
   };
   // Each warp looks through its own stretch of ids, so that candidates keep the order of ids.
   const std::int64_t stretch = (V + kSampleWarps - 1) / kSampleWarps;
@@ -3085,15 +3176,19 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
 
   // Weights below this go whatever the order: all of them together are below 1 - top_p.
   const double certain = a.top_p < 1 ? (1 - a.top_p) * total / double(V) : 0.;
-  const auto may_stay = [&](std::int64_t i) { return i < end && weights[i] >= fmax(certain, 1e-300); };
+  const auto may_stay = [&](std::int64_t i) {
+    return i < end && weights[i] >= fmax(certain, 1e-300);
+  };
   __shared__ std::int64_t counts[kSampleWarps];
   std::int64_t count = 0;
-  for (std::int64_t i = begin; i < end; i += 32) count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
+  for (std::int64_t i = begin; i < end; i += 32)
+    count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
   if (lane == 0) counts[warp] = count;
   __syncthreads();  // counts are written before they are added
   std::int64_t first = 0;
   count = 0;
-  for (int w = 0; w < kSampleWarps; ++w) first += w < warp ? counts[w] : 0, count += counts[w];
+  for (int w = 0; w < kSampleWarps; ++w)
+    first += w < warp ? counts[w] : 0, count += counts[w];
   for (std::int64_t i = begin; i < end; i += 32) {
     const bool stays = may_stay(i + lane);
     const unsigned staying = __ballot_sync(~0u, stays);
@@ -3105,7 +3200,8 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
   if (a.top_p < 1) {
     const double limit = a.top_p * total;
     const auto weight_of = [&](std::int64_t i) { return weights[candidates[i]]; };
-    const std::uint64_t least = least_key(count, limit, [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
+    const std::uint64_t least = least_key(
+        count, limit, [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
     // Of equal scores the higher ids stay: the same search among them, by id.
     double above = 0.;
     for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads)
@@ -3113,11 +3209,14 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
     above = sample_sum(above);
     const std::uint64_t least_id = least_key(
         count, limit - above, [&](std::int64_t i) { return std::uint64_t(candidates[i]); },
-        [&](std::int64_t i) { return score_key(candidates[i]) == least ? weight_of(i) : 0.; });
+        [&](std::int64_t i) {
+          return score_key(candidates[i]) == least ? weight_of(i) : 0.;
+        });
     __syncthreads();  // all weights have been read before some are erased
     for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
       const std::uint64_t key = score_key(candidates[i]);
-      if (key < least || (key == least && std::uint64_t(candidates[i]) < least_id)) weights[candidates[i]] = 0.;
+      if (key < least || (key == least && std::uint64_t(candidates[i]) < least_id))
+        weights[candidates[i]] = 0.;
     }
     __syncthreads();  // weights are erased before they are added
   }
@@ -3129,9 +3228,11 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
   // The first candidate, in order of ids, at which the sum exceeds u; or the last one with a weight.
   __shared__ double sums[kSampleWarps];
   __shared__ Token drawn;
-  const std::int64_t share = (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
+  const std::int64_t share =
+      (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
   double sum = 0.;
-  for (std::int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32) sum += kept(i);
+  for (std::int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32)
+    sum += kept(i);
   sum = warp_sum(sum);
   if (lane == 0) sums[warp] = sum;
   __syncthreads();  // the warps' sums are written before they are read
@@ -3149,7 +3250,8 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
         const double left = __shfl_up_sync(~0u, upto, d);
         if (lane >= d) upto += left;
       }
-      const unsigned any = __ballot_sync(~0u, w_i > 0.), past = __ballot_sync(~0u, w_i > 0. && before + upto > u);
+      const unsigned any = __ballot_sync(~0u, w_i > 0.),
+                     past = __ballot_sync(~0u, w_i > 0. && before + upto > u);
       if (any) token = candidates[i + (past ? __ffs(past) - 1 : 31 - __clz(any))];
       if (past) break;
       before += __shfl_sync(~0u, upto, 31);
@@ -3186,7 +3288,8 @@ __global__ void __launch_bounds__(kSampleThreads)
     if (token == a.stop || token < 0) a.done[b] = 1;
   }
   const T* row = embedding + std::int64_t(max(token, 0)) * d_model;
-  for (std::int64_t i = threadIdx.x; i < d_model; i += kSampleThreads) residual[b * d_model + i] = to_float(row[i]);
+  for (std::int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
+    residual[b * d_model + i] = to_float(row[i]);
 }
 
 // ============================================================================================
@@ -3202,7 +3305,8 @@ struct DeviceMatrix {
     return reinterpret_cast<const T*>(bytes.data());
   }
 };
-struct DeviceRow : DeviceBuffer<float> {  // a weight per channel, or conv1d's (conv_width, d_conv)
+struct DeviceRow
+    : DeviceBuffer<float> {  // a weight per channel, or conv1d's (conv_width, d_conv)
   using DeviceBuffer<float>::operator=;
 };
 struct DeviceStateMatrix : DeviceBuffer<float> {  // A (d_inner, d_state), row by row
@@ -3230,7 +3334,8 @@ struct DeviceModel {
   bool tied = true;
 };
 
-inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMatrix& matrix) {
+inline void assign(const Tensor& tensor, std::optional<DType> storage,
+                   DeviceMatrix& matrix) {
   const Tensor stored = tensor.dtype == *storage ? tensor : to_dtype(tensor, *storage);
   matrix.rows = tensor.shape[0], matrix.cols = tensor.shape[1];
   matrix.bytes = {static_cast<const std::byte*>(stored.data), stored.bytes().size()};
@@ -3240,7 +3345,8 @@ inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceRow
   assign(tensor, storage, host);
   row = DeviceBuffer<float>(host.data(), static_cast<std::size_t>(host.size()));
 }
-inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStateMatrix& A) {
+inline void assign(const Tensor& A_log, std::optional<DType> storage,
+                   DeviceStateMatrix& A) {
   ssm::StateMatrix<float> columns;
   assign(A_log, storage, columns);
   const Matrix<float> rows = columns;
@@ -3251,10 +3357,14 @@ inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStat
 template <class Function>
 void with_type(DType dtype, const Function& f) {
   switch (dtype) {
-    case DType::F32: return f(static_cast<float*>(nullptr));
-    case DType::BF16: return f(static_cast<__nv_bfloat16*>(nullptr));
-    case DType::F16: return f(static_cast<__half*>(nullptr));
-    default: fail("weights: expected f32, bf16 or f16");
+    case DType::F32:
+      return f(static_cast<float*>(nullptr));
+    case DType::BF16:
+      return f(static_cast<__nv_bfloat16*>(nullptr));
+    case DType::F16:
+      return f(static_cast<__half*>(nullptr));
+    default:
+      fail("weights: expected f32, bf16 or f16");
   }
 }
 
@@ -3276,7 +3386,9 @@ struct DeviceState {
   T* layer_conv(const Config& c, Index l) const {
     return reinterpret_cast<T*>(conv.data()) + l * batch * (c.d_conv - 1) * c.conv_width();
   }
-  float* layer_h(const Config& c, Index l) const { return h.data() + l * batch * c.d_inner * c.d_state; }
+  float* layer_h(const Config& c, Index l) const {
+    return h.data() + l * batch * c.d_inner * c.d_state;
+  }
 };
 
 template <class T>  // x (L, d) += bias (d).  One thread a number.
@@ -3285,15 +3397,19 @@ __global__ void add_bias_kernel(T* x, const float* bias, std::int64_t L, std::in
   if (i < L * d) x[i] = from_float<T>(to_float(x[i]) + bias[i % d]);
 }
 template <class T>
-void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaStream_t stream) {
+void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d,
+              cudaStream_t stream) {
   if (bias.size() == 0 || L == 0) return;
   add_bias_kernel<<<ceil_div(L * d, 256), 256, 0, stream>>>(x, bias.data(), L, d);
   CUDA_CHECK(cudaGetLastError());
 }
 
-template <class T> constexpr cudaDataType_t kCudaType = CUDA_R_32F;
-template <> inline constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
-template <> inline constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
+template <class T>
+constexpr cudaDataType_t kCudaType = CUDA_R_32F;
+template <>
+inline constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
+template <>
+inline constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
 
 // The stream that all work goes to, and cuBLAS on it.
 class Queue {
@@ -3303,8 +3419,10 @@ class Queue {
     CUBLAS_CHECK(cublasCreate(&cublas_));
     CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
     CUBLAS_CHECK(cublasSetWorkspace(cublas_, workspace_.data(), workspace_.bytes()));
-    CUBLAS_CHECK(cublasSetMathMode(  // sums stay float32, and float32 is not cut down to TF32
-        cublas_, cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    CUBLAS_CHECK(
+        cublasSetMathMode(  // sums stay float32, and float32 is not cut down to TF32
+            cublas_, cublasMath_t(CUBLAS_DEFAULT_MATH |
+                                  CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
   }
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
@@ -3317,12 +3435,14 @@ class Queue {
 
   // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
   template <class T, class Out>
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W, std::int64_t rows, std::int64_t cols,
-              Out* y, std::int64_t y_stride, float beta = 0.f) const {
+  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W,
+              std::int64_t rows, std::int64_t cols, Out* y, std::int64_t y_stride,
+              float beta = 0.f) const {
     const float one = 1.f;
     if (L == 0) return;
-    CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L), int(cols), &one, W, kCudaType<T>,
-                              int(cols), x, kCudaType<T>, int(x_stride), &beta, y, kCudaType<Out>, int(y_stride),
+    CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L),
+                              int(cols), &one, W, kCudaType<T>, int(cols), x, kCudaType<T>,
+                              int(x_stride), &beta, y, kCudaType<Out>, int(y_stride),
                               CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
   }
 
@@ -3335,12 +3455,14 @@ class Queue {
 // Room for what one layer hands from operation to operation, `rows` tokens at once.
 template <class T>
 struct Activations {
-  float* residual;          // (rows, d_model)
-  T *u;                     // (rows, d_model)     rms_norm of it
-  T *projected;             // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt
-  T *x;                     // (rows, conv_width)  Mamba: x;  Mamba-2: x B C
-  T *dt_B_C, *delta, *y;    // (rows, dt_rank + 2 d_state), (rows, d_inner) twice; normed: in delta
-  float *dt_B_C_step = nullptr, *g = nullptr, *squares = nullptr;  // where few sequences take one token
+  float* residual;  // (rows, d_model)
+  T* u;             // (rows, d_model)     rms_norm of it
+  T* projected;     // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt
+  T* x;             // (rows, conv_width)  Mamba: x;  Mamba-2: x B C
+  T *dt_B_C, *delta,
+      *y;  // (rows, dt_rank + 2 d_state), (rows, d_inner) twice; normed: in delta
+  float *dt_B_C_step = nullptr, *g = nullptr,
+        *squares = nullptr;  // where few sequences take one token
 
   Activations(const Config& c, std::int64_t rows, DeviceBuffer<std::byte>& room) {
     std::size_t used = 0;
@@ -3358,8 +3480,8 @@ struct Activations {
       take(dt_B_C, c.dt_rank + 2 * c.d_state);
       take(delta, c.d_inner);
       take(y, c.d_inner);
-      take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
       if (rows <= kMostFewRows) {
+        take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
         take(g, c.d_inner);
         take(squares, c.n_heads * ssd_decode_blocks(std::max<Index>(1, c.head_dim)));
       }
@@ -3378,22 +3500,27 @@ struct Compute {
   DeviceBuffer<std::byte>&activation_room, &scan_room;
   float delta_ratio;
 
-  const T* head() const { return (model.tied ? model.embedding : model.lm_head).template as<T>(); }
+  const T* head() const {
+    return (model.tied ? model.embedding : model.lm_head).template as<T>();
+  }
 
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const DeviceMatrix& W, T* y) const {
+  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const DeviceMatrix& W,
+              T* y) const {
     queue.linear(x, L, x_stride, W.as<T>(), W.rows, W.cols, y, W.rows);
   }
   void rms_norm(const Activations<T>& a, const DeviceRow& weight, std::int64_t L) const {
-    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), float(config.norm_eps), L, int(config.d_model),
-                          a.u, config.d_model, queue.stream());
+    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), float(config.norm_eps), L,
+                          int(config.d_model), a.u, config.d_model, queue.stream());
   }
-  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y, std::int64_t L) const {
-    queue.linear(y, L, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner, a.residual,
-                 config.d_model, 1.f);
+  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y,
+                    std::int64_t L) const {
+    queue.linear(y, L, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
+                 a.residual, config.d_model, 1.f);
     add_bias(a.residual, w.out_proj_bias, L, config.d_model, queue.stream());
   }
 
-  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, std::int64_t first, T* state) const {
+  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, std::int64_t first,
+                        T* state) const {
     ConvArgs<T> conv;
     conv.d = config.conv_width(), conv.width = int(config.d_conv);
     conv.x = a.projected + first, conv.x_stride = config.in_proj_width();
@@ -3421,11 +3548,13 @@ struct Compute {
   SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
     const std::int64_t GN = config.n_groups * config.d_state;
     SsdArgs<T> in;
-    in.heads = int(config.n_heads), in.head_dim = int(config.head_dim), in.d_state = int(config.d_state);
+    in.heads = int(config.n_heads), in.head_dim = int(config.head_dim),
+    in.d_state = int(config.d_state);
     in.groups = int(config.n_groups);
     in.x = a.x, in.B = a.x + config.d_inner, in.C = in.B + GN;
     in.x_stride = in.B_stride = in.C_stride = config.conv_width();
-    in.dt = a.projected + config.d_inner + config.conv_width(), in.dt_stride = config.in_proj_width();
+    in.dt = a.projected + config.d_inner + config.conv_width(),
+    in.dt_stride = config.in_proj_width();
     in.A = w.A.data(), in.D = w.D.data(), in.dt_bias = w.dt_bias.data();
     in.dt_min = float(config.dt_min), in.dt_max = float(config.dt_max);
     in.h0 = h, in.hT = h;
@@ -3435,25 +3564,60 @@ struct Compute {
   }
 
   // x: after the convolution, its rows x_stride apart.
-  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch, const T* x,
-                                     std::int64_t x_stride, float* h, const int* done) const {
-    return {batch, int(config.d_inner), int(config.d_state), int(config.dt_rank), a.dt_B_C_step, x,
-            a.projected + config.d_inner, w.dt_proj.as<T>(), x_stride, config.in_proj_width(), w.dt_bias.data(),
-            w.A.data(), w.D.data(), h, a.y, delta_ratio, done};
+  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w,
+                                     int batch, const T* x, std::int64_t x_stride, float* h,
+                                     const int* done) const {
+    return {batch,
+            int(config.d_inner),
+            int(config.d_state),
+            int(config.dt_rank),
+            a.dt_B_C_step,
+            x,
+            a.projected + config.d_inner,
+            w.dt_proj.as<T>(),
+            x_stride,
+            config.in_proj_width(),
+            w.dt_bias.data(),
+            w.A.data(),
+            w.D.data(),
+            h,
+            a.y,
+            delta_ratio,
+            done};
   }
-  SsdDecodeArgs<T> ssd_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch, const T* x,
-                                   std::int64_t x_stride, T* out, float* h, const int* done) const {
+  SsdDecodeArgs<T> ssd_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
+                                   const T* x, std::int64_t x_stride, float* h,
+                                   const int* done) const {
     const Config& c = config;
     const std::int64_t width = c.in_proj_width();
-    return {batch, int(c.n_heads), int(c.head_dim), int(c.d_state), int(c.n_groups), a.projected, x,
-            a.projected + width - c.n_heads, width, x_stride, width, w.A.data(), w.D.data(), w.dt_bias.data(),
-            float(c.dt_min), float(c.dt_max), delta_ratio, h, out, a.g, a.squares, done};
+    return {batch,
+            int(c.n_heads),
+            int(c.head_dim),
+            int(c.d_state),
+            int(c.n_groups),
+            a.projected,
+            x,
+            a.projected + width - c.n_heads,
+            width,
+            x_stride,
+            width,
+            w.A.data(),
+            w.D.data(),
+            w.dt_bias.data(),
+            float(c.dt_min),
+            float(c.dt_max),
+            delta_ratio,
+            h,
+            a.g,
+            a.squares,
+            done};
   }
 
   // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
   // 1, and the step functions do it; done as in ConvArgs.
-  void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch, std::int64_t L, T* conv_state,
-                   float* h, bool step, const int* done) const {
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
+                   std::int64_t L, T* conv_state, float* h, bool step,
+                   const int* done) const {
     const std::int64_t rows = batch * L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
@@ -3461,25 +3625,20 @@ struct Compute {
     ConvArgs<T> conv = conv_args(a, w, 0, conv_state);
     conv.batch = batch, conv.L = L, conv.done = done;
     step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
-    if (step && config.d_state % 4 == 0) {  // dt_proj, the scan and the gate in one
-      const std::int64_t width = w.x_proj.rows;
-      queue.linear(a.x, rows, config.d_inner, w.x_proj.as<T>(), width, config.d_inner, a.dt_B_C_step, width);
-      scan_decode(scan_decode_args(a, w, int(batch), a.x, config.d_inner, h, done), queue.stream());
-    } else {
-      linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
-      linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
-      ScanArgs<T> scan = scan_args(a, w, h);
-      scan.batch = batch, scan.L = L, scan.done = done;
-      scan_room.grow(step ? 0 : selective_scan_workspace(scan));
-      step ? selective_scan_step(scan, queue.stream())
-           : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
-    }
+    linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
+    linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
+    ScanArgs<T> scan = scan_args(a, w, h);
+    scan.batch = batch, scan.L = L, scan.done = done;
+    scan_room.grow(step ? 0 : selective_scan_workspace(scan));
+    step ? selective_scan_step(scan, queue.stream())
+         : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
     add_out_proj(a, w, a.y, rows);
   }
 
   // The same for Mamba-2.
-  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch, std::int64_t L, T* conv_state,
-                    float* h, bool step, const int* done) const {
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
+                    std::int64_t L, T* conv_state, float* h, bool step,
+                    const int* done) const {
     const std::int64_t rows = batch * L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
@@ -3489,59 +3648,64 @@ struct Compute {
     step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
     SsdArgs<T> in = ssd_args(a, w, h);
     in.batch = batch, in.L = L, in.done = done;
-    if (step && config.d_state % 4 == 0) {
-      ssd_decode(ssd_decode_args(a, w, int(batch), a.x, config.conv_width(), a.y, h, done), queue.stream());
-    } else {
-      scan_room.grow(step ? 0 : ssd_workspace_bytes(in));
-      in.workspace = scan_room.data();
-      step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
-    }
-    gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
-                   float(config.norm_eps), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
-                   queue.stream());
+    scan_room.grow(step ? 0 : ssd_workspace_bytes(in));
+    in.workspace = scan_room.data();
+    step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
+    gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(),
+                   w.gated_norm.data(), float(config.norm_eps), rows, int(config.d_inner),
+                   int(config.n_groups), a.delta, config.d_inner, queue.stream());
     add_out_proj(a, w, a.delta, rows);
   }
 
   // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
   Activations<T> backbone(const Token* ids, std::int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
-    embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids, config.d_model, a.residual);
+    embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids,
+                                                              config.d_model, a.residual);
     CUDA_CHECK(cudaGetLastError());
     for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
-      (this->*block)(model.layers[l], a, 1, L, state.layer_conv<T>(config, l), state.layer_h(config, l), false, nullptr);
+      const auto block =
+          config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
+      (this->*block)(model.layers[l], a, 1, L, state.layer_conv<T>(config, l),
+                     state.layer_h(config, l), false, nullptr);
     }
     return a;
   }
 
   // rows [first, first + count) of a.residual -> logits (count, vocab_size); a.u is overwritten.
-  void lm_head(const Activations<T>& a, std::int64_t first, std::int64_t count, float* logits) const {
+  void lm_head(const Activations<T>& a, std::int64_t first, std::int64_t count,
+               float* logits) const {
     Activations<T> rows = a;
     rows.residual += first * config.d_model;
     rms_norm(rows, model.norm_f, count);
-    queue.linear(a.u, count, config.d_model, head(), config.vocab_size, config.d_model, logits, config.vocab_size);
+    queue.linear(a.u, count, config.d_model, head(), config.vocab_size, config.d_model,
+                 logits, config.vocab_size);
   }
 
   // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time.
   bool takes_few(std::int64_t batch) const {
     const std::int64_t n = 16 / sizeof(T);
-    return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 && config.d_state % 4 == 0 &&
-           config.n_groups <= kMostGroups && config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps;
+    return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&
+           config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
+           config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps;
   }
 
   // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
-  void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
+  void step(const Activations<T>& a, DeviceState& state, const int* done,
+            float* logits) const {
     if (takes_few(state.batch)) return step_few(a, state, done, logits);
     for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
-      (this->*block)(model.layers[l], a, state.batch, 1, state.layer_conv<T>(config, l), state.layer_h(config, l), true,
-                     done);
+      const auto block =
+          config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
+      (this->*block)(model.layers[l], a, state.batch, 1, state.layer_conv<T>(config, l),
+                     state.layer_h(config, l), true, done);
     }
     lm_head(a, 0, state.batch, logits);
   }
 
   // The same by the fused kernels.
-  void step_few(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
+  void step_few(const Activations<T>& a, DeviceState& state, const int* done,
+                float* logits) const {
     const Config& c = config;
     const int batch = int(state.batch);
     const cudaStream_t stream = queue.stream();
@@ -3550,27 +3714,37 @@ struct Compute {
       const DeviceLayer& w = model.layers[l];
       const NormedInput u{a.residual, w.norm.data(), c.d_model, eps};
       const ResidualOutput residual{a.residual, w.out_proj_bias.data(), c.d_model};
-      const ConvOutput<T> projected{a.projected, state.layer_conv<T>(c, l), w.in_proj_bias.data(), w.conv_weight.data(),
-                                    w.conv_bias.data(), done, c.in_proj_width(), c.version == 1 ? 0 : c.d_inner,
-                                    c.conv_width(), int(c.d_conv)};
-      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
+      const ConvOutput<T> projected{a.projected,           state.layer_conv<T>(c, l),
+                                    w.in_proj_bias.data(), w.conv_weight.data(),
+                                    w.conv_bias.data(),    done,
+                                    c.in_proj_width(),     c.version == 1 ? 0 : c.d_inner,
+                                    c.conv_width(),        int(c.d_conv)};
+      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected,
+                  stream);
       if (c.version == 1) {
         const std::int64_t width = c.dt_rank + 2 * c.d_state;
-        linear_step(w.x_proj.as<T>(), width, c.d_inner, batch, PlainInput<T>{a.projected, c.in_proj_width()},
-                       PlainOutput{a.dt_B_C_step, width}, stream);
-        scan_decode(scan_decode_args(a, w, batch, a.projected, c.in_proj_width(), state.layer_h(c, l), done), stream);
-        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner}, residual, stream);
+        linear_step(w.x_proj.as<T>(), width, c.d_inner, batch,
+                    PlainInput<T>{a.projected, c.in_proj_width()},
+                    PlainOutput{a.dt_B_C_step, width}, stream);
+        scan_decode(scan_decode_args(a, w, batch, a.projected, c.in_proj_width(),
+                                     state.layer_h(c, l), done),
+                    stream);
+        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
+                    PlainInput<T>{a.y, c.d_inner}, residual, stream);
       } else {
-        ssd_decode(ssd_decode_args(a, w, batch, a.projected + c.d_inner, c.in_proj_width(), nullptr,
-                                   state.layer_h(c, l), done), stream);
+        ssd_decode(ssd_decode_args(a, w, batch, a.projected + c.d_inner, c.in_proj_width(),
+                                   state.layer_h(c, l), done),
+                   stream);
         const int slots = int(c.n_heads / c.n_groups) * ssd_decode_blocks(int(c.head_dim));
         linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
-                       GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner, int(c.n_groups), slots, eps},
-                       residual, stream);
+                    GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner,
+                                   int(c.n_groups), slots, eps},
+                    residual, stream);
       }
     }
-    linear_step(head(), c.vocab_size, c.d_model, batch, NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
-                   PlainOutput{logits, c.vocab_size}, stream);
+    linear_step(head(), c.vocab_size, c.d_model, batch,
+                NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
+                PlainOutput{logits, c.vocab_size}, stream);
   }
 };
 
@@ -3584,17 +3758,24 @@ inline void use_device(int device) {
   const cudaError_t error = cudaGetDeviceCount(&count);
   CUDA_CHECK(cudaDriverGetVersion(&driver));
   CUDA_CHECK(cudaRuntimeGetVersion(&runtime));
-  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  const auto version = [](int v) {
+    return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
+  };
   if (error == cudaErrorInsufficientDriver && driver > 0)
-    fail("driver too old: expected one for CUDA ", version(runtime), ", found one for CUDA ", version(driver));
-  if (error != cudaSuccess || count == 0) fail("no GPU: ", cudaGetErrorString(error ? error : cudaErrorNoDevice));
-  if (device < 0 || device >= count) fail("--device: expected 0 to ", count - 1, ", found ", device);
+    fail("driver too old: expected one for CUDA ", version(runtime),
+         ", found one for CUDA ", version(driver));
+  if (error != cudaSuccess || count == 0)
+    fail("no GPU: ", cudaGetErrorString(error ? error : cudaErrorNoDevice));
+  if (device < 0 || device >= count)
+    fail("--device: expected 0 to ", count - 1, ", found ", device);
   CUDA_CHECK(cudaSetDevice(device));
   cudaFuncAttributes kernel;
   if (cudaFuncGetAttributes(&kernel, embedding_kernel<float>) != cudaSuccess) {
     cudaDeviceProp gpu;
     CUDA_CHECK(cudaGetDeviceProperties(&gpu, device));
-    fail("wrong GPU: ", gpu.name, ": this program was not compiled for its compute capability ", gpu.major, ".", gpu.minor);
+    fail("wrong GPU: ", gpu.name,
+         ": this program was not compiled for its compute capability ", gpu.major, ".",
+         gpu.minor);
   }
 }
 
@@ -3602,7 +3783,8 @@ inline void use_device(int device) {
 class HostTokens {
  public:
   explicit HostTokens(std::size_t size) {
-    CUDA_CHECK(cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
+    CUDA_CHECK(cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token),
+                             cudaHostAllocMapped));
   }
   HostTokens(const HostTokens&) = delete;
   HostTokens& operator=(const HostTokens&) = delete;
@@ -3619,17 +3801,20 @@ class CudaEngine {
   static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
   static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
   static constexpr bool kHasDevice = true;
-  static constexpr Index kPiece = 4096;           // tokens that the parallel form takes at once
+  static constexpr Index kPiece = 4096;       // tokens that the parallel form takes at once
+  static constexpr std::size_t kBatch = 256;  // texts that are generated together
   static constexpr std::size_t kMostSequences = 256;  // that are continued together
 
   using State = DeviceState;
 
-  CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
+  CudaEngine(const Checkpoint& checkpoint, const Config& config,
+             const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
     model_ = load_model<DeviceModel>(checkpoint, config, dtype_);
   }
   /// Random weights, as wide and as large as config says: for measurements.
-  CudaEngine(const Config& config, const EngineOptions& options) : CudaEngine(config, options, *options.dtype) {
+  CudaEngine(const Config& config, const EngineOptions& options)
+      : CudaEngine(config, options, *options.dtype) {
     fill_random();
   }
 
@@ -3641,7 +3826,8 @@ class CudaEngine {
   Matrix<float> prefill(State& state, const Token* ids, Index L);
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
   Matrix<float> step(State& state, Token id);
-  void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options, const OnToken& on_token);
+  void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
+                const OnToken& on_token);
   static void bench(const BenchOptions& options);
 
  private:
@@ -3657,8 +3843,11 @@ class CudaEngine {
     need_memory(bytes, "weights");
     queue_ = std::make_unique<Queue>();
   }
-  static DType storage(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options) {
-    const DType file = weight(checkpoint, "backbone.embeddings.weight", {config.vocab_size, config.d_model}).dtype;
+  static DType storage(const Checkpoint& checkpoint, const Config& config,
+                       const EngineOptions& options) {
+    const DType file = weight(checkpoint, "backbone.embeddings.weight",
+                              {config.vocab_size, config.d_model})
+                           .dtype;
     const bool stored = file == DType::BF16 || file == DType::F16;
     return options.dtype.value_or(stored ? file : DType::F32);
   }
@@ -3670,13 +3859,14 @@ class CudaEngine {
   }
   const Token* upload(const Token* ids, Index L) {
     ids_.grow(static_cast<std::size_t>(L));
-    CUDA_CHECK(cudaMemcpyAsync(ids_.data(), ids, L * sizeof(Token), cudaMemcpyHostToDevice, queue_->stream()));
+    CUDA_CHECK(cudaMemcpyAsync(ids_.data(), ids, L * sizeof(Token), cudaMemcpyHostToDevice,
+                               queue_->stream()));
     return ids_.data();
   }
   Matrix<float> download_logits(Index rows) {
     Matrix<float> host(rows, config_.vocab_size);
-    CUDA_CHECK(cudaMemcpyAsync(host.data(), logits_.data(), host.size() * sizeof(float), cudaMemcpyDeviceToHost,
-                               queue_->stream()));
+    CUDA_CHECK(cudaMemcpyAsync(host.data(), logits_.data(), host.size() * sizeof(float),
+                               cudaMemcpyDeviceToHost, queue_->stream()));
     queue_->wait();
     return host;
   }
@@ -3726,7 +3916,8 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
   const float* next_h = h.data();
   for (auto& layer : host.layers) {
     const std::size_t bytes = layer.conv.size() * dtype_size(dtype_);
-    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
+    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr},
+            layer.conv.data());
     layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
     next_conv += bytes;
     next_h += layer.h.size();
@@ -3741,7 +3932,8 @@ void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Inde
   for (Index t = 0; t < L; t += kPiece) {
     const Index count = std::min(kPiece, L - t);
     const auto a = compute<T>().backbone(upload(ids + t, count), count, state);
-    if (t + count == L) compute<T>().lm_head(a, count - 1, 1, logits_.data() + row * config_.vocab_size);
+    if (t + count == L)
+      compute<T>().lm_head(a, count - 1, 1, logits_.data() + row * config_.vocab_size);
   }
 }
 
@@ -3753,7 +3945,8 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
   return download_logits(std::min<Index>(L, 1));
 }
 
-inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
+inline void CudaEngine::forward(State& state, const Token* ids, Index L,
+                                const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
   logits_.grow(static_cast<std::size_t>(std::min(L, kRows) * config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
@@ -3775,7 +3968,8 @@ inline Matrix<float> CudaEngine::step(State& state, Token id) {
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Activations<T> a(config_, 1, activation_room_);
-    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(model_.embedding.as<T>(), upload(&id, 1), config_.d_model, a.residual);
+    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(
+        model_.embedding.as<T>(), upload(&id, 1), config_.d_model, a.residual);
     CUDA_CHECK(cudaGetLastError());
     compute<T>().step(a, state, nullptr, logits_.data());
   });
@@ -3789,22 +3983,25 @@ inline Matrix<float> CudaEngine::step(State& state, Token id) {
 // tokens ahead and only reads along: a sequence that has drawn the stop token stands still on the GPU.
 
 /// What is copied between the layers of one sequence's state and those of a batch.
-inline void copy_state(const Config& c, const DeviceState& from, Index from_row, const DeviceState& to, Index to_row,
-                       cudaStream_t stream) {
-  const auto copy = [&](auto* to_data, const auto* from_data, std::size_t bytes_of_layer_and_row) {
+inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
+                       const DeviceState& to, Index to_row, cudaStream_t stream) {
+  const auto copy = [&](auto* to_data, const auto* from_data,
+                        std::size_t bytes_of_layer_and_row) {
     const std::size_t bytes = bytes_of_layer_and_row;
     if (bytes == 0) return;
-    CUDA_CHECK(cudaMemcpy2DAsync(reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
-                                 reinterpret_cast<const std::byte*>(from_data) + from_row * bytes, from.batch * bytes,
-                                 bytes, c.n_layer, cudaMemcpyDeviceToDevice, stream));
+    CUDA_CHECK(cudaMemcpy2DAsync(
+        reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
+        reinterpret_cast<const std::byte*>(from_data) + from_row * bytes,
+        from.batch * bytes, bytes, c.n_layer, cudaMemcpyDeviceToDevice, stream));
   };
   copy(to.conv.data(), from.conv.data(), from.conv.bytes() / (c.n_layer * from.batch));
   copy(to.h.data(), from.h.data(), from.h.bytes() / (c.n_layer * from.batch));
 }
 
 template <class T>
-void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
-                                   const GenerateOptions& options, const OnToken& on_token) {
+void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first,
+                                   std::size_t batch, const GenerateOptions& options,
+                                   const OnToken& on_token) {
   const cudaStream_t stream = queue_->stream();
   const Index V = config_.vocab_size;
   logits_.grow(batch * V);
@@ -3813,8 +4010,10 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   std::vector<unsigned char> seen(penalty ? batch * V : 0);
   for (std::size_t i = 0; i < batch; ++i) {
     auto& s = sequences[i];
-    const std::size_t end = s.ids.size() - (options.n == 0 ? 1 : 0), begin = std::exchange(s.taken, end);
-    prefill_on_device<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin), static_cast<Index>(i));
+    const std::size_t end = s.ids.size() - (options.n == 0 ? 1 : 0),
+                      begin = std::exchange(s.taken, end);
+    prefill_on_device<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin),
+                         static_cast<Index>(i));
     queue_->wait();  // before the pieces' ids are replaced
     numbers[i] = s.index, positions[i] = s.ids.size();
     for (const Token id : s.ids)
@@ -3823,10 +4022,12 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   if (options.n == 0) return;
 
   State state(config_, dtype_, batch);
-  for (std::size_t i = 0; i < batch; ++i) copy_state(config_, sequences[i].state, 0, state, i, stream);
+  for (std::size_t i = 0; i < batch; ++i)
+    copy_state(config_, sequences[i].state, 0, state, i, stream);
   const Activations<T> a(config_, batch, activation_room_);
   const bool greedy = options.sampler.temperature == 0;
-  const DeviceBuffer<std::uint64_t> sequence_d(numbers.data(), batch), position_d(positions.data(), batch);
+  const DeviceBuffer<std::uint64_t> sequence_d(numbers.data(), batch),
+      position_d(positions.data(), batch);
   const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
   DeviceBuffer<std::int64_t> made_d(batch);
   DeviceBuffer<int> done_d(batch);
@@ -3836,16 +4037,32 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   made_d.zero();
   done_d.zero();
   const SamplerOptions& o = options.sampler;
-  const SampleArgs args{logits_.data(), V, static_cast<std::int64_t>(batch), o.temperature, o.top_p, o.min_p,
-                        o.repetition_penalty, o.top_k, o.seed, sequence_d.data(), position_d.data(), made_d.data(),
-                        seen_d.data(), weights_d.data(), candidates_d.data(), done_d.data(), options.stop,
-                        next_d.data(), log.data()};
+  const SampleArgs args{logits_.data(),
+                        V,
+                        static_cast<std::int64_t>(batch),
+                        o.temperature,
+                        o.top_p,
+                        o.min_p,
+                        o.repetition_penalty,
+                        o.top_k,
+                        o.seed,
+                        sequence_d.data(),
+                        position_d.data(),
+                        made_d.data(),
+                        seen_d.data(),
+                        weights_d.data(),
+                        candidates_d.data(),
+                        done_d.data(),
+                        options.stop,
+                        next_d.data(),
+                        log.data()};
   const auto sample = [&] {
-    launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, stream, args, model_.embedding.as<T>(),
-                config_.d_model, a.residual);
+    launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, stream, args,
+                model_.embedding.as<T>(), config_.d_model, a.residual);
   };
 
-  CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
+  CUDA_CHECK(
+      cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
   Graph graph(stream, [&] {
     compute<T>().step(a, state, done_d.data(), logits_.data());
     sample();
@@ -3853,7 +4070,8 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   constexpr Index kAhead = 8;  // tokens that the GPU may be ahead of the host
   std::vector<Event> drawn(kAhead);
   std::vector<char> finished(batch, 0);
-  std::size_t turn = 0;  // the first unfinished sequence; tokens of later ones are told in their turn
+  std::size_t turn =
+      0;  // the first unfinished sequence; tokens of later ones are told in their turn
   std::vector<std::size_t> told(batch);
   for (std::size_t i = 0; i < batch; ++i) told[i] = sequences[i].ids.size();
   const auto tell = [&] {
@@ -3866,8 +4084,10 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   Index launched = 0;
   for (Index made = 0; made < options.n && turn < batch; ++made) {
     for (; launched < std::min(options.n, made + kAhead); ++launched) {
-      if (launched == 0) sample();
-      else graph.launch(stream);
+      if (launched == 0)
+        sample();
+      else
+        graph.launch(stream);
       drawn[launched % kAhead].record(stream);
     }
     drawn[made % kAhead].wait();
@@ -3888,13 +4108,14 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   queue_->wait();
 }
 
-inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
-                                 const OnToken& on_token) {
+inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
+                                 const GenerateOptions& options, const OnToken& on_token) {
   check(options.sampler);
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (std::size_t first = 0; first < sequences.size(); first += kMostSequences)
-      generate_together<T>(sequences.data() + first, first, std::min(kMostSequences, sequences.size() - first), options,
+      generate_together<T>(sequences.data() + first, first,
+                           std::min(kMostSequences, sequences.size() - first), options,
                            on_token);
   });
 }
@@ -3905,12 +4126,15 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences, const 
 
 // Uniform numbers in [-scale, scale) plus `offset`, by hashing the index (splitmix64).
 template <class T>
-__global__ void random_kernel(T* out, std::int64_t size, float scale, float offset, std::uint64_t seed) {
-  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += std::int64_t(gridDim.x) * blockDim.x) {
+__global__ void random_kernel(T* out, std::int64_t size, float scale, float offset,
+                              std::uint64_t seed) {
+  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += std::int64_t(gridDim.x) * blockDim.x) {
     std::uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
     v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
     v = (v ^ v >> 27) * 0x94D049BB133111EBull;
-    out[i] = from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
+    out[i] =
+        from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
   }
 }
 
@@ -3920,28 +4144,35 @@ inline void CudaEngine::fill_random() {
   model_.layers.resize(static_cast<std::size_t>(config_.n_layer));
   std::uint64_t seed = 1;
   const auto fill = [&](auto* data, std::size_t size, float scale, float offset) {
-    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset, ++seed);
+    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset,
+                                 ++seed);
     CUDA_CHECK(cudaGetLastError());
   };
-  for_each_weight(config_, model_, [&](const std::string& name, const auto& shape, auto& to) {
-    using To = std::remove_reference_t<decltype(to)>;
-    std::size_t size = 1;
-    for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
-    if constexpr (std::is_same_v<To, DeviceMatrix>) {
-      to.rows = shape[0], to.cols = shape[1];
-      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
-      with_type(dtype_, [&](auto* type) {
-        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size, std::sqrt(3.f / float(shape[1])), 0.f);
-      });
-    } else {
-      to = DeviceBuffer<float>(size);
-      const bool dt_bias = name.find("dt_") != std::string::npos;
-      const bool conv = name.find("conv1d.weight") != std::string::npos;
-      if (std::is_same_v<To, DeviceStateMatrix>) fill(to.data(), size, 7.f, -8.f);
-      else if (dt_bias) fill(to.data(), size, 2.f, -4.6f);
-      else fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
-    }
-  });
+  for_each_weight(config_, model_,
+                  [&](const std::string& name, const auto& shape, auto& to) {
+                    using To = std::remove_reference_t<decltype(to)>;
+                    std::size_t size = 1;
+                    for (const std::int64_t extent : shape)
+                      size *= static_cast<std::size_t>(extent);
+                    if constexpr (std::is_same_v<To, DeviceMatrix>) {
+                      to.rows = shape[0], to.cols = shape[1];
+                      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
+                      with_type(dtype_, [&](auto* type) {
+                        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size,
+                             std::sqrt(3.f / float(shape[1])), 0.f);
+                      });
+                    } else {
+                      to = DeviceBuffer<float>(size);
+                      const bool dt_bias = name.find("dt_") != std::string::npos;
+                      const bool conv = name.find("conv1d.weight") != std::string::npos;
+                      if (std::is_same_v<To, DeviceStateMatrix>)
+                        fill(to.data(), size, 7.f, -8.f);
+                      else if (dt_bias)
+                        fill(to.data(), size, 2.f, -4.6f);
+                      else
+                        fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
+                    }
+                  });
   CUDA_CHECK(cudaDeviceSynchronize());
 }
 
@@ -3964,9 +4195,11 @@ double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
 /// Bytes a second, read and written, that a large copy reaches.
 inline double copy_bandwidth(cudaStream_t stream) {
   const DeviceBuffer<std::byte> from(std::size_t{1} << 30), to(std::size_t{1} << 30);
-  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()), std::int64_t{1} << 28, 1.f, 0.f, 7);
+  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()),
+                                          std::int64_t{1} << 28, 1.f, 0.f, 7);
   const double ms = median_ms(stream, 10, [&] {
-    CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
+    CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), from.bytes(),
+                               cudaMemcpyDeviceToDevice, stream));
   });
   return 2e3 * double(from.bytes()) / ms;
 }
@@ -3977,8 +4210,11 @@ double matmul_peak(const Queue& queue) {
   constexpr std::int64_t n = 8192;
   const DeviceBuffer<T> x(n * n), W(n * n), y(n * n);
   for (const T* p : {x.data(), W.data()})
-    random_kernel<<<1024, 256, 0, queue.stream()>>>(const_cast<T*>(p), n * n, 1.f, 0.f, p == W.data());
-  return 2e3 * double(n) * n * n / median_ms(queue.stream(), 10, [&] { queue.linear(x.data(), n, n, W.data(), n, n, y.data(), n); });
+    random_kernel<<<1024, 256, 0, queue.stream()>>>(const_cast<T*>(p), n * n, 1.f, 0.f,
+                                                    p == W.data());
+  return 2e3 * double(n) * n * n / median_ms(queue.stream(), 10, [&] {
+           queue.linear(x.data(), n, n, W.data(), n, n, y.data(), n);
+         });
 }
 
 inline void CudaEngine::bench(const BenchOptions& options) {
@@ -3988,26 +4224,33 @@ inline void CudaEngine::bench(const BenchOptions& options) {
     Queue queue;
     with_type(options.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const Json figure = options.op == "matmul" ? Json{{"op", "matmul"}, {"dtype", dtype_name(options.dtype)}, {"TFLOP/s", matmul_peak<T>(queue) / 1e12}}
-                                                 : Json{{"op", "bandwidth"}, {"GB/s", copy_bandwidth(queue.stream()) / 1e9}};
+      const Json figure =
+          options.op == "matmul"
+              ? Json{{"op", "matmul"},
+                     {"dtype", dtype_name(options.dtype)},
+                     {"TFLOP/s", matmul_peak<T>(queue) / 1e12}}
+              : Json{{"op", "bandwidth"}, {"GB/s", copy_bandwidth(queue.stream()) / 1e9}};
       std::cout << figure << "\n";
     });
     return;
   }
-  if (!decode && options.op != "prefill") fail("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
+  if (!decode && options.op != "prefill")
+    fail("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
   const Config config = published_config(options.shape);
   EngineOptions engine_options;
   engine_options.dtype = options.dtype;
   engine_options.device = options.device;
   CudaEngine engine(config, engine_options);
   const cudaStream_t stream = engine.queue_->stream();
-  double parameters = 0, small = 0;  // of matrices: each is read once and costs a multiply-add a token
+  double parameters = 0,
+         small = 0;  // of matrices: each is read once and costs a multiply-add a token
   for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
     double size = 1;
     for (const std::int64_t extent : shape) size *= double(extent);
     (shape.size() == 2 && shape[1] != config.d_state ? parameters : small) += size;
   });
-  const double head = double(config.vocab_size * config.d_model), batch = double(options.batch), L = double(options.length);
+  const double head = double(config.vocab_size * config.d_model),
+               batch = double(options.batch), L = double(options.length);
   const double weight_bytes = parameters * double(dtype_size(options.dtype)) + small * 4;
   with_type(options.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -4019,7 +4262,8 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       engine.logits_.grow(options.batch * config.vocab_size);
       const Activations<T> a(config, options.batch, engine.activation_room_);
       std::vector<std::uint64_t> zeros(options.batch);
-      const DeviceBuffer<std::uint64_t> numbers(zeros.data(), options.batch), positions(zeros.data(), options.batch);
+      const DeviceBuffer<std::uint64_t> numbers(zeros.data(), options.batch),
+          positions(zeros.data(), options.batch);
       DeviceBuffer<std::int64_t> made(options.batch);
       DeviceBuffer<int> done(options.batch);
       const DeviceBuffer<Token> next(options.batch);
@@ -4029,32 +4273,51 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       CUDA_CHECK(cudaMemset(a.residual, 0, options.batch * config.d_model * sizeof(float)));
       CUDA_CHECK(cudaDeviceSynchronize());
       SampleArgs args{};
-      args.logits = engine.logits_.data(), args.vocab_size = config.vocab_size, args.batch = options.batch;
-      args.sequence = numbers.data(), args.position = positions.data(), args.made = made.data();
-      args.done = done.data(), args.stop = -1, args.next = next.data(), args.log = log.data();
+      args.logits = engine.logits_.data(), args.vocab_size = config.vocab_size,
+      args.batch = options.batch;
+      args.sequence = numbers.data(), args.position = positions.data(),
+      args.made = made.data();
+      args.done = done.data(), args.stop = -1, args.next = next.data(),
+      args.log = log.data();
       Graph graph(stream, [&] {
         engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
-        launch_step(sample_kernel<T>, dim3(unsigned(options.batch)), kSampleThreads, stream, args,
-                    engine.model_.embedding.template as<T>(), config.d_model, a.residual);
+        launch_step(sample_kernel<T>, dim3(unsigned(options.batch)), kSampleThreads, stream,
+                    args, engine.model_.embedding.template as<T>(), config.d_model,
+                    a.residual);
       });
       constexpr Index kSteps = 20;
       const Index repeat = std::min<Index>(options.repeat, kMost / kSteps - 4);
-      ms = median_ms(stream, repeat, [&] { for (Index i = 0; i < kSteps; ++i) graph.launch(stream); }) / kSteps;
+      ms = median_ms(stream, repeat,
+                     [&] {
+                       for (Index i = 0; i < kSteps; ++i) graph.launch(stream);
+                     }) /
+           kSteps;
       bytes += state_bytes;
       flops = 2 * parameters * batch;
     } else {
       engine.logits_.grow(config.vocab_size);
       std::vector<Token> ids(options.length);
-      for (Index t = 0; t < options.length; ++t) ids[t] = static_cast<Token>(t * 7919 % config.vocab_size);
-      ms = median_ms(stream, options.repeat, [&] { engine.prefill_on_device<T>(state, ids.data(), options.length, 0); });
+      for (Index t = 0; t < options.length; ++t)
+        ids[t] = static_cast<Token>(t * 7919 % config.vocab_size);
+      ms = median_ms(stream, options.repeat, [&] {
+        engine.prefill_on_device<T>(state, ids.data(), options.length, 0);
+      });
       bytes = weight_bytes;
       flops = 2 * ((parameters - head) * L + head);
     }
     const double floor = std::max(bytes / bandwidth, flops / peak) * 1e3;
-    std::cout << Json{{"op", options.op}, {"shape", options.shape}, {"dtype", dtype_name(options.dtype)},
-                      {"batch", decode ? options.batch : 1}, {"length", decode ? 1 : options.length}, {"ms", ms},
-                      {"bytes", bytes}, {"flops", flops}, {"GB/s", bandwidth / 1e9}, {"TFLOP/s", peak / 1e12},
-                      {"floor ms", floor}, {"% of floor", 100 * floor / ms}}
+    std::cout << Json{{"op", options.op},
+                      {"shape", options.shape},
+                      {"dtype", dtype_name(options.dtype)},
+                      {"batch", decode ? options.batch : 1},
+                      {"length", decode ? 1 : options.length},
+                      {"ms", ms},
+                      {"bytes", bytes},
+                      {"flops", flops},
+                      {"GB/s", bandwidth / 1e9},
+                      {"TFLOP/s", peak / 1e12},
+                      {"floor ms", floor},
+                      {"% of floor", 100 * floor / ms}}
               << "\n";
   });
 }

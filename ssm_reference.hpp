@@ -251,9 +251,10 @@ struct ScanInputs {
 
   // The same call for tokens [first, first + count) of the sequence.
   ScanInputs tokens(Index first, Index count) const {
+    using Member = View<Scalar> ScanInputs::*;
     ScanInputs part = *this;
-    for (View<Scalar> ScanInputs::*m : {&ScanInputs::x, &ScanInputs::delta, &ScanInputs::B,
-                                        &ScanInputs::C, &ScanInputs::z}) {
+    for (const Member m : {&ScanInputs::x, &ScanInputs::delta, &ScanInputs::B,
+                           &ScanInputs::C, &ScanInputs::z}) {
       if (this->*m) part.*m = (this->*m).middleRows(first, count);
     }
     return part;
@@ -456,9 +457,9 @@ struct SsdInputs {
   Index group(Index head) const { return (first_head + head) / heads_per_group; }
 
   SsdInputs tokens(Index first, Index count) const {
+    using Member = View<Scalar> SsdInputs::*;
     SsdInputs part = *this;
-    for (View<Scalar> SsdInputs::*m :
-         {&SsdInputs::x, &SsdInputs::dt, &SsdInputs::B, &SsdInputs::C}) {
+    for (const Member m : {&SsdInputs::x, &SsdInputs::dt, &SsdInputs::B, &SsdInputs::C}) {
       part.*m = (this->*m).middleRows(first, count);
     }
     return part;

@@ -484,7 +484,9 @@ TEST_CASE("config: what is written is read back") {
   }
 }
 
-TEST_CASE("config: a fraction for expand is read, and refused where transformers would refuse it") {
+TEST_CASE(
+    "config: a fraction for expand is read, and refused where transformers would refuse "
+    "it") {
   const Config config =
       config_of(R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5})");
   CHECK(config.d_inner == 150);
