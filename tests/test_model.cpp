@@ -10,10 +10,6 @@ using mamba::Mode;
 
 namespace {
 
-struct Golden {
-  std::string model, expected;
-};
-
 /// Every model with expected logits: (ids, logits) pairs.
 struct Case {
   std::string folder;
