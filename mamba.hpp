@@ -6,9 +6,10 @@
 //   4. Weights              the one table {name, shape, destination} that loads a model
 //   5. Sampler              greedy, temperature, top-k, top-p, min-p, repetition penalty
 //   6. Sequences            walking a text in pieces; saving and loading the state; generation
-//   7. Evaluation           logits to a file, perplexity
+//   7. Evaluation           logits to a file, perplexity, the pass-key task, LAMBADA
 //   8. Pictures             line charts and heat maps as PNG
-//   9. Command line
+//   9. Inspection           what one layer's scan does with a text
+//  10. Command line
 //
 // What a program brings is an Engine, a class with
 //   Engine(const Checkpoint&, const Config&, const EngineOptions&)
@@ -2041,6 +2042,8 @@ inline double negative_log_likelihood(const Matrix<float>& logits, Index row,
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
 }
 
+using Progress = std::function<void(Index done, Index all)>;
+
 struct Score {
   Index length = 0, tokens = 0;  // context, tokens scored
   double nll = 0;                // sum over them, in nats
@@ -2076,8 +2079,7 @@ inline void check(const PerplexityOptions& options, Index n) {
 /// overlap, has no context and is not scored.
 template <class Engine>
 Score perplexity(Engine& engine, const std::vector<Token>& ids,
-                 const PerplexityOptions& options,
-                 const std::function<void(Index done, Index all)>& progress = {}) {
+                 const PerplexityOptions& options, const Progress& progress = {}) {
   const Index n = static_cast<Index>(ids.size());
   check(options, n);
   const Index length = options.length ? options.length : n;
@@ -2109,11 +2111,129 @@ Score perplexity(Engine& engine, const std::vector<Token>& ids,
   return score;
 }
 
+// --- The pass-key task: a number hidden at some depth in filler, asked for at the end ---
+
+struct PasskeyOptions {
+  Index length = 1024;  // tokens of the prompt, at most
+  double depth = 0.5;   // where in the filler the key stands: 0 at the start, 1 at the end
+  Index tests = 5;
+  std::uint64_t seed = 1;  // with the number of the test it fixes the key
+};
+
+struct PasskeyScore {
+  Index tests = 0, right = 0, tokens = 0;  // tokens of all prompts
+};
+
+inline std::string passkey_prompt(const std::string& key, Index filler_before,
+                                  Index filler_after) {
+  const auto filler = [](Index times) {
+    std::string text;
+    for (Index i = 0; i < times; ++i)
+      text += std::string(i > 0 ? " " : "") +
+              "The wind blows over the hills. The river runs down to the sea. The birds "
+              "sing in the "
+              "trees. One day goes by, and then another.";
+    return text + "\n";
+  };
+  return "Somewhere in this long text a pass key is hidden. Find it and keep it in mind: "
+         "at the "
+         "end you will be asked for it.\n" +
+         filler(filler_before) + "The pass key is " + key + ". Keep it in mind: " + key +
+         " is the pass key.\n" + filler(filler_after) +
+         "What is the pass key? The pass key is";
+}
+
+/// How often the greedy continuation is the five-digit key. The prompt holds as much filler, in whole
+/// pieces, as fits into options.length tokens.
+template <class Engine>
+PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
+                     const PasskeyOptions& options) {
+  const auto size = [&](Index filler) {
+    return static_cast<Index>(tokenizer.encode(passkey_prompt("12345", filler, 0)).size());
+  };
+  const Index least = size(1), piece = size(2) - least;
+  if (options.length < least)
+    fail("passkey: --lengths: expected at least ", least,
+         ", the tokens of the shortest prompt, found ", options.length);
+  const Index filler = 1 + (options.length - least) / piece;
+  const Index before =
+      static_cast<Index>(std::lround(options.depth * static_cast<double>(filler)));
+  PasskeyScore score;
+  for (Index begin = 0; begin < options.tests;
+       begin += static_cast<Index>(Engine::kBatch)) {
+    const Index end = std::min(options.tests, begin + static_cast<Index>(Engine::kBatch));
+    GenerateOptions greedy;
+    greedy.sampler.temperature = 0;
+    std::vector<std::string> keys, answers;
+    std::vector<Sequence<typename Engine::State>> sequences;
+    for (Index test = begin; test < end; ++test) {
+      const auto i = static_cast<std::uint64_t>(test);
+      keys.push_back(
+          std::to_string(10000 + static_cast<int>(90000 * uniform(options.seed, i, 0))));
+      sequences.push_back(
+          {tokenizer.encode(passkey_prompt(keys.back(), before, filler - before)),
+           engine.new_state(), i, 0});
+      check_ids(sequences.back().ids, engine.config(), "tokenizer and model do not match");
+      score.tokens += static_cast<Index>(sequences.back().ids.size());
+      const std::size_t tokens = tokenizer.encode(" " + keys.back()).size();
+      greedy.n = std::max(greedy.n, static_cast<Index>(tokens));
+    }
+    std::vector<std::vector<Token>> made(keys.size());
+    engine.generate(sequences, greedy,
+                    [&](std::size_t i, Token token) { made[i].push_back(token); });
+    for (std::size_t i = 0; i < keys.size(); ++i) {
+      const std::string answer = tokenizer.decode(made[i]);
+      const std::size_t first = answer.find_first_not_of(' ');
+      score.right += first != std::string::npos && answer.compare(first, 5, keys[i]) == 0;
+      ++score.tests;
+    }
+  }
+  return score;
+}
+
+// --- LAMBADA (Paperno et al. 2016), scored as the lm-evaluation-harness does lambada_openai ---
+
+struct LambadaScore {
+  Index examples = 0, right = 0;
+  double log_likelihood = 0;  // of all last words, in nats
+  double accuracy() const {
+    return static_cast<double>(right) / static_cast<double>(examples);
+  }
+  double perplexity() const {
+    return std::exp(-log_likelihood / static_cast<double>(examples));
+  }
+};
+
+/// Adds one text to the score: its last word, with the space before it, given all that stands before.
+/// The word is right if each of its tokens is the likeliest.
+template <class Engine>
+void lambada(Engine& engine, const Tokenizer& tokenizer, const std::string& text,
+             LambadaScore& score) {
+  const std::size_t space = text.find_last_of(' ');
+  std::size_t end = space == std::string::npos ? 0 : space;
+  while (end > 0 && std::isspace(static_cast<unsigned char>(text[end - 1]))) --end;
+  const std::vector<Token> ids = tokenizer.encode(text);
+  const std::size_t context = tokenizer.encode(text.substr(0, end)).size();
+  if (context == 0 || context >= ids.size() || text.back() == ' ')
+    fail("expected two words or more, found ", quote(text));
+  check_ids(ids, engine.config(), "tokenizer and model do not match");
+  auto state = engine.new_state();
+  Matrix<float> logits = prefill(engine, state, ids.data(), static_cast<Index>(context));
+  bool right = true;
+  for (std::size_t t = context; t < ids.size(); ++t) {
+    if (t > context) logits = engine.step(state, ids[t - 1]);
+    Index likeliest = 0;
+    logits.row(0).maxCoeff(&likeliest);
+    right = right && likeliest == ids[t];
+    score.log_likelihood -= negative_log_likelihood(logits, 0, ids[t]);
+  }
+  score.right += right;
+  ++score.examples;
+}
+
 // =======================================================================================
 // 8. Pictures
 // =======================================================================================
-// needs: <algorithm> <array> <cmath> <cstdint> <cstdio> <limits> <string> <vector>, fail,
-//        AtomicFile. These lines go to the head of the file:
 
 struct Colour {
   std::uint8_t r, g, b;
@@ -2344,6 +2464,7 @@ struct Series {
 
 struct ChartOptions {
   bool log_x = false, log_y = false;
+  std::vector<std::string> x_names;  // if given: what stands below x = 0, 1, 2, ...
   int width = 1200, height = 800;
 };
 
@@ -2375,6 +2496,31 @@ struct Plot {
     const int width = Canvas::text_width(words);
     const int last = canvas.width - Canvas::kBorder - width;
     canvas.text(std::min(x - width / 2, last), bottom + 10, words);
+  }
+
+  // Names that do not fit side by side are turned, if lines do fit side by side. To be asked before the
+  // height of the plot is used: it makes room for turned names.
+  bool turn_names(const std::vector<std::string>& names, int longest) {
+    const int each = (right - left) / std::max(1, static_cast<int>(names.size()));
+    const bool turned = longest + 12 > each && each >= Canvas::text_height();
+    if (turned) bottom -= longest - 16;
+    return turned;
+  }
+
+  // Names below the plot at to_x(0), to_x(1), ...; where they would touch, only every k-th.
+  template <class ToX>
+  void name_x(const std::vector<std::string>& names, int longest, bool turned,
+              const ToX& to_x) {
+    const std::int64_t needed = turned ? Canvas::text_height() : longest + 12;
+    const std::int64_t all = needed * static_cast<std::int64_t>(names.size());
+    const auto every = static_cast<std::size_t>((all + right - left - 1) / (right - left));
+    for (std::size_t i = 0; i < names.size(); i += std::max<std::size_t>(1, every)) {
+      const int x = to_x(static_cast<int>(i));
+      if (turned)
+        canvas.text(x - 8, bottom + 8 + Canvas::text_width(names[i]), names[i], 2, true);
+      else
+        label_x(x, names[i]);
+    }
   }
 };
 
@@ -2420,6 +2566,8 @@ inline void line_chart(const std::string& path, const std::string& title,
   const int legend = names.empty() ? 0 : widest(names) + 60;
   Plot plot{canvas, Canvas::kBorder + 42 + widest(tick_labels(y_ticks)), kPlotTop,
             options.width - 2 * Canvas::kBorder - legend, options.height - kPlotBelow};
+  const int longest = widest(options.x_names);
+  const bool turned = plot.turn_names(options.x_names, longest);
   int count = 12;  // as many ticks as leave half a label free between their labels
   std::vector<double> x_ticks = x_axis.ticks(count);
   while (count > 2 && static_cast<int>(x_ticks.size()) * widest(tick_labels(x_ticks)) >
@@ -2440,8 +2588,10 @@ inline void line_chart(const std::string& path, const std::string& title,
   for (double tick : x_ticks) {
     const int x = static_cast<int>(to_x(tick));
     canvas.fill(x, plot.top, x + 1, plot.bottom, kGrid);
-    plot.label_x(x, tick_label(tick));
+    if (options.x_names.empty()) plot.label_x(x, tick_label(tick));
   }
+  plot.name_x(options.x_names, longest, turned,
+              [&](int i) { return static_cast<int>(to_x(i)); });
   canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
   plot.label(title, x_label, y_label);
 
@@ -2505,13 +2655,9 @@ inline void heat_map(const std::string& path, const std::string& title,
       28 + 42 + widest(tick_labels(ticks));  // the bar, its labels, and its name
   Plot plot{canvas, Canvas::kBorder + 42 + widest(row_names), kPlotTop,
             options.width - Canvas::kBorder - 40 - bar, options.height - kPlotBelow};
-  const int across = plot.right - plot.left, line = Canvas::text_height();
-  // Column labels that do not fit side by side are turned, if lines do fit side by side.
   const int longest = widest(column_names);
-  const bool turned =
-      columns > 0 && longest + 12 > across / columns && across / columns >= line;
-  if (turned) plot.bottom -= longest - 16;
-  const int down = plot.bottom - plot.top;
+  const bool turned = plot.turn_names(column_names, longest);
+  const int across = plot.right - plot.left, down = plot.bottom - plot.top;
 
   const auto part = [&](double v) {
     return heat.takes(v) ? heat.part(v) : std::numeric_limits<double>::quiet_NaN();
@@ -2527,20 +2673,11 @@ inline void heat_map(const std::string& path, const std::string& title,
   const auto middle = [](int i, int count, int size) {
     return static_cast<int>((2 * std::int64_t{i} + 1) * size / count / 2);
   };
-  const auto every = [](int count, int needed, int size) {
-    return static_cast<int>((std::int64_t{count} * needed + size - 1) / size);
-  };
-  for (int i = 0; i < rows; i += std::max(1, every(rows, line, down)))
+  const int every = (rows * Canvas::text_height() + down - 1) / down;
+  for (int i = 0; i < rows; i += std::max(1, every))
     plot.label_y(plot.top + middle(i, rows, down), row_names[static_cast<std::size_t>(i)]);
-  for (int i = 0; i < columns;
-       i += std::max(1, every(columns, turned ? line : longest + 12, across))) {
-    const int x = plot.left + middle(i, columns, across);
-    const std::string& name = column_names[static_cast<std::size_t>(i)];
-    if (turned)
-      canvas.text(x - 8, plot.bottom + 8 + Canvas::text_width(name), name, 2, true);
-    else
-      plot.label_x(x, name);
-  }
+  plot.name_x(column_names, longest, turned,
+              [&](int i) { return plot.left + middle(i, columns, across); });
 
   const int x = plot.right + 40;
   for (int y = plot.top; y < plot.bottom; ++y)
@@ -2557,7 +2694,165 @@ inline void heat_map(const std::string& path, const std::string& title,
 }
 
 // =======================================================================================
-// 9. Command line
+// 9. Inspection
+// =======================================================================================
+//
+// What the scan of one layer does with a text, from a zero state, by the reference in float.
+
+struct Inspection {
+  Matrix<float> x, y;    // (L, d_inner)  into the scan, and out of it before the gate
+  Matrix<float> delta;   // (L, d_inner), Mamba-2: (L, n_heads)
+  Matrix<float> memory;  // (d_inner, d_state), Mamba-2: (n_heads, 1)  in tokens, see below
+  Matrix<float> state_norm;  // (L, 1)  sqrt of the sum of squares of h_t
+};
+
+/// Follows a scan token by token. A token's trace in state n of channel c falls to 1/e when the sum of
+/// delta[., c] |A[c, n]| since then reaches 1: after memory[c, n] tokens of average delta.
+template <class Inputs, class Step>
+Inspection follow(const Inputs& in, Index d_state, const Step& step) {
+  const Index L = in.length();
+  Inspection seen;
+  seen.x = in.x;
+  seen.y.resize(L, in.x.cols());
+  seen.delta = ssm::step_size(in);
+  const ssm::Row<float> mean = seen.delta.colwise().mean();
+  seen.memory = (mean.transpose().asDiagonal() * in.A.cwiseAbs()).cwiseInverse();
+  seen.state_norm.resize(L, 1);
+  ssm::StateMatrix<float> h = ssm::StateMatrix<float>::Zero(in.x.cols(), d_state);
+  for (Index t = 0; t < L; ++t) {
+    seen.y.row(t) = step(in.tokens(t, 1), h);
+    seen.state_norm(t) = h.norm();
+  }
+  return seen;
+}
+
+/// `attention` is called with the matrix M (L, L), y = M x, of every channel (Mamba-2: head) in turn.
+template <class Attention>
+Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids,
+                   Index layer, float delta_ratio, const Attention& attention) {
+  const ssm::Sizes& sizes = model.sizes;
+  const auto& w = model.layers[static_cast<std::size_t>(layer)];
+  ssm::Trace<float> trace;
+  trace.layer = layer;
+  ssm::Options<float> options;
+  options.delta_ratio = delta_ratio;
+  options.trace = &trace;
+  ssm::State<float> state(sizes);
+  ssm::backbone(model, ids.data(), static_cast<Index>(ids.size()), state, options);
+  if (sizes.version == 1) {
+    auto in = ssm::scan_inputs(w, sizes, trace.projected, trace.convolved, trace.dt_B_C,
+                               trace.delta, 0, sizes.d_inner);
+    in.delta_ratio = delta_ratio;
+    in.z = {};
+    const Inspection seen = follow(in, sizes.d_state, ssm::selective_scan_step<float>);
+    for (Index c = 0; c < sizes.d_inner; ++c)
+      attention(c, ssm::implied_attention(in, seen.delta, c));
+    return seen;
+  }
+  auto in = ssm::ssd_inputs(w, sizes, trace.projected, trace.convolved, 0, sizes.n_heads);
+  in.delta_ratio = delta_ratio;
+  const Inspection seen = follow(in, sizes.d_state, ssm::ssd_step<float>);
+  for (Index i = 0; i < sizes.n_heads; ++i)
+    attention(i, ssm::implied_attention(in, seen.delta, i, sizes.d_state));
+  return seen;
+}
+
+/// Tokens as they can stand along an axis: white space made visible.
+inline std::vector<std::string> token_labels(const Tokenizer& tokenizer,
+                                             const std::vector<Token>& ids) {
+  std::vector<std::string> labels;
+  for (const Token id : ids) {
+    std::string label;
+    for (const char c : tokenizer.decode({id}))
+      label += c == ' ' ? "_" : c == '\n' ? "\\n" : std::string(1, c);
+    labels.push_back(label);
+  }
+  return labels;
+}
+
+/// delta over time, channels in the order of their means; log10, for it spans decades.
+inline void draw_delta(const std::string& path, const Inspection& seen,
+                       const std::string& layer, const std::vector<std::string>& tokens) {
+  const char* channel = seen.delta.cols() == seen.x.cols() ? "channel" : "head";
+  std::vector<Index> order(static_cast<std::size_t>(seen.delta.cols()));
+  std::iota(order.begin(), order.end(), Index{0});
+  const ssm::Row<float> mean = seen.delta.colwise().mean();
+  std::stable_sort(order.begin(), order.end(),
+                   [&](Index a, Index b) { return mean(a) > mean(b); });
+  std::vector<std::vector<double>> rows;
+  std::vector<std::string> names;
+  for (const Index c : order) {
+    names.push_back(std::to_string(c));
+    rows.emplace_back();
+    for (Index t = 0; t < seen.delta.rows(); ++t)
+      rows.back().push_back(std::log10(static_cast<double>(seen.delta(t, c))));
+  }
+  heat_map(path, "Step size delta, " + layer, "token",
+           std::string(channel) + ", by mean delta", rows, names, tokens, "log10 delta");
+}
+
+/// The memory of channels, longest first, for their slowest, median and fastest state.
+inline void draw_memory(const std::string& path, const Inspection& seen,
+                        const std::string& layer) {
+  const bool one = seen.memory.cols() == 1;
+  std::vector<Series> series = {
+      {"slowest state", {}, {}}, {"median state", {}, {}}, {"fastest state", {}, {}}};
+  if (one) series = {{"", {}, {}}};
+  for (std::size_t k = 0; k < series.size(); ++k) {
+    for (Index c = 0; c < seen.memory.rows(); ++c) {
+      std::vector<double> of(static_cast<std::size_t>(seen.memory.cols()));
+      for (std::size_t n = 0; n < of.size(); ++n)
+        of[n] = static_cast<double>(seen.memory(c, static_cast<Index>(n)));
+      std::sort(of.rbegin(), of.rend());
+      series[k].y.push_back(of[(of.size() - 1) * k / 2]);
+      series[k].x.push_back(static_cast<double>(c) + 1);
+    }
+    std::sort(series[k].y.rbegin(), series[k].y.rend());
+  }
+  ChartOptions options;
+  options.log_y = true;
+  line_chart(path, "Effective memory, " + layer,
+             one ? "heads, longest memory first" : "channels, longest memory first",
+             "tokens until a trace falls to 1/e", series, options);
+}
+
+inline void draw_state_norm(const std::string& path, const Inspection& seen,
+                            const std::string& layer,
+                            const std::vector<std::string>& tokens) {
+  Series series;
+  for (Index t = 0; t < seen.state_norm.rows(); ++t) {
+    series.x.push_back(static_cast<double>(t));
+    series.y.push_back(static_cast<double>(seen.state_norm(t)));
+  }
+  ChartOptions options;
+  options.x_names = tokens;
+  line_chart(path, "Size of the state, " + layer, "after token", "norm of h", {series},
+             options);
+}
+
+/// mean (L, L): mean of |M| over channels; log10, for it spans decades.
+inline void draw_attention(const std::string& path, const Matrix<float>& mean,
+                           const std::string& layer,
+                           const std::vector<std::string>& tokens) {
+  std::vector<std::vector<double>> rows;
+  double largest = -HUGE_VAL;
+  for (Index t = 0; t < mean.rows(); ++t) {
+    rows.emplace_back(static_cast<std::size_t>(mean.cols()),
+                      std::numeric_limits<double>::quiet_NaN());
+    for (Index s = 0; s <= t; ++s) {
+      const double value = std::log10(static_cast<double>(mean(t, s)));
+      rows.back()[static_cast<std::size_t>(s)] = value;
+      largest = std::max(largest, value);
+    }
+  }
+  HeatOptions options;
+  if (std::isfinite(largest)) options.high = largest, options.low = largest - 4;
+  heat_map(path, "Implied attention, " + layer, "from token", "to the output at token",
+           rows, tokens, tokens, "log10 of mean |M|", options);
+}
+
+// =======================================================================================
+// 10. Command line
 // =======================================================================================
 //
 // Results go to stdout, progress and statistics to stderr. Exit status 0: done, 1: failed, 2: wrong
@@ -2572,11 +2867,15 @@ struct BenchOptions {
 
 /// All flags of all subcommands; each subcommand reads those that it declares.
 struct Arguments {
-  std::string model = "weights/stories", prompt, prompt_file, text, ids, ids_file, out,
-              mode = "parallel", dtype, save_state, load_state, csv, png;
+  std::string model = "weights/stories", prompt, prompt_file, ids, ids_file, out,
+              mode = "parallel", dtype, save_state, load_state, csv, png, data;
+  std::vector<std::string> texts;
   std::vector<Index> lengths;
-  Index n = 256, batch = 1, stride = 0;
-  bool print_ids = false, ignore_eos = false, carry_state = false, decode = false;
+  std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
+  std::vector<double> delta_ratios = {1};
+  Index n = 256, batch = 1, stride = 0, tests = 5, limit = 0, layer = 0;
+  bool print_ids = false, ignore_eos = false, carry_state = false, truncate = false,
+       decode = false;
   float delta_ratio = 1;
   int device = 0;
   SamplerOptions sampler;
@@ -2636,18 +2935,26 @@ inline void show_progress(Index done, Index all) {
             << done << "/" << all << std::flush << "\r\033[K";
 }
 
+inline Config open_config(const Arguments& arguments) {
+  if (!std::filesystem::is_directory(arguments.model))
+    fail("no model: ", arguments.model,
+         ": expected a directory with config.json and weights (--model)");
+  return read_config(arguments.model);
+}
+
+inline void check_delta_ratio(double ratio) {
+  if (!(ratio > 0) || !std::isfinite(ratio))
+    fail_usage("--delta-ratio: expected a number above 0, found ", ratio);
+}
+
 template <class Engine>
 Engine open_engine(const Arguments& arguments) {
   EngineOptions options;
   if (!arguments.dtype.empty()) options.dtype = parse_dtype(arguments.dtype);
   options.delta_ratio = arguments.delta_ratio;
   options.device = arguments.device;
-  if (!(options.delta_ratio > 0) || !std::isfinite(options.delta_ratio))
-    fail_usage("--delta-ratio: expected a number above 0, found ", options.delta_ratio);
-  if (!std::filesystem::is_directory(arguments.model))
-    fail("no model: ", arguments.model,
-         ": expected a directory with config.json and weights (--model)");
-  const Config config = read_config(arguments.model);
+  check_delta_ratio(options.delta_ratio);
+  const Config config = open_config(arguments);
   return Engine(read_checkpoint(arguments.model), config, options);
 }
 
@@ -2655,23 +2962,30 @@ inline Tokenizer open_tokenizer(const Arguments& arguments) {
   return Tokenizer::from_file(arguments.model + "/tokenizer.json");
 }
 
-/// The ids that --ids, --ids-file or --text ask for.
-inline std::vector<Token> input_ids(const Arguments& arguments, const Config& config) {
-  std::vector<Token> ids;
+/// A text as token ids, and where it came from.
+struct Document {
   std::string where;
+  std::vector<Token> ids;
+};
+
+/// What --ids, --ids-file or --text ask for; only --text can name several.
+inline std::vector<Document> documents(const Arguments& arguments, const Config& config) {
+  std::vector<Document> all;
   if (!arguments.ids_file.empty()) {
-    where = "--ids-file: " + arguments.ids_file;
-    ids = parse_ids(read_text(arguments.ids_file), where);
-  } else if (!arguments.text.empty()) {
-    where = "--text: " + arguments.text;
-    ids = open_tokenizer(arguments).encode(read_text(arguments.text));
+    all.push_back({"--ids-file: " + arguments.ids_file, {}});
+    all[0].ids = parse_ids(read_text(arguments.ids_file), all[0].where);
+  } else if (!arguments.texts.empty()) {
+    const Tokenizer tokenizer = open_tokenizer(arguments);
+    for (const std::string& text : arguments.texts)
+      all.push_back({"--text: " + text, tokenizer.encode(read_text(text))});
   } else {
-    where = "--ids";
-    ids = parse_ids(arguments.ids, where);
+    all.push_back({"--ids", parse_ids(arguments.ids, "--ids")});
   }
-  if (ids.empty()) fail(where, ": expected at least one token, found none");
-  check_ids(ids, config, where);
-  return ids;
+  for (const auto& [where, ids] : all) {
+    if (ids.empty()) fail(where, ": expected at least one token, found none");
+    check_ids(ids, config, where);
+  }
+  return all;
 }
 
 /// The prompts, one a sequence: --prompt, or the lines of --prompt-file, each --batch times.
@@ -2793,45 +3107,220 @@ void run_generate(const Arguments& arguments) {
   std::cerr << "\n";
 }
 
+inline void write_text(const std::string& path, const std::string& text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+/// The documents of at least so many tokens; all, if there is none.
+inline std::vector<Document> long_enough(std::vector<Document> all, Index length) {
+  const auto shorter = [&](const Document& text) {
+    return static_cast<Index>(text.ids.size()) < length;
+  };
+  if (std::all_of(all.begin(), all.end(), shorter)) return all;
+  for (const Document& text : all)
+    if (shorter(text))
+      warn(text.where + ": " + std::to_string(text.ids.size()) +
+           " tokens, shorter than the longest length: left out");
+  all.erase(std::remove_if(all.begin(), all.end(), shorter), all.end());
+  return all;
+}
+
+/// The study of perplexity against context length: the same documents for every length, a table and a
+/// line for each delta ratio. --truncate takes the beginning of each document only, as one window.
 template <class Engine>
-void run_perplexity(const Arguments& arguments) {
-  Engine engine = open_engine<Engine>(arguments);
-  const std::vector<Token> ids = input_ids(arguments, engine.config());
-  std::vector<Index> lengths = arguments.lengths;
-  if (lengths.empty()) lengths = {static_cast<Index>(ids.size())};
+void run_perplexity(Arguments arguments) {
+  for (const double ratio : arguments.delta_ratios) check_delta_ratio(ratio);
   PerplexityOptions options;
   options.stride = arguments.stride;
   options.carry_state = arguments.carry_state;
   options.mode = parse_mode(arguments.mode);
   check_writable(arguments.csv);
   check_writable(arguments.png);
-  for (const Index length : lengths) {
-    options.length = length;
-    check(options, static_cast<Index>(ids.size()));
-  }
+  std::vector<Index> lengths = arguments.lengths;
+  if (lengths.empty()) lengths = {0};
+  const std::vector<Document> texts =
+      long_enough(documents(arguments, open_config(arguments)),
+                  *std::max_element(lengths.begin(), lengths.end()));
+  for (const Document& text : texts)
+    for (const Index length : lengths) {
+      options.length = length;
+      check(options, static_cast<Index>(text.ids.size()));
+    }
+
   std::ostringstream csv;
-  csv << "length,tokens,nll,perplexity\n" << std::setprecision(9);
-  std::cout << "   length    tokens  NLL (nats)  perplexity\n";
-  Series series{"delta ratio " + Json(arguments.delta_ratio).dump(), {}, {}};
-  for (const Index length : lengths) {
-    options.length = length;
-    const Score score = perplexity(engine, ids, options, show_progress);
-    std::cout << std::fixed << std::setw(9) << score.length << std::setw(10) << score.tokens
-              << std::setprecision(4) << std::setw(12) << score.mean() << std::setw(12)
-              << score.perplexity() << std::endl;
-    csv << score.length << ',' << score.tokens << ',' << score.mean() << ','
-        << score.perplexity() << '\n';
-    series.x.push_back(static_cast<double>(length));
-    series.y.push_back(score.perplexity());
+  csv << "length,tokens,nll,perplexity,delta_ratio\n" << std::setprecision(9);
+  std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
+  std::vector<Series> series;
+  for (const double ratio : arguments.delta_ratios) {
+    arguments.delta_ratio = static_cast<float>(ratio);
+    Engine engine = open_engine<Engine>(arguments);
+    series.push_back({"delta ratio " + tick_label(ratio), {}, {}});
+    for (const Index length : lengths) {
+      Score score{length, 0, 0};
+      for (const Document& text : texts) {
+        std::vector<Token> ids = text.ids;
+        if (arguments.truncate) ids.resize(static_cast<std::size_t>(length));
+        options.length = length;
+        const Score part = perplexity(engine, ids, options, show_progress);
+        score.length = part.length;
+        score.tokens += part.tokens;
+        score.nll += part.nll;
+      }
+      std::cout << std::fixed << std::setw(9) << score.length << std::setw(10)
+                << score.tokens << std::setprecision(4) << std::setw(12) << score.mean()
+                << std::setw(12) << score.perplexity() << std::setw(13) << tick_label(ratio)
+                << std::endl;
+      csv << score.length << ',' << score.tokens << ',' << score.mean() << ','
+          << score.perplexity() << ',' << ratio << '\n';
+      series.back().x.push_back(static_cast<double>(score.length));
+      series.back().y.push_back(score.perplexity());
+    }
   }
-  if (!arguments.csv.empty()) {
-    AtomicFile file(arguments.csv);
-    file.write(csv.str());
-    file.commit();
-  }
-  if (!arguments.png.empty())
+  if (!arguments.csv.empty()) write_text(arguments.csv, csv.str());
+  if (!arguments.png.empty()) {
+    ChartOptions chart;
+    chart.log_x = true;
     line_chart(arguments.png, "Perplexity against context length",
-               "context length (tokens)", "perplexity", {series});
+               "context length (tokens)", "perplexity", series, chart);
+  }
+}
+
+template <class Engine>
+void run_passkey(const Arguments& arguments) {
+  for (const double depth : arguments.depths)
+    if (!(depth >= 0 && depth <= 1))
+      fail_usage("--depths: expected numbers from 0 to 1, found ", depth);
+  check_writable(arguments.csv);
+  check_writable(arguments.png);
+  Engine engine = open_engine<Engine>(arguments);
+  const Tokenizer tokenizer = open_tokenizer(arguments);
+  std::ostringstream csv;
+  csv << "length,depth,tests,tokens,accuracy\n" << std::setprecision(9);
+  std::vector<std::vector<double>> accuracy(arguments.depths.size());  // [depth][length]
+  std::vector<std::string> rows, columns;
+  for (const double depth : arguments.depths) rows.push_back(tick_label(depth));
+  Index done = 0;
+  const auto all = static_cast<Index>(arguments.lengths.size() * rows.size());
+  for (const Index length : arguments.lengths) {
+    columns.push_back(std::to_string(length));
+    for (std::size_t d = 0; d < rows.size(); ++d) {
+      PasskeyOptions options;
+      options.length = length;
+      options.depth = arguments.depths[d];
+      options.tests = arguments.tests;
+      options.seed = arguments.sampler.seed;
+      const PasskeyScore score = passkey(engine, tokenizer, options);
+      const Index tokens = score.tokens / score.tests;  // on average
+      accuracy[d].push_back(static_cast<double>(score.right) /
+                            static_cast<double>(score.tests));
+      if (done == 0) std::cout << "   length     depth     tests    tokens  accuracy\n";
+      std::cout << std::setw(9) << length << std::setw(10) << rows[d] << std::setw(10)
+                << score.tests << std::setw(10) << tokens << std::fixed
+                << std::setprecision(3) << std::setw(10) << accuracy[d].back() << std::endl;
+      csv << length << ',' << rows[d] << ',' << score.tests << ',' << tokens << ','
+          << accuracy[d].back() << '\n';
+      show_progress(++done, all);
+    }
+  }
+  if (!arguments.csv.empty()) write_text(arguments.csv, csv.str());
+  if (arguments.png.empty()) return;
+  HeatOptions options;
+  options.low = 0;
+  options.high = 1;
+  heat_map(arguments.png, "Pass-key retrieval", "context length (tokens)",
+           "depth of the key", accuracy, rows, columns, "accuracy", options);
+}
+
+template <class Engine>
+void run_lambada(const Arguments& arguments) {
+  Engine engine = open_engine<Engine>(arguments);
+  const Tokenizer tokenizer = open_tokenizer(arguments);
+  std::vector<std::string> lines;
+  std::istringstream file(read_text(arguments.data));
+  for (std::string line; std::getline(file, line);)
+    if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);
+  if (lines.empty())
+    fail("--data: ", arguments.data, ": expected a JSON object a line, found none");
+  if (arguments.limit > 0 && static_cast<std::size_t>(arguments.limit) < lines.size())
+    lines.resize(static_cast<std::size_t>(arguments.limit));
+  LambadaScore score;
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    const std::string where =
+        "--data: " + arguments.data + ": example " + std::to_string(i + 1);
+    const Json example = parse_json(lines[i], where);
+    const auto text = example.is_object() ? example.find("text") : example.end();
+    if (text == example.end() || !text->is_string())
+      fail(where, ": expected an object with a string \"text\"");
+    try {
+      lambada(engine, tokenizer, text->get<std::string>(), score);
+    } catch (const std::runtime_error& error) {
+      fail(where, ": ", error.what());
+    }
+    show_progress(static_cast<Index>(i) + 1, static_cast<Index>(lines.size()));
+  }
+  std::cout << " examples  accuracy  perplexity\n"
+            << std::setw(9) << score.examples << std::fixed << std::setprecision(4)
+            << std::setw(10) << score.accuracy() << std::setprecision(3) << "  "
+            << std::setw(10) << score.perplexity() << "\n";
+}
+
+/// Pictures and numbers of one layer, into the folder --out.
+inline void run_inspect(const Arguments& arguments) {
+  check_delta_ratio(arguments.delta_ratio);
+  const Config config = open_config(arguments);
+  if (arguments.layer >= config.n_layer)
+    fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", arguments.layer);
+  const Tokenizer tokenizer = open_tokenizer(arguments);
+  const std::string prompt = arguments.prompt == "-" ? read_text("-") : arguments.prompt;
+  const std::vector<Token> ids = tokenizer.encode(prompt);
+  if (ids.empty()) fail("--prompt: expected at least one token, found none");
+  check_ids(ids, config, "--prompt: tokenizer and model do not match");
+  auto model = load_model<ssm::Model<float>>(read_checkpoint(arguments.model), config);
+  model.sizes.n_layer = arguments.layer + 1;  // those above do not matter
+  std::error_code error;
+  std::filesystem::create_directories(arguments.out, error);
+  if (error) fail("cannot write: ", arguments.out, ": ", error.message());
+
+  const auto L = static_cast<std::int64_t>(ids.size());
+  const std::int64_t channels = config.version == 1 ? config.d_inner : config.n_heads;
+  const std::string out = arguments.out + "/";
+  const auto view = [](const char* name, const Matrix<float>& m) {
+    return tensor_view(name, {m.rows(), m.cols()}, m.data());
+  };
+  AtomicFile file(out + "attention.safetensors");
+  Matrix<float> mean = Matrix<float>::Zero(L, L), like_x(L, config.d_inner);
+  write_safetensors_header(file,
+                           {{"M", DType::F32, {channels, L, L}, nullptr, nullptr},
+                            view("attention", mean),
+                            view("x", like_x),
+                            view("y", like_x)},
+                           {});
+  const Inspection seen =
+      inspect(model, ids, arguments.layer, arguments.delta_ratio,
+              [&](Index c, const Matrix<float>& M) {
+                file.write({reinterpret_cast<const char*>(M.data()),
+                            static_cast<std::size_t>(M.size()) * sizeof(float)});
+                mean += M.cwiseAbs() / static_cast<float>(channels);
+                show_progress(c + 1, channels);
+              });
+  for (const Tensor& tensor :
+       {view("attention", mean), view("x", seen.x), view("y", seen.y)})
+    file.write(tensor.bytes());
+  file.commit();
+  write_safetensors(out + "delta.safetensors",
+                    {view("delta", seen.delta), tensor_view("ids", {L}, ids.data())});
+  write_safetensors(out + "memory.safetensors", {view("memory", seen.memory)});
+  write_safetensors(out + "state_norm.safetensors",
+                    {tensor_view("state_norm", {L}, seen.state_norm.data())});
+
+  const std::vector<std::string> tokens = token_labels(tokenizer, ids);
+  const std::string layer = "layer " + std::to_string(arguments.layer);
+  draw_delta(out + "delta.png", seen, layer, tokens);
+  draw_memory(out + "memory.png", seen, layer);
+  draw_state_norm(out + "state_norm.png", seen, layer, tokens);
+  draw_attention(out + "attention.png", mean, layer, tokens);
 }
 
 inline void run_tokenize(const Arguments& arguments) {
@@ -2945,12 +3434,22 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     model(sub);
     sub->add_option("--dtype", a.dtype,
                     "storage of weights: f32, bf16, f16 (default: as in the file)");
-    sub->add_option("--delta-ratio", a.delta_ratio, "stretches every step of the state");
     if (Engine::kHasDevice) sub->add_option("--device", a.device, "which GPU");
+  };
+  const auto delta_ratio = [&](CLI::App* sub) {
+    sub->add_option("--delta-ratio", a.delta_ratio, "stretches every step of the state");
+  };
+  const auto table = [&](CLI::App* sub) {
+    sub->add_option("--csv", a.csv, "also write the table here");
+    sub->add_option("--png", a.png, "also draw it here");
   };
   const auto input = [&](CLI::App* sub, bool ids) {
     auto* group = sub->add_option_group("input", "the text, one of");
-    group->add_option("--text", a.text, "a text file, - for standard input");
+    auto* text =
+        group->add_option("--text", a.texts,
+                          ids ? "a text file, - for standard input"
+                              : "text files, each a document; - for standard input");
+    if (ids) text->expected(1);
     group->add_option("--ids-file", a.ids_file,
                       "a file of token ids, - for standard input");
     if (ids) group->add_option("--ids", a.ids, "token ids");
@@ -2963,6 +3462,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   auto* generate =
       command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
   engine(generate);
+  delta_ratio(generate);
   auto* prompt = generate->add_option("prompt,--prompt", a.prompt,
                                       "the text to continue, - for standard input");
   generate
@@ -2993,9 +3493,10 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     const Mode mode = parse_mode(a.mode);
     check_writable(a.out);
     Engine e = open_engine<Engine>(a);
-    write_logits(e, input_ids(a, e.config()), mode, a.out);
+    write_logits(e, documents(a, e.config())[0].ids, mode, a.out);
   });
   engine(logits);
+  delta_ratio(logits);
   input(logits, true);
   mode(logits);
   logits->add_option("--out", a.out, "the safetensors file to write")->required();
@@ -3005,16 +3506,63 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   engine(ppl);
   input(ppl, false);
   mode(ppl);
-  ppl->add_option("--lengths", a.lengths,
-                  "context lengths, separated by commas (default: the whole text)")
+  ppl->add_option("--delta-ratio", a.delta_ratios,
+                  "stretches every step of the state; several, separated by commas")
+      ->delimiter(',');
+  auto* lengths =
+      ppl->add_option("--lengths", a.lengths,
+                      "context lengths, separated by commas (default: the whole text)")
+          ->delimiter(',')
+          ->check(at_least(1));
+  auto* stride = ppl->add_option("--stride", a.stride,
+                                 "tokens from window to window (default: no overlap)")
+                     ->check(at_least(1));
+  auto* carry = ppl->add_flag("--carry-state", a.carry_state,
+                              "each window goes on from the one before");
+  ppl->add_flag("--truncate", a.truncate,
+                "of each document only the first tokens, one window of each length")
+      ->needs(lengths)
+      ->excludes(stride)
+      ->excludes(carry);
+  table(ppl);
+
+  auto* passkey = command("passkey", "find a number hidden in a long text",
+                          [&a] { run_passkey<Engine>(a); });
+  engine(passkey);
+  delta_ratio(passkey);
+  passkey->add_option("--lengths", a.lengths, "tokens of the prompt, separated by commas")
       ->delimiter(',')
+      ->check(at_least(1))
+      ->required();
+  passkey
+      ->add_option("--depths", a.depths,
+                   "where the number stands, 0 at the start, 1 at the end")
+      ->delimiter(',');
+  passkey->add_option("--tests", a.tests, "prompts of each length and depth")
       ->check(at_least(1));
-  ppl->add_option("--stride", a.stride,
-                  "tokens from window to window (default: no overlap)")
-      ->check(at_least(1));
-  ppl->add_flag("--carry-state", a.carry_state, "each window goes on from the one before");
-  ppl->add_option("--csv", a.csv, "also write the table here");
-  ppl->add_option("--png", a.png, "also draw it here");
+  passkey->add_option("--seed", a.sampler.seed, "same seed, same numbers")
+      ->check(at_least(0));
+  table(passkey);
+
+  auto* lambada = command("lambada", "guess the last word (lambada_openai)",
+                          [&a] { run_lambada<Engine>(a); });
+  engine(lambada);
+  delta_ratio(lambada);
+  lambada
+      ->add_option("--data", a.data,
+                   "a file with a JSON object {\"text\": ...} a line, - for standard input")
+      ->required();
+  lambada->add_option("--limit", a.limit, "only so many examples, 0: all")
+      ->check(at_least(0));
+
+  auto* inspect = command("inspect", "draw what a layer's scan does with a text",
+                          [&a] { run_inspect(a); });
+  model(inspect);
+  delta_ratio(inspect);
+  inspect->add_option("prompt,--prompt", a.prompt, "the text, - for standard input")
+      ->required();
+  inspect->add_option("--layer", a.layer, "which layer, from 0")->check(at_least(0));
+  inspect->add_option("--out", a.out, "the folder to write into")->required();
 
   auto* tokenize = command("tokenize", "standard input to token ids, line by line",
                            [&a] { run_tokenize(a); });

@@ -576,6 +576,45 @@ Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h,
 }
 
 // ============================================================================================
+// The matrix that a scan multiplies by
+// ============================================================================================
+//
+// From a zero state, and with delta, B and C given, both scans are linear in x: y = M x for each channel,
+// with M (L, L) lower triangular. Written out, before the gate:
+//   selective scan   M[t, s] = sum_n C_t[n] exp(A[n] (delta_{s+1} + .. + delta_t)) delta_s B_s[n]
+//   SSD              M[t, s] = exp(A (delta_{s+1} + .. + delta_t)) (C_t . B_s) delta_s
+// and D on the diagonal. Row t says how much of every earlier token is in y_t, as a row of an attention
+// matrix would (Mamba-2, section 3). It costs L^2: something to look at, not a way to compute.
+
+// Channel c of a selective scan.  delta (L, d): step_size(in)
+template <class Scalar>
+Matrix<Scalar> implied_attention(const ScanInputs<Scalar>& in, const Matrix<Scalar>& delta,
+                                 Index c) {
+  const Index L = in.length(), N = in.A.cols(), g = c / in.channels_per_group;
+  const auto delta_c = delta.col(c);
+  Matrix<Scalar> M = Matrix<Scalar>::Zero(L, L);
+  for (Index n = 0; n < N; ++n) {
+    const auto B_n = in.B.col(g * N + n), C_n = in.C.col(g * N + n);
+    M += C_n.asDiagonal() * decay_mask<Scalar>(delta_c * in.A(c, n)) *
+         delta_c.cwiseProduct(B_n).asDiagonal();
+  }
+  if (in.D) M.diagonal().array() += in.D(0, c);
+  return M;
+}
+
+// Head i of an SSD; its head_dim channels share one matrix.  delta (L, H): step_size(in)
+template <class Scalar>
+Matrix<Scalar> implied_attention(const SsdInputs<Scalar>& in, const Matrix<Scalar>& delta,
+                                 Index i, Index N) {
+  const auto B = in.B.middleCols(in.group(i) * N, N),
+             C = in.C.middleCols(in.group(i) * N, N);
+  const Matrix<Scalar> mask = decay_mask<Scalar>(delta.col(i) * in.A(i, 0));
+  Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose()) * delta.col(i).asDiagonal();
+  if (in.D) M.diagonal().array() += in.D(0, i);
+  return M;
+}
+
+// ============================================================================================
 // Blocks
 // ============================================================================================
 
@@ -643,11 +682,23 @@ struct LayerState {
         h(StateMatrix<Scalar>::Zero(sizes.d_inner, sizes.d_state)) {}
 };
 
+// What passed through one layer, for those who want to look inside: scan_inputs and ssd_inputs below
+// turn it into the inputs of the layer's scan.
+template <class Scalar>
+struct Trace {
+  Index layer = 0;           // the one to follow
+  Matrix<Scalar> projected;  // (L, in_proj_width)
+  Matrix<Scalar> convolved;  // (L, conv_width)
+  Matrix<Scalar> dt_B_C;     // Mamba: (L, dt_rank + 2 N)
+  Matrix<Scalar> delta;      // Mamba: (L, d_inner)  before bias and softplus
+};
+
 // How a sequence is walked; delta_ratio as in ScanInputs.
 template <class Scalar>
 struct Options {
   Form form = Form::sequential;
   Scalar delta_ratio = Scalar(1);
+  Trace<Scalar>* trace = nullptr;  // filled if given
 };
 
 template <class Scalar, class Weight>
@@ -706,6 +757,7 @@ Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
     y.middleCols(first, count) =
         selective_scan<Scalar>(in, state.h.middleRows(first, count), options.form);
   });
+  if (options.trace) *options.trace = {options.trace->layer, xz, x, dt_B_C, delta};
   return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
 }
 
@@ -783,6 +835,7 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
     y.middleCols(first * P, count * P) =
         ssd<Scalar>(in, state.h.middleRows(first * P, count * P), options.form);
   });
+  if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}};
   const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
       y, zxBCdt.leftCols(d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
@@ -849,8 +902,10 @@ Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, In
   }
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];
+    Options<Scalar> here = options;
+    if (here.trace && here.trace->layer != l) here.trace = nullptr;
     residual += block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)),
-                      state.layers[l], options);
+                      state.layers[l], here);
   }
   return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
 }

@@ -4,6 +4,7 @@
 Usage: test_command_line.py PROGRAM      (standard library only; run from the repository's root)
 """
 import json
+import math
 import os
 import shutil
 import signal
@@ -105,8 +106,68 @@ with tempfile.TemporaryDirectory() as folder:
     claim("perplexity scores ids 2 to n", code == 0 and table.splitlines()[1].split()[:2] == ["100", "99"], table)
     code, table, _ = run("perplexity", "--ids-file", at("ids"), "--lengths", "10,100", "--csv", at("csv"), "--png", at("png"))
     claim("perplexity by length", code == 0 and [r.split()[1] for r in table.splitlines()[1:]] == ["90", "99"], table)
-    claim("perplexity writes csv", open(at("csv")).read().startswith("length,tokens,nll,perplexity\n10,90,"))
+    claim("perplexity writes csv", open(at("csv")).read().startswith("length,tokens,nll,perplexity,delta_ratio\n10,90,"))
     claim("perplexity draws a png", open(at("png"), "rb").read(8) == b"\x89PNG\r\n\x1a\n")
+    whole = run("perplexity", "--ids-file", at("ids"))[1]
+    claim("a length of the whole text is the whole text", run("perplexity", "--ids-file", at("ids"), "--lengths", 100)[1] == whole, whole)
+    text = open(STORIES + "/README.md").read()
+    for name, part in (("one", text[:1500]), ("two", text[500:2500]), ("short", text[:40])):
+        with open(at(name), "w") as f:
+            f.write(part)
+    code, table, err = run("perplexity", "--text", at("one"), at("two"), at("short"), "--lengths", "64,128", "--truncate", "--delta-ratio", "1,0.5", "--png", at("png"))
+    rows = [r.split() for r in table.splitlines()[1:]]
+    claim("perplexity --truncate scores one window of each long document, for every ratio", code == 0
+          and [r[:2] + r[4:] for r in rows] == [["64", "126", "1"], ["128", "254", "1"], ["64", "126", "0.5"], ["128", "254", "0.5"]], table)
+    claim("a document that is too short is left out aloud", "short" in err and "left out" in err and err.count("\n") == 1, err)
+    alone = [float(run("perplexity", "--text", at(n), "--lengths", 64, "--truncate")[1].split()[-3]) for n in ("one", "two")]
+    claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
+
+    # --- the study ---
+    examples = ["Tom and Lily went to the park to play with the big red ball", "Once upon a time there was a little girl"]
+    with open(at("examples"), "w") as f:
+        f.write("".join(json.dumps({"text": e}) + "\n" for e in examples))
+    total = right = 0
+    for e in examples:
+        ids = run("tokenize", stdin=e + "\n")[1].split()
+        n = len(run("tokenize", stdin=e.rsplit(" ", 1)[0] + "\n")[1].split())
+        run("logits", "--ids", " ".join(ids), "--out", at("l"))
+        logits = read_safetensors(at("l"))[1][4 * len(ids):]
+        likeliest = True
+        for t in range(n, len(ids)):
+            row = struct.unpack("<4096f", logits[(t - 1) * 16384:t * 16384])
+            total += row[int(ids[t])] - max(row) - math.log(sum(math.exp(v - max(row)) for v in row))
+            likeliest = likeliest and row[int(ids[t])] == max(row)
+        right += likeliest
+    code, table, _ = run("lambada", "--data", at("examples"))
+    found = table.splitlines()[1].split()
+    claim("lambada scores the last word", code == 0 and found[:2] == ["2", f"{right / 2:.4f}"]
+          and abs(math.log(float(found[2])) + total / 2) < 1e-3, (table, right, total))
+    claim("lambada --limit", run("lambada", "--data", at("examples"), "--limit", 1)[1].split()[3] == "1")
+    code, table, _ = run("passkey", "--lengths", "128,200", "--depths", "0,1", "--tests", 2, "--csv", at("csv"), "--png", at("png"))
+    claim("passkey has a row for each length and depth", code == 0 and [r.split()[:3] for r in table.splitlines()[1:]]
+          == [["128", "0", "2"], ["128", "1", "2"], ["200", "0", "2"], ["200", "1", "2"]], table)
+    claim("passkey writes csv", open(at("csv")).read().startswith("length,depth,tests,tokens,accuracy\n128,0,2,"))
+    claim("passkey draws a png", open(at("png"), "rb").read(8) == b"\x89PNG\r\n\x1a\n")
+
+    # --- inspect ---
+    for model, heads in ((STORIES, 1), ("tests/golden/mamba2-hf", 8)):
+        shutil.copytree(model, at("model"))
+        shutil.copy(STORIES + "/tokenizer.json", at("model"))
+        code, _, err = run("inspect", "--model", at("model"), "--prompt", "x!z", "--layer", 1, "--out", at("seen"))
+        claim(f"inspect {model} writes four pictures with their numbers", code == 0 and sorted(os.listdir(at("seen"))) ==
+              sorted(f"{n}.{e}" for n in ("attention", "delta", "memory", "state_norm") for e in ("png", "safetensors")), err)
+        header, data = read_safetensors(at("seen/attention.safetensors"))
+        numbers = lambda n: struct.unpack(f"<{(header[n]['data_offsets'][1] - header[n]['data_offsets'][0]) // 4}f", data[slice(*header[n]["data_offsets"])])
+        M, x, y, mean = numbers("M"), numbers("x"), numbers("y"), numbers("attention")
+        (channels, L, _), width = header["M"]["shape"], header["x"]["shape"][1]
+        worst = max(abs(sum(M[(c // heads * L + t) * L + s] * x[s * width + c] for s in range(L)) - y[t * width + c])
+                    for c in range(width) for t in range(L))
+        claim(f"inspect {model}: y = M x", L == len(run("tokenize", stdin="x!z\n")[1].split()) and width == channels * heads
+              and worst < 1e-5 * max(map(abs, y)), (worst, header))
+        claim("inspect: attention is the mean of |M|", abs(mean[L] - sum(abs(M[c * L * L + L]) for c in range(channels)) / channels) < 1e-6)
+        shutil.rmtree(at("model"))
+        shutil.rmtree(at("seen"))
+
     code, info, _ = run("info")
     claim("info counts the parameters", code == 0 and "4552960" in info and "BF16" in info, info)
     code, _, err = run("convert", "--out", at("copy"))
@@ -131,6 +192,12 @@ with tempfile.TemporaryDirectory() as folder:
         (("logits", "--ids", "1", "--text", "f", "--out", "x"), "--text"),
         (("perplexity",), "--text"),
         (("perplexity", "--text", "f", "--lengths", "0"), "lengths"),
+        (("perplexity", "--text", "f", "--truncate"), "--lengths"),
+        (("passkey",), "--lengths"),
+        (("passkey", "--lengths", "128", "--tests", "0"), "tests"),
+        (("lambada",), "--data"),
+        (("inspect", "Lily"), "--out"),
+        (("inspect", "--out", "x"), "prompt"),
         (("bench",), "op"),
         (("info", "extra"), "extra"),
     ]:
@@ -142,6 +209,8 @@ with tempfile.TemporaryDirectory() as folder:
         ("a min-p above one", "min-p", ("Lily", "--min-p", 2), ""),
         ("a penalty of zero", "penalty", ("Lily", "--repetition-penalty", 0), ""),
         ("a delta ratio of zero", "--delta-ratio", ("Lily", "--delta-ratio", 0), ""),
+        ("one of several delta ratios below zero", "--delta-ratio", ("perplexity", "--ids-file", at("ids"), "--delta-ratio=1,-1", "--csv", at("x")), ""),
+        ("a depth beyond the end", "--depths", ("passkey", "--lengths", 128, "--depths", "0,1.5"), ""),
         ("a dtype nobody knows", "--dtype", ("Lily", "--dtype", "f8"), ""),
         ("a mode nobody knows", "--mode", ("logits", "--ids", "1", "--mode", "fast", "--out", at("x")), ""),
         ("a chunk of zero", "--mode", ("logits", "--ids", "1", "--mode", "chunked=0", "--out", at("x")), ""),
@@ -184,6 +253,15 @@ with tempfile.TemporaryDirectory() as folder:
         ("a folder as text", "directory", ("perplexity", "--text", folder), ""),
         ("a text of one token", "at least 2 tokens", ("perplexity", "--text", "-"), "a"),
         ("lengths beyond the text", "at most the", ("perplexity", "--ids-file", at("ids"), "--lengths", 101), ""),
+        ("a prompt too short for a pass key", "at least", ("passkey", "--lengths", 20, "--csv", at("x")), ""),
+        ("examples that are no JSON", "example 2", ("lambada", "--data", "-"), '{"text": "a b"}\n{'),
+        ("examples without text", "text", ("lambada", "--data", "-"), '{"words": "a b"}\n'),
+        ("an example that is no object", "text", ("lambada", "--data", "-"), "[1]\n"),
+        ("an example of one word", "two words", ("lambada", "--data", "-"), '{"text": "word"}\n'),
+        ("no examples", "none", ("lambada", "--data", "-"), " \n"),
+        ("a layer beyond the last", "--layer", ("inspect", "Lily", "--layer", 8, "--out", at("x")), ""),
+        ("inspecting nothing", "at least one token", ("inspect", "", "--out", at("x")), ""),
+        ("a folder nobody can write", "cannot write", ("inspect", "Lily", "--out", "/proc/nothing"), ""),
         ("a stride beyond the window", "--stride", ("perplexity", "--ids-file", at("ids"), "--lengths", 10, "--stride", 11), ""),
         ("overlap with a carried state", "--carry-state", ("perplexity", "--ids-file", at("ids"), "--lengths", 10, "--stride", 5, "--carry-state"), ""),
         ("an output folder that is not there", "cannot write", ("logits", "--ids", "1", "--out", at("no/such/file")), ""),

@@ -459,11 +459,59 @@ TEST_CASE(
 
 // --- pointwise functions ---
 
+// --- implied_attention ---
+
+TEST_CASE("implied_attention: the matrix of each channel reproduces selective_scan") {
+  for (const ScanCase& c : kScanCases) {
+    ScanData<double> s;
+    fill(s, c, 8);
+    s.in.z = {};  // the matrix stands before the gate
+    s.h0.setZero();
+    CAPTURE(c.L, c.d, c.N, c.groups, c.D, c.bias, c.softplus);
+    StateMatrix<double> h = s.h0, size_h;
+    const Matrix<double> want = ssm::selective_scan<double>(s.in, h);
+    Matrix<double> size, got(c.L, c.d);
+    s.z.resize(0, 0);
+    magnitude(s, size, size_h);
+    const Matrix<double> delta = ssm::step_size(s.in);
+    for (Index i = 0; i < c.d; ++i) {
+      const Matrix<double> M = ssm::implied_attention(s.in, delta, i);
+      REQUIRE((M.rows() == c.L && M.cols() == c.L));
+      for (Index t = 0; t < c.L; ++t)
+        REQUIRE((M.row(t).tail(c.L - 1 - t).array() == 0).all());  // no look ahead
+      got.col(i) = M * s.x.col(i);
+    }
+    check_close("M x", got, want, size, kFormsBound, 0x1p-53);
+  }
+}
+
+TEST_CASE("implied_attention: the matrix of each head reproduces ssd") {
+  for (const Index L : {0, 1, 2, 33, 65}) {
+    for (const Index groups : {1, 3}) {
+      const Index H = 6, P = 5, N = 4;
+      SsdData<double> s;
+      fill(s, L, H, P, N, groups, 9);
+      s.h0.setZero();
+      StateMatrix<double> h = s.h0, size_h;
+      const Matrix<double> want = ssm::ssd<double>(s.in, h, Form::sequential);
+      Matrix<double> size, got(L, H * P);
+      magnitude(s, size, size_h);
+      const Matrix<double> delta = ssm::step_size(s.in);
+      for (Index i = 0; i < H; ++i)
+        got.middleCols(i * P, P) =
+            ssm::implied_attention(s.in, delta, i, N) * s.x.middleCols(i * P, P);
+      CAPTURE(L, groups);
+      check_close("M x", got, want, size, kFormsBound, 0x1p-53);
+    }
+  }
+}
+
 TEST_CASE("softplus and silu: exact far out, no overflow") {
   Row<float> x(6);
   x << -1000, -20, 0, 20, 1000, 88;
   const Row<float> s = ssm::softplus(x.array());
-  CHECK(s(0) <= 4e-38f);  // Eigen's exp stops at e^-87 or at 0, as the instruction set has it
+  CHECK(s(0) <=
+        4e-38f);  // Eigen's exp stops at e^-87 or at 0, as the instruction set has it
   CHECK(s(1) == Approx(std::log1p(std::exp(-20.0))));
   CHECK(s(2) == Approx(std::log(2.0)));
   CHECK(s(4) == 1000);
