@@ -14,7 +14,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda debug bench format lint clean setup
+.PHONY: help run test cuda test-cuda debug bench check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -23,6 +23,7 @@ run: mamba       ## install what is missing, build, and tell a story from the sh
 	./mamba "Once upon a time"
 
 test: mamba build/tests  ## the same, then all tests that this machine can run
+	python3 tests/check_readme.py
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
 	./build/tests
@@ -78,6 +79,9 @@ bench: mamba     ## decode and prefill of the 130m shape against this machine's 
 	./mamba bench bandwidth
 	./mamba bench matmul
 	for dtype in f32 bf16 f16; do ./mamba bench decode --dtype $$dtype; ./mamba bench prefill --dtype $$dtype; done
+
+check-readme:   ## check that the README's links point to the lines they name (ARGS=--fix mends them)
+	python3 tests/check_readme.py $(ARGS)
 
 format:         ## clang-format all sources
 	clang-format -i *.hpp *.cpp *.cu tests/*.hpp tests/*.cpp tests/*.cu

@@ -1,0 +1,65 @@
+#!/usr/bin/env python3
+"""Checks the links of README.md: [`name`](file#L12) must point to the first line of code that has the name,
+a function's where it is first followed by its arguments: files define before they use.
+
+Usage: check_readme.py [--fix]      (--fix rewrites the line numbers; run from the repository's root)
+"""
+import os
+import re
+import sys
+
+LINK = re.compile(r"\[(`?)([^\]\[]+?)\1\]\(([^)#\s]+)(?:#L(\d+))?\)")
+
+
+def first_line(lines, name, is_code):
+    """Where the code, comments apart, first has the name as a whole word."""
+    end = r"\(" if is_code and name.isidentifier() else r"(?![A-Za-z0-9_])"
+    word = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(name)}{end}")
+    for number, line in enumerate(lines, 1):
+        if word.search(re.sub(r"(^|\s)//.*", "", line)):
+            return number
+    return None
+
+
+def check(text, fix):
+    """The text with its links mended if asked to, how many have lines, and what is wrong."""
+    files, wrong, lines_linked = {}, [], 0
+
+    def visit(link):
+        nonlocal lines_linked
+        tick, name, path, line = link.groups()
+        if path.startswith(("http:", "https:")):
+            return link.group(0)
+        if not os.path.exists(path):
+            wrong.append(f"{path}: no such file")
+            return link.group(0)
+        if line is None:
+            return link.group(0)
+        lines_linked += 1
+        if path not in files:
+            files[path] = open(path, encoding="utf-8").read().splitlines()
+        found = first_line(files[path], name, bool(tick))
+        if found is None:
+            wrong.append(f"{path}: nothing there is named {name!r}")
+        elif found != int(line) and not fix:
+            wrong.append(f"{path}: {name!r}: expected at line {line}, found at line {found}")
+        return f"[{tick}{name}{tick}]({path}#L{found or line})"
+
+    return LINK.sub(visit, text), lines_linked, wrong
+
+
+def main():
+    with open("README.md", encoding="utf-8") as f:
+        text = f.read()
+    mended, links, wrong = check(text, "--fix" in sys.argv[1:])
+    for line in wrong:
+        print(f"README.md: {line}")
+    if mended != text:
+        with open("README.md", "w", encoding="utf-8") as f:
+            f.write(mended)
+    print(f"README.md: {links} links to lines, {len(wrong)} wrong")
+    return 1 if wrong or not links else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
