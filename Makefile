@@ -51,6 +51,9 @@ mamba_cuda: mamba.cu $(HEADERS) | setup
 
 test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that they were skipped
 	./build/tests_cuda
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba mamba_cuda && \
+	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
+	else echo "GPU program against CPU program: skipped, no GPU here"; fi
 
 build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	@mkdir -p build

@@ -1,7 +1,6 @@
 // mamba.cu - the GPU program. Build and run (Hopper; -arch=native does for other GPUs):
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA \
-//        -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
 //   ./mamba_cuda "Once upon a time"
 //
 // Read ssm_reference.hpp first: it says what is computed. Here the same operations, by the same names,
@@ -2240,12 +2239,15 @@ size_t ssd_state_bytes(const SsdArgs<T>& a) {
 
 // States and decays of all segments but the last, and h0 where hT would overwrite it.
 template <class T>
-size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
-  const SsdRung rung = ssd_rung(a);
+size_t ssd_workspace_bytes(const SsdArgs<T>& a, SsdRung rung) {
   const int64_t count = rung == SsdRung::kNaive ? 1 : ssd_segments(a, rung).count;
   return count == 1
              ? 0
              : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.heads;
+}
+template <class T>
+size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
+  return ssd_workspace_bytes(a, ssd_rung(a));
 }
 
 template <class T>
@@ -3799,7 +3801,9 @@ class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
   static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
-  static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
+  static constexpr const char* kBenchOps =
+      "decode, prefill, bandwidth, matmul, causal_conv1d, selective_scan, ssd, rms_norm, "
+      "gated_rms_norm or sample";
   static constexpr bool kHasDevice = true;
   static constexpr Index kPiece = 4096;       // tokens that the parallel form takes at once
   static constexpr std::size_t kBatch = 256;  // texts that are generated together
@@ -4176,12 +4180,15 @@ inline void CudaEngine::fill_random() {
   CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-/// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs.
-template <class Function>
-double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
+/// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs. `before`
+/// comes ahead of each run and is not timed.
+template <class Function, class Before>
+double median_ms(cudaStream_t stream, Index repeat, const Function& f,
+                 const Before& before) {
   std::vector<double> times;
   for (Index i = -3; i < repeat; ++i) {  // three to warm up
     Event start(true), end(true);
+    before();
     start.record(stream);
     f();
     end.record(stream);
@@ -4190,6 +4197,11 @@ double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
   }
   std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
   return times[times.size() / 2];
+}
+
+template <class Function>
+double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
+  return median_ms(stream, repeat, f, [] {});
 }
 
 /// Bytes a second, read and written, that a large copy reaches.
@@ -4217,6 +4229,211 @@ double matmul_peak(const Queue& queue) {
          });
 }
 
+/// Every kernel of one operation, a line each: on random data, at the sizes of --shape, with a cold cache. The
+/// floor is the time to move each input and output once.
+template <class T>
+class KernelBench {
+ public:
+  KernelBench(const BenchOptions& options, const Config& config, cudaStream_t stream)
+      : o_(options),
+        c_(config),
+        rows_(options.batch * options.length),
+        stream_(stream),
+        bandwidth_(copy_bandwidth(stream)),
+        cold_(std::size_t{256} << 20) {}
+
+  /// False if there is no such operation.
+  bool run() {
+    const bool ssd = c_.version == 2;
+    if (o_.op == "causal_conv1d") return conv(), true;
+    if (o_.op == "rms_norm") return norm(), true;
+    if (o_.op == "sample") return sample(), true;
+    if (o_.op == "selective_scan" || o_.op == "ssd" || o_.op == "gated_rms_norm") {
+      if (ssd == (o_.op == "selective_scan"))
+        fail_usage("bench ", o_.op, ": --shape: expected a Mamba", ssd ? "" : "-2",
+                   " shape, found ", quote(o_.shape));
+      return o_.op == "ssd" ? this->ssd() : ssd ? gated_norm() : scan(), true;
+    }
+    return false;
+  }
+
+ private:
+  template <class V>
+  DeviceBuffer<V> random(std::int64_t size, float scale = 1, float offset = 0) {
+    DeviceBuffer<V> buffer(static_cast<std::size_t>(size));
+    random_kernel<<<1024, 256, 0, stream_>>>(buffer.data(), size, scale, offset, ++seed_);
+    CUDA_CHECK(cudaGetLastError());
+    return buffer;
+  }
+
+  template <class Launch>
+  void report(const char* kernel, std::int64_t length, double bytes, double flops,
+              const Launch& launch) {
+    const double floor = bytes / bandwidth_ * 1e3;
+    const double ms = median_ms(stream_, o_.repeat, launch, [&] {
+      CUDA_CHECK(cudaMemsetAsync(cold_.data(), 0, cold_.bytes(), stream_));
+    });
+    std::cout << Json{{"op", o_.op},       {"kernel", kernel},
+                      {"shape", o_.shape}, {"dtype", dtype_name(o_.dtype)},
+                      {"batch", o_.batch}, {"length", length},
+                      {"ms", ms},          {"bytes", bytes},
+                      {"flops", flops},    {"GB/s", bandwidth_ / 1e9},
+                      {"floor ms", floor}, {"% of floor", 100 * floor / ms}}
+              << std::endl;
+  }
+
+  void conv() {
+    const std::int64_t d = c_.conv_width(), width = c_.d_conv;
+    const auto x = random<T>(rows_ * d), state = random<T>(o_.batch * (width - 1) * d);
+    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const auto weight = random<float>(d * width), bias = random<float>(d);
+    ConvArgs<T> a;
+    a.batch = o_.batch, a.L = o_.length, a.d = d, a.width = int(width);
+    a.x = x.data(), a.weight = weight.data(), a.bias = bias.data();
+    a.state = a.state_out = state.data(), a.out = out.data();
+    a.x_stride = a.out_stride = d;
+    const auto bytes = [&](std::int64_t rows) {
+      return double(2 * rows * d + 2 * o_.batch * (width - 1) * d) * sizeof(T);
+    };
+    const double flops = 2. * double(width * d);
+    report("causal_conv1d_naive_kernel", a.L, bytes(rows_), flops * double(rows_),
+           [&] { causal_conv1d_naive(a, stream_); });
+    report("causal_conv1d_fused_kernel", a.L, bytes(rows_), flops * double(rows_),
+           [&] { causal_conv1d(a, stream_); });
+    a.L = 1;
+    report("causal_conv1d_step_kernel", 1, bytes(o_.batch), flops * double(o_.batch),
+           [&] { causal_conv1d_step(a, stream_); });
+  }
+
+  void scan() {
+    const std::int64_t d = c_.d_inner, N = c_.d_state;
+    const auto x = random<T>(rows_ * d), delta = random<T>(rows_ * d),
+               z = random<T>(rows_ * d), B = random<T>(rows_ * N), C = random<T>(rows_ * N);
+    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const auto A = random<float>(d * N, 7.f, -8.f), D = random<float>(d),
+               bias = random<float>(d, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
+    ScanArgs<T> a;
+    a.batch = o_.batch, a.L = o_.length, a.d_inner = d, a.d_state = N;
+    a.x = x.data(), a.delta = delta.data(), a.A = A.data(), a.B = B.data();
+    a.C = C.data(), a.D = D.data(), a.z = z.data(), a.delta_bias = bias.data();
+    a.h_T = h.data(), a.out = out.data();
+    a.x_stride = a.delta_stride = a.z_stride = a.out_stride = d;
+    a.B_stride = a.C_stride = N;
+    const DeviceBuffer<std::byte> workspace(selective_scan_workspace(a));
+    const auto bytes = [&](std::int64_t rows, int states) {
+      return double(rows * (4 * d + 2 * N)) * sizeof(T) +
+             double(states * o_.batch * d * N) * sizeof(float);
+    };
+    const double flops =
+        7. * double(d * N);  // a product and exp for A_bar, two for B_bar x, ...
+    report("selective_scan_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
+           [&] { selective_scan_naive(a, stream_); });
+    report("selective_scan_fused_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
+           [&] { selective_scan(a, reinterpret_cast<float*>(workspace.data()), stream_); });
+    a.L = 1, a.h0 = h.data();
+    report("selective_scan_step_kernel", 1, bytes(o_.batch, 2), flops * double(o_.batch),
+           [&] { selective_scan_step(a, stream_); });
+  }
+
+  void ssd() {
+    const std::int64_t d = c_.d_inner, H = c_.n_heads, N = c_.d_state, GN = c_.n_groups * N;
+    const auto x = random<T>(rows_ * d), dt = random<T>(rows_ * H),
+               B = random<T>(rows_ * GN), C = random<T>(rows_ * GN);
+    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const auto A = random<float>(H, 7.f, -8.f), D = random<float>(H),
+               bias = random<float>(H, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
+    SsdArgs<T> a;
+    a.batch = o_.batch, a.L = o_.length, a.heads = int(H), a.head_dim = int(c_.head_dim);
+    a.d_state = int(N), a.groups = int(c_.n_groups);
+    a.x = x.data(), a.dt = dt.data(), a.B = B.data(), a.C = C.data(), a.A = A.data();
+    a.D = D.data(), a.dt_bias = bias.data(), a.hT = h.data(), a.out = out.data();
+    a.x_stride = a.out_stride = d, a.dt_stride = H, a.B_stride = a.C_stride = GN;
+    const auto bytes = [&](std::int64_t rows, int states) {
+      return double(rows * (2 * d + H + 2 * GN)) * sizeof(T) +
+             double(states * o_.batch * d * N) * sizeof(float);
+    };
+    const double flops = 5. * double(d * N);  // of the recurrence
+    report("ssd_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
+           [&] { ssd_naive(a, stream_); });
+    for (const SsdRung rung : {SsdRung::kFused, SsdRung::kWarpgroup}) {
+      if constexpr (sizeof(T) == 2) {
+        if (rung == SsdRung::kWarpgroup && ssd_rung(a) != rung) continue;
+        const SsdSegments segments = ssd_segments(a, rung);
+        const DeviceBuffer<std::byte> workspace(ssd_workspace_bytes(a, rung));
+        a.workspace = workspace.data();
+        report(rung == SsdRung::kFused ? "ssd_fused_kernel" : "ssd_warpgroup_kernel", a.L,
+               bytes(rows_, 1), flops * double(rows_),
+               [&] { ssd_split(a, rung, segments, stream_); });
+        CUDA_CHECK(cudaStreamSynchronize(stream_));
+      }
+    }
+    a.L = 1, a.h0 = h.data();
+    report("ssd_step_kernel", 1, bytes(o_.batch, 2), flops * double(o_.batch),
+           [&] { ssd_step(a, stream_); });
+  }
+
+  void norm() {
+    const std::int64_t d = c_.d_model;
+    const auto x = random<T>(rows_ * d);
+    const auto residual = random<float>(rows_ * d), weight = random<float>(d);
+    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    report("rms_norm_kernel", o_.length, double(rows_ * d) * (2 * sizeof(T) + 8),
+           5. * double(rows_ * d), [&] {
+             rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows_, int(d),
+                      out.data(), d, stream_);
+           });
+  }
+
+  void gated_norm() {
+    const std::int64_t d = c_.d_inner;
+    const auto y = random<T>(rows_ * d), z = random<T>(rows_ * d);
+    const auto weight = random<float>(d);
+    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    report("gated_rms_norm_kernel", o_.length, double(3 * rows_ * d) * sizeof(T),
+           8. * double(rows_ * d), [&] {
+             gated_rms_norm(y.data(), d, z.data(), d, weight.data(), 1e-5f, rows_, int(d),
+                            int(c_.n_groups), out.data(), d, stream_);
+           });
+  }
+
+  // Greedy, and with a filter.
+  void sample() {
+    const std::int64_t V = c_.vocab_size, batch = o_.batch;
+    const auto count = static_cast<std::size_t>(batch);
+    const auto logits = random<float>(batch * V, 10.f), residual = random<float>(batch);
+    const auto embedding = random<T>(V);
+    DeviceBuffer<std::uint64_t> numbers(count), positions(count);
+    DeviceBuffer<std::int64_t> made(count);
+    DeviceBuffer<int> done(count);
+    const DeviceBuffer<Token> next(count), candidates(count * V),
+        log(count * static_cast<std::size_t>(o_.repeat + 8));
+    const DeviceBuffer<double> weights(count * V);
+    for (const double temperature : {0., 0.8}) {
+      numbers.zero(), positions.zero(), made.zero(), done.zero();
+      SampleArgs a{};
+      a.logits = logits.data(), a.vocab_size = V, a.batch = batch;
+      a.temperature = temperature, a.top_p = 0.95, a.penalty = 1;
+      a.sequence = numbers.data(), a.position = positions.data(), a.made = made.data();
+      a.weights = weights.data(), a.candidates = candidates.data(), a.done = done.data();
+      a.stop = -1, a.next = next.data(), a.log = log.data();
+      CUDA_CHECK(cudaDeviceSynchronize());
+      report(temperature == 0 ? "sample_kernel, greedy" : "sample_kernel, top-p 0.95", 1,
+             double(batch * V) * 4, 0, [&] {
+               launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, stream_,
+                           a, embedding.data(), std::int64_t(1), residual.data());
+             });
+    }
+  }
+
+  const BenchOptions& o_;
+  const Config c_;
+  const std::int64_t rows_;
+  const cudaStream_t stream_;
+  const double bandwidth_;
+  const DeviceBuffer<std::byte> cold_;  // larger than the L2 cache: written before each run
+  std::uint64_t seed_ = 0;
+};
+
 inline void CudaEngine::bench(const BenchOptions& options) {
   const bool decode = options.op == "decode";
   if (options.op == "bandwidth" || options.op == "matmul") {
@@ -4234,9 +4451,19 @@ inline void CudaEngine::bench(const BenchOptions& options) {
     });
     return;
   }
-  if (!decode && options.op != "prefill")
-    fail("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
   const Config config = published_config(options.shape);
+  if (!decode && options.op != "prefill") {
+    use_device(options.device);
+    Queue queue;
+    bool known = false;
+    with_type(options.dtype, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      known = KernelBench<T>(options, config, queue.stream()).run();
+    });
+    if (!known)
+      fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
+    return;
+  }
   EngineOptions engine_options;
   engine_options.dtype = options.dtype;
   engine_options.device = options.device;

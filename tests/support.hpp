@@ -65,7 +65,11 @@ struct TempFolder {
   TempFolder(const TempFolder&) = delete;
   TempFolder& operator=(const TempFolder&) = delete;
   std::string operator/(const std::string& name) const { return path + "/" + name; }
-  bool empty() const { return std::filesystem::is_empty(path); }
+  std::size_t files() const {
+    const std::filesystem::directory_iterator begin(path), end;
+    return static_cast<std::size_t>(std::distance(begin, end));
+  }
+  bool empty() const { return files() == 0; }
 };
 
 /// Normal random numbers, the same on every platform's std::mt19937_64 (Box-Muller by hand).

@@ -10,8 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "catch.hpp"
-#include "mamba.hpp"
+#include "support.hpp"
 
 namespace {
 
@@ -20,19 +19,10 @@ using namespace mamba;
 using namespace std::string_literals;
 
 /// A folder for one broken model, gone when the test is over.
-struct BrokenModel {
-  fs::path path;
-  BrokenModel() {
-    std::string name = (fs::temp_directory_path() / "mamba-broken-XXXXXX").string();
-    REQUIRE(::mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  BrokenModel(const BrokenModel&) = delete;
-  BrokenModel& operator=(const BrokenModel&) = delete;
-  ~BrokenModel() { fs::remove_all(path); }
+struct BrokenModel : test::TempFolder {
   void write(const std::string& name, const std::string& bytes) const {
-    fs::remove(path / name);  // ext4 syncs a file that is cut to nothing and written anew
-    std::ofstream(path / name, std::ios::binary) << bytes;
+    fs::remove(*this / name);  // ext4 syncs a file that is cut to nothing and written anew
+    std::ofstream(*this / name, std::ios::binary) << bytes;
   }
 };
 
@@ -42,10 +32,7 @@ std::string read_file(const std::string& path) {
   return {std::istreambuf_iterator<char>(in), {}};
 }
 
-std::string golden(const std::string& name) {
-  const char* root = std::getenv("MAMBA_ROOT");
-  return std::string(root != nullptr ? root : ".") + "/tests/golden/" + name;
-}
+std::string golden(const std::string& name) { return test::root("tests/golden/" + name); }
 
 template <class Number>
 std::string bytes_of(Number number) {
@@ -184,16 +171,14 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("config.json", row.content);
-    require_line(error_of([&] { read_config(model.path.string()); }), row.fragment,
-                 "config.json");
+    require_line(error_of([&] { read_config(model.path); }), row.fragment, "config.json");
   }
   const BrokenModel model;
-  require_line(error_of([&] { read_config(model.path.string()); }), "No such file",
-               "config.json");
+  require_line(error_of([&] { read_config(model.path); }), "No such file", "config.json");
   require_line(error_of([&] { read_config("no\nsuch"); }), "No such file",
                "no?such/config.json");
-  fs::create_directory(model.path / "config.json");
-  require_line(error_of([&] { read_config(model.path.string()); }),
+  fs::create_directory(model / "config.json");
+  require_line(error_of([&] { read_config(model.path); }),
                "expected a file, found something else", "config.json");
 }
 
@@ -318,7 +303,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("model.safetensors", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment,
                  "model.safetensors");
   }
 }
@@ -346,12 +331,11 @@ TEST_CASE("broken shards: the index and what it points to are checked") {
     const BrokenModel model;
     model.write("one.safetensors", good);
     model.write("model.safetensors.index.json", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
-                 model.path.string());
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment, model.path);
   }
   const BrokenModel model;
-  require_line(error_of([&] { read_checkpoint(model.path.string()); }),
-               "expected model.safetensors or", model.path.string());
+  require_line(error_of([&] { read_checkpoint(model.path); }),
+               "expected model.safetensors or", model.path);
 }
 
 // --- PyTorch
@@ -570,13 +554,12 @@ TEST_CASE("broken torch.save: each of these ends in one line that names the file
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("pytorch_model.bin", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment,
                  "pytorch_model.bin");
   }
   const BrokenModel model;  // what the rows break is good before
   model.write("pytorch_model.bin", good);
-  CHECK(read_checkpoint(model.path.string()).at("x").shape ==
-        std::vector<std::int64_t>{2, 3});
+  CHECK(read_checkpoint(model.path).at("x").shape == std::vector<std::int64_t>{2, 3});
 }
 
 TEST_CASE("broken torch.save: the format from before the zip is checked as well") {
@@ -601,7 +584,7 @@ TEST_CASE("broken torch.save: the format from before the zip is checked as well"
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("pytorch_model.bin", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path.string()); }), row.fragment,
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment,
                  "pytorch_model.bin");
   }
 }
@@ -658,12 +641,12 @@ void survive(const std::vector<std::string>& seeds, const std::string& file, int
   for (int round = 0; round < rounds; ++round) {
     const std::string& seed = seeds[static_cast<std::size_t>(round) % seeds.size()];
     model.write(file, damaged(seed, random));
-    const std::string line = error_of([&] { read(model.path.string()); });
+    const std::string line = error_of([&] { read(model.path); });
     if (line == "no error") continue;
     ++refused;
     INFO("round " << round << ": " << line);
     REQUIRE(line.find('\n') == std::string::npos);
-    REQUIRE(line.find(model.path.string()) != std::string::npos);
+    REQUIRE(line.find(model.path) != std::string::npos);
     REQUIRE(line.size() < 1000);
   }
   CHECK(refused > rounds / 10);  // the damage is felt,

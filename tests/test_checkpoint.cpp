@@ -10,8 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "catch.hpp"
-#include "mamba.hpp"
+#include "support.hpp"
 
 namespace {
 
@@ -20,32 +19,11 @@ using namespace mamba;
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
 
-/// A folder that is gone when the test is over.
-struct Folder {
-  fs::path path;
-  Folder() {
-    std::string name = (fs::temp_directory_path() / "mamba-test-XXXXXX").string();
-    REQUIRE(::mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  ~Folder() { fs::remove_all(path); }
-  std::string operator/(const std::string& name) const { return (path / name).string(); }
-  std::size_t files() const {
-    return static_cast<std::size_t>(
-        std::distance(fs::directory_iterator(path), fs::directory_iterator()));
-  }
-};
-
 void write_file(const std::string& path, const std::string& text) {
   std::ofstream(path, std::ios::binary) << text;
 }
 
-std::string golden(const std::string& name) {
-  const char* root = std::getenv("MAMBA_ROOT");
-  return std::string(root != nullptr ? root : ".") + "/tests/golden/" + name;
-}
+std::string golden(const std::string& name) { return test::root("tests/golden/" + name); }
 
 /// Bytes, so that NaN equals NaN and -0 differs from 0.
 void require_same(const Tensor& got, const Tensor& want) {
@@ -166,7 +144,7 @@ TEST_CASE("numbers: narrowing rounds to the nearest, ties to even, too large to 
 }
 
 TEST_CASE("safetensors: what is written is read back, in every dtype and shape") {
-  const Folder folder;
+  const test::TempFolder folder;
   std::vector<float> numbers(60);
   for (std::size_t i = 0; i < numbers.size(); ++i)
     numbers[i] = 0.37f * static_cast<float>(i) - 7;
@@ -213,7 +191,7 @@ TEST_CASE("safetensors: what is written is read back, in every dtype and shape")
 }
 
 TEST_CASE("safetensors: tensors that a file does not align are read all the same") {
-  const Folder folder;
+  const test::TempFolder folder;
   for (int pad = 0; pad < 8; ++pad) {
     std::string header = R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},)"
                          R"("b":{"dtype":"F32","shape":[2],"data_offsets":[1,9]},)"
@@ -239,7 +217,7 @@ TEST_CASE("safetensors: tensors that a file does not align are read all the same
 }
 
 TEST_CASE("files: a write that fails leaves the old file and nothing beside it") {
-  const Folder folder;
+  const test::TempFolder folder;
   const float one = 1, two = 2;
   const std::string path = folder / "m.safetensors";
   write_safetensors(path, {tensor_view("x", {1}, &one)});
@@ -276,12 +254,12 @@ TEST_CASE("files: a write that fails leaves the old file and nothing beside it")
   CHECK(std::string(text) == "hello");
   CHECK(fs::is_fifo(pipe));
   ::close(reader);
-  fs::create_symlink("/dev/full", folder.path / "full");
+  fs::create_symlink("/dev/full", folder / "full");
   check_error([&] { AtomicFile(folder / "full").write("x"); }, "No space left");
 }
 
 TEST_CASE("files: a mapping moves, and lives as long as a tensor that looks into it") {
-  const Folder folder;
+  const test::TempFolder folder;
   write_file(folder / "text", "hello");
   write_file(folder / "empty", "");
   MappedFile first(folder / "text");
@@ -321,7 +299,7 @@ TEST_CASE("torch.save: a pickle that asks for more than tensors is refused by na
 }
 
 TEST_CASE("checkpoints: shards and their index read as one") {
-  const Folder folder;
+  const test::TempFolder folder;
   const std::vector<float> a = {1, 2}, b = {3};
   write_safetensors(folder / "one.safetensors", {tensor_view("a", {2}, a.data())});
   write_safetensors(folder / "two.safetensors",
@@ -329,23 +307,23 @@ TEST_CASE("checkpoints: shards and their index read as one") {
   write_file(folder / "model.safetensors.index.json",
              R"({"metadata": {"total_size": 12}, "weight_map":
                  {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}})");
-  const Checkpoint read = read_checkpoint(folder.path.string());
+  const Checkpoint read = read_checkpoint(folder.path);
   CHECK(read.tensors.size() == 3);
   CHECK(values<float>(read.at("a")) == a);
   CHECK(values<float>(read.at("c")) == b);
 
-  const Folder bins;  // PyTorch files are cut the same way
+  const test::TempFolder bins;  // PyTorch files are cut the same way
   fs::copy(golden("torch_save/module.bin"), bins / "x.bin");
   write_file(bins / "pytorch_model.bin.index.json",
              R"({"weight_map": {"0.weight": "x.bin"}})");
-  const Checkpoint torch = read_checkpoint(bins.path.string());
+  const Checkpoint torch = read_checkpoint(bins.path);
   require_same(torch.at("0.weight"),
                read_safetensors(golden("torch_save/module.safetensors")).at("0.weight"));
 }
 
 TEST_CASE(
     "weights: NaN and infinity are reported with the tensor's name and their number") {
-  const Folder folder;
+  const test::TempFolder folder;
   std::vector<float> good(100, std::numeric_limits<float>::max()), bad = good;
   bad[3] = std::nanf(""), bad[50] = -std::numeric_limits<float>::infinity();
   for (const DType dtype : {DType::F64, DType::F32, DType::BF16, DType::F16}) {
@@ -364,9 +342,9 @@ TEST_CASE(
 namespace {
 
 Config config_of(const std::string& json) {
-  const Folder folder;
+  const test::TempFolder folder;
   write_file(folder / "config.json", json);
-  return read_config(folder.path.string());
+  return read_config(folder.path);
 }
 
 void require_same(const Config& a, const Config& b) {
@@ -475,9 +453,9 @@ TEST_CASE("config: what is written is read back") {
        R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2,
             "time_step_limit": [0.0, 0.5], "tie_word_embeddings": true})"}) {
     const Config config = config_of(json);
-    const Folder folder;
-    write_config(folder.path.string(), config);
-    const Config read = read_config(folder.path.string());
+    const test::TempFolder folder;
+    write_config(folder.path, config);
+    const Config read = read_config(folder.path);
     require_same(read, config);
     CHECK(read.bos_token_id == config.bos_token_id);
     CHECK(read.eos_token_id == config.eos_token_id);
@@ -490,10 +468,10 @@ TEST_CASE(
   const Config config =
       config_of(R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5})");
   CHECK(config.d_inner == 150);
-  const Folder folder;
+  const test::TempFolder folder;
   std::string line;
   try {
-    write_config(folder.path.string(), config);
+    write_config(folder.path, config);
   } catch (const std::runtime_error& error) {
     line = error.what();
   }

@@ -488,6 +488,17 @@ void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fuse
     ssd(a, nullptr);
     CUDA_CHECK(cudaDeviceSynchronize());
   });
+  // what other GPUs take where this one has warpgroups
+  if constexpr (sizeof(T) == 2) {
+    check("fused", fused, [](SsdArgs<T> a) {
+      const SsdRung rung = std::min(ssd_rung(a), SsdRung::kFused);
+      const DeviceBuffer<std::byte> workspace(ssd_workspace_bytes(a, rung));
+      a.workspace = workspace.data();
+      if (rung == SsdRung::kFused) ssd_split(a, rung, ssd_segments(a, rung), nullptr);
+      if (rung == SsdRung::kNaive) ssd_naive(a, nullptr);
+      CUDA_CHECK(cudaDeviceSynchronize());
+    });
+  }
   if (c.batch == 1 && c.L > 0 && c.L < 40)
     check("step", step, [&](SsdArgs<T> a) {
       a.L = 1;

@@ -1,6 +1,4 @@
 // The pictures, read back from their PNG files.
-#include <unistd.h>
-
 #include <array>
 #include <cmath>
 #include <filesystem>
@@ -9,8 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../mamba.hpp"
-#include "catch.hpp"
+#include "support.hpp"
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -22,19 +19,9 @@
 
 namespace {
 
-namespace fs = std::filesystem;
 using mamba::Colour;
 const double kInf = std::numeric_limits<double>::infinity();
 const double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// A path in a directory of the test's own; both go with it.
-struct Scratch {
-  fs::path directory =
-      fs::temp_directory_path() / ("mamba_test_pictures." + std::to_string(getpid()));
-  Scratch() { fs::create_directories(directory); }
-  ~Scratch() { fs::remove_all(directory); }
-  std::string path(const std::string& name) const { return (directory / name).string(); }
-};
 
 struct Image {
   int width = 0, height = 0;
@@ -84,15 +71,15 @@ const std::string kLong(300, 'W');
 
 TEST_CASE(
     "line_chart: every series is there in its colour, in a picture of the size asked") {
-  Scratch scratch;
+  const test::TempFolder scratch;
   std::vector<mamba::Series> series;
   for (int s = 0; s < 6; ++s)
     series.push_back({"series " + std::to_string(s), {1, 2, 3}, {1. + s, 2. * s, 7. - s}});
   mamba::ChartOptions options;
   options.width = 900;
   options.height = 640;
-  mamba::line_chart(scratch.path("a.png"), "title", "x", "y", series, options);
-  const Image image(scratch.path("a.png"));
+  mamba::line_chart(scratch / "a.png", "title", "x", "y", series, options);
+  const Image image(scratch / "a.png");
   CHECK(image.width == 900);
   CHECK(image.height == 640);
   CHECK(image.edges_are_white());
@@ -101,14 +88,14 @@ TEST_CASE(
 }
 
 TEST_CASE("line_chart: values grow to the right and upwards, evenly in the logarithm") {
-  Scratch scratch;
+  const test::TempFolder scratch;
   std::vector<mamba::Series> series;
   for (double v : {1., 100., 10000.}) series.push_back({"", {v}, {v}});
   for (bool log : {true, false}) {
     mamba::ChartOptions options;
     options.log_x = options.log_y = log;
-    mamba::line_chart(scratch.path("a.png"), "t", "x", "y", series, options);
-    const Image image(scratch.path("a.png"));
+    mamba::line_chart(scratch / "a.png", "t", "x", "y", series, options);
+    const Image image(scratch / "a.png");
     std::array<Image::Spot, 3> at;
     for (std::size_t i = 0; i < 3; ++i) at[i] = image.spot(mamba::kLineColours[i]);
     CHECK(at[0].x < at[1].x);
@@ -123,7 +110,7 @@ TEST_CASE("line_chart: values grow to the right and upwards, evenly in the logar
 
 TEST_CASE(
     "line_chart: no data, odd data and endless words neither crash nor leave the picture") {
-  Scratch scratch;
+  const test::TempFolder scratch;
   std::vector<mamba::Series> many;
   for (int s = 0; s < 60; ++s) many.push_back({kLong, {double(s)}, {double(-s)}});
   const std::map<std::string, std::vector<mamba::Series>> cases = {
@@ -152,15 +139,15 @@ TEST_CASE(
         options.log_x = options.log_y = log;
         options.width = width;
         options.height = width * 2 / 3;
-        mamba::line_chart(scratch.path("a.png"), kLong, kLong, kLong, series, options);
-        CHECK(Image(scratch.path("a.png")).edges_are_white());
+        mamba::line_chart(scratch / "a.png", kLong, kLong, kLong, series, options);
+        CHECK(Image(scratch / "a.png").edges_are_white());
       }
 }
 
 TEST_CASE(
     "heat_map: cells lie where rows and columns say, and what is not finite is grey") {
-  Scratch scratch;
-  const std::string path = scratch.path("a.png");
+  const test::TempFolder scratch;
+  const std::string path = scratch / "a.png";
   mamba::heat_map(path, "t", "x", "y", {{0, 0.5}, {kNaN, 1}}, {"a", "b"}, {"c", "d"},
                   "bar");
   const Image image(path);
@@ -185,7 +172,7 @@ TEST_CASE(
 
 TEST_CASE(
     "heat_map: no data, odd data and endless words neither crash nor leave the picture") {
-  Scratch scratch;
+  const test::TempFolder scratch;
   const auto table = [](std::size_t rows, std::size_t columns, double v) {
     return std::vector<std::vector<double>>(rows, std::vector<double>(columns, v));
   };
@@ -201,16 +188,16 @@ TEST_CASE(
       options.width = width;
       options.height = width * 2 / 3;
       CAPTURE(values.size(), columns.size(), width);
-      mamba::heat_map(scratch.path("a.png"), kLong, kLong, kLong, values, rows, columns,
-                      kLong, options);
-      CHECK(Image(scratch.path("a.png")).edges_are_white());
+      mamba::heat_map(scratch / "a.png", kLong, kLong, kLong, values, rows, columns, kLong,
+                      options);
+      CHECK(Image(scratch / "a.png").edges_are_white());
     }
   }
 }
 
 TEST_CASE(
     "canvas: what falls outside is not drawn and does not come back on the other side") {
-  Scratch scratch;
+  const test::TempFolder scratch;
   mamba::Canvas canvas(600, 400);
   const Colour blue = mamba::kLineColours[0];
   canvas.fill(-10, -10, 700, 3, blue);
@@ -221,8 +208,8 @@ TEST_CASE(
   canvas.text(590, 250, kLong);
   canvas.text(100, 395, kLong, 3);
   canvas.text(100, 1000, kLong, 2, true);
-  canvas.write_png(scratch.path("a.png"));
-  const Image image(scratch.path("a.png"));
+  canvas.write_png(scratch / "a.png");
+  const Image image(scratch / "a.png");
   CHECK(image.spot(blue, 0, 1).count == 3 + 9 + 3);  // whole pixels of fill, square, line
   CHECK(image.spot(blue, 599, 600).count == 3 + 7 + 3);  // of fill, disc, line
   CHECK(image.spot(mamba::kBlack, 0, 100).count == 0);
@@ -252,10 +239,10 @@ TEST_CASE("axis: ticks are few, round and within the axis") {
 }
 
 TEST_CASE("pictures: what cannot be drawn or written ends in one line and leaves no file") {
-  Scratch scratch;
-  const auto none = scratch.path("no such directory/a.png");
+  const test::TempFolder scratch;
+  const auto none = scratch / "no such directory/a.png";
   CHECK_THROWS_AS(mamba::line_chart(none, "t", "x", "y", {}), std::runtime_error);
-  const auto path = scratch.path("a.png");
+  const auto path = scratch / "a.png";
   CHECK_THROWS_WITH(mamba::line_chart(path, "t", "x", "y", {{"s", {1, 2}, {1}}}),
                     "line chart: series s: expected 2 y, found 1");
   CHECK_THROWS_WITH(mamba::heat_map(path, "t", "x", "y", {{1, 2}, {1}}, {}, {}, "b"),
@@ -264,5 +251,5 @@ TEST_CASE("pictures: what cannot be drawn or written ends in one line and leaves
   small.width = 10;
   CHECK_THROWS_WITH(mamba::line_chart(path, "t", "x", "y", {}, small),
                     "picture: expected 600 x 400 to 10000 x 10000 pixels, found 10 x 800");
-  CHECK(fs::is_empty(scratch.directory));
+  CHECK(scratch.empty());
 }

@@ -1,0 +1,90 @@
+#!/usr/bin/env python3
+"""Claims about the two programs: mamba and mamba_cuda print the same for the same command, up to rounding.
+
+Usage: test_programs.py MAMBA MAMBA_CUDA      (standard library only; run from the repository's root)
+"""
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+
+passed = failed = 0
+
+
+def run(program, *arguments, stdin=""):
+    r = subprocess.run([program, *map(str, arguments)], input=stdin.encode(), capture_output=True)
+    if r.returncode:
+        sys.exit(f"{program} {' '.join(map(str, arguments))}: exit {r.returncode}: {r.stderr.decode()}")
+    return r.stdout.decode()
+
+
+def claim(name, ok, detail=""):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    print(f"{'ok' if ok else 'FAILED'}: {name}{': ' + str(detail)[:600] if detail != '' else ''}")
+
+
+def close(a, b, tolerance):
+    """Tables of the same words and of numbers that differ by at most the tolerance, relatively."""
+    a, b = a.split(), b.split()
+    return len(a) == len(b) and all(
+        x == y or x[0].isdigit() and y[0].isdigit() and abs(float(x) - float(y)) <= tolerance * abs(float(x)) for x, y in zip(a, b))
+
+
+def logits(path):
+    with open(path, "rb") as f:
+        (header,) = struct.unpack("<Q", f.read(8))
+        f.seek(8 + header + 4 * 70)  # behind 70 ids
+        data = f.read()
+    return struct.unpack(f"<{len(data) // 4}f", data)
+
+
+def main():
+    cpu, gpu = (os.path.abspath(p) for p in sys.argv[1:3])
+    both = lambda *arguments, **more: (run(cpu, *arguments, **more), run(gpu, *arguments, **more))
+    text = open("weights/stories/README.md").read()
+    f32 = ("--dtype", "f32")
+    with tempfile.TemporaryDirectory() as folder:
+        at = lambda name: os.path.join(folder, name)
+        with open(at("text"), "w") as f:
+            f.write(text)
+        with open(at("prompts"), "w") as f:
+            f.write("Once upon a time\nThe little dog was sad because\nLily\n")
+        with open(at("examples"), "w") as f:
+            f.writelines('{"text": "%s"}\n' % " ".join(text.split()[i:i + 30]).replace('"', "").replace("\\", "") for i in range(0, 200, 20))
+        for model in ["weights/stories"] + ["tests/golden/" + m for m in ("mamba1-hf", "mamba1-original", "mamba2-hf", "mamba2-original")]:
+            for mode in ("parallel", "recurrent", "chunked=7"):
+                ids = " ".join(str(i * i % 100) for i in range(70))
+                run(cpu, "logits", "--model", model, "--ids", ids, "--mode", mode, "--out", at("cpu"), *f32)
+                run(gpu, "logits", "--model", model, "--ids", ids, "--mode", mode, "--out", at("gpu"), *f32)
+                a, b = logits(at("cpu")), logits(at("gpu"))
+                worst = max(abs(x - y) for x, y in zip(a, b))
+                claim(f"logits of {model}, {mode}", len(a) == len(b) and worst < 1e-4, worst)
+        for prompt in ("Once upon a time", "Tom and Lily"):
+            a, b = both("generate", prompt, "-n", 100, "--temperature", 0, *f32)
+            claim(f"greedy text after {prompt!r}", a == b, "" if a == b else (a, b))
+        a, b = both("generate", "--prompt-file", at("prompts"), "--batch", 2, "-n", 60, "--seed", 5, "--top-k", 40, *f32)
+        claim("text by chance, the same seed, a batch", a == b, "" if a == b else (a, b))
+        run(gpu, "generate", "Once upon a time", "-n", 20, "--temperature", 0, "--save-state", at("state"), *f32)
+        a, b = both("generate", "-n", 30, "--temperature", 0, "--load-state", at("state"), *f32)
+        claim("a state saved on the GPU goes on on the CPU", a == b, "" if a == b else (a, b))
+        for options in ((), ("--lengths", "64,256", "--stride", 32), ("--lengths", "64,256", "--truncate", "--delta-ratio", "1,0.5"),
+                        ("--lengths", 100, "--carry-state", "--mode", "recurrent")):
+            a, b = both("perplexity", "--text", at("text"), *options, *f32)
+            claim(f"perplexity {' '.join(map(str, options))}", close(a, b, 1e-4), "" if close(a, b, 1e-4) else (a, b))
+        a, b = both("lambada", "--data", at("examples"), *f32)
+        claim("lambada", close(a, b, 1e-3), "" if close(a, b, 1e-3) else (a, b))
+        a, b = both("passkey", "--lengths", "150,400", "--tests", 3, *f32)
+        claim("passkey", a == b, "" if a == b else (a, b))
+        both("inspect", "Once upon a time", "--layer", 2, "--out", at("cpu_seen"))
+        names = sorted(os.listdir(at("cpu_seen")))
+        first = [open(at("cpu_seen/" + n), "rb").read() for n in names]
+        run(cpu, "inspect", "Once upon a time", "--layer", 2, "--out", at("cpu_seen"))
+        claim("inspect", len(names) == 8 and first == [open(at("cpu_seen/" + n), "rb").read() for n in names])
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
