@@ -14,7 +14,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda debug bench check-readme format lint clean setup
+.PHONY: help run test cuda test-cuda debug bench notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -82,6 +82,18 @@ bench: mamba     ## decode and prefill of the 130m shape against this machine's 
 	./mamba bench bandwidth
 	./mamba bench matmul
 	for dtype in f32 bf16 f16; do ./mamba bench decode --dtype $$dtype; ./mamba bench prefill --dtype $$dtype; done
+
+notebook: mamba build/venv/ready  ## run notebook/mamba.ipynb from top to bottom, in place (its timings become this machine's)
+	build/venv/bin/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False notebook/mamba.ipynb
+	jq --indent 1 'del(.metadata.language_info.version)' notebook/mamba.ipynb >build/mamba.ipynb
+	mv build/mamba.ipynb notebook/mamba.ipynb
+
+# To read it in a browser: build/venv/bin/jupyter notebook notebook/mamba.ipynb
+build/venv/ready: | setup
+	python3 -c 'import ensurepip' 2>/dev/null || $(MAKE) setup PACKAGES=python3-venv
+	python3 -m venv build/venv
+	build/venv/bin/pip install --quiet notebook numpy matplotlib
+	touch $@
 
 check-readme:   ## check that the README's links point to the lines they name (ARGS=--fix mends them)
 	python3 tests/check_readme.py $(ARGS)
