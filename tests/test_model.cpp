@@ -345,3 +345,34 @@ TEST_CASE("delta ratio: one is the model itself, another is not") {
   CHECK(max_difference(logits_of(one, ids, "parallel"), want) > 1e-2);
   CHECK(max_difference(logits_of(other, ids, "recurrent"), want) < 1e-5);
 }
+
+TEST_CASE(
+    "inspect: follows the layer it was asked for, to the state in which the model ends") {
+  for (const char* name : {"mamba1-hf", "mamba2-hf"}) {
+    const std::string folder = root(std::string("tests/golden/") + name);
+    const mamba::Config config = mamba::read_config(folder);
+    const auto model =
+        mamba::load_model<ssm::Model<float>>(mamba::read_checkpoint(folder), config);
+    const std::vector<Token> ids = {5, 17, 3, 99, 42, 7, 0, 17};
+    for (const float ratio : {1.f, 0.5f}) {
+      ssm::State<float> state(config);
+      ssm::Options<float> options;
+      options.delta_ratio = ratio;
+      ssm::backbone(model, ids.data(), 8, state, options);
+      for (Index l = 0; l < config.n_layer; ++l) {
+        CAPTURE(name, l, ratio);
+        Index matrices = 0;
+        const auto seen = mamba::inspect(
+            model, ids, l, ratio,
+            [&](Index c, const Matrix<float>& M) { matrices += c >= 0 && M.rows() == 8; });
+        const auto& layer = state.layers[static_cast<std::size_t>(l)];
+        CHECK(matrices == seen.delta.cols());
+        CHECK(seen.state_norm(7) == Approx(layer.h.norm()).epsilon(1e-5));
+        const auto& A = model.layers[static_cast<std::size_t>(l)].A;
+        for (Index c = 0; c < A.rows(); ++c)
+          CHECK(seen.memory(c, 0) * -A(c, 0) * seen.delta.col(c).mean() ==
+                Approx(1).epsilon(1e-4));
+      }
+    }
+  }
+}
