@@ -562,7 +562,7 @@ struct ScanTile {
 // __syncthreads() is to be one and the same for all.
 template <class Tile>
 __device__ inline void meet() {
-  asm volatile("bar.sync 1, %0;" ::"n"(Tile::kWalkers + Tile::kServers) : "memory");
+  asm volatile("barrier.sync 1, %0;" ::"n"(Tile::kWalkers + Tile::kServers) : "memory");
 }
 
 // What one block works on: some rows of one sequence, some channels of one group.
@@ -3063,14 +3063,23 @@ __device__ inline V warp_sum(V v) {
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
   return v;
 }
-template <class V>  // the same bits in all threads, on every run
-__device__ inline V sample_sum(V v) {
-  __shared__ V partial[kSampleWarps];
-  v = warp_sum(v);
+template <int n>  // the sums over all threads: the same bits in all of them, on every run
+__device__ inline void sample_sums(double (&v)[n]) {
+  __shared__ double partial[n][kSampleWarps];
+#pragma unroll
+  for (int j = 0; j < n; ++j) v[j] = warp_sum(v[j]);
   __syncthreads();  // the sums of the call before have been read
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+#pragma unroll
+  for (int j = 0; j < n; ++j)
+    if (threadIdx.x % 32 == 0) partial[j][threadIdx.x / 32] = v[j];
   __syncthreads();  // the warps' sums are written before they are added
-  return warp_sum(partial[threadIdx.x % 32]);
+#pragma unroll
+  for (int j = 0; j < n; ++j) v[j] = warp_sum(partial[j][threadIdx.x % 32]);
+}
+__device__ inline double sample_sum(double v) {
+  double sums[1] = {v};
+  sample_sums(sums);
+  return sums[0];
 }
 
 // Unsigned integers in the order of the doubles.
@@ -3079,31 +3088,31 @@ __device__ inline std::uint64_t order_key(double v) {
   return bits >> 63 ? ~bits : bits | 1ull << 63;
 }
 
-// The least key with: the sum of weight(i) over all i < count with key(i) > it is below limit.
+// The least key from low to high with: the sum of weight(i) over all i < count with key(i) > it is below
+// limit. Every pass divides the range by eight.
 template <class Key, class Weight>
-__device__ inline std::uint64_t least_key(std::int64_t count, double limit, const Key& key,
-                                          const Weight& weight) {
-  std::uint64_t low = 0, high = ~0ull;  // the answer lies in [low, high]
+__device__ inline std::uint64_t least_key(std::int64_t count, double limit,
+                                          std::uint64_t low, std::uint64_t high,
+                                          const Key& key, const Weight& weight) {
+  constexpr int kCuts = 7;
   while (low < high) {
-    const std::uint64_t quarter = (high - low) / 4;
-    const std::uint64_t at[3] = {low + quarter, low + quarter + (high - low - quarter) / 3,
-                                 high - quarter - 1};
-    double above[3] = {};
+    const std::uint64_t step = (high - low) / (kCuts + 1);
+    double above[kCuts] = {};
+#pragma unroll 4
     for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
       const std::uint64_t key_i = key(i);
       const double w = weight(i);
 #pragma unroll
-      for (int j = 0; j < 3; ++j) above[j] += key_i > at[j] ? w : 0.;
+      for (int j = 0; j < kCuts; ++j) above[j] += key_i > low + (j + 1) * step ? w : 0.;
     }
-    std::uint64_t new_low = low, new_high = high;
+    sample_sums(above);
+    // The sums fall from cut to cut: the answer is at most the first cut whose sum is below the limit.
+    int cut = 0;
 #pragma unroll
-    for (int j = 0; j < 3; ++j) {
-      if (sample_sum(above[j]) < limit)
-        new_high = min(new_high, at[j]);
-      else
-        new_low = max(new_low, at[j] + 1);
-    }
-    low = new_low, high = new_high;
+    for (int j = 0; j < kCuts; ++j) cut += !(above[j] < limit);
+    const std::uint64_t from = low;
+    if (cut < kCuts) high = from + (cut + 1) * step;
+    if (cut > 0) low = from + cut * step + 1;
   }
   return low;
 }
@@ -3161,7 +3170,9 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
   const auto score_key = [&](std::int64_t id) { return order_key(score(id)); };
   const auto one = [](std::int64_t) { return 1.; };
   const std::uint64_t least_score =
-      a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, score_key, one) : 0;
+      a.top_k > 0 && a.top_k < V
+          ? least_key(V, a.top_k, 0, order_key(score(best)), score_key, one)
+          : 0;
 
   const double largest = score(best);
   const auto weight = [&](std::int64_t id) {
@@ -3203,17 +3214,24 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
     const double limit = a.top_p * total;
     const auto weight_of = [&](std::int64_t i) { return weights[candidates[i]]; };
     const std::uint64_t least = least_key(
-        count, limit, [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
-    // Of equal scores the higher ids stay: the same search among them, by id.
-    double above = 0.;
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads)
-      above += score_key(candidates[i]) > least ? weight_of(i) : 0.;
-    above = sample_sum(above);
-    const std::uint64_t least_id = least_key(
-        count, limit - above, [&](std::int64_t i) { return std::uint64_t(candidates[i]); },
-        [&](std::int64_t i) {
-          return score_key(candidates[i]) == least ? weight_of(i) : 0.;
-        });
+        count, limit, 0, order_key(largest),
+        [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
+    // Of equal scores the higher ids stay: where there are such, the same search among them, by id.
+    double sums[2] = {};  // of weights above, and the number of equals
+    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
+      const std::uint64_t key = score_key(candidates[i]);
+      sums[0] += key > least ? weight_of(i) : 0.;
+      sums[1] += key == least ? 1. : 0.;
+    }
+    sample_sums(sums);
+    const std::uint64_t least_id =
+        sums[1] < 2 ? 0
+                    : least_key(
+                          count, limit - sums[0], 0, std::uint64_t(V),
+                          [&](std::int64_t i) { return std::uint64_t(candidates[i]); },
+                          [&](std::int64_t i) {
+                            return score_key(candidates[i]) == least ? weight_of(i) : 0.;
+                          });
     __syncthreads();  // all weights have been read before some are erased
     for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
       const std::uint64_t key = score_key(candidates[i]);
