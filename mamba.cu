@@ -97,7 +97,10 @@ class DeviceBuffer {
   void copy_to(T* host) const {
     CUDA_CHECK(cudaMemcpy(host, data_, bytes(), cudaMemcpyDeviceToHost));
   }
-  void zero() { CUDA_CHECK(cudaMemset(data_, 0, bytes())); }
+  void zero() {  // at once: other streams do not wait for the one that does it
+    CUDA_CHECK(cudaMemset(data_, 0, bytes()));
+    CUDA_CHECK(cudaStreamSynchronize(nullptr));
+  }
   void grow(std::size_t size) {  // to at least so many; what it held is lost
     if (size <= size_) return;
     *this = DeviceBuffer();
