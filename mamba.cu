@@ -3143,7 +3143,7 @@ __device__ inline Token best_token(std::int64_t vocab_size, const Score& score) 
   double best = -INFINITY;
   std::int64_t id = 0;
   int wrong = 0;
-#pragma unroll 8
+#pragma unroll 16
   for (std::int64_t i = threadIdx.x; i < vocab_size; i += kSampleThreads) {
     const double s = score(i);
     if (!(s < INFINITY)) wrong = 1;
@@ -3158,7 +3158,9 @@ __device__ inline Token best_token(std::int64_t vocab_size, const Score& score) 
     scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = Token(id);
   wrong =
       __syncthreads_or(wrong);  // also: the warps' best are written before they are read
-  for (int w = 0; w < kSampleWarps; ++w) merge(scores[w], ids[w]);
+  best = scores[threadIdx.x % 32], id = ids[threadIdx.x % 32];  // a lane a warp
+  for (int d = 16; d > 0; d /= 2)
+    merge(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, id, d));
   return wrong || best == -INFINITY ? -1 : Token(id);
 }
 
