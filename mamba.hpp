@@ -157,8 +157,9 @@ class PartRemover {
  public:
   explicit PartRemover(const std::string& part) {
     static const bool installed = [] {
-      for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGXFSZ})
-        std::signal(signal, remove);
+      for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGXFSZ})
+        if (std::signal(signal, remove) == SIG_IGN)  // as under nohup
+          std::signal(signal, SIG_IGN);
       return true;
     }();
     (void)installed;
@@ -183,13 +184,12 @@ class PartRemover {
 /// directly.
 class AtomicFile {
  public:
-  explicit AtomicFile(const std::string& path)
-      : path_(std::filesystem::is_symlink(path)
-                  ? std::filesystem::weakly_canonical(path).string()
-                  : path),
-        part_(path_) {
+  explicit AtomicFile(const std::string& path) : path_(path) {
     struct stat status = {};
-    direct_ = ::stat(path_.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
+    direct_ = ::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
+    if (!direct_ && std::filesystem::is_symlink(path))
+      path_ = std::filesystem::weakly_canonical(path).string();
+    part_ = path_;
     if (!direct_) part_ += "." + std::to_string(::getpid()) + ".part";
     if (!direct_) remover_.emplace(part_);
     file_ = ::open(part_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
@@ -2143,21 +2143,24 @@ inline std::string passkey_prompt(const std::string& key, Index filler_before,
          "What is the pass key? The pass key is";
 }
 
+/// How many pieces of filler fit into a prompt of `length` tokens. Fails if not even one does.
+inline Index passkey_filler(const Tokenizer& tokenizer, const std::string& key,
+                            Index length) {
+  const auto size = [&](Index filler) {
+    return static_cast<Index>(tokenizer.encode(passkey_prompt(key, filler, 0)).size());
+  };
+  const Index least = size(1), piece = size(2) - least;
+  if (length < least)
+    fail("passkey: --lengths: expected at least ", least,
+         ", the tokens of the shortest prompt, found ", length);
+  return 1 + (length - least) / piece;
+}
+
 /// How often the greedy continuation is the five-digit key. The prompt holds as much filler, in whole
 /// pieces, as fits into options.length tokens.
 template <class Engine>
 PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
                      const PasskeyOptions& options) {
-  const auto size = [&](Index filler) {
-    return static_cast<Index>(tokenizer.encode(passkey_prompt("12345", filler, 0)).size());
-  };
-  const Index least = size(1), piece = size(2) - least;
-  if (options.length < least)
-    fail("passkey: --lengths: expected at least ", least,
-         ", the tokens of the shortest prompt, found ", options.length);
-  const Index filler = 1 + (options.length - least) / piece;
-  const Index before =
-      static_cast<Index>(std::lround(options.depth * static_cast<double>(filler)));
   PasskeyScore score;
   for (Index begin = 0; begin < options.tests;
        begin += static_cast<Index>(Engine::kBatch)) {
@@ -2170,6 +2173,9 @@ PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
       const auto i = static_cast<std::uint64_t>(test);
       keys.push_back(
           std::to_string(10000 + static_cast<int>(90000 * uniform(options.seed, i, 0))));
+      const Index filler = passkey_filler(tokenizer, keys.back(), options.length);
+      const auto before =
+          static_cast<Index>(std::lround(options.depth * static_cast<double>(filler)));
       sequences.push_back(
           {tokenizer.encode(passkey_prompt(keys.back(), before, filler - before)),
            engine.new_state(), i, 0});
@@ -2498,11 +2504,11 @@ struct Plot {
     canvas.text(std::min(x - width / 2, last), bottom + 10, words);
   }
 
-  // Names that do not fit side by side are turned, if lines do fit side by side. To be asked before the
-  // height of the plot is used: it makes room for turned names.
+  // Names that do not fit side by side are turned. To be asked before the height of the plot is used: it
+  // makes room for them.
   bool turn_names(const std::vector<std::string>& names, int longest) {
     const int each = (right - left) / std::max(1, static_cast<int>(names.size()));
-    const bool turned = longest + 12 > each && each >= Canvas::text_height();
+    const bool turned = longest > Canvas::text_height() && longest + 12 > each;
     if (turned) bottom -= longest - 16;
     return turned;
   }
@@ -2585,10 +2591,11 @@ inline void line_chart(const std::string& path, const std::string& title,
     canvas.fill(plot.left, y, plot.right, y + 1, kGrid);
     plot.label_y(y, tick_label(tick));
   }
+  if (!options.x_names.empty()) x_ticks.clear();
   for (double tick : x_ticks) {
     const int x = static_cast<int>(to_x(tick));
     canvas.fill(x, plot.top, x + 1, plot.bottom, kGrid);
-    if (options.x_names.empty()) plot.label_x(x, tick_label(tick));
+    plot.label_x(x, tick_label(tick));
   }
   plot.name_x(options.x_names, longest, turned,
               [&](int i) { return static_cast<int>(to_x(i)); });
@@ -2757,15 +2764,35 @@ Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids
   return seen;
 }
 
-/// Tokens as they can stand along an axis: white space made visible.
+/// Tokens as they can stand along an axis, in ASCII: white space made visible, other characters by their
+/// code point, ~ for a part of one; of a long text with their positions.
 inline std::vector<std::string> token_labels(const Tokenizer& tokenizer,
                                              const std::vector<Token>& ids) {
   std::vector<std::string> labels;
-  for (const Token id : ids) {
-    std::string label;
-    for (const char c : tokenizer.decode({id}))
-      label += c == ' ' ? "_" : c == '\n' ? "\\n" : std::string(1, c);
-    labels.push_back(label);
+  for (std::size_t t = 0; t < ids.size(); ++t) {
+    std::ostringstream label;
+    if (ids.size() > 40) label << t << ' ';
+    const std::string text = tokenizer.decode({ids[t]});
+    const auto* at = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+    for (auto left = static_cast<utf8proc_ssize_t>(text.size()); left > 0;) {
+      utf8proc_int32_t point = 0;
+      const utf8proc_ssize_t taken =
+          std::max<utf8proc_ssize_t>(1, utf8proc_iterate(at, left, &point));
+      at += taken, left -= taken;
+      if (point == ' ')
+        label << '_';
+      else if (point == '\n')
+        label << "\\n";
+      else if (point == '\t')
+        label << "\\t";
+      else if (point == 0xFFFD || point < ' ')
+        label << '~';
+      else if (point < 127)
+        label << static_cast<char>(point);
+      else
+        label << "U+" << std::hex << std::uppercase << point << std::dec;
+    }
+    labels.push_back(label.str());
   }
   return labels;
 }
@@ -2811,9 +2838,10 @@ inline void draw_memory(const std::string& path, const Inspection& seen,
   }
   ChartOptions options;
   options.log_y = true;
-  line_chart(path, "Effective memory, " + layer,
-             one ? "heads, longest memory first" : "channels, longest memory first",
-             "tokens until a trace falls to 1/e", series, options);
+  line_chart(
+      path, "Effective memory, " + layer,
+      one ? "heads, longest memory first" : "channels, for each line longest memory first",
+      "tokens until a trace falls to 1/e", series, options);
 }
 
 inline void draw_state_norm(const std::string& path, const Inspection& seen,
@@ -2840,15 +2868,16 @@ inline void draw_attention(const std::string& path, const Matrix<float>& mean,
     rows.emplace_back(static_cast<std::size_t>(mean.cols()),
                       std::numeric_limits<double>::quiet_NaN());
     for (Index s = 0; s <= t; ++s) {
-      const double value = std::log10(static_cast<double>(mean(t, s)));
+      const double value = std::log10(std::max(1e-30, static_cast<double>(mean(t, s))));
       rows.back()[static_cast<std::size_t>(s)] = value;
       largest = std::max(largest, value);
     }
   }
   HeatOptions options;
-  if (std::isfinite(largest)) options.high = largest, options.low = largest - 4;
+  if (std::isfinite(largest))
+    options.high = largest, options.low = largest - 4;  // and below
   heat_map(path, "Implied attention, " + layer, "from token", "to the output at token",
-           rows, tokens, tokens, "log10 of mean |M|", options);
+           rows, tokens, tokens, "log10 of mean |M|; darkest: this or less", options);
 }
 
 // =======================================================================================
@@ -2943,7 +2972,8 @@ inline Config open_config(const Arguments& arguments) {
 }
 
 inline void check_delta_ratio(double ratio) {
-  if (!(ratio > 0) || !std::isfinite(ratio))
+  const float used = static_cast<float>(ratio);
+  if (!(used > 0) || !std::isfinite(used))
     fail_usage("--delta-ratio: expected a number above 0, found ", ratio);
 }
 
@@ -3107,6 +3137,14 @@ void run_generate(const Arguments& arguments) {
   std::cerr << "\n";
 }
 
+/// Fails now if the table or its picture cannot be written.
+inline void check_outputs(const Arguments& arguments) {
+  if (!arguments.csv.empty() && arguments.csv == arguments.png)
+    fail_usage("--csv, --png: expected two files, found ", quote(arguments.csv), " twice");
+  check_writable(arguments.csv);
+  check_writable(arguments.png);
+}
+
 inline void write_text(const std::string& path, const std::string& text) {
   AtomicFile file(path);
   file.write(text);
@@ -3136,13 +3174,12 @@ void run_perplexity(Arguments arguments) {
   options.stride = arguments.stride;
   options.carry_state = arguments.carry_state;
   options.mode = parse_mode(arguments.mode);
-  check_writable(arguments.csv);
-  check_writable(arguments.png);
+  check_outputs(arguments);
   std::vector<Index> lengths = arguments.lengths;
   if (lengths.empty()) lengths = {0};
+  std::sort(lengths.begin(), lengths.end());
   const std::vector<Document> texts =
-      long_enough(documents(arguments, open_config(arguments)),
-                  *std::max_element(lengths.begin(), lengths.end()));
+      long_enough(documents(arguments, open_config(arguments)), lengths.back());
   for (const Document& text : texts)
     for (const Index length : lengths) {
       options.length = length;
@@ -3151,7 +3188,6 @@ void run_perplexity(Arguments arguments) {
 
   std::ostringstream csv;
   csv << "length,tokens,nll,perplexity,delta_ratio\n" << std::setprecision(9);
-  std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
   std::vector<Series> series;
   for (const double ratio : arguments.delta_ratios) {
     arguments.delta_ratio = static_cast<float>(ratio);
@@ -3164,14 +3200,16 @@ void run_perplexity(Arguments arguments) {
         if (arguments.truncate) ids.resize(static_cast<std::size_t>(length));
         options.length = length;
         const Score part = perplexity(engine, ids, options, show_progress);
-        score.length = part.length;
+        score.length = std::max(score.length, part.length);
         score.tokens += part.tokens;
         score.nll += part.nll;
       }
+      if (series[0].x.empty())
+        std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
       std::cout << std::fixed << std::setw(9) << score.length << std::setw(10)
                 << score.tokens << std::setprecision(4) << std::setw(12) << score.mean()
-                << std::setw(12) << score.perplexity() << std::setw(13) << tick_label(ratio)
-                << std::endl;
+                << ' ' << std::setw(11) << score.perplexity() << std::setw(13)
+                << tick_label(ratio) << std::endl;
       csv << score.length << ',' << score.tokens << ',' << score.mean() << ','
           << score.perplexity() << ',' << ratio << '\n';
       series.back().x.push_back(static_cast<double>(score.length));
@@ -3189,13 +3227,10 @@ void run_perplexity(Arguments arguments) {
 
 template <class Engine>
 void run_passkey(const Arguments& arguments) {
-  for (const double depth : arguments.depths)
-    if (!(depth >= 0 && depth <= 1))
-      fail_usage("--depths: expected numbers from 0 to 1, found ", depth);
-  check_writable(arguments.csv);
-  check_writable(arguments.png);
+  check_outputs(arguments);
   Engine engine = open_engine<Engine>(arguments);
   const Tokenizer tokenizer = open_tokenizer(arguments);
+  for (const Index length : arguments.lengths) passkey_filler(tokenizer, "12345", length);
   std::ostringstream csv;
   csv << "length,depth,tests,tokens,accuracy\n" << std::setprecision(9);
   std::vector<std::vector<double>> accuracy(arguments.depths.size());  // [depth][length]
@@ -3277,15 +3312,21 @@ inline void run_inspect(const Arguments& arguments) {
   const std::vector<Token> ids = tokenizer.encode(prompt);
   if (ids.empty()) fail("--prompt: expected at least one token, found none");
   check_ids(ids, config, "--prompt: tokenizer and model do not match");
+  const auto L = static_cast<std::int64_t>(ids.size());
+  const std::int64_t channels = config.version == 1 ? config.d_inner : config.n_heads;
+  const auto most = static_cast<std::int64_t>(std::sqrt((1 << 28) / channels));
+  if (L > most)
+    fail("--prompt: expected at most ", most, " tokens, so that the ", channels,
+         " matrices of the layer stay below 1 GiB, found ", L);
   auto model = load_model<ssm::Model<float>>(read_checkpoint(arguments.model), config);
   model.sizes.n_layer = arguments.layer + 1;  // those above do not matter
   std::error_code error;
   std::filesystem::create_directories(arguments.out, error);
   if (error) fail("cannot write: ", arguments.out, ": ", error.message());
-
-  const auto L = static_cast<std::int64_t>(ids.size());
-  const std::int64_t channels = config.version == 1 ? config.d_inner : config.n_heads;
   const std::string out = arguments.out + "/";
+  for (const std::string name : {"attention", "delta", "memory", "state_norm"})
+    check_writable(out + name + ".safetensors"), check_writable(out + name + ".png");
+
   const auto view = [](const char* name, const Matrix<float>& m) {
     return tensor_view(name, {m.rows(), m.cols()}, m.data());
   };
@@ -3316,7 +3357,9 @@ inline void run_inspect(const Arguments& arguments) {
                     {tensor_view("state_norm", {L}, seen.state_norm.data())});
 
   const std::vector<std::string> tokens = token_labels(tokenizer, ids);
-  const std::string layer = "layer " + std::to_string(arguments.layer);
+  std::string layer = "layer " + std::to_string(arguments.layer);
+  if (arguments.delta_ratio != 1)
+    layer += ", delta ratio " + tick_label(arguments.delta_ratio);
   draw_delta(out + "delta.png", seen, layer, tokens);
   draw_memory(out + "memory.png", seen, layer);
   draw_state_norm(out + "state_norm.png", seen, layer, tokens);
@@ -3419,6 +3462,18 @@ inline CLI::Validator at_least(Index least) {
       "");
 }
 
+/// A check for CLI11: a number from 0 to 1.
+inline CLI::Validator a_part() {
+  return CLI::Validator(
+      [](const std::string& text) -> std::string {
+        char* end = nullptr;
+        const double value = std::strtod(text.c_str(), &end);
+        const bool good = !text.empty() && *end == 0 && value >= 0 && value <= 1;
+        return good ? "" : "expected numbers from 0 to 1, found " + quote(text);
+      },
+      "");
+}
+
 template <class Engine>
 void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action) {
   const auto command = [&](const char* name, const char* help, std::function<void()> run) {
@@ -3515,7 +3570,8 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
           ->delimiter(',')
           ->check(at_least(1));
   auto* stride = ppl->add_option("--stride", a.stride,
-                                 "tokens from window to window (default: no overlap)")
+                                 "tokens from window to window (default: no overlap; each "
+                                 "token is then read length / stride times)")
                      ->check(at_least(1));
   auto* carry = ppl->add_flag("--carry-state", a.carry_state,
                               "each window goes on from the one before");
@@ -3537,7 +3593,8 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   passkey
       ->add_option("--depths", a.depths,
                    "where the number stands, 0 at the start, 1 at the end")
-      ->delimiter(',');
+      ->delimiter(',')
+      ->check(a_part());
   passkey->add_option("--tests", a.tests, "prompts of each length and depth")
       ->check(at_least(1));
   passkey->add_option("--seed", a.sampler.seed, "same seed, same numbers")

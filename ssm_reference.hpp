@@ -698,7 +698,7 @@ template <class Scalar>
 struct Options {
   Form form = Form::sequential;
   Scalar delta_ratio = Scalar(1);
-  Trace<Scalar>* trace = nullptr;  // filled if given
+  Trace<Scalar>* trace = nullptr;  // filled if given, by whole sequences
 };
 
 template <class Scalar, class Weight>

@@ -261,6 +261,7 @@ with tempfile.TemporaryDirectory() as folder:
         ("an example of one word", "two words", ("lambada", "--data", "-"), '{"text": "word"}\n'),
         ("no examples", "none", ("lambada", "--data", "-"), " \n"),
         ("a layer beyond the last", "--layer", ("inspect", "Lily", "--layer", 8, "--out", at("x")), ""),
+        ("inspecting a book", "1 GiB", ("inspect", "-", "--out", at("x")), "word " * 800),
         ("inspecting nothing", "at least one token", ("inspect", "", "--out", at("x")), ""),
         ("a folder nobody can write", "cannot write", ("inspect", "Lily", "--out", "/proc/nothing"), ""),
         ("a stride beyond the window", "--stride", ("perplexity", "--ids-file", at("ids"), "--lengths", 10, "--stride", 11), ""),

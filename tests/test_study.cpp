@@ -100,7 +100,7 @@ TEST_CASE("passkey: prompts fill the length, and the key stands at its depth") {
       const auto score = mamba::passkey(oracle, tokenizer(), options);
       CHECK(score.tokens == static_cast<Index>(oracle.read.back().size()));
       CHECK(score.tokens > length - 50);
-      CHECK(score.tokens <= length + 3);  // another key may have more tokens than 12345
+      CHECK(score.tokens <= length);
       const double begin = static_cast<double>(prompt.find("it.\n") + 4),
                    end = static_cast<double>(prompt.rfind("What is"));
       const double at = static_cast<double>(prompt.find("The pass key is ")) - begin;
