@@ -3176,7 +3176,7 @@ void run_perplexity(Arguments arguments) {
   options.mode = parse_mode(arguments.mode);
   check_outputs(arguments);
   std::vector<Index> lengths = arguments.lengths;
-  if (lengths.empty()) lengths = {0};
+  if (lengths.empty()) lengths.push_back(0);
   std::sort(lengths.begin(), lengths.end());
   const std::vector<Document> texts =
       long_enough(documents(arguments, open_config(arguments)), lengths.back());
