@@ -2131,13 +2131,11 @@ inline std::string passkey_prompt(const std::string& key, Index filler_before,
     for (Index i = 0; i < times; ++i)
       text += std::string(i > 0 ? " " : "") +
               "The wind blows over the hills. The river runs down to the sea. The birds "
-              "sing in the "
-              "trees. One day goes by, and then another.";
+              "sing in the trees. One day goes by, and then another.";
     return text + "\n";
   };
   return "Somewhere in this long text a pass key is hidden. Find it and keep it in mind: "
-         "at the "
-         "end you will be asked for it.\n" +
+         "at the end you will be asked for it.\n" +
          filler(filler_before) + "The pass key is " + key + ". Keep it in mind: " + key +
          " is the pass key.\n" + filler(filler_after) +
          "What is the pass key? The pass key is";
@@ -2167,7 +2165,8 @@ PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
     const Index end = std::min(options.tests, begin + static_cast<Index>(Engine::kBatch));
     GenerateOptions greedy;
     greedy.sampler.temperature = 0;
-    std::vector<std::string> keys, answers;
+    greedy.n = 0;
+    std::vector<std::string> keys;
     std::vector<Sequence<typename Engine::State>> sequences;
     for (Index test = begin; test < end; ++test) {
       const auto i = static_cast<std::uint64_t>(test);
@@ -2256,8 +2255,7 @@ constexpr std::array<Colour, 7> kLineColours{{{0, 114, 178},
                                               {86, 180, 233},
                                               {0, 0, 0}}};
 
-// Viridis at `part` of its way from dark to bright, between nine of its colours; NaN is
-// grey.
+// Viridis at `part` of its way from dark to bright, between nine colours; NaN is grey.
 inline Colour heat_colour(double part) {
   static constexpr double kStops[9][3] = {{68, 1, 84},    {71, 45, 123},  {59, 82, 139},
                                           {44, 114, 142}, {33, 145, 140}, {40, 174, 128},
@@ -2310,8 +2308,7 @@ class Canvas {
     fill(x1, y0, x1 + 2, y1, colour);
   }
 
-  // A stroke three pixels wide: coverage falls off over the last pixel from the middle
-  // line.
+  // A stroke three pixels wide: coverage falls off over the last pixel.
   void line(double x0, double y0, double x1, double y1, Colour colour) {
     const double dx = x1 - x0, dy = y1 - y0, length2 = dx * dx + dy * dy;
     for (int y = static_cast<int>(std::min(y0, y1)) - 2; y <= std::max(y0, y1) + 2; ++y)
@@ -2332,8 +2329,7 @@ class Canvas {
       }
   }
 
-  // Text with its upper left corner at (x, y); turned, it runs upwards from its lower left
-  // one.
+  // Text with its upper left corner at (x, y); turned, it runs up from its lower left one.
   void text(int x, int y, const std::string& words, int scale = 2, bool turned = false) {
     std::string ascii = printable(words);
     std::vector<float> quads(1 + ascii.size() * 24 * 16);  // at most 24 quads a letter
@@ -2412,8 +2408,7 @@ struct Axis {
     seen_ = true;
   }
 
-  // Called once after the last include: room around constants and, by `padding`, around
-  // all.
+  // Called once, after the last include: room around constants and, by `padding`, all.
   void close(double padding) {
     if (!seen_) low = log ? 1 : 0, high = log ? 10 : 1;
     powers_of_two = powers_of_two && log && seen_;
@@ -2884,8 +2879,8 @@ inline void draw_attention(const std::string& path, const Matrix<float>& mean,
 // 10. Command line
 // =======================================================================================
 //
-// Results go to stdout, progress and statistics to stderr. Exit status 0: done, 1: failed, 2: wrong
-// usage.
+// Results go to stdout, progress and statistics to stderr.
+// Exit status 0: done, 1: failed, 2: wrong usage.
 
 struct BenchOptions {
   std::string op, shape = "130m", mode = "parallel";

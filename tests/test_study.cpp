@@ -27,6 +27,7 @@ struct Oracle {
                 const mamba::GenerateOptions& options, const mamba::OnToken& on_token) {
     REQUIRE(sequences.size() <= kBatch);
     REQUIRE(options.sampler.temperature == 0);
+    REQUIRE(options.n < 10);  // the tokens of a key, no more
     for (std::size_t i = 0; i < sequences.size(); ++i) {
       read.push_back(sequences[i].ids);
       auto made = tokenizer().encode(
