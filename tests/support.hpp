@@ -141,4 +141,92 @@ double max_difference(const A& a, const B& b) {
   return worst;
 }
 
+// --- whole models, for the tests of either program: Engine is what mamba.hpp asks for ---
+
+/// The token ids of a tensor: `count` of them from `first` on, or all.
+inline std::vector<Token> tokens(const mamba::Tensor& tensor, Index first = 0,
+                                 Index count = -1) {
+  const auto all = mamba::values<std::int64_t>(tensor);
+  const auto begin = all.begin() + first;
+  return {begin, count < 0 ? all.end() : begin + count};
+}
+
+/// A model with expected logits, a matrix for each sequence of ids.
+struct Case {
+  std::string folder;
+  std::vector<std::vector<Token>> ids;
+  std::vector<Matrix<double>> logits;
+};
+
+inline std::vector<Case> golden_models() {
+  std::vector<Case> cases;
+  for (const std::string& folder : golden_folders())
+    for (const std::string& path : files_matching(folder, "mamba")) {
+      const mamba::Checkpoint file =
+          mamba::read_safetensors(path + "/expected.safetensors");
+      const auto& shape = file.at("logits").shape;  // (batch, L, vocab_size)
+      const Matrix<double> logits = matrix<double>(file.at("logits"));
+      Case c{path, {}, {}};
+      for (Index b = 0; b < shape[0]; ++b) {
+        c.ids.push_back(tokens(file.at("ids"), b * shape[1], shape[1]));
+        c.logits.push_back(logits.middleRows(b * shape[1], shape[1]));
+      }
+      cases.push_back(c);
+    }
+  return cases;
+}
+
+inline const std::vector<std::string> kModes = {"parallel",  "recurrent", "chunked=1",
+                                                "chunked=3", "chunked=7", "chunked=64"};
+
+template <class Engine>
+Engine open_model(const std::string& folder, std::optional<mamba::DType> dtype = {},
+                  float delta_ratio = 1) {
+  mamba::EngineOptions options;
+  options.dtype = dtype;
+  options.delta_ratio = delta_ratio;
+  return {mamba::read_checkpoint(folder), mamba::read_config(folder), options};
+}
+
+template <class Engine>
+Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids,
+                        const std::string& mode) {
+  Matrix<float> all(static_cast<Index>(ids.size()), engine.config().vocab_size);
+  auto state = engine.new_state();
+  mamba::walk(engine, state, ids.data(), static_cast<Index>(ids.size()),
+              mamba::parse_mode(mode), [&](Index first, const Matrix<float>& rows) {
+                all.middleRows(first, rows.rows()) = rows;
+              });
+  return all;
+}
+
+/// Saves the state of a text in the making after some tokens, and goes on from the file: the same text.
+template <class Engine>
+void a_saved_state_goes_on(Engine& engine) {
+  using Sequence = mamba::Sequence<typename Engine::State>;
+  const TempFolder folder;
+  mamba::GenerateOptions options;
+  const auto run = [&](Sequence& s, Index n) {
+    options.n = n;
+    std::vector<Sequence> one;
+    one.push_back(std::move(s));
+    engine.generate(one, options, [](std::size_t, Token) {});
+    s = std::move(one[0]);
+  };
+  Sequence whole{{7, 8, 9, 10, 11}, engine.new_state(), 0, 0};
+  run(whole, 20);
+  for (const Index first : {0, 1, 9}) {
+    Sequence part{{7, 8, 9, 10, 11}, engine.new_state(), 0, 0};
+    run(part, first);
+    mamba::save_state(folder / "state", part.ids, engine.to_host(part.state));
+    Sequence next{{}, engine.new_state(), 0, 0};
+    next.state =
+        engine.from_host(mamba::load_state(folder / "state", engine.config(), next.ids));
+    next.taken = next.ids.size() - 1;
+    run(next, 20 - first);
+    CAPTURE(first);
+    CHECK(next.ids == whole.ids);
+  }
+}
+
 }  // namespace test

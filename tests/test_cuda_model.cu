@@ -14,36 +14,6 @@ using Sequence = mamba::Sequence<CudaEngine::State>;
 
 namespace {
 
-struct Case {  // a model with expected logits
-  std::string folder;
-  std::vector<std::vector<Token>> ids;
-  std::vector<Matrix<double>> logits;
-};
-
-std::vector<Token> tokens(const mamba::Tensor& tensor) {
-  const auto all = mamba::values<std::int64_t>(tensor);
-  return {all.begin(), all.end()};
-}
-
-std::vector<Case> golden_models() {
-  std::vector<Case> cases;
-  for (const std::string& folder : golden_folders())
-    for (const std::string& path : files_matching(folder, "mamba")) {
-      const mamba::Checkpoint file =
-          mamba::read_safetensors(path + "/expected.safetensors");
-      const auto& shape = file.at("logits").shape;  // (batch, L, vocab_size)
-      const std::vector<Token> ids = tokens(file.at("ids"));
-      const Matrix<double> logits = matrix<double>(file.at("logits"));
-      Case c{path, {}, {}};
-      for (Index b = 0; b < shape[0]; ++b) {
-        c.ids.emplace_back(ids.begin() + b * shape[1], ids.begin() + (b + 1) * shape[1]);
-        c.logits.push_back(logits.middleRows(b * shape[1], shape[1]));
-      }
-      cases.push_back(c);
-    }
-  return cases;
-}
-
 /// The stories models of MAMBA_TEST_DATA, or none.
 std::vector<std::string> stories() {
   const auto data = extra_data();
@@ -54,26 +24,9 @@ std::vector<std::string> stories() {
   return found;
 }
 
-const std::vector<std::string> kModes = {"parallel",  "recurrent", "chunked=1",
-                                         "chunked=3", "chunked=7", "chunked=64"};
-
 CudaEngine open(const std::string& folder, std::optional<DType> dtype = {},
                 float delta_ratio = 1) {
-  mamba::EngineOptions options;
-  options.dtype = dtype;
-  options.delta_ratio = delta_ratio;
-  return {mamba::read_checkpoint(folder), mamba::read_config(folder), options};
-}
-
-Matrix<float> logits_of(CudaEngine& engine, const std::vector<Token>& ids,
-                        const std::string& mode) {
-  Matrix<float> all(static_cast<Index>(ids.size()), engine.config().vocab_size);
-  auto state = engine.new_state();
-  mamba::walk(engine, state, ids.data(), static_cast<Index>(ids.size()),
-              mamba::parse_mode(mode), [&](Index first, const Matrix<float>& rows) {
-                all.middleRows(first, rows.rows()) = rows;
-              });
-  return all;
+  return open_model<CudaEngine>(folder, dtype, delta_ratio);
 }
 
 std::vector<Token> continued(CudaEngine& engine, const std::vector<Token>& prompt,
@@ -112,7 +65,7 @@ TEST_CASE("cuda models: bf16 and f16 logits are off by rounding alone") {
       auto engine = open(c.folder, dtype);
       const double size = c.logits[0].cwiseAbs().maxCoeff(),
                    eps = dtype == DType::BF16 ? 0x1p-8 : 0x1p-11;
-      for (const std::string& mode : {"parallel", "recurrent", "chunked=7"}) {
+      for (const std::string mode : {"parallel", "recurrent", "chunked=7"}) {
         CAPTURE(c.folder, int(dtype), mode);
         CHECK(max_difference(logits_of(engine, c.ids[0], mode), c.logits[0]) <=
               32 * eps * size);
@@ -261,31 +214,10 @@ TEST_CASE(
 }
 
 TEST_CASE("cuda generate: a saved state goes on as if it had never stopped") {
-  TempFolder folder;
   for (const char* name : {"mamba1-hf", "mamba2-hf"}) {
+    CAPTURE(name);
     auto engine = open(root("tests/golden/") + name, DType::F32);
-    GenerateOptions options;
-    const auto run = [&](Sequence& s, Index n) {
-      options.n = n;
-      std::vector<Sequence> one;
-      one.push_back(std::move(s));
-      engine.generate(one, options, [](std::size_t, Token) {});
-      s = std::move(one[0]);
-    };
-    Sequence whole{{7, 8, 9, 10, 11}, engine.new_state(), 0, 0};
-    run(whole, 20);
-    for (const Index first : {0, 1, 9}) {
-      Sequence part{{7, 8, 9, 10, 11}, engine.new_state(), 0, 0};
-      run(part, first);
-      mamba::save_state(folder / "state", part.ids, engine.to_host(part.state));
-      Sequence next{{}, engine.new_state(), 0, 0};
-      next.state =
-          engine.from_host(mamba::load_state(folder / "state", engine.config(), next.ids));
-      next.taken = next.ids.size() - 1;
-      run(next, 20 - first);
-      CAPTURE(name, first);
-      CHECK(next.ids == whole.ids);
-    }
+    a_saved_state_goes_on(engine);
   }
 }
 
@@ -294,7 +226,7 @@ TEST_CASE("cuda models: the same bits on every run") {
     auto engine = open(root("weights/stories"), dtype);
     std::vector<Token> ids;
     for (int t = 0; t < 700; ++t) ids.push_back(static_cast<Token>(t * 7919 % 4096));
-    for (const std::string& mode : {"parallel", "recurrent"}) {
+    for (const std::string mode : {"parallel", "recurrent"}) {
       const Matrix<float> first = logits_of(engine, ids, mode);
       for (int run = 0; run < 3; ++run)
         CHECK(max_difference(logits_of(engine, ids, mode), first) == 0);

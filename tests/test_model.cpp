@@ -10,33 +10,9 @@ using mamba::Mode;
 
 namespace {
 
-/// Every model with expected logits: (ids, logits) pairs.
-struct Case {
-  std::string folder;
-  std::vector<std::vector<Token>> ids;
-  std::vector<Matrix<double>> logits;
-};
-
-std::vector<Token> tokens(const mamba::Tensor& tensor, Index first, Index count) {
-  const auto all = mamba::values<std::int64_t>(tensor);
-  return {all.begin() + first, all.begin() + first + count};
-}
-
-std::vector<Case> golden_models() {
-  std::vector<Case> cases;
-  for (const std::string& folder : golden_folders())
-    for (const std::string& path : files_matching(folder, "mamba")) {
-      const mamba::Checkpoint file =
-          mamba::read_safetensors(path + "/expected.safetensors");
-      const auto& shape = file.at("logits").shape;  // (batch, L, vocab_size)
-      Case c{path, {}, {}};
-      const Matrix<double> logits = matrix<double>(file.at("logits"));
-      for (Index b = 0; b < shape[0]; ++b) {
-        c.ids.push_back(tokens(file.at("ids"), b * shape[1], shape[1]));
-        c.logits.push_back(logits.middleRows(b * shape[1], shape[1]));
-      }
-      cases.push_back(c);
-    }
+/// Those, and the stories models of MAMBA_TEST_DATA.
+std::vector<Case> models() {
+  std::vector<Case> cases = golden_models();
   const char* more = std::getenv("MAMBA_TEST_DATA");
   for (const char* name :
        {"stories-mamba1-hf", "stories-mamba1-original", "stories-mamba2-hf"}) {
@@ -54,32 +30,15 @@ std::vector<Case> golden_models() {
   return cases;
 }
 
-const std::vector<std::string> kModes = {"parallel",  "recurrent", "chunked=1",
-                                         "chunked=3", "chunked=7", "chunked=64"};
-
-template <class Engine>
-Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids,
-                        const std::string& mode) {
-  Matrix<float> all(static_cast<Index>(ids.size()), engine.config().vocab_size);
-  auto state = engine.new_state();
-  mamba::walk(engine, state, ids.data(), static_cast<Index>(ids.size()),
-              mamba::parse_mode(mode), [&](Index first, const Matrix<float>& rows) {
-                all.middleRows(first, rows.rows()) = rows;
-              });
-  return all;
-}
-
 mamba::CpuEngine open(const std::string& folder, std::optional<mamba::DType> dtype = {}) {
-  mamba::EngineOptions options;
-  options.dtype = dtype;
-  return {mamba::read_checkpoint(folder), mamba::read_config(folder), options};
+  return open_model<mamba::CpuEngine>(folder, dtype);
 }
 
 }  // namespace
 
 TEST_CASE(
     "models: float32 logits agree with golden data below 1e-4, both layouts, every mode") {
-  const auto cases = golden_models();
+  const auto cases = models();
   REQUIRE(cases.size() >= 4);
   double worst = 0;
   for (const Case& c : cases) {
@@ -97,7 +56,7 @@ TEST_CASE(
 
 TEST_CASE("models: the double reference agrees with golden data below 1e-5, every form") {
   double worst = 0;
-  for (const Case& c : golden_models()) {
+  for (const Case& c : models()) {
     const mamba::Config config = mamba::read_config(c.folder);
     const auto model =
         mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(c.folder), config);
@@ -122,7 +81,7 @@ TEST_CASE("models: the double reference agrees with golden data below 1e-5, ever
 }
 
 TEST_CASE("models: step by step equals the whole sequence in double, states included") {
-  for (const Case& c : golden_models()) {
+  for (const Case& c : models()) {
     const mamba::Config config = mamba::read_config(c.folder);
     if (config.d_model >= 128) continue;  // the small models say it all
     const auto model =
@@ -144,7 +103,7 @@ TEST_CASE("models: step by step equals the whole sequence in double, states incl
 }
 
 TEST_CASE("models: a text may be cut anywhere, empty pieces included") {
-  for (const Case& c : golden_models()) {
+  for (const Case& c : models()) {
     const mamba::Config config = mamba::read_config(c.folder);
     if (config.d_model >= 128) continue;
     const auto model =
@@ -239,31 +198,10 @@ TEST_CASE("generate: several prompts at once are each as if alone") {
 }
 
 TEST_CASE("generate: a saved state goes on as if it had never stopped") {
-  TempFolder folder;
   for (const char* name : {"mamba1-hf", "mamba2-hf"}) {
+    CAPTURE(name);
     auto engine = open(root("tests/golden/") + name);
-    using Sequence = mamba::Sequence<mamba::CpuEngine::State>;
-    mamba::GenerateOptions options;
-    const auto run = [&](Sequence& s, Index n) {
-      options.n = n;
-      std::vector<Sequence> one;
-      one.push_back(std::move(s));
-      engine.generate(one, options, [](std::size_t, Token) {});
-      s = std::move(one[0]);
-    };
-    Sequence whole{{7, 8, 9, 10, 11}, engine.new_state(), 0, 0};
-    run(whole, 20);
-    for (const Index first : {0, 1, 9}) {
-      Sequence part{{7, 8, 9, 10, 11}, engine.new_state(), 0, 0};
-      run(part, first);
-      mamba::save_state(folder / "state", part.ids, part.state);
-      Sequence next{{}, engine.new_state(), 0, 0};
-      next.state = mamba::load_state(folder / "state", engine.config(), next.ids);
-      next.taken = next.ids.size() - 1;
-      run(next, 20 - first);
-      CAPTURE(name, first);
-      CHECK(next.ids == whole.ids);
-    }
+    a_saved_state_goes_on(engine);
   }
 }
 

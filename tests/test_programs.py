@@ -12,8 +12,8 @@ import tempfile
 passed = failed = 0
 
 
-def run(program, *arguments, stdin=""):
-    r = subprocess.run([program, *map(str, arguments)], input=stdin.encode(), capture_output=True)
+def run(program, *arguments):
+    r = subprocess.run([program, *map(str, arguments)], capture_output=True)
     if r.returncode:
         sys.exit(f"{program} {' '.join(map(str, arguments))}: exit {r.returncode}: {r.stderr.decode()}")
     return r.stdout.decode()
@@ -43,7 +43,7 @@ def numbers(path):
 
 def main():
     cpu, gpu = (os.path.abspath(p) for p in sys.argv[1:3])
-    both = lambda *arguments, **more: (run(cpu, *arguments, **more), run(gpu, *arguments, **more))
+    both = lambda *arguments: (run(cpu, *arguments), run(gpu, *arguments))
     text = open("weights/stories/README.md").read()
     f32 = ("--dtype", "f32")
     with tempfile.TemporaryDirectory() as folder:
