@@ -43,7 +43,8 @@ build/tests: $(TESTS)
 # The GPU program is built for one architecture. sm_90a is Hopper with its own instructions (wgmma);
 # for others: make cuda ARCH=compute_80,code=sm_80
 ARCH      ?= compute_90a,code=sm_90a
-NVCCFLAGS ?= -std=c++17 -O3 -gencode=arch=$(ARCH) -DEIGEN_NO_CUDA
+# -O1 is for the host's code: kernels are always fully optimized, by all cores at once.
+NVCCFLAGS ?= -std=c++17 -O1 -split-compile=0 -gencode=arch=$(ARCH) -DEIGEN_NO_CUDA
 
 cuda: mamba_cuda  ## build the GPU program (needs the CUDA Toolkit)
 mamba_cuda: mamba.cu $(HEADERS) | setup
@@ -57,7 +58,7 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 
 build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	@mkdir -p build
-	$(NVCC) $(NVCCFLAGS) -Xcompiler -O1 -I. -c $< -o $@ $(LIBS)
+	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
 build/tests_cuda: $(patsubst tests/%.cu,build/%.cuda.o,$(wildcard tests/*.cu)) build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)

@@ -1,7 +1,9 @@
 // mamba.cu - the GPU program. Build and run (Hopper; -arch=native does for other GPUs):
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
+//   nvcc -std=c++17 -O1 -split-compile=0 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
 //   ./mamba_cuda "Once upon a time"
+//
+// -O1 is for the host's code, half of the compile time: kernels are always fully optimized.
 //
 // Read ssm_reference.hpp first: it says what is computed. Here the same operations, by the same names,
 // are CUDA kernels; for each a simple rung first, then the fast one. Loader, generator and command
