@@ -3830,7 +3830,7 @@ class CudaEngine {
       "decode, prefill, bandwidth, matmul, causal_conv1d, selective_scan, ssd, rms_norm, "
       "gated_rms_norm or sample";
   static constexpr bool kHasDevice = true;
-  static constexpr Index kPiece = 4096;       // tokens that the parallel form takes at once
+  static constexpr Index kPiece = 16384;      // tokens that the parallel form takes at once
   static constexpr std::size_t kBatch = 256;  // texts that are generated together
   static constexpr std::size_t kMostSequences = 256;  // that are continued together
 
