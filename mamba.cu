@@ -330,21 +330,46 @@ __global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
 }
 
 // Since the rung before: each input is read from memory once, not `width` times. A thread
-// owns kVector neighbouring channels (4, or 1 where rows are not aligned) over `steps` rows
-// and slides the window through registers, eight rows in flight at a time. Grid: x =
-// sequences times pieces of `steps` rows, y = blocks of 128 times kVector channels. kWidth
-// is the width, or 8 for any width up to it: the missing oldest taps are zero.
-constexpr int kConvThreads = 128, kConvRows = 8;
+// owns kVector neighbouring channels (4, or 1 where rows are not aligned) over kConvRows
+// rows. It asks for all of them, and for the width - 1 rows before, at once, and then slides
+// the window through registers. The lanes of a warp lie side by side, the warps of a block
+// one after the other in time. Grid: x = pieces of kConvWarps kConvRows rows times blocks of
+// 32 kVector channels, the channels first, so that blocks that run together read whole rows;
+// y = sequences. kWidth is the width, or 8 for any width up to it: the missing oldest taps
+// are zero. A thread may use no more registers than let kConvBlocks blocks hide each other's
+// waits.
+constexpr int kConvWarps = 4, kConvRows = 8;
+template <class T, int kWidth>
+constexpr int kConvBlocks = kWidth > 4       ? 1
+                            : sizeof(T) == 2 ? 8
+                                             : 6;  // at once on an SM
 
 template <class T, int kWidth, int kVector>
-__global__ void __launch_bounds__(kConvThreads)
-    causal_conv1d_fused_kernel(ConvArgs<T> a, std::int64_t pieces, int steps) {
-  const std::int64_t d = kVector * (std::int64_t(blockIdx.y) * kConvThreads + threadIdx.x);
-  const std::int64_t b = blockIdx.x / pieces, begin = blockIdx.x % pieces * steps;
+__global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
+    causal_conv1d_fused_kernel(ConvArgs<T> a, unsigned blocks) {
+  static_assert(kConvRows >= kWidth - 1, "what comes before a later piece lies in x alone");
+  const std::int64_t b = blockIdx.y, piece = blockIdx.x / blocks;
+  const std::int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
+  const std::int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
   const Rows rows = rows_of(b, a.L, a.row_offsets);
   if (d >= a.d || (begin >= rows.count && begin > 0)) return;
 
-  float weight[kVector][kWidth], bias[kVector], window[kWidth][kVector] = {};
+  const bool first = begin == 0, has_past = !first || a.state;
+  const T* x = a.x + (rows.first + begin) * a.x_stride + d;
+  const std::int64_t past_stride = first ? a.d : a.x_stride;
+  const T* past = (first ? a.state + (b + 1) * (a.width - 1) * a.d + d : x) -
+                  (kWidth - 1) * past_stride;
+  const int count = min(std::int64_t(kConvRows), rows.count - begin);
+  Vector<T, kVector> before[kWidth - 1], arrived[kConvRows];
+#pragma unroll
+  for (int k = 0; k + 1 < kWidth; ++k)
+    before[k] = load<kVector>(past + k * past_stride,
+                              has_past && (kWidth == 4 || k >= kWidth - a.width));
+#pragma unroll
+  for (int r = 0; r < kConvRows; ++r)
+    arrived[r] = load<kVector>(x + r * a.x_stride, r < count);
+
+  float weight[kVector][kWidth], bias[kVector], window[kWidth][kVector];
   unpack(load<kVector>(a.bias + d, a.bias != nullptr), bias);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
@@ -358,29 +383,20 @@ __global__ void __launch_bounds__(kConvThreads)
       }
     }
   }
-#pragma unroll
-  for (int k = 0; k + 1 < kWidth; ++k) {
-    const bool known = k >= kWidth - a.width;
-    if (known)
-      unpack(conv_input<kVector>(a, b, rows, begin - (kWidth - 1) + k, d), window[k]);
-  }
   // The thread that has just read `state` also replaces it: no other thread touches these
   // entries.
-  if (begin == 0 && a.state_out) {
+  if (first && a.state_out) {
+#pragma unroll 1  // few threads come here: it is not to cost the others registers
     for (int k = 0; k < a.width - 1; ++k) {
       store(a.state_out + (b * (a.width - 1) + k) * a.d + d,
             conv_input<kVector>(a, b, rows, rows.count - (a.width - 1) + k, d));
     }
   }
 
-  const int count = min(std::int64_t(steps), rows.count - begin);
-  const T* x = a.x + (rows.first + begin) * a.x_stride + d;
-  T* out = a.out + (rows.first + begin) * a.out_stride + d;
-  for (int t = 0; t < count; t += kConvRows) {
-    Vector<T, kVector> arrived[kConvRows];
 #pragma unroll
-    for (int r = 0; r < kConvRows; ++r)
-      arrived[r] = load<kVector>(x + r * a.x_stride, t + r < count);
+  for (int k = 0; k + 1 < kWidth; ++k) unpack(before[k], window[k]);
+  T* out = a.out + (rows.first + begin) * a.out_stride + d;
+  const auto convolve = [&](const auto& act) {
 #pragma unroll
     for (int r = 0; r < kConvRows; ++r) {
       unpack(arrived[r], window[kWidth - 1]);
@@ -390,15 +406,15 @@ __global__ void __launch_bounds__(kConvThreads)
         sum[i] = bias[i];
 #pragma unroll
         for (int k = 0; k < kWidth; ++k) sum[i] = fmaf(weight[i][k], window[k][i], sum[i]);
-        if (a.activate) sum[i] = silu(sum[i]);
+        sum[i] = act(sum[i]);
 #pragma unroll
         for (int k = 0; k + 1 < kWidth; ++k) window[k][i] = window[k + 1][i];
       }
-      if (t + r < count) store(out + r * a.out_stride, pack<T>(sum));
+      if (r < count) store(out + r * a.out_stride, pack<T>(sum));
     }
-    x += kConvRows * a.x_stride;
-    out += kConvRows * a.out_stride;
-  }
+  };
+  a.activate ? convolve([](float v) { return silu(v); })
+             : convolve([](float v) { return v; });
 }
 
 // One token: x, out (batch, d); state_out (batch, width - 1, d) slides by one row, in
@@ -437,17 +453,15 @@ void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
   const bool aligned = aligned4(a.x, a.x_stride) && aligned4(a.out, a.out_stride) &&
                        aligned4(a.state, a.d) && aligned4(a.state_out, a.d) &&
                        aligned4(a.weight, 4) && aligned4(a.bias, 4);
-  const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * kConvThreads);
-  // Short pieces fill the GPU with few tokens; long ones read their width - 1 extra rows
-  // less often.
-  const std::int64_t million = 1 << 20, outputs = a.batch * a.L * a.d;
-  const int steps = outputs < 16 * million ? 16 : outputs < 64 * million ? 32 : 64;
-  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(a.L, steps));
+  const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * 32);
+  const std::int64_t pieces =
+      std::max<std::int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
   const auto kernel = a.width == 4 ? (aligned ? causal_conv1d_fused_kernel<T, 4, 4>
                                               : causal_conv1d_fused_kernel<T, 4, 1>)
                                    : (aligned ? causal_conv1d_fused_kernel<T, 8, 4>
                                               : causal_conv1d_fused_kernel<T, 8, 1>);
-  kernel<<<dim3(a.batch * pieces, blocks), kConvThreads, 0, stream>>>(a, pieces, steps);
+  const dim3 grid(unsigned(pieces * blocks), unsigned(a.batch));
+  kernel<<<grid, 32 * kConvWarps, 0, stream>>>(a, unsigned(blocks));
   CUDA_CHECK(cudaGetLastError());
 }
 

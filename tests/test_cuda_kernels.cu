@@ -401,6 +401,31 @@ TEST_CASE(
   conv_rungs_match<half>("f16");
 }
 
+TEST_CASE(
+    "cuda causal_conv1d: fused kernel matches the naive one in a batch of strided rows, "
+    "without a state, with and without silu") {
+  constexpr std::int64_t batch = 3, d = 264, stride = 268;
+  const DeviceBuffer<float> weight(d * 4), bias(d);
+  random_kernel<<<64, 256>>>(weight.data(), d * 4, 1.f, 0.f, 1);
+  random_kernel<<<64, 256>>>(bias.data(), d, 1.f, 0.f, 2);
+  for (const Index L : kLengths)
+    for (const bool activate : {true, false}) {
+      const Index rows = batch * L;
+      const DeviceBuffer<float> x(rows * stride), naive = poisoned<float>(rows * d),
+                                                  fused = poisoned<float>(rows * d);
+      random_kernel<<<64, 256>>>(x.data(), rows * stride, 1.f, 0.f, 3);
+      ConvArgs<float> a;
+      a.batch = batch, a.L = L, a.d = d, a.activate = activate;
+      a.x = x.data(), a.weight = weight.data(), a.bias = bias.data(), a.x_stride = stride;
+      a.out_stride = d, a.out = naive.data();
+      causal_conv1d_naive(a, nullptr);
+      a.out = fused.data();
+      causal_conv1d(a, nullptr);
+      INFO("L " << L << ", silu " << activate);
+      CHECK(max_difference(down(fused, rows, d), down(naive, rows, d)) <= 0x1p-20);
+    }
+}
+
 // --- ssd ---
 
 namespace {
