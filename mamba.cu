@@ -564,9 +564,10 @@ struct ScanTile {
   static constexpr int kN = kStates * kLanes;  // d_state, rounded up
   static constexpr int kChannels = kWalkers / kLanes;
   static constexpr int kSteps = kN > 64 ? 8 : kChannels > 32 ? 16 : 32;
-  static constexpr int kAhead = kStates < 8 ? 2 : 1;  // steps from reading to using
+  static constexpr int kGroup = kStates < 4 ? 4 : 2;  // steps that are read and discretized together
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
   static_assert(kLanes % 2 == 0, "two neighbouring walkers share a channel");
+  static_assert(kSteps >= 2 * kGroup, "two groups are under way before the first is walked");
   static_assert(kChannels % 4 == 0, "a server owns four channels");
   // Between lanes and between rows of y: spaced so that neither side meets bank conflicts.
   static constexpr int kLaneStride = kChannels % 32 ? kChannels : kChannels + 16;
@@ -636,50 +637,68 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
     h[p] = known && a.h0 ? a.h0[state + n] : 0.f;
   }
 
-  // What step t needs from shared memory. It is read kAhead steps before it is used: the
-  // compiler may not move these reads across the writes of y, and their latency would be
-  // paid in every step.
+  // The walk is a pipeline over groups of kGroup steps: while group g is walked, the powers of group
+  // g + 1 are computed, and what group g + 2 needs is on its way from shared memory. Otherwise every step
+  // would wait for the latency of the one and of the other.
+  constexpr int kGroup = Tile::kGroup, kGroups = Tile::kSteps / kGroup;
   struct Operands {
     float delta, delta_x, B[kStates], C[kStates];
   };
-  constexpr int kAhead = Tile::kAhead;
-  const auto operands = [&](int parity, int t) {
-    Operands o;
-    const float2 input = tile.input[parity][t][c];
-    o.delta = input.x, o.delta_x = input.y;
+  struct Discrete {
+    float A_bar[kStates], B_bar_x[kStates], C[kStates];
+  };
+  const auto read = [&](int parity, int g, Operands(&o)[kGroup]) {
 #pragma unroll
-    for (int p = 0; p < kStates; p += 2) {
-      const float4 two =
-          *reinterpret_cast<const float4*>(&tile.BC[parity][t][s * kStates + p]);
-      o.B[p] = two.x, o.C[p] = two.y, o.B[p + 1] = two.z, o.C[p + 1] = two.w;
+    for (int k = 0; k < kGroup; ++k) {
+      const int t = g * kGroup + k;
+      const float2 input = tile.input[parity][t][c];
+      o[k].delta = input.x, o[k].delta_x = input.y;
+#pragma unroll
+      for (int p = 0; p < kStates; p += 2) {
+        const float4 two =
+            *reinterpret_cast<const float4*>(&tile.BC[parity][t][s * kStates + p]);
+        o[k].B[p] = two.x, o[k].C[p] = two.y, o[k].B[p + 1] = two.z, o[k].C[p + 1] = two.w;
+      }
     }
-    return o;
+  };
+  const auto discretize = [&](const Operands(&o)[kGroup], Discrete(&to)[kGroup]) {
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k)
+#pragma unroll
+      for (int p = 0; p < kStates; ++p) {
+        to[k].A_bar[p] = exp2_approx(o[k].delta * A[p]);
+        to[k].B_bar_x[p] = o[k].delta_x * o[k].B[p];
+        to[k].C[p] = o[k].C[p];
+      }
   };
 
   const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
   for (int i = 0; i < tiles; ++i) {
     meet<Tile>();  // servers wrote input and BC of tile i, and have read y of tile i - 2
     const int parity = i & 1;
-    Operands next[kAhead];
+    Operands operands[2][kGroup];  // of even and of odd groups
+    Discrete discrete[2][kGroup];
+    read(parity, 0, operands[0]);
+    read(parity, 1, operands[1]);
+    discretize(operands[0], discrete[0]);
 #pragma unroll
-    for (int k = 0; k < kAhead; ++k) next[k] = operands(parity, k);
+    for (int g = 0; g < kGroups; ++g) {
+      if (g + 2 < kGroups) read(parity, g + 2, operands[g % 2]);
+      if (g + 1 < kGroups) discretize(operands[(g + 1) % 2], discrete[(g + 1) % 2]);
+      float y[kGroup];
 #pragma unroll
-    for (int t = 0; t < Tile::kSteps; t += kAhead) {
-      float y[kAhead];
-#pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const Operands now = next[k];
-        if (t + kAhead < Tile::kSteps) next[k] = operands(parity, t + kAhead + k);
+      for (int k = 0; k < kGroup; ++k) {
+        const Discrete& now = discrete[g % 2][k];
         y[k] = 0.f;
 #pragma unroll
         for (int p = 0; p < kStates; ++p) {
-          h[p] = fmaf(exp2_approx(now.delta * A[p]), h[p], now.delta_x * now.B[p]);
+          h[p] = fmaf(now.A_bar[p], h[p], now.B_bar_x[p]);
           y[k] = fmaf(now.C[p], h[p], y[k]);
         }
       }
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k)
-        tile.y[parity][t + k][s * Tile::kLaneStride + c] = y[k];
+      for (int k = 0; k < kGroup; ++k)
+        tile.y[parity][g * kGroup + k][s * Tile::kLaneStride + c] = y[k];
     }
   }
   meet<Tile>();  // y of the last tile, before servers read it
