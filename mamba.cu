@@ -205,6 +205,14 @@ __device__ inline void unpack(const Vector<T, n>& v, float (&to)[n]) {
 #pragma unroll
   for (int i = 0; i < n; ++i) to[i] = to_float(numbers[i]);
 }
+// bfloat16 is the upper half of a float: a shift or a mask makes one from either half of a word.
+template <int n>
+__device__ inline void unpack(const Vector<__nv_bfloat16, n>& v, float (&to)[n]) {
+  static_assert(n == 1 || n % 2 == 0, "halves of whole words");
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    to[i] = __uint_as_float(i % 2 ? v.word[i / 2] & 0xffff0000u : v.word[i / 2] * 0x10000u);
+}
 template <class T, int n>
 __device__ inline Vector<T, n> pack(const float (&from)[n]) {
   T numbers[n];
