@@ -2510,7 +2510,8 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 // way: four kernels a layer for Mamba, three for Mamba-2, each a product with what precedes and
 // follows it, one CUDA graph for the whole token, and every kernel requests its first weights while
 // the one before it is still at work (programmatic dependent launch). What a kernel may touch before
-// wait_for_previous() are weights alone: they never change.
+// wait_for_previous() are weights, which never change, and what changes once a token: its own states and
+// `done`. A token's first kernel starts when all of the token before is done.
 //
 //   Mamba     linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> x, z
 //             linear_step_kernel   x -> x_proj -> dt, B, C
@@ -2531,14 +2532,14 @@ __device__ inline void wait_for_previous() {  // until all that it wrote can be 
 #endif
 }
 
-// Asks for a cache line. What the L2 cache holds is always current, so states may be asked for before
-// wait_for_previous(): ahead of the weights, behind which a later request would queue.
-__device__ inline void prefetch_to_L2(const void* p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+// Asks for the cache lines (128 bytes) of p[0, size).
+__device__ inline void prefetch_row(const float* p, std::int64_t size) {
+  for (std::int64_t i = 32 * threadIdx.x; i < size; i += 32 * blockDim.x)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
 }
 
 template <class... Parameters, class... Arguments>
-void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads,
+void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
                  cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute overlap = {};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -2546,6 +2547,7 @@ void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads,
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &overlap;
   config.numAttrs = 1;
@@ -2564,6 +2566,7 @@ struct PlainInput {
   static constexpr bool kNormed = false;
   template <int n>
   struct Weights {};
+  __device__ void ahead() const {}
   __device__ void begin(int, float*) const {}
   template <int n>
   __device__ void weights(std::int64_t, Weights<n>&) const {}
@@ -2586,6 +2589,7 @@ struct NormedInput {
   struct Weights {
     float of[n];
   };
+  __device__ void ahead() const { prefetch_row(weight, cols); }
   __device__ void begin(int, float*) const {}
   template <int n>
   __device__ void weights(std::int64_t column, Weights<n>& w) const {
@@ -2615,6 +2619,7 @@ struct GatedNormInput {
   struct Weights {
     float of[n];
   };
+  __device__ void ahead() const { prefetch_row(weight, cols); }
   __device__ void begin(int batch, float* scales) const {  // scales[b n_groups + group]
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < batch * n_groups; i += blockDim.x / 32) {
@@ -2643,14 +2648,13 @@ struct GatedNormInput {
 };
 
 // --- where a product goes: one number, row `row` for sequence b. What it will be combined with is
-// requested before the product is made: ahead() and weights() before the wait, past() after it. ---
+// requested before the product is made: ahead() before the wait, past() after it. ---
 
 struct PlainOutput {
   float* out;  // (batch, stride)
   std::int64_t stride;
   struct Operands {};
-  __device__ void ahead(std::int64_t, int) const {}
-  __device__ void weights(std::int64_t, Operands&) const {}
+  __device__ void ahead(std::int64_t, int, Operands&) const {}
   __device__ void past(std::int64_t, int, Operands&) const {}
   __device__ void operator()(std::int64_t row, int b, float v, const Operands&) const {
     out[b * stride + row] = v;
@@ -2664,8 +2668,7 @@ struct ResidualOutput {
   struct Operands {
     float bias, residual;
   };
-  __device__ void ahead(std::int64_t, int) const {}
-  __device__ void weights(std::int64_t row, Operands& o) const {
+  __device__ void ahead(std::int64_t row, int, Operands& o) const {
     o.bias = bias ? bias[row] : 0.f;
   }
   __device__ void past(std::int64_t row, int b, Operands& o) const {
@@ -2691,30 +2694,24 @@ struct ConvOutput {
   struct Operands {
     float bias, conv_bias, weight[kStepTaps];  // of the newest input first
     T past[kStepTaps];                         // past[k]: k tokens ago
-    bool keep;
+    int keep;
   };
   __device__ bool passes(std::int64_t row) const {
     return row >= first && row < first + count;
   }
-  __device__ void ahead(std::int64_t row, int b) const {
-    for (int k = 0; passes(row) && k + 1 < width; ++k)
-      prefetch_to_L2(state + (b * (width - 1) + k) * count + row - first);
-  }
-  __device__ void weights(std::int64_t row, Operands& o) const {
+  __device__ void ahead(std::int64_t row, int b, Operands& o) const {
+    o.keep = done ? done[b] : 0;
     o.bias = bias ? bias[row] : 0.f;
     const std::int64_t d = passes(row) ? row - first : 0;
     o.conv_bias = conv_bias ? conv_bias[d] : 0.f;
+    const T* rows = state + b * (width - 1) * count + d;
 #pragma unroll
-    for (int k = 0; k < kStepTaps; ++k)
+    for (int k = 0; k < kStepTaps; ++k) {
       o.weight[k] = k < width ? weight[d * width + width - 1 - k] : 0.f;
+      if (k > 0) o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
+    }
   }
-  __device__ void past(std::int64_t row, int b, Operands& o) const {
-    const T* rows = state + b * (width - 1) * count + (passes(row) ? row - first : 0);
-#pragma unroll
-    for (int k = 1; k < kStepTaps; ++k)
-      o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
-    o.keep = done && done[b];
-  }
+  __device__ void past(std::int64_t, int, Operands&) const {}
   __device__ void operator()(std::int64_t row, int b, float v, Operands& o) const {
     v += o.bias;
     if (passes(row)) {
@@ -2733,97 +2730,98 @@ struct ConvOutput {
   }
 };
 
-// 16 bytes of weights, read once: they need not stay in the L1 cache.
-template <class T>
-__device__ inline Vector<T, 16 / sizeof(T)> load_weights(const T* p) {
-  Vector<T, 16 / sizeof(T)> v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
-               : "l"(p));
-  return v;
-}
-
 // output(row, b) = W[row] . input(b).  W (rows, cols), cols a multiple of 16 bytes; b < batch <= kBatch.
-// A block is 8 warps. `split` of them (1, 2, 4 or 8) share a group of kWarpRows rows of W: each lane takes
-// every 32 split-th piece of 16 bytes and multiplies in float32. kDepth pieces of each row are in flight,
-// across the end of a group too: while its sums are finished the next group's weights arrive. x comes
-// through the L1 cache, in which all warps of the SM find it.
-constexpr int kStepWarps = 8;
+// A block is 8 warps. `split` of them (1, 2, 4 or 8) share a group of kLinearRows rows of W: each lane takes
+// every 32 split-th piece of 16 bytes and multiplies in float32. Pieces pass through a ring in shared
+// memory, kLinearDepth of each row in flight, across the end of a group too: while its sums are finished
+// the next group's weights arrive. A thread reads only what it has copied itself, so none waits for
+// another. x comes through the L1 cache, in which all warps of the SM find it.
+constexpr int kLinearWarps = 8, kLinearThreads = 32 * kLinearWarps, kLinearRows = 4,
+              kLinearDepth = 4;
+constexpr int kLinearRing = kLinearDepth * kLinearRows * kLinearThreads * 16;  // bytes
+constexpr int linear_blocks(int batch) { return batch == 1 ? 3 : 2; }  // on an SM at once
 
-template <int kBatch, int kWarpRows, int kDepth, class T, class Input, class Output>
-__global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
+template <int kBatch, class T, class Input, class Output>
+__global__ void __launch_bounds__(kLinearThreads, linear_blocks(kBatch))
     linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch,
                        int split, Input input, Output output) {
-  constexpr int n = 16 / sizeof(T), kSums = kWarpRows * kBatch;
+  constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch;
   static_assert(kSums <= 32, "a lane finishes one sum");
-  __shared__ float scales[kBatch * kMostGroups], partial[kStepWarps][kSums + kBatch];
+  __shared__ float scales[kBatch * kMostGroups], partial[kLinearWarps][kSums + kBatch];
+  extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kLinearThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
-  const int pieces = cols / n,
-            steps = (pieces + 32 * split * kDepth - 1) / (32 * split * kDepth) * kDepth;
-  const int groups = (rows + kWarpRows - 1) / kWarpRows,
-            at_once = gridDim.x * kStepWarps / split;
-  int group = (blockIdx.x * kStepWarps + warp) / split;
+  const int pieces = cols / n, steps = (pieces + 32 * split - 1) / (32 * split);
+  const int groups = (rows + kLinearRows - 1) / kLinearRows,
+            at_once = gridDim.x * kLinearWarps / split;
+  int group = (blockIdx.x * kLinearWarps + warp) / split;
   const int rounds =
       (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
+  const auto piece_of = [&](int step) { return (step * split + part) * 32 + lane; };
 
-  Vector<T, n> w[kDepth][kWarpRows];
-  const auto fetch = [&](int slot, int of_group, int step) {
-    const int piece = (step * split + part) * 32 + lane;
-    if (piece >= pieces || of_group >= groups) return;
+  const auto place = [&](int slot, int r) {  // of this thread in the ring
+    return linear_ring + (slot * kLinearRows + r) * kLinearThreads + threadIdx.x;
+  };
+  int next_group = group, next_step = 0;
+  const auto fetch = [&](int slot) {
+    const int piece = piece_of(next_step);
+    if (piece < pieces && next_group < groups) {
 #pragma unroll
-    for (int r = 0; r < kWarpRows; ++r) {
-      const std::int64_t row = min(std::int64_t(of_group) * kWarpRows + r, rows - 1);
-      w[slot][r] = load_weights(W + row * cols + std::int64_t(piece) * n);
+      for (int r = 0; r < kLinearRows; ++r) {
+        const std::int64_t row = min(std::int64_t(next_group) * kLinearRows + r, rows - 1);
+        copy_async(std::uint32_t(__cvta_generic_to_shared(place(slot, r))),
+                   W + row * cols + std::int64_t(piece) * n, true);
+      }
     }
+    copy_async_commit();
+    if (++next_step == steps) next_step = 0, next_group += at_once;
   };
   // Lane i finishes the sum of row i / kBatch of the group for sequence i % kBatch.
   const int b_mine = lane % kBatch;
-  const auto row_mine = [&] { return std::int64_t(group) * kWarpRows + lane / kBatch; };
+  const auto row_mine = [&] { return std::int64_t(group) * kLinearRows + lane / kBatch; };
   const auto finishes = [&] {
     return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch;
   };
 
+#pragma unroll 1
+  for (int slot = 0; slot < kLinearDepth; ++slot) fetch(slot);
   typename Output::Operands operands;
-  if (finishes()) {
-    output.ahead(row_mine(), b_mine);
-    output.weights(row_mine(), operands);
-  }
-#pragma unroll
-  for (int i = 0; i < kDepth; ++i) fetch(i, group, i);
+  input.ahead();
+  if (finishes()) output.ahead(row_mine(), b_mine, operands);
   launch_next();
   wait_for_previous();
   input.begin(batch, scales);
 
+  int slot = 0;
   for (int round = 0; round < rounds; ++round, group += at_once) {
     if (finishes()) {
-      if (round > 0) output.weights(row_mine(), operands);
+      if (round > 0) output.ahead(row_mine(), b_mine, operands);
       output.past(row_mine(), b_mine, operands);
     }
     float sum[kSums] = {}, squares[kBatch] = {};
-    for (int step = 0; step < steps; step += kDepth) {
-#pragma unroll
-      for (int i = 0; i < kDepth; ++i) {
-        const int piece = ((step + i) * split + part) * 32 + lane;
-        float w_r[kWarpRows][n];
-#pragma unroll
-        for (int r = 0; r < kWarpRows; ++r) unpack(w[i][r], w_r[r]);
-        const bool last = step + kDepth >= steps;
-        fetch(i, last ? group + at_once : group, last ? i : step + i + kDepth);
-        if (piece >= pieces) continue;
+    for (int step = 0; step < steps; ++step) {
+      copy_async_wait_but<kLinearDepth - 1>();
+      const int piece = piece_of(step);
+      if (piece < pieces && group < groups) {
         typename Input::template Weights<n> weights;
         input.weights(std::int64_t(piece) * n, weights);
+        float w[kLinearRows][n];
+#pragma unroll
+        for (int r = 0; r < kLinearRows; ++r)
+          unpack(*reinterpret_cast<const Vector<T, n>*>(place(slot, r)), w[r]);
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
           if (b >= batch) break;
           float x[n];
           input.load(b, std::int64_t(piece) * n, weights, scales, x, squares[b]);
 #pragma unroll
-          for (int r = 0; r < kWarpRows; ++r)
+          for (int r = 0; r < kLinearRows; ++r)
 #pragma unroll
             for (int k = 0; k < n; ++k)
-              sum[r * kBatch + b] = fmaf(w_r[r][k], x[k], sum[r * kBatch + b]);
+              sum[r * kBatch + b] = fmaf(w[r][k], x[k], sum[r * kBatch + b]);
         }
       }
+      fetch(slot);  // into the place just read
+      slot = slot + 1 < kLinearDepth ? slot + 1 : 0;
     }
 
     float mine = 0.f, my_squares = 0.f;
@@ -2858,18 +2856,19 @@ __global__ void __launch_bounds__(32 * kStepWarps, kBatch == 1 ? 3 : 1)
 template <class T, class Input, class Output>
 void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch,
                  const Input& input, const Output& output, cudaStream_t stream) {
-  const auto launch = [&](auto kernel, int warp_rows) {
-    const std::int64_t groups = ceil_div(rows, warp_rows),
-                       slots = 3 * kStepWarps * multiprocessors();
-    int split = 1;
-    while (split < kStepWarps && 2 * split * groups <= slots) split *= 2;
-    const std::int64_t rounds = ceil_div(groups * split, slots),
-                       at_once = ceil_div(groups, rounds);
-    launch_step(kernel, dim3(unsigned(ceil_div(at_once * split, kStepWarps))),
-                32 * kStepWarps, stream, W, rows, cols, batch, split, input, output);
-  };
-  batch == 1 ? launch(linear_step_kernel<1, 2, 3, T, Input, Output>, 2)
-             : launch(linear_step_kernel<kMostFewRows, 2, 4, T, Input, Output>, 2);
+  const std::int64_t groups = ceil_div(rows, kLinearRows),
+                     slots = linear_blocks(batch) * kLinearWarps * multiprocessors();
+  int split = 1;
+  while (split < kLinearWarps && 2 * split * groups <= slots) split *= 2;
+  const std::int64_t rounds = ceil_div(groups * split, slots),
+                     at_once = ceil_div(groups, rounds);
+  const auto kernel = batch == 1 ? linear_step_kernel<1, T, Input, Output>
+                                 : linear_step_kernel<kMostFewRows, T, Input, Output>;
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  kLinearRing));
+  launch_step(kernel, dim3(unsigned(ceil_div(at_once * split, kLinearWarps))),
+              kLinearThreads, kLinearRing, stream, W, rows, cols, batch, split, input,
+              output);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
@@ -2887,8 +2886,8 @@ struct ScanDecodeArgs {
   const int* done;  // (batch) or null: where not 0 the state stays
 };
 
-// Four lanes share a channel: each takes every fourth piece of the row of dt_proj, in registers already
-// before the wait, and every fourth piece of the states, four numbers a piece.
+// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and of the states, four
+// numbers a piece, both in registers before the wait. dt, B and C pass through shared memory.
 // Grid: x = channels in blocks of 32, y = sequences.
 constexpr int kScanDecodePieces = 10;  // of dt_proj in registers: dt_rank 160
 
@@ -2903,7 +2902,10 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0,
             rest = 4 * pieces;
   const T* row = a.dt_proj + d * a.dt_rank;
-  prefetch_to_L2(a.h + (std::int64_t(b) * a.d_inner + d) * N);
+  const int done = a.done ? a.done[b] : 0;
+  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
+  float h_n[4];
+  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
   Vector<T, 4> w[kScanDecodePieces];
 #pragma unroll
   for (int i = 0; i < kScanDecodePieces; ++i)
@@ -2914,23 +2916,23 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   launch_next();
   wait_for_previous();
 
-  const float *dt = a.dt_B_C + std::int64_t(b) * width, *B = dt + a.dt_rank, *C = B + N;
-  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
-  float h_n[4];
-  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+  extern __shared__ float dt[];  // (width): dt, B, C
+  const float *B = dt + a.dt_rank, *C = B + N;
   const float x = to_float(a.x[std::int64_t(b) * a.x_stride + d]),
               z = to_float(a.z[std::int64_t(b) * a.z_stride + d]);
+  for (int i = threadIdx.x; i < width; i += blockDim.x)
+    dt[i] = a.dt_B_C[std::int64_t(b) * width + i];
+  __syncthreads();  // dt, B and C are written before anybody reads them
 
   float delta = 0.f;
 #pragma unroll
   for (int i = 0; i < kScanDecodePieces; ++i) {
     const int piece = 4 * i + lane;
     if (piece >= pieces) break;
-    float w_i[4], dt_i[4];
+    float w_i[4];
     unpack(w[i], w_i);
-    unpack(load<4>(dt + 4 * piece, true), dt_i);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt_i[k], delta);
+    for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt[4 * piece + k], delta);
   }
   for (int k = rest + lane; k < a.dt_rank; k += 4)
     delta = fmaf(to_float(row[k]), dt[k], delta);
@@ -2938,7 +2940,6 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   delta += __shfl_xor_sync(~0u, delta, 2);
   delta = a.delta_ratio * softplus(delta + bias);
 
-  const bool keep = !exists || (a.done && a.done[b]);
   float y = 0.f;
   for (int n = 4 * lane; n < N; n += 16) {
     if (n >= 16) unpack(load<4>(h + n, true), h_n);
@@ -2948,7 +2949,7 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
       h_n[k] = fmaf(exp2_approx(delta * (kLog2e * A[k])), h_n[k], delta * x * B[n + k]);
       y = fmaf(C[n + k], h_n[k], y);
     }
-    if (!keep) store(h + n, pack<float>(h_n));
+    if (exists && !done) store(h + n, pack<float>(h_n));
   }
   y += __shfl_xor_sync(~0u, y, 1);
   y += __shfl_xor_sync(~0u, y, 2);
@@ -2959,7 +2960,8 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
 template <class T>
 void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
   launch_step(scan_decode_kernel<T>,
-              dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)), 128, stream, a);
+              dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)), 128,
+              int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
 }
 
 // --- Mamba-2: ssd_step and the gate ---
@@ -2977,7 +2979,8 @@ struct SsdDecodeArgs {
 };
 
 // A block owns kSsdDecodeRows rows (head, p) of one head; a row of h is spread over `lanes` lanes, four
-// neighbouring states each, and read and written once. Grid: x = heads times blocks of rows, y = batch.
+// neighbouring states each, and read, before the wait, and written once. Grid: x = heads times blocks of
+// rows, y = batch.
 constexpr int kSsdDecodeRows = 16,
               kSsdDecodeFlight = 4;  // rows of a block; of them in flight per lane
 
@@ -2992,59 +2995,59 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
             rows = min(kSsdDecodeRows, P - p0);
   const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
   float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
-  for (int i = 32 * threadIdx.x; i < rows * N; i += 32 * blockDim.x)
-    prefetch_to_L2(h + i);  // lines of 128 bytes
+  const int done = a.done ? a.done[b] : 0;
+  static_assert(kSsdDecodeFlight * 128 / 32 >= kSsdDecodeRows, "a lane holds all its rows");
+  const int first = threadIdx.x / lanes;
+  float h_n[kSsdDecodeFlight][4];
+  const auto load_h = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < kSsdDecodeFlight; ++i) {
+      const int p = first + i * step;
+      unpack(load<4>(h + std::int64_t(p) * N + n, p < rows && n < N), h_n[i]);
+    }
+  };
+  load_h(4 * lane);
   launch_next();
   wait_for_previous();
 
   const T *x = a.x + b * a.x_stride, *B = x + d_inner + group * N, *C = B + a.n_groups * N;
   const T *z = a.z + b * a.z_stride, *dt = a.dt + b * a.dt_stride;
+  float y[kSsdDecodeFlight] = {}, x_p[kSsdDecodeFlight], z_p[kSsdDecodeFlight];
+#pragma unroll
+  for (int i = 0; i < kSsdDecodeFlight; ++i) {
+    const int p = first + i * step, column = head * P + p0 + p;
+    x_p[i] = p < rows ? to_float(x[column]) : 0.f;
+    z_p[i] = p < rows ? to_float(z[column]) : 0.f;
+  }
   const float delta =
       a.delta_ratio *
       fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
   const float decay = exp2_approx(delta * (kLog2e * A));
-  const bool keep = a.done && a.done[b];
-  float squares = 0.f;
-  for (int base = 0; base < rows; base += kSsdDecodeFlight * step) {
-    const int first = base + threadIdx.x / lanes;
-    float y[kSsdDecodeFlight] = {}, x_p[kSsdDecodeFlight];
+  for (int n = 4 * lane; n < N; n += 4 * lanes) {
+    if (n >= 4 * lanes) load_h(n);
+    float B_n[4], C_n[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) B_n[k] = to_float(B[n + k]), C_n[k] = to_float(C[n + k]);
 #pragma unroll
     for (int i = 0; i < kSsdDecodeFlight; ++i) {
-      const int p = first + i * step;
-      x_p[i] = p < rows ? to_float(x[head * P + p0 + p]) : 0.f;
-    }
-    for (int n = 4 * lane; n < N; n += 4 * lanes) {
-      float h_n[kSsdDecodeFlight][4];
-#pragma unroll
-      for (int i = 0; i < kSsdDecodeFlight; ++i) {
-        const int p = first + i * step;
-        unpack(load<4>(h + std::int64_t(p) * N + n, p < rows), h_n[i]);
-      }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        const float delta_B = delta * to_float(B[n + k]), C_n = to_float(C[n + k]);
-#pragma unroll
-        for (int i = 0; i < kSsdDecodeFlight; ++i) {
-          h_n[i][k] = fmaf(decay, h_n[i][k], delta_B * x_p[i]);
-          y[i] = fmaf(C_n, h_n[i][k], y[i]);
-        }
+        h_n[i][k] = fmaf(decay, h_n[i][k], delta * B_n[k] * x_p[i]);
+        y[i] = fmaf(C_n[k], h_n[i][k], y[i]);
       }
-#pragma unroll
-      for (int i = 0; i < kSsdDecodeFlight; ++i) {
-        const int p = first + i * step;
-        if (p < rows && !keep) store(h + std::int64_t(p) * N + n, pack<float>(h_n[i]));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kSsdDecodeFlight; ++i) {
       const int p = first + i * step;
-      for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
-      if (lane != 0 || p >= rows) continue;
-      const std::int64_t column = head * P + p0 + p;
-      const float g = fmaf(D, x_p[i], y[i]) * silu(to_float(z[column]));
-      a.g[std::int64_t(b) * d_inner + column] = g;
-      squares = fmaf(g, g, squares);
+      if (p < rows && !done) store(h + std::int64_t(p) * N + n, pack<float>(h_n[i]));
     }
+  }
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kSsdDecodeFlight; ++i) {
+    const int p = first + i * step;
+    for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
+    if (lane != 0 || p >= rows) continue;
+    const float g = fmaf(D, x_p[i], y[i]) * silu(z_p[i]);
+    a.g[std::int64_t(b) * d_inner + head * P + p0 + p] = g;
+    squares = fmaf(g, g, squares);
   }
   __shared__ float partial[4];
   for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
@@ -3064,7 +3067,7 @@ void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
   launch_step(ssd_decode_kernel<T>,
-              dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), 128, stream, a,
+              dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), 128, 0, stream, a,
               lanes);
 }
 
@@ -4127,7 +4130,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
                         next_d.data(),
                         log.data()};
   const auto sample = [&] {
-    launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, stream, args,
+    launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, 0, stream, args,
                 model_.embedding.as<T>(), config_.d_model, a.residual);
   };
 
@@ -4485,8 +4488,8 @@ class KernelBench {
       CUDA_CHECK(cudaDeviceSynchronize());
       report(temperature == 0 ? "sample_kernel, greedy" : "sample_kernel, top-p 0.95", 1,
              double(batch * V) * 4, 0, [&] {
-               launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, stream_,
-                           a, embedding.data(), std::int64_t(1), residual.data());
+               launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, 0,
+                           stream_, a, embedding.data(), std::int64_t(1), residual.data());
              });
     }
   }
@@ -4574,8 +4577,8 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       args.log = log.data();
       Graph graph(stream, [&] {
         engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
-        launch_step(sample_kernel<T>, dim3(unsigned(options.batch)), kSampleThreads, stream,
-                    args, engine.model_.embedding.template as<T>(), config.d_model,
+        launch_step(sample_kernel<T>, dim3(unsigned(options.batch)), kSampleThreads, 0,
+                    stream, args, engine.model_.embedding.template as<T>(), config.d_model,
                     a.residual);
       });
       constexpr Index kSteps = 20;
