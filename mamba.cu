@@ -572,10 +572,12 @@ struct ScanTile {
   static constexpr int kN = kStates * kLanes;  // d_state, rounded up
   static constexpr int kChannels = kWalkers / kLanes;
   static constexpr int kSteps = kN > 64 ? 8 : kChannels > 32 ? 16 : 32;
-  static constexpr int kGroup = kStates < 4 ? 4 : 2;  // steps that are read and discretized together
+  static constexpr int kGroup =
+      kStates < 4 ? 4 : 2;  // steps that are read and discretized together
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
   static_assert(kLanes % 2 == 0, "two neighbouring walkers share a channel");
-  static_assert(kSteps >= 2 * kGroup, "two groups are under way before the first is walked");
+  static_assert(kSteps >= 2 * kGroup,
+                "two groups are under way before the first is walked");
   static_assert(kChannels % 4 == 0, "a server owns four channels");
   // Between lanes and between rows of y: spaced so that neither side meets bank conflicts.
   static constexpr int kLaneStride = kChannels % 32 ? kChannels : kChannels + 16;
@@ -1070,8 +1072,7 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   if (a.batch * a.d_inner == 0) return;
   const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
   if (!reads_four(a)) {
-    if (N > 128) return selective_scan_naive(a, stream);
-    if (N > 16) return launch_scan<ScanTile<4, 32>, 1, 2>(a, chunks, workspace, stream);
+    if (N > 16) return selective_scan_naive(a, stream);
     return launch_scan<ScanTile<2, 8>, 1, 2>(a, chunks, workspace, stream);
   }
   if (N > 64) return launch_scan<ScanTile<8, 32>, 4, 2>(a, chunks, workspace, stream);
@@ -3333,10 +3334,22 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
   return drawn;
 }
 
+// A matrix whose type is known only at run time: not a reason to compile the sampler three times.
+struct StoredMatrix {
+  const void* data;
+  DType dtype;
+  __device__ float operator[](std::int64_t i) const {
+    if (dtype == DType::BF16) return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
+    if (dtype == DType::F16) return to_float(static_cast<const __half*>(data)[i]);
+    return static_cast<const float*>(data)[i];
+  }
+};
+
 // Draws the next token, notes it, and looks up its embedding for the next step. Grid: one block a sequence.
-template <class T>
-__global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(SampleArgs a, const T* embedding, std::int64_t d_model, float* residual) {
+// static: it is no template, and several tests include this file.
+static __global__ void __launch_bounds__(kSampleThreads)
+    sample_kernel(SampleArgs a, StoredMatrix embedding, std::int64_t d_model,
+                  float* residual) {
   launch_next();
   wait_for_previous();
   const std::int64_t b = blockIdx.x, V = a.vocab_size;
@@ -3358,9 +3371,16 @@ __global__ void __launch_bounds__(kSampleThreads)
     if (seen && token >= 0) seen[token] = 1;
     if (token == a.stop || token < 0) a.done[b] = 1;
   }
-  const T* row = embedding + std::int64_t(max(token, 0)) * d_model;
+  const std::int64_t row = std::int64_t(max(token, 0)) * d_model;
   for (std::int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
-    residual[b * d_model + i] = to_float(row[i]);
+    residual[b * d_model + i] = embedding[row + i];
+}
+
+// embedding (vocab_size, d_model), residual (batch, d_model).
+inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding,
+                        std::int64_t d_model, float* residual, cudaStream_t stream) {
+  launch_step(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a,
+              embedding, d_model, residual);
 }
 
 // ============================================================================================
@@ -4130,8 +4150,8 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
                         next_d.data(),
                         log.data()};
   const auto sample = [&] {
-    launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, 0, stream, args,
-                model_.embedding.as<T>(), config_.d_model, a.residual);
+    sample_step(args, {model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual,
+                stream);
   };
 
   CUDA_CHECK(
@@ -4470,7 +4490,7 @@ class KernelBench {
     const std::int64_t V = c_.vocab_size, batch = o_.batch;
     const auto count = static_cast<std::size_t>(batch);
     const auto logits = random<float>(batch * V, 10.f), residual = random<float>(batch);
-    const auto embedding = random<T>(V);
+    const auto embedding = random<float>(V);
     DeviceBuffer<std::uint64_t> numbers(count), positions(count);
     DeviceBuffer<std::int64_t> made(count);
     DeviceBuffer<int> done(count);
@@ -4488,8 +4508,7 @@ class KernelBench {
       CUDA_CHECK(cudaDeviceSynchronize());
       report(temperature == 0 ? "sample_kernel, greedy" : "sample_kernel, top-p 0.95", 1,
              double(batch * V) * 4, 0, [&] {
-               launch_step(sample_kernel<T>, dim3(unsigned(batch)), kSampleThreads, 0,
-                           stream_, a, embedding.data(), std::int64_t(1), residual.data());
+               sample_step(a, {embedding.data(), DType::F32}, 1, residual.data(), stream_);
              });
     }
   }
@@ -4577,9 +4596,8 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       args.log = log.data();
       Graph graph(stream, [&] {
         engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
-        launch_step(sample_kernel<T>, dim3(unsigned(options.batch)), kSampleThreads, 0,
-                    stream, args, engine.model_.embedding.template as<T>(), config.d_model,
-                    a.residual);
+        sample_step(args, {engine.model_.embedding.bytes.data(), options.dtype},
+                    config.d_model, a.residual, stream);
       });
       constexpr Index kSteps = 20;
       const Index repeat = std::min<Index>(options.repeat, kMost / kSteps - 4);

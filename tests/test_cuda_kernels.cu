@@ -650,8 +650,7 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
                             next.data(),
                             log.data()};
       CUDA_CHECK(cudaDeviceSynchronize());
-      launch_step(sample_kernel<float>, dim3(batch), kSampleThreads, queue.stream(), args,
-                  embedding.data(), std::int64_t(1), residual.data());
+      sample_step(args, {embedding.data(), DType::F32}, 1, residual.data(), queue.stream());
       queue.wait();
       std::vector<Token> got(batch);
       next.copy_to(got.data());
