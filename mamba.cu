@@ -69,7 +69,8 @@ inline void need_memory(std::size_t bytes, const char* what) {
          mebibytes(available));
 }
 
-// An array of T on the GPU. It owns its memory and can be moved, not copied.
+// An array of T on the GPU. It owns its memory and can be moved, not copied. What is copied or zeroed is
+// there when the call returns: other streams do not wait for the one that does it.
 template <class T>
 class DeviceBuffer {
  public:
@@ -95,11 +96,12 @@ class DeviceBuffer {
   std::size_t bytes() const { return size_ * sizeof(T); }
   void copy_from(const T* host) {
     CUDA_CHECK(cudaMemcpy(data_, host, bytes(), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaStreamSynchronize(nullptr));
   }
   void copy_to(T* host) const {
     CUDA_CHECK(cudaMemcpy(host, data_, bytes(), cudaMemcpyDeviceToHost));
   }
-  void zero() {  // at once: other streams do not wait for the one that does it
+  void zero() {
     CUDA_CHECK(cudaMemset(data_, 0, bytes()));
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
   }
@@ -341,11 +343,11 @@ __global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
 // owns kVector neighbouring channels (4, or 1 where rows are not aligned) over kConvRows
 // rows. It asks for all of them, and for the width - 1 rows before, at once, and then slides
 // the window through registers. The lanes of a warp lie side by side, the warps of a block
-// one after the other in time. Grid: x = pieces of kConvWarps kConvRows rows times blocks of
-// 32 kVector channels, the channels first, so that blocks that run together read whole rows;
-// y = sequences. kWidth is the width, or 8 for any width up to it: the missing oldest taps
-// are zero. A thread may use no more registers than let kConvBlocks blocks hide each other's
-// waits.
+// one after the other in time. Grid: sequences times pieces of kConvWarps kConvRows rows
+// times blocks of 32 kVector channels, the channels innermost, so that blocks that run
+// together read whole rows. kWidth is the width, or 8 for any width up to it: the missing
+// oldest taps are zero. A thread may use no more registers than let kConvBlocks blocks hide
+// each other's waits.
 constexpr int kConvWarps = 4, kConvRows = 8;
 template <class T, int kWidth>
 constexpr int kConvBlocks = kWidth > 4       ? 1
@@ -354,9 +356,9 @@ constexpr int kConvBlocks = kWidth > 4       ? 1
 
 template <class T, int kWidth, int kVector>
 __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
-    causal_conv1d_fused_kernel(ConvArgs<T> a, unsigned blocks) {
+    causal_conv1d_fused_kernel(ConvArgs<T> a, unsigned blocks, unsigned pieces) {
   static_assert(kConvRows >= kWidth - 1, "what comes before a later piece lies in x alone");
-  const std::int64_t b = blockIdx.y, piece = blockIdx.x / blocks;
+  const std::int64_t b = blockIdx.x / blocks / pieces, piece = blockIdx.x / blocks % pieces;
   const std::int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
   const std::int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
   const Rows rows = rows_of(b, a.L, a.row_offsets);
@@ -468,8 +470,8 @@ void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
                                               : causal_conv1d_fused_kernel<T, 4, 1>)
                                    : (aligned ? causal_conv1d_fused_kernel<T, 8, 4>
                                               : causal_conv1d_fused_kernel<T, 8, 1>);
-  const dim3 grid(unsigned(pieces * blocks), unsigned(a.batch));
-  kernel<<<grid, 32 * kConvWarps, 0, stream>>>(a, unsigned(blocks));
+  kernel<<<unsigned(a.batch * pieces * blocks), 32 * kConvWarps, 0, stream>>>(
+      a, unsigned(blocks), unsigned(pieces));
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -2890,7 +2892,8 @@ struct ScanDecodeArgs {
 // Four lanes share a channel: each takes every fourth piece of the row of dt_proj and of the states, four
 // numbers a piece, both in registers before the wait. dt, B and C pass through shared memory.
 // Grid: x = channels in blocks of 32, y = sequences.
-constexpr int kScanDecodePieces = 10;  // of dt_proj in registers: dt_rank 160
+constexpr int kScanDecodePieces = 10;           // of dt_proj in registers: dt_rank 160
+constexpr int kMostStepInputs = 48 * 1024 / 4;  // numbers of dt, B and C in shared memory
 
 template <class T>
 __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
@@ -3778,7 +3781,8 @@ struct Compute {
     const std::int64_t n = 16 / sizeof(T);
     return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&
            config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
-           config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps;
+           config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps &&
+           config.dt_rank + 2 * config.d_state <= kMostStepInputs;
   }
 
   // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
