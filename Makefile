@@ -9,12 +9,12 @@ PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libutf8proc-d
 # GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
 WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
 HEADERS   = ssm_reference.hpp tokenizer.hpp mamba.hpp
-TESTS     = $(patsubst tests/%.cpp,build/%.o,$(wildcard tests/*.cpp))
+TESTS     = $(patsubst tests/%.cpp,build/%.o,$(filter-out tests/emulate_runtime.cpp,$(wildcard tests/*.cpp)))
 CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda debug bench notebook check-readme format lint clean setup
+.PHONY: help run test cuda test-cuda test-emulated debug bench notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -54,7 +54,7 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 	./build/tests_cuda
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba mamba_cuda && \
 	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
-	else echo "GPU program against CPU program: skipped, no GPU here"; fi
+	else echo "GPU program against CPU program: skipped, no GPU here"; $(MAKE) test-emulated; fi
 
 build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	@mkdir -p build
@@ -62,6 +62,35 @@ build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS)
 
 build/tests_cuda: $(patsubst tests/%.cu,build/%.cuda.o,$(wildcard tests/*.cu)) build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
+
+# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly, and all but wgmma. Others than the quick ones:
+# make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
+EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda rms_norm*,cuda models: float32*
+CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
+EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/*.cu)) build/emulated/emulate_runtime.o
+
+test-emulated: build/emulated/tests  ## GPU tests where there is no GPU: kernels run on the CPU, thread by thread
+	@echo "emulated GPU: $(EMULATE)"
+	./build/emulated/tests "$(EMULATE)"
+
+build/emulated/tests: $(EMULATED) build/main.o
+	$(CXX) $^ -o $@ $(LIBS) $(CATCH2)
+
+.SECONDARY:  # what was translated stays, to be read and debugged
+build/emulated/%.cu: %.cu tests/emulate.py
+	@mkdir -p build/emulated
+	python3 tests/emulate.py $< $@
+
+build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
+	@mkdir -p build/emulated
+	python3 tests/emulate.py $< $@
+
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support.hpp $(HEADERS) | setup
+	$(CXX) -std=c++17 -O1 -g1 -w -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
+
+build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
+	@mkdir -p build/emulated
+	$(CXX) -std=c++17 -O2 $(WARNINGS) -isystem $(CUDA_INCLUDE) -c $< -o $@
 
 SANITIZE = -std=c++17 -O1 -g1 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
