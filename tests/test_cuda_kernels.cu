@@ -590,6 +590,53 @@ TEST_CASE("cuda rms_norm, gated_rms_norm: match the reference, per group") {
     }
 }
 
+// --- the product of decode ---
+
+namespace {
+
+// Few rows and many, pieces that do not fill a warp, several rounds; between them all splits of a row.
+template <class T>
+void linear_step_matches(const char* dtype) {
+  Random random(17);
+  constexpr Index n = 16 / sizeof(T);
+  for (const Index rows : {1, 3, 30, 517, 13000})
+    for (const Index cols : {n, 5 * n, 33 * n, 100 * n})
+      for (const Index batch : {1, 2, 3, 4}) {
+        if (rows > 5000 && (cols > 5 * n || batch == 3)) continue;
+        const Matrix<double> W = stored<T>(random.matrix<double>(rows, cols)),
+                             x = stored<T>(random.matrix<double>(batch, cols)),
+                             r = stored<float>(random.matrix<double>(batch, cols)),
+                             before = stored<float>(random.matrix<double>(batch, rows));
+        const Row<double> w = stored<float>(random.matrix<double>(1, cols)).row(0);
+        const DeviceBuffer<T> W_d = up<T>(W), x_d = up<T>(x);
+        const DeviceBuffer<float> r_d = up<float>(r), w_d = up<float>(Matrix<double>(w)),
+                                  out = poisoned<float>(batch * rows),
+                                  residual = up<float>(before);
+        INFO(dtype << ": rows " << rows << ", cols " << cols << ", batch " << batch);
+        linear_step(W_d.data(), rows, cols, int(batch), PlainInput<T>{x_d.data(), cols},
+                    PlainOutput{out.data(), rows}, nullptr);
+        check_close("W x", down(out, batch, rows), Matrix<double>(x * W.transpose()),
+                    Matrix<double>(x.cwiseAbs() * W.cwiseAbs().transpose()), 256, 0x1p-24);
+        linear_step(W_d.data(), rows, cols, int(batch),
+                    NormedInput{r_d.data(), w_d.data(), cols, 1e-5f},
+                    ResidualOutput{residual.data(), nullptr, rows}, nullptr);
+        const Matrix<double> u = ssm::rms_norm<double>(r, w, 1e-5);
+        check_close(
+            "residual + W rms_norm(r)", down(residual, batch, rows),
+            Matrix<double>(before + u * W.transpose()),
+            Matrix<double>(before.cwiseAbs() + u.cwiseAbs() * W.cwiseAbs().transpose()),
+            256, 0x1p-24);
+      }
+}
+
+}  // namespace
+
+TEST_CASE("cuda linear_step: the product, its norm and its residual match the reference") {
+  linear_step_matches<float>("f32");
+  linear_step_matches<bf16>("bf16");
+  linear_step_matches<half>("f16");
+}
+
 // --- the sampler ---
 
 TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
