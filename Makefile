@@ -54,7 +54,8 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 	./build/tests_cuda
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba mamba_cuda && \
 	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
-	else echo "GPU program against CPU program: skipped, no GPU here"; $(MAKE) test-emulated; fi
+	else echo "GPU program against CPU program: skipped, no GPU here"; \
+	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
 build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	@mkdir -p build
