@@ -14,8 +14,8 @@
 //   causal_conv1d_fused_kernel         causal_conv1d, silu     window in registers        pieces of t, d
 //   causal_conv1d_step_kernel          causal_conv1d_step      one token                  batch, d
 //   selective_scan_naive_kernel        selective_scan          one thread walks time      batch, d
-//   selective_scan_fused_kernel        selective_scan          half a block walks time,   batch, d, pieces of N
-//                                                              the other half feeds it
+//   selective_scan_fused_kernel        selective_scan          some warps walk time,      batch, d, pieces of N
+//                                                              others feed and finish
 //   selective_scan_chunk_start_kernel  selective_scan_chunked  a short walk between two   batch, d, N, chunks of t
 //                                                              passes of the fused one
 //   selective_scan_step_kernel         selective_scan_step     one token, h in place      batch, d, N
@@ -223,6 +223,41 @@ __device__ inline Vector<T, n> pack(const float (&from)[n]) {
   Vector<T, n> v;
   std::memcpy(&v, numbers, sizeof v);
   return v;
+}
+
+// kBytes (4, 8 or 16) from global to shared memory, behind the threads' backs; zeros, and nothing is read,
+// where !valid.
+template <int kBytes = 16>
+__device__ inline void copy_async(std::uint32_t to, const void* from, bool valid) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from),
+                 "n"(kBytes), "r"(valid ? kBytes : 0)
+                 : "memory");
+  }
+}
+__device__ inline void copy_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ inline void copy_async_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+template <int kPending>  // all but the last kPending commits have arrived
+__device__ void copy_async_wait_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+// The same for n numbers; a single one of 16 bits is copied at once.
+template <class T, int n>
+__device__ inline void copy_async(Vector<T, n>* to, const T* from, bool valid) {
+  if constexpr (sizeof(Vector<T, n>) >= 4) {
+    copy_async<int(sizeof(Vector<T, n>))>(std::uint32_t(__cvta_generic_to_shared(to)), from,
+                                          valid);
+  } else {
+    *to = load<n>(from, valid);
+  }
 }
 
 constexpr float kLog2e = 1.44269504f;
@@ -551,50 +586,53 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
 // Since the rung before: a channel's states are split over kLanes threads, kStates each, in
 // registers; B and C are read once per block, not once per channel; and everything that is
 // done once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A
-// block is 256 threads over kChannels channels of one group of one sequence, and works on
-// tiles of kSteps rows:
+// block takes `width` channels of one group of one sequence, and works on tiles of kSteps
+// rows:
 //
-//   walkers (threads 0-127)    walk time, each with kStates states of one channel
-//   servers (threads 128-255)  while tile i is walked, finish the outputs of tile i - 1 (sum
-//                              over lanes, D x, gate) and prepare tile i + 1 (softplus, B, C)
+//   feeders    prepare tile i + 1: softplus, delta x, and B and C as floats
+//   walkers    walk tile i, each with kStates states of one channel, and sum C_t . h_t over
+//              the lanes of the channel
+//   finishers  complete the outputs of tile i - 1: D x and the gate
 //
 // Everything shared is double-buffered by the tile's parity, so one barrier per tile orders
 // all of it. Rows past the end get delta = 0 and B = 0: the state stands still. Missing
-// states get A = B = C = 0.
+// states get A = B = C = 0. Feeders and finishers ask for their numbers kDepth tiles ahead,
+// by asynchronous copies into a ring in shared memory (registers on their way cannot wait in
+// turn); each thread reads only what it has copied itself.
 //
 // What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B,
 // two multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from
 // shared memory. More states per thread therefore mean less shared traffic, and fewer
 // threads per channel. Grid: sequences (or their chunks) times groups times blocks of
-// kChannels.
-template <int kStates_, int kLanes_>
+// `width` channels.
+template <int kStates_, int kLanes_, int kChannels_, int kSteps_, int kServers, int kDepth_>
 struct ScanTile {
-  static constexpr int kStates = kStates_, kLanes = kLanes_;
-  static constexpr int kWalkers = 128, kServers = 128;
-  static constexpr int kN = kStates * kLanes;  // d_state, rounded up
-  static constexpr int kChannels = kWalkers / kLanes;
-  static constexpr int kSteps = kN > 64 ? 8 : kChannels > 32 ? 16 : 32;
-  static constexpr int kGroup =
-      kStates < 4 ? 4 : 2;  // steps that are read and discretized together
+  static constexpr int kStates = kStates_, kLanes = kLanes_, kSteps = kSteps_;
+  static constexpr int kChannels = kChannels_;  // of a block, at most
+  static constexpr int kFeeders = kServers, kFinishers = kServers, kDepth = kDepth_;
+  static constexpr int kN = kStates * kLanes;         // d_state, rounded up
+  static constexpr int kPerWarp = 32 / kLanes;        // channels of a warp
+  static constexpr int kGroup = kStates < 4 ? 4 : 2;  // steps read and discretized together
+  static constexpr int kSum = 8;                      // steps summed over lanes together
+  // The bits of a lane that number its states; the others number its channel. So neighbours share their
+  // states and every other two their channel, and shared memory answers them together.
+  static constexpr int kStateBits = kLanes == 32 ? 31 : (32 - 2 * kPerWarp) | 2;
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
-  static_assert(kLanes % 2 == 0, "two neighbouring walkers share a channel");
-  static_assert(kSteps >= 2 * kGroup,
-                "two groups are under way before the first is walked");
-  static_assert(kChannels % 4 == 0, "a server owns four channels");
-  // Between lanes and between rows of y: spaced so that neither side meets bank conflicts.
-  static constexpr int kLaneStride = kChannels % 32 ? kChannels : kChannels + 16;
+  static_assert(kSteps % kSum == 0 && kSum % (2 * kGroup) == 0, "groups of both parities");
+  static_assert(kChannels % 4 == 0 && kChannels % kPerWarp == 0, "whole warps");
+  // From row to row of y: spaced so that neither side meets bank conflicts.
+  static constexpr int kUnit = kPerWarp < 4 ? 4 : kPerWarp;
+  static constexpr int kRow = kChannels / kUnit % 2 ? kChannels : kChannels + kUnit;
 
   alignas(32) float2 input[2][kSteps][kChannels];  // {delta_t, delta_t x_t}
   alignas(32) float2 BC[2][kSteps][kN];            // {B_t, C_t}
-  // Each lane's share of C_t . h_t.
-  alignas(32) float y[2][kSteps][kLanes * kLaneStride + kChannels % 32];
+  alignas(32) float y[2][kSteps][kRow];            // C_t . h_t
 };
 
-// The block's two roles meet here. A barrier with a name, because they come from two branches, and
+// The block's roles meet here. A barrier with a name, because they come from several branches, and
 // __syncthreads() is to be one and the same for all.
-template <class Tile>
 __device__ inline void meet() {
-  asm volatile("barrier.sync 1, %0;" ::"n"(Tile::kWalkers + Tile::kServers) : "memory");
+  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(blockDim.x) : "memory");
 }
 
 // What one block works on: some rows of one sequence, some channels of one group.
@@ -603,6 +641,7 @@ struct ScanBlock {
   Rows rows;
   std::int64_t group;
   std::int64_t channel;  // the first
+  int width;             // channels of a block
   int n_channels;        // how many of them exist
 };
 
@@ -613,11 +652,12 @@ struct Chunks {
   float* total = nullptr;  // (batch, count, d_inner): sum of delta_t over the chunk
 };
 
-template <class Tile, class T>
-__device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks) {
-  const std::int64_t width = a.d_inner / a.n_groups;
-  const std::int64_t blocks = (width + Tile::kChannels - 1) / Tile::kChannels;
-  const std::int64_t first = blockIdx.x % blocks * Tile::kChannels;
+template <class T>
+__device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks,
+                                       int width) {
+  const std::int64_t channels = a.d_inner / a.n_groups;
+  const std::int64_t blocks = (channels + width - 1) / width;
+  const std::int64_t first = blockIdx.x % blocks * width;
   const std::int64_t group = blockIdx.x / blocks % a.n_groups;
   const std::int64_t sequence = blockIdx.x / blocks / a.n_groups;
   Rows rows = rows_of(sequence / chunks.count, a.L, a.row_offsets);
@@ -625,16 +665,53 @@ __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunk
     const std::int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
     rows = {rows.first + skip, min(chunks.length, rows.count - skip)};
   }
-  return {sequence, rows, group, group * width + first,
-          int(min(width - first, std::int64_t(Tile::kChannels)))};
+  return {sequence, rows,
+          group,    group * channels + first,
+          width,    int(min(channels - first, std::int64_t(width)))};
+}
+
+template <int kBits>  // the chosen bits of a lane, as a number
+__device__ inline int lane_bits(int lane) {
+  int number = 0, count = 0;
+#pragma unroll
+  for (int b = 0; b < 5; ++b)
+    if (kBits >> b & 1) number |= (lane >> b & 1) << count++;
+  return number;
+}
+
+// Sums each y[k] over the lanes of a channel. While several sums are left, half of the lanes go on with one
+// half of them and half with the other: a lane ends with the sums of step `first`, which is returned, and of
+// those behind it. That is one exchange a step instead of log2(kLanes).
+template <class Tile, int kBit = 16, int kCount = Tile::kSum>
+__device__ inline int sum_over_lanes(float (&y)[Tile::kSum], int lane) {
+  if constexpr (kBit == 0) {
+    return 0;
+  } else if constexpr ((Tile::kStateBits & kBit) == 0) {
+    return sum_over_lanes<Tile, kBit / 2, kCount>(y, lane);
+  } else if constexpr (kCount == 1) {
+    y[0] += __shfl_xor_sync(~0u, y[0], kBit);
+    return sum_over_lanes<Tile, kBit / 2, 1>(y, lane);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const bool upper = lane & kBit;
+#pragma unroll
+    for (int k = 0; k < kHalf; ++k) {
+      const float mine = upper ? y[k + kHalf] : y[k], other = upper ? y[k] : y[k + kHalf];
+      y[k] = mine + __shfl_xor_sync(~0u, other, kBit);
+    }
+    return (upper ? kHalf : 0) + sum_over_lanes<Tile, kBit / 2, kHalf>(y, lane);
+  }
 }
 
 template <class Tile, class T>
-__device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, Tile& tile) {
-  constexpr int kStates = Tile::kStates;
-  // Neighbouring threads share a channel: one read of its delta serves both.
-  const int c = threadIdx.x / 2 % Tile::kChannels;
-  const int s = threadIdx.x % 2 + threadIdx.x / (2 * Tile::kChannels) * 2;
+__device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks,
+                                 const ScanBlock& block, Tile& tile) {
+  constexpr int kStates = Tile::kStates, kGroup = Tile::kGroup, kSum = Tile::kSum;
+  constexpr int kMine =
+      kSum / (Tile::kLanes < kSum ? Tile::kLanes : kSum);  // sums a lane ends with
+  const int lane = threadIdx.x % 32;
+  const int s = lane_bits<Tile::kStateBits>(lane),
+            c = threadIdx.x / 32 * Tile::kPerWarp + lane_bits<31 - Tile::kStateBits>(lane);
   const std::int64_t d = block.channel + c,
                      state = (block.sequence * a.d_inner + d) * a.d_state;
   const bool exists = c < block.n_channels;
@@ -652,23 +729,21 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
   // The walk is a pipeline over groups of kGroup steps: while group g is walked, the powers of group
   // g + 1 are computed, and what group g + 2 needs is on its way from shared memory. Otherwise every step
   // would wait for the latency of the one and of the other.
-  constexpr int kGroup = Tile::kGroup, kGroups = Tile::kSteps / kGroup;
   struct Operands {
     float delta, delta_x, B[kStates], C[kStates];
   };
   struct Discrete {
     float A_bar[kStates], B_bar_x[kStates], C[kStates];
   };
-  const auto read = [&](int parity, int g, Operands(&o)[kGroup]) {
+  const auto read = [&](int parity, int t, Operands(&o)[kGroup]) {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
-      const int t = g * kGroup + k;
-      const float2 input = tile.input[parity][t][c];
+      const float2 input = tile.input[parity][t + k][c];
       o[k].delta = input.x, o[k].delta_x = input.y;
 #pragma unroll
       for (int p = 0; p < kStates; p += 2) {
         const float4 two =
-            *reinterpret_cast<const float4*>(&tile.BC[parity][t][s * kStates + p]);
+            *reinterpret_cast<const float4*>(&tile.BC[parity][t + k][s * kStates + p]);
         o[k].B[p] = two.x, o[k].C[p] = two.y, o[k].B[p + 1] = two.z, o[k].C[p + 1] = two.w;
       }
     }
@@ -686,34 +761,40 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
 
   const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
   for (int i = 0; i < tiles; ++i) {
-    meet<Tile>();  // servers wrote input and BC of tile i, and have read y of tile i - 2
+    meet();  // feeders wrote input and BC of tile i, finishers have read y of tile i - 2
     const int parity = i & 1;
     Operands operands[2][kGroup];  // of even and of odd groups
     Discrete discrete[2][kGroup];
     read(parity, 0, operands[0]);
-    read(parity, 1, operands[1]);
+    read(parity, kGroup, operands[1]);
     discretize(operands[0], discrete[0]);
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (g + 2 < kGroups) read(parity, g + 2, operands[g % 2]);
-      if (g + 1 < kGroups) discretize(operands[(g + 1) % 2], discrete[(g + 1) % 2]);
-      float y[kGroup];
+    for (int t = 0; t < Tile::kSteps; t += kSum) {
+      float y[kSum];
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        const Discrete& now = discrete[g % 2][k];
-        y[k] = 0.f;
+      for (int k = 0; k < kSum; k += kGroup) {
+        const int even = k / kGroup % 2;
+        // The last two groups of a tile have none to read ahead, and read the first again.
+        read(parity, (t + k + 2 * kGroup) % Tile::kSteps, operands[even]);
+        discretize(operands[1 - even], discrete[1 - even]);
 #pragma unroll
-        for (int p = 0; p < kStates; ++p) {
-          h[p] = fmaf(now.A_bar[p], h[p], now.B_bar_x[p]);
-          y[k] = fmaf(now.C[p], h[p], y[k]);
+        for (int j = 0; j < kGroup; ++j) {
+          const Discrete& now = discrete[even][j];
+          y[k + j] = 0.f;
+#pragma unroll
+          for (int p = 0; p < kStates; ++p) {
+            h[p] = fmaf(now.A_bar[p], h[p], now.B_bar_x[p]);
+            y[k + j] = fmaf(now.C[p], h[p], y[k + j]);
+          }
         }
       }
+      const int first = t + sum_over_lanes<Tile>(y, lane);
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k)
-        tile.y[parity][g * kGroup + k][s * Tile::kLaneStride + c] = y[k];
+      for (int k = 0; k < kMine; ++k) tile.y[parity][first + k][c] = y[k];
     }
   }
-  meet<Tile>();  // y of the last tile, before servers read it
+  meet();  // y of the last tile is written
+  if (chunks.total) meet();
 
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
@@ -722,104 +803,97 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const ScanBlock& block, T
   }
 }
 
-// The part of the rows of a tile that one server carries: n neighbouring columns in every
-// kStride-th row.
-template <class Tile, int kColumns, int n>
+// The part of the rows of a tile that one feeder or finisher carries: n neighbouring columns in every
+// `stride`-th row.
+template <class Tile, int kColumns, int kThreads, int n>
 struct Share {
-  static constexpr int kThreads = kColumns / n;  // that share a row
-  static constexpr int kStride =
-      Tile::kServers / kThreads;  // rows from one of its own to the next
-  static constexpr int kRows = (Tile::kSteps + kStride - 1) / kStride;  // of its own
-  const int column, first;
-  __device__ explicit Share(int server)
-      : column(server % kThreads * n), first(server / kThreads) {}
-  __device__ int row(int r) const { return first + r * kStride; }
-  __device__ bool has(int r) const {
-    return Tile::kSteps % kStride == 0 || row(r) < Tile::kSteps;
+  // Rows of its own, at most, of any number of columns up to kColumns.
+  static constexpr int rows() {
+    int most = 0;
+    for (int threads = 1; threads <= kColumns / n; ++threads) {
+      const int stride = kThreads / threads, rows = (Tile::kSteps + stride - 1) / stride;
+      most = rows > most ? rows : most;
+    }
+    return most;
   }
+  static constexpr int kRows = rows();
+  const int column, stride, first;       // stride: rows from one of its own to the next
+  __device__ Share(int me, int threads)  // threads: that share a row
+      : column(me % threads * n), stride(kThreads / threads), first(me / threads) {}
+  __device__ int row(int r) const { return first + r * stride; }
+  __device__ bool has(int r) const { return first < stride && row(r) < Tile::kSteps; }
+};
+
+template <class T, class Tile, int n>
+struct FeederRing {
+  static constexpr int kDepth = Tile::kDepth;  // tiles under way
+  using ShareD = Share<Tile, Tile::kChannels, Tile::kFeeders, n>;
+  using ShareN = Share<Tile, Tile::kN, Tile::kFeeders, n>;
+  Vector<T, n> x[kDepth][ShareD::kRows][Tile::kFeeders];
+  Vector<T, n> delta[kDepth][ShareD::kRows][Tile::kFeeders];
+  Vector<T, n> B[kDepth][ShareN::kRows][Tile::kFeeders];
+  Vector<T, n> C[kDepth][ShareN::kRows][Tile::kFeeders];
 };
 
 template <class Tile, int n, class T>
-__device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
-                                   const ScanBlock& block, Tile& tile) {
-  constexpr int kSteps = Tile::kSteps;
-  using ShareD = Share<Tile, Tile::kChannels, n>;
-  using ShareN = Share<Tile, Tile::kN, n>;
-  const ShareD my(threadIdx.x - Tile::kWalkers);
-  const ShareN my_N(threadIdx.x - Tile::kWalkers);
+__device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
+                                  const ScanBlock& block, Tile& tile,
+                                  FeederRing<T, Tile, n>& ring, int me) {
+  using Ring = FeederRing<T, Tile, n>;
+  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth;
+  const typename Ring::ShareD my(me, block.width / n);
+  const typename Ring::ShareN my_N(Tile::kFeeders - 1 - me,
+                                   Tile::kN / n);  // from the other end
   const std::int64_t d = block.channel + my.column;
   const bool exists = my.column < block.n_channels, exists_N = my_N.column < a.d_state;
   const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
 
-  float bias[n], D[n], total[n];
+  float bias[n], total[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     bias[k] = a.delta_bias && exists ? a.delta_bias[d + k] : 0.f;
-    D[k] = a.D && exists ? a.D[d + k] : 0.f;
     total[k] = 0.f;  // of delta_t
   }
   const std::int64_t first = block.rows.first + my.first,
                      first_N = block.rows.first + my_N.first;
   const std::int64_t column_N = block.group * a.d_state + my_N.column;
-  const T* x_in = a.x + first * a.x_stride + d;
-  const T* delta_in = a.delta + first * a.delta_stride + d;
-  const T* B_in = a.B + first_N * a.B_stride + column_N;
-  const T* C_in = a.C + first_N * a.C_stride + column_N;
-  const T* x_out = x_in;
-  const T* z_out = a.z + first * a.z_stride + d;
-  T* out = a.out + first * a.out_stride + d;
+  const T* x = a.x + first * a.x_stride + d;
+  const T* delta = a.delta + first * a.delta_stride + d;
+  const T* B = a.B + first_N * a.B_stride + column_N;
+  const T* C = a.C + first_N * a.C_stride + column_N;
 
-  // Numbers on their way from global memory. They are requested a whole tile before they
-  // are used.
-  struct Input {
-    Vector<T, n> x[ShareD::kRows], delta[ShareD::kRows], B[ShareN::kRows], C[ShareN::kRows];
-  };
-  struct Gate {
-    Vector<T, n> x[ShareD::kRows], z[ShareD::kRows];
-  };
-
-  const auto fetch_input = [&](int i) {
-    Input in;
+  const auto fetch = [&](int i) {  // tile i, or nothing if there is none
+    const int slot = i % kDepth;
 #pragma unroll
-    for (int r = 0; r < ShareD::kRows; ++r) {
-      const bool inside = exists && my.has(r) && i * kSteps + my.row(r) < length;
-      in.x[r] = load<n>(x_in + r * ShareD::kStride * a.x_stride, inside);
-      in.delta[r] = load<n>(delta_in + r * ShareD::kStride * a.delta_stride, inside);
+    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
+      if (!my.has(r)) break;
+      const std::int64_t row = r * my.stride;
+      const bool inside = exists && i * kSteps + my.row(r) < length;
+      copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside);
+      copy_async(&ring.delta[slot][r][me], delta + row * a.delta_stride, inside);
     }
 #pragma unroll
-    for (int r = 0; r < ShareN::kRows; ++r) {
-      const bool inside = exists_N && my_N.has(r) && i * kSteps + my_N.row(r) < length;
-      in.B[r] = load<n>(B_in + r * ShareN::kStride * a.B_stride, inside);
-      in.C[r] = load<n>(C_in + r * ShareN::kStride * a.C_stride, inside);
+    for (int r = 0; r < Ring::ShareN::kRows; ++r) {
+      if (!my_N.has(r)) break;
+      const std::int64_t row = r * my_N.stride;
+      const bool inside = exists_N && i * kSteps + my_N.row(r) < length;
+      copy_async(&ring.B[slot][r][me], B + row * a.B_stride, inside);
+      copy_async(&ring.C[slot][r][me], C + row * a.C_stride, inside);
     }
-    x_in += kSteps * a.x_stride;
-    delta_in += kSteps * a.delta_stride;
-    B_in += kSteps * a.B_stride;
-    C_in += kSteps * a.C_stride;
-    return in;
+    copy_async_commit();
+    x += kSteps * a.x_stride, delta += kSteps * a.delta_stride;
+    B += kSteps * a.B_stride, C += kSteps * a.C_stride;
   };
 
-  const auto fetch_gate = [&](int i) {
-    Gate gate;
+  const auto prepare = [&](int i) {
+    const int slot = i % kDepth;
 #pragma unroll
-    for (int r = 0; r < ShareD::kRows; ++r) {
-      const bool inside = exists && my.has(r) && i * kSteps + my.row(r) < length;
-      gate.x[r] = load<n>(x_out + r * ShareD::kStride * a.x_stride, inside && a.D);
-      gate.z[r] = load<n>(z_out + r * ShareD::kStride * a.z_stride, inside && a.z);
-    }
-    x_out += kSteps * a.x_stride;
-    z_out += kSteps * a.z_stride;
-    return gate;
-  };
-
-  const auto prepare = [&](int i, const Input& in) {
-#pragma unroll
-    for (int r = 0; r < ShareD::kRows; ++r) {
+    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
       const int t = my.row(r);
       if (!my.has(r)) break;
       float x_t[n], delta_t[n], input[2 * n];
-      unpack(in.x[r], x_t);
-      unpack(in.delta[r], delta_t);
+      unpack(ring.x[slot][r][me], x_t);
+      unpack(ring.delta[slot][r][me], delta_t);
 #pragma unroll
       for (int k = 0; k < n; ++k) delta_t[k] += bias[k];
       if (a.delta_softplus) {
@@ -836,87 +910,137 @@ __device__ inline void serve_tiles(const ScanArgs<T>& a, const Chunks& chunks,
       store(&tile.input[i & 1][t][my.column].x, pack<float>(input));
     }
 #pragma unroll
-    for (int r = 0; r < ShareN::kRows; ++r) {
+    for (int r = 0; r < Ring::ShareN::kRows; ++r) {
       if (!my_N.has(r)) break;
       float B_t[n], C_t[n], pairs[2 * n];
-      unpack(in.B[r], B_t);
-      unpack(in.C[r], C_t);
+      unpack(ring.B[slot][r][me], B_t);
+      unpack(ring.C[slot][r][me], C_t);
 #pragma unroll
       for (int k = 0; k < n; ++k) pairs[2 * k] = B_t[k], pairs[2 * k + 1] = C_t[k];
       store(&tile.BC[i & 1][my_N.row(r)][my_N.column].x, pack<float>(pairs));
     }
   };
 
-  const auto finish = [&](int i, const Gate& gate) {
-#pragma unroll
-    for (int r = 0; r < ShareD::kRows; ++r) {
-      const int t = my.row(r);
-      if (!my.has(r)) break;
-      float x_t[n], z_t[n], y_t[n], part[n];
-      unpack(gate.x[r], x_t);
-      unpack(gate.z[r], z_t);
-      unpack(load<n>(&tile.y[i & 1][t][my.column], true), y_t);
-#pragma unroll
-      for (int s = 1; s < Tile::kLanes; ++s) {
-        unpack(load<n>(&tile.y[i & 1][t][s * Tile::kLaneStride + my.column], true), part);
-#pragma unroll
-        for (int k = 0; k < n; ++k) y_t[k] += part[k];
-      }
-#pragma unroll
-      for (int k = 0; k < n; ++k) y_t[k] = fmaf(D[k], x_t[k], y_t[k]);
-      if (a.z) {
-#pragma unroll
-        for (int k = 0; k < n; ++k) y_t[k] *= silu(z_t[k]);
-      }
-      if (exists && i * kSteps + t < length) {
-        store(out + r * ShareD::kStride * a.out_stride, pack<T>(y_t));
-      }
-    }
-    out += kSteps * a.out_stride;
-  };
-
-  prepare(0, fetch_input(0));
-  Input next_input = fetch_input(1);
-  Gate next_gate = {};
+  for (int i = 0; i < kDepth; ++i) fetch(i);
   for (int i = 0; i < tiles; ++i) {
-    meet<
-        Tile>();  // walkers wrote y of tile i - 1, and have read input and BC of tile i - 1
-    const Input input = next_input;
-    const Gate gate = next_gate;
-    next_input = fetch_input(i + 2);
-    if (a.out) next_gate = fetch_gate(i);
-    if (a.out && i > 0) finish(i - 1, gate);
-    if (i + 1 < tiles) prepare(i + 1, input);
+    copy_async_wait_but<kDepth - 1>();
+    prepare(i);
+    fetch(i + kDepth);  // in its place
+    meet();             // walkers have read input and BC of tile i - 1
   }
-  // The half of `input` that no walker reads any more takes the sums over each server's
-  // rows.
-  if (chunks.total && my.first < kSteps) {
+  meet();
+  if (!chunks.total) return;
+  // The sums over each feeder's rows, then over all.
+  if (my.first < min(my.stride, kSteps)) {
 #pragma unroll
-    for (int k = 0; k < n; ++k) tile.input[tiles & 1][my.first][my.column + k].x = total[k];
+    for (int k = 0; k < n; ++k) tile.input[0][my.first][my.column + k].x = total[k];
   }
-  meet<Tile>();  // walkers wrote y of the last tile, servers wrote their sums
-  if (a.out && tiles > 0) finish(tiles - 1, next_gate);
-  if (chunks.total && my.first == 0 && exists) {
-    for (int r = 1; r < min(ShareD::kStride, kSteps); ++r) {
+  meet();  // sums are written before they are added
+  if (my.first == 0 && exists) {
+    for (int r = 1; r < min(my.stride, kSteps); ++r) {
 #pragma unroll
-      for (int k = 0; k < n; ++k) total[k] += tile.input[tiles & 1][r][my.column + k].x;
+      for (int k = 0; k < n; ++k) total[k] += tile.input[0][r][my.column + k].x;
     }
 #pragma unroll
     for (int k = 0; k < n; ++k) chunks.total[block.sequence * a.d_inner + d + k] = total[k];
   }
 }
 
+template <class T, class Tile, int n>
+struct FinisherRing {
+  static constexpr int kDepth = Tile::kDepth;
+  using ShareD = Share<Tile, Tile::kChannels, Tile::kFinishers, n>;
+  Vector<T, n> x[kDepth][ShareD::kRows][Tile::kFinishers];
+  Vector<T, n> z[kDepth][ShareD::kRows][Tile::kFinishers];
+};
+
+template <class Tile, int n, class T>
+__device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
+                                    const ScanBlock& block, Tile& tile,
+                                    FinisherRing<T, Tile, n>& ring, int me) {
+  using Ring = FinisherRing<T, Tile, n>;
+  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth;
+  const typename Ring::ShareD my(me, block.width / n);
+  const std::int64_t d = block.channel + my.column, first = block.rows.first + my.first;
+  const bool exists = my.column < block.n_channels;
+  const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
+  float D[n];
+#pragma unroll
+  for (int k = 0; k < n; ++k) D[k] = a.D && exists ? a.D[d + k] : 0.f;
+  const T* x = a.x + first * a.x_stride + d;
+  const T* z = a.z + first * a.z_stride + d;
+  T* out = a.out + first * a.out_stride + d;
+
+  const auto fetch = [&](int i) {
+    const int slot = i % kDepth;
+#pragma unroll
+    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
+      if (!my.has(r)) break;
+      const std::int64_t row = r * my.stride;
+      const bool inside = exists && a.out && i * kSteps + my.row(r) < length;
+      copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside && a.D);
+      copy_async(&ring.z[slot][r][me], z + row * a.z_stride, inside && a.z);
+    }
+    copy_async_commit();
+    x += kSteps * a.x_stride, z += kSteps * a.z_stride;
+  };
+
+  const auto finish = [&](int i) {
+    const int slot = i % kDepth;
+#pragma unroll
+    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
+      const int t = my.row(r);
+      if (!my.has(r)) break;
+      float x_t[n], z_t[n], y_t[n];
+      unpack(ring.x[slot][r][me], x_t);
+      unpack(ring.z[slot][r][me], z_t);
+      unpack(load<n>(&tile.y[i & 1][t][my.column], true), y_t);
+#pragma unroll
+      for (int k = 0; k < n; ++k) y_t[k] = fmaf(D[k], x_t[k], y_t[k]);
+      if (a.z) {
+#pragma unroll
+        for (int k = 0; k < n; ++k) y_t[k] *= silu(z_t[k]);
+      }
+      if (exists && i * kSteps + t < length)
+        store(out + r * my.stride * a.out_stride, pack<T>(y_t));
+    }
+    out += kSteps * a.out_stride;
+  };
+
+  for (int i = 0; i < kDepth; ++i) fetch(i);
+  meet();
+  for (int i = 0; i < tiles; ++i) {
+    meet();  // walkers wrote y of tile i
+    copy_async_wait_but<kDepth - 1>();
+    if (a.out) finish(i);
+    fetch(i + kDepth);
+  }
+  if (chunks.total) meet();
+}
+
+template <class T, class Tile, int n>
+struct ScanRings {
+  FeederRing<T, Tile, n> feeders;
+  FinisherRing<T, Tile, n> finishers;
+};
+
 template <class T, class Tile, int n, int kBlocksPerSM>
-__global__ void __launch_bounds__(Tile::kWalkers + Tile::kServers, kBlocksPerSM)
-    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks) {
+__global__ void __launch_bounds__(Tile::kChannels* Tile::kLanes + Tile::kFeeders +
+                                      Tile::kFinishers,
+                                  kBlocksPerSM)
+    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, int width) {
   extern __shared__ __align__(32) unsigned char shared_memory[];
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory);
-  const ScanBlock block = scan_block<Tile>(a, chunks);
-  // Both roles pass the same number of barriers: one per tile, and one more.
-  if (threadIdx.x < Tile::kWalkers) {
-    walk_time(a, block, tile);
+  auto& rings = *reinterpret_cast<ScanRings<T, Tile, n>*>(shared_memory + sizeof(Tile));
+  const ScanBlock block = scan_block(a, chunks, width);
+  // All roles pass the same number of barriers: one per tile, and one more (two, where delta is summed).
+  const int walkers = width * Tile::kLanes, me = threadIdx.x - walkers;
+  if (me < 0) {
+    walk_time(a, chunks, block, tile);
+  } else if (me < Tile::kFeeders) {
+    feed_tiles<Tile, n>(a, chunks, block, tile, rings.feeders, me);
   } else {
-    serve_tiles<Tile, n>(a, chunks, block, tile);
+    finish_tiles<Tile, n>(a, chunks, block, tile, rings.finishers, me - Tile::kFeeders);
   }
 }
 
@@ -1000,6 +1124,14 @@ inline int multiprocessors() {
   return count;
 }
 
+inline int shared_memory() {  // bytes that a block can have
+  int device = 0, bytes = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 template <class T>
 void selective_scan_naive(const ScanArgs<T>& a, cudaStream_t stream) {
   if (a.batch * a.d_inner == 0) return;
@@ -1016,14 +1148,22 @@ bool reads_four(const ScanArgs<T>& a) {
          a.d_inner / a.n_groups % 4 == 0 && a.d_state % 4 == 0;
 }
 
+template <class T, class Tile, int n>
+constexpr int scan_bytes() {  // of shared memory
+  return sizeof(Tile) + sizeof(ScanRings<T, Tile, n>);
+}
+
 template <class Tile, int n, int kBlocksPerSM, class T>
-void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, cudaStream_t stream) {
-  const std::int64_t blocks = a.batch * chunks.count * a.n_groups *
-                              ceil_div(a.d_inner / a.n_groups, Tile::kChannels);
+void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width,
+                  cudaStream_t stream) {
+  const std::int64_t blocks =
+      a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
   const auto kernel = selective_scan_fused_kernel<T, Tile, n, kBlocksPerSM>;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  sizeof(Tile)));
-  kernel<<<blocks, Tile::kWalkers + Tile::kServers, sizeof(Tile), stream>>>(a, chunks);
+  constexpr int bytes = scan_bytes<T, Tile, n>();
+  CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<blocks, width * Tile::kLanes + Tile::kFeeders + Tile::kFinishers, bytes,
+           stream>>>(a, chunks, width);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -1040,18 +1180,19 @@ inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t
 
 template <class Tile, int n, int kBlocksPerSM, class T>
 void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace,
-                 cudaStream_t stream) {
-  if (count == 1) return launch_fused<Tile, n, kBlocksPerSM>(a, Chunks{}, stream);
+                 cudaStream_t stream, int width = Tile::kChannels) {
+  if (count == 1) return launch_fused<Tile, n, kBlocksPerSM>(a, Chunks{}, width, stream);
   const std::int64_t states = a.batch * a.d_inner * a.d_state;
   const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
   ScanArgs<T> pass = a;
   pass.h0 = nullptr, pass.h_T = workspace, pass.out = nullptr;
-  launch_fused<Tile, n, kBlocksPerSM>(pass, chunks, stream);
+  launch_fused<Tile, n, kBlocksPerSM>(pass, chunks, width, stream);
   selective_scan_chunk_start_kernel<<<ceil_div(states, 128), 128, 0, stream>>>(a, chunks,
                                                                                workspace);
   CUDA_CHECK(cudaGetLastError());
   pass.h0 = workspace, pass.h_T = nullptr, pass.out = a.out;
-  launch_fused<Tile, n, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, stream);
+  launch_fused<Tile, n, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width,
+                                      stream);
 }
 
 // Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
@@ -1075,21 +1216,36 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
   if (!reads_four(a)) {
     if (N > 16) return selective_scan_naive(a, stream);
-    return launch_scan<ScanTile<2, 8>, 1, 2>(a, chunks, workspace, stream);
+    return launch_scan<ScanTile<2, 8, 16, 32, 64, 2>, 1, 2>(a, chunks, workspace, stream);
   }
-  if (N > 64) return launch_scan<ScanTile<8, 32>, 4, 2>(a, chunks, workspace, stream);
-  if (N > 16) return launch_scan<ScanTile<4, 16>, 4, 2>(a, chunks, workspace, stream);
-  // As many states per thread as leave enough blocks to fill the GPU. Where each SM gets
-  // one to two blocks of 32 channels, three small blocks win if their registers allow
-  // three, as 2-byte data do.
-  const std::int64_t channels = a.batch * a.d_inner, SMs = multiprocessors();
-  if (chunks > 1 || channels >= 4 * 64 * SMs) {
-    launch_scan<ScanTile<8, 2>, 4, 2>(a, chunks, workspace, stream);
-  } else if (channels >= (sizeof(T) < 4 ? 2 : 1) * 32 * SMs) {
-    launch_scan<ScanTile<4, 4>, 4, 2>(a, chunks, workspace, stream);
-  } else {
-    launch_scan<ScanTile<2, 8>, 4, (sizeof(T) < 4 ? 3 : 2)>(a, chunks, workspace, stream);
+  if (N > 64)
+    return launch_scan<ScanTile<8, 32, 4, 8, 64, 4>, 4, 2>(a, chunks, workspace, stream);
+  if (N > 16)
+    return launch_scan<ScanTile<4, 16, 8, 32, 64, 2>, 4, 2>(a, chunks, workspace, stream);
+  // Few channels: one block an SM, as wide as its share of them, and the fewer states per thread the fewer
+  // they are. Many: many states per thread, two blocks an SM.
+  using Narrow = ScanTile<2, 8, 40, 32, 160, 4>;
+  using Wide = ScanTile<4, 4, 96, 32, 128, 2>;
+  const std::int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
+                     width = a.d_inner / a.n_groups;
+  // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
+  const auto share = [&](int step, int most, std::int64_t rounds) {
+    int channels = step;
+    while (channels <= most && groups * ceil_div(width, channels) > rounds * SMs)
+      channels += step;
+    return channels;
+  };
+  if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
+    const int narrow = share(Narrow::kPerWarp, Narrow::kChannels, 1);
+    if (narrow <= Narrow::kChannels && scan_bytes<T, Narrow, 4>() <= shared_memory())
+      return launch_scan<Narrow, 4, 1>(a, chunks, workspace, stream, narrow);
+    for (std::int64_t rounds = 1; scan_bytes<T, Wide, 4>() <= shared_memory(); ++rounds) {
+      const int wide = share(Wide::kPerWarp, Wide::kChannels, rounds);
+      if (wide <= Wide::kChannels)
+        return launch_scan<Wide, 4, 1>(a, chunks, workspace, stream, wide);
+    }
   }
+  launch_scan<ScanTile<8, 2, 64, 16, 64, 2>, 4, 2>(a, chunks, workspace, stream);
 }
 
 template <class T>
@@ -1277,24 +1433,6 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t addre
 __device__ inline uint32_t transpose_matrix(uint32_t r) {
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
   return r;
-}
-
-// 16 bytes from global to shared memory, behind the threads' backs; zeros, and nothing is read,
-// where !valid.
-__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-__device__ inline void copy_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
-template <int kPending>  // all but the last kPending commits have arrived
-__device__ void copy_async_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Tiles in shared memory: rows of kCols 16-bit values in pieces of 16 bytes. Piece c of row r

@@ -236,12 +236,14 @@ inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? 0.f : x; }  // .
 inline float exp2(float x) { return flush(std::exp2(x)); }
 inline float reciprocal(float x) { return flush(1.f / x); }
 
-inline void copy_async(std::uint32_t to, const void* from, int bytes) {
-  if (to % 16 || to + 16 > sizeof shared_memory) give_up("cp.async: bad shared address");
-  if (bytes && reinterpret_cast<std::uintptr_t>(from) % 16) give_up("cp.async: misaligned");
+inline void copy_async(std::uint32_t to, const void* from, std::size_t bytes, bool valid) {
+  if (to % bytes || to + bytes > sizeof shared_memory)
+    give_up("cp.async: bad shared address");
+  if (valid && reinterpret_cast<std::uintptr_t>(from) % bytes)
+    give_up("cp.async: misaligned");
   fibers[current].group.push_back([=] {
-    bytes ? std::memcpy(shared_memory + to, from, 16)
-          : std::memset(shared_memory + to, 0, 16);
+    valid ? std::memcpy(shared_memory + to, from, bytes)
+          : std::memset(shared_memory + to, 0, bytes);
   });
 }
 inline void copy_async_commit() {

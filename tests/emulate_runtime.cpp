@@ -55,12 +55,13 @@ cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_
 cudaError_t cudaMemset(void* to, int v, size_t n) { std::memset(to, v, n); return kDone; }
 cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t) { std::memset(to, v, n); return kDone; }
 
-// devices: one, like an A100 with the multiprocessors of an H100
+// devices: one, like an A100 with few multiprocessors, so that small shapes take all ways
 cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return kDone; }
 cudaError_t cudaGetDevice(int* n) { *n = 0; return kDone; }
 cudaError_t cudaSetDevice(int) { return kDone; }
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr attribute, int) {
-  *v = attribute == cudaDevAttrMultiProcessorCount ? 132 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+  *v = attribute == cudaDevAttrMultiProcessorCount ? 12 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 :
+       attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(sizeof emulated::shared_memory) : 0;
   return kDone;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { std::memset(p, 0, sizeof *p); p->major = 8; return kDone; }

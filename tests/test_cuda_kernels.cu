@@ -238,6 +238,16 @@ TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, f16
   scan_rungs_match<half>("f16");
 }
 
+TEST_CASE("cuda selective_scan: few channels for each multiprocessor, or many") {
+  Worst worst{"selective_scan, few to many channels"};
+  for (const Index channels : {4, 9, 38, 45, 94, 170, 257}) {
+    const ScanProblem<bf16> p({1, 67, channels * multiprocessors() - 4, 16, 1, 31}, 11);
+    p.check("fused", worst, run_scan<bf16>);
+  }
+  const ScanProblem<bf16> sequences({3 * multiprocessors() + 1, 5, 12, 16, 1, 31}, 12);
+  sequences.check("fused", worst, run_scan<bf16>);
+}
+
 TEST_CASE("cuda selective_scan: cut anywhere, empty pieces included, nothing changes") {
   Worst worst{"selective_scan cut"};
   const ScanProblem<float> p({1, 70, 24, 16, 1, 31}, 5);
