@@ -1124,7 +1124,7 @@ inline int multiprocessors() {
   return count;
 }
 
-inline int shared_memory() {  // bytes that a block can have
+inline int shared_bytes() {  // bytes that a block can have
   int device = 0, bytes = 0;
   CUDA_CHECK(cudaGetDevice(&device));
   CUDA_CHECK(
@@ -1237,9 +1237,9 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   };
   if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
     const int narrow = share(Narrow::kPerWarp, Narrow::kChannels, 1);
-    if (narrow <= Narrow::kChannels && scan_bytes<T, Narrow, 4>() <= shared_memory())
+    if (narrow <= Narrow::kChannels && scan_bytes<T, Narrow, 4>() <= shared_bytes())
       return launch_scan<Narrow, 4, 1>(a, chunks, workspace, stream, narrow);
-    for (std::int64_t rounds = 1; scan_bytes<T, Wide, 4>() <= shared_memory(); ++rounds) {
+    for (std::int64_t rounds = 1; scan_bytes<T, Wide, 4>() <= shared_bytes(); ++rounds) {
       const int wide = share(Wide::kPerWarp, Wide::kChannels, rounds);
       if (wide <= Wide::kChannels)
         return launch_scan<Wide, 4, 1>(a, chunks, workspace, stream, wide);
