@@ -632,7 +632,7 @@ struct ScanTile {
 // The block's roles meet here. A barrier with a name, because they come from several branches, and
 // __syncthreads() is to be one and the same for all.
 __device__ inline void meet() {
-  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(blockDim.x) : "memory");
+  asm volatile("barrier.sync 1, %0;" ::"r"(blockDim.x) : "memory");
 }
 
 // What one block works on: some rows of one sequence, some channels of one group.
