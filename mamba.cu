@@ -31,7 +31,7 @@
 //   scan_decode_kernel                 selective_scan_step     with dt_proj before        batch, d, quarters of N
 //   ssd_decode_kernel                  ssd_step                with the gate after        batch, H, P
 //   embedding_kernel                   backbone                a row of the table         tokens
-//   sample_kernel                      sample (mamba.hpp)      bisection, no sort         batch, vocabulary
+//   best_kernel, sample_kernel         sample (mamba.hpp)      bisection, no sort         batch, vocabulary
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
@@ -3225,10 +3225,15 @@ __global__ void embedding_kernel(const T* embedding, const Token* ids, std::int6
     residual[blockIdx.x * d_model + i] = to_float(row[i]);
 }
 
-// Section 5 of mamba.hpp on the GPU, in double and in its order: a block draws the next token of one
-// sequence from its logits. Nothing is sorted. "The entries that stay, from the best one down, until
-// they make up the limit" is a threshold, and the sum above a threshold only grows as it falls: it is
-// found by bisection over the bits of the score.
+// Section 5 of mamba.hpp on the GPU, in double and in its order: best_kernel finds the best id of each
+// stretch of them on many multiprocessors, then a block draws the next token of one sequence. Nothing is
+// sorted. "The entries that stay, from the best one down, until they make up the limit" is a threshold, and
+// the sum above a threshold only grows as it falls: it is found by bisection over the bits of the score.
+struct Best {  // of some ids: the largest score and the first id that has it
+  double score;
+  Token id;
+  int wrong;  // a score is no number (NaN or infinite)
+};
 struct SampleArgs {
   const float* logits;  // (batch, vocab_size)
   std::int64_t vocab_size, batch;
@@ -3241,11 +3246,19 @@ struct SampleArgs {
   unsigned char* seen;  // (batch, vocab_size) tokens of the history, or null: no penalty
   double* weights;      // (batch, vocab_size) room for what stays, null if greedy
   Token* candidates;    // (batch, vocab_size) and for its ids
+  Best* best;           // (batch, kBestStretches)
   int* done;            // (batch) set when the stop token was drawn
   Token stop;
   Token* next;  // (batch) the tokens drawn
   Token* log;   // (longest, batch) the same for the host, -1: no number among logits
 };
+
+// A logit of sequence b, and what the penalty makes of it.
+__device__ inline double score_of(const SampleArgs& a, std::int64_t b, std::int64_t id) {
+  const double s = a.logits[b * a.vocab_size + id];
+  if (!a.seen || !a.seen[b * a.vocab_size + id]) return s;
+  return s < 0 ? s * a.penalty : s / a.penalty;
+}
 
 constexpr int kSampleThreads = 1024, kSampleWarps = kSampleThreads / 32;
 
@@ -3323,36 +3336,42 @@ __device__ inline double draw_uniform(std::uint64_t seed, std::uint64_t sequence
   return double((std::uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
 }
 
-// The first id of the largest score, or -1 if a score is no number (NaN, infinite, or all are -inf).
-template <class Score>
-__device__ inline Token best_token(std::int64_t vocab_size, const Score& score) {
-  __shared__ double scores[kSampleWarps];
-  __shared__ Token ids[kSampleWarps];
-  double best = -INFINITY;
-  std::int64_t id = 0;
-  int wrong = 0;
-#pragma unroll 16
-  for (std::int64_t i = threadIdx.x; i < vocab_size; i += kSampleThreads) {
-    const double s = score(i);
-    if (!(s < INFINITY)) wrong = 1;
-    if (s > best) best = s, id = i;
+__device__ inline Best warp_best(Best best) {
+  for (int d = 16; d > 0; d /= 2) {
+    const double score = __shfl_xor_sync(~0u, best.score, d);
+    const Token id = __shfl_xor_sync(~0u, best.id, d);
+    best.wrong |= __shfl_xor_sync(~0u, best.wrong, d);
+    if (score > best.score || (score == best.score && id < best.id))
+      best.score = score, best.id = id;
   }
-  const auto merge = [&](double s, std::int64_t i) {
-    if (s > best || (s == best && i < id)) best = s, id = i;
-  };
-  for (int d = 16; d > 0; d /= 2)
-    merge(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, id, d));
-  if (threadIdx.x % 32 == 0)
-    scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = Token(id);
-  wrong =
-      __syncthreads_or(wrong);  // also: the warps' best are written before they are read
-  best = scores[threadIdx.x % 32], id = ids[threadIdx.x % 32];  // a lane a warp
-  for (int d = 16; d > 0; d /= 2)
-    merge(__shfl_xor_sync(~0u, best, d), __shfl_xor_sync(~0u, id, d));
-  return wrong || best == -INFINITY ? -1 : Token(id);
+  return best;
 }
 
-// Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: best_token's.
+// The best of each stretch of ids. Grid: x = stretches, y = sequences. static: as sample_kernel.
+constexpr int kBestStretches = 32;  // a lane each
+static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs a) {
+  launch_next();
+  wait_for_previous();
+  const std::int64_t b = blockIdx.y, V = a.vocab_size,
+                     stretch = (V + kBestStretches - 1) / kBestStretches,
+                     end = min(V, (blockIdx.x + 1) * stretch);
+  Best best{-INFINITY, 0, 0};
+#pragma unroll 2
+  for (std::int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
+    const double s = score_of(a, b, i);
+    if (!(s < INFINITY)) best.wrong = 1;
+    if (s > best.score) best.score = s, best.id = Token(i);
+  }
+  __shared__ Best of_warp[kSampleWarps];
+  best = warp_best(best);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = best;
+  __syncthreads();  // the warps' best are written before they are read
+  if (threadIdx.x >= 32) return;
+  best = warp_best(of_warp[threadIdx.x]);
+  if (threadIdx.x == 0) a.best[b * kBestStretches + blockIdx.x] = best;
+}
+
+// Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: its best token.
 template <class Score>
 __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
                              const Score& score) {
@@ -3494,14 +3513,11 @@ static __global__ void __launch_bounds__(kSampleThreads)
   launch_next();
   wait_for_previous();
   const std::int64_t b = blockIdx.x, V = a.vocab_size;
-  const float* logits = a.logits + b * V;
   unsigned char* seen = a.seen ? a.seen + b * V : nullptr;
-  const auto score = [&](std::int64_t id) {
-    const double s = logits[id];
-    return seen && seen[id] ? (s < 0 ? s * a.penalty : s / a.penalty) : s;
-  };
+  const auto score = [&](std::int64_t id) { return score_of(a, b, id); };
+  const Best best = warp_best(a.best[b * kBestStretches + threadIdx.x % 32]);
   if (a.done[b]) return;
-  Token token = best_token(V, score);
+  Token token = best.wrong || best.score == -INFINITY ? -1 : best.id;
   if (token >= 0 && a.temperature > 0) token = draw(a, b, token, score);
   __syncthreads();  // all have read seen, made and position before they change
   if (threadIdx.x == 0) {
@@ -3520,6 +3536,8 @@ static __global__ void __launch_bounds__(kSampleThreads)
 // embedding (vocab_size, d_model), residual (batch, d_model).
 inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding,
                         std::int64_t d_model, float* residual, cudaStream_t stream) {
+  launch_step(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0,
+              stream, a);
   launch_step(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a,
               embedding, d_model, residual);
 }
@@ -4266,6 +4284,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
   DeviceBuffer<std::int64_t> made_d(batch);
   DeviceBuffer<int> done_d(batch);
+  const DeviceBuffer<Best> best_d(batch * kBestStretches);
   const DeviceBuffer<Token> next_d(batch), candidates_d(greedy ? 0 : batch * V);
   const DeviceBuffer<double> weights_d(greedy ? 0 : batch * V);
   const HostTokens log(options.n * batch);
@@ -4287,6 +4306,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
                         seen_d.data(),
                         weights_d.data(),
                         candidates_d.data(),
+                        best_d.data(),
                         done_d.data(),
                         options.stop,
                         next_d.data(),
@@ -4638,6 +4658,7 @@ class KernelBench {
     DeviceBuffer<int> done(count);
     const DeviceBuffer<Token> next(count), candidates(count * V),
         log(count * static_cast<std::size_t>(o_.repeat + 8));
+    const DeviceBuffer<Best> best(count * kBestStretches);
     const DeviceBuffer<double> weights(count * V);
     for (const double temperature : {0., 0.8}) {
       numbers.zero(), positions.zero(), made.zero(), done.zero();
@@ -4646,6 +4667,7 @@ class KernelBench {
       a.temperature = temperature, a.top_p = 0.95, a.penalty = 1;
       a.sequence = numbers.data(), a.position = positions.data(), a.made = made.data();
       a.weights = weights.data(), a.candidates = candidates.data(), a.done = done.data();
+      a.best = best.data();
       a.stop = -1, a.next = next.data(), a.log = log.data();
       CUDA_CHECK(cudaDeviceSynchronize());
       report(temperature == 0 ? "sample_kernel, greedy" : "sample_kernel, top-p 0.95", 1,
@@ -4724,6 +4746,7 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       DeviceBuffer<std::int64_t> made(options.batch);
       DeviceBuffer<int> done(options.batch);
       const DeviceBuffer<Token> next(options.batch);
+      const DeviceBuffer<Best> best(options.batch * kBestStretches);
       const Index kMost = 1 << 14;
       const HostTokens log(kMost * options.batch);
       made.zero(), done.zero();
@@ -4734,8 +4757,8 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       args.batch = options.batch;
       args.sequence = numbers.data(), args.position = positions.data(),
       args.made = made.data();
-      args.done = done.data(), args.stop = -1, args.next = next.data(),
-      args.log = log.data();
+      args.best = best.data(), args.done = done.data(), args.stop = -1,
+      args.next = next.data(), args.log = log.data();
       Graph graph(stream, [&] {
         engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
         sample_step(args, {engine.model_.embedding.bytes.data(), options.dtype},

@@ -686,6 +686,7 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
       DeviceBuffer<int> done(batch);
       const DeviceBuffer<Token> next(batch), candidates(batch * V), log(batch);
       const DeviceBuffer<double> weights(batch * V);
+      const DeviceBuffer<Best> best(batch * kBestStretches);
       made.zero(), done.zero();
       const SampleArgs args{logits_d.data(),
                             V,
@@ -702,6 +703,7 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
                             o.repetition_penalty != 1 ? seen_d.data() : nullptr,
                             weights.data(),
                             candidates.data(),
+                            best.data(),
                             done.data(),
                             -1,
                             next.data(),
