@@ -2872,35 +2872,40 @@ struct ConvOutput {
 };
 
 // output(row, b) = W[row] . input(b).  W (rows, cols), cols a multiple of 16 bytes; b < batch <= kBatch.
-// A block is 8 warps. `split` of them (1, 2, 4 or 8) share a group of kLinearRows rows of W: each lane takes
-// every 32 split-th piece of 16 bytes and multiplies in float32. Pieces pass through a ring in shared
-// memory, kLinearDepth of each row in flight, across the end of a group too: while its sums are finished
-// the next group's weights arrive. A thread reads only what it has copied itself, so none waits for
-// another. x comes through the L1 cache, in which all warps of the SM find it.
-constexpr int kLinearWarps = 8, kLinearThreads = 32 * kLinearWarps, kLinearRows = 4,
-              kLinearDepth = 4;
-constexpr int kLinearRing = kLinearDepth * kLinearRows * kLinearThreads * 16;  // bytes
-constexpr int linear_blocks(int batch) { return batch == 1 ? 3 : 2; }  // on an SM at once
+// `split` warps of a block share a group of kLinearRows rows of W: each lane takes every 32 split-th piece of
+// 16 bytes and multiplies in float32. Pieces pass through a ring in shared memory, kLinearDepth of each row in
+// flight, across the end of a group too: while its sums are finished the next group's weights arrive. A
+// thread reads only what it has copied itself, so none waits for another. x comes through the L1 cache, in
+// which all warps of the SM find it.
+//
+// Where all that a warp has to read fits its ring, nothing is left to stream: such a product is as long as
+// its way from the wait to the last store. It takes blocks of 12 warps, over which a row can be split in
+// more ways, and no more of the ring than it fills, so that blocks of the next kernel find room beside it.
+constexpr int kLinearRows = 4, kLinearDepth = 4;
+struct LinearShape {
+  int warps, blocks;  // of a block; on an SM at once
+};
+constexpr LinearShape kBriefShape{12, 2}, kStreamShape{8, 3}, kFewShape{8, 2};
 
-template <int kBatch, class T, class Input, class Output>
-__global__ void __launch_bounds__(kLinearThreads, linear_blocks(kBatch))
+template <int kBatch, int kWarps, int kBlocks, class T, class Input, class Output>
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
     linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch,
                        int split, Input input, Output output) {
-  constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch;
+  constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch, kThreads = 32 * kWarps;
   static_assert(kSums <= 32, "a lane finishes one sum");
-  __shared__ float scales[kBatch * kMostGroups], partial[kLinearWarps][kSums + kBatch];
-  extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kLinearThreads)
+  __shared__ float scales[kBatch * kMostGroups], partial[kWarps][kSums + kBatch];
+  extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
   const int pieces = cols / n, steps = (pieces + 32 * split - 1) / (32 * split);
   const int groups = (rows + kLinearRows - 1) / kLinearRows,
-            at_once = gridDim.x * kLinearWarps / split;
-  int group = (blockIdx.x * kLinearWarps + warp) / split;
+            at_once = gridDim.x * kWarps / split;
+  int group = (blockIdx.x * kWarps + warp) / split;
   const int rounds =
       (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
   const auto piece_of = [&](int step) { return (step * split + part) * 32 + lane; };
 
   const auto place = [&](int slot, int r) {  // of this thread in the ring
-    return linear_ring + (slot * kLinearRows + r) * kLinearThreads + threadIdx.x;
+    return linear_ring + (slot * kLinearRows + r) * kThreads + threadIdx.x;
   };
   int next_group = group, next_step = 0;
   const auto fetch = [&](int slot) {
@@ -2984,7 +2989,9 @@ __global__ void __launch_bounds__(kLinearThreads, linear_blocks(kBatch))
       if (lane < kSums) partial[warp][lane] = mine;
       if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
       __syncthreads();  // partial sums are written before the first warp of each group adds them
-      for (int p = 1; part == 0 && p < split; ++p) {
+#pragma unroll
+      for (int p = 1; p < kWarps; ++p) {
+        if (part != 0 || p >= split) continue;
         if (lane < kSums) mine += partial[warp + p][lane];
         my_squares += partial[warp + p][kSums + b_mine];
       }
@@ -2993,23 +3000,49 @@ __global__ void __launch_bounds__(kLinearThreads, linear_blocks(kBatch))
   }
 }
 
-// As many warps to a group as keep the GPU busy; as few rounds as fit it, and all of one length.
+struct LinearPlan {
+  int warps, split, steps, rounds, blocks;
+};
+
+// As few steps along a row as the warps that fit the GPU can make of it, and no more warps than that takes;
+// as few rounds as fit it, and all of one length.
+inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups,
+                              std::int64_t pieces) {
+  const std::int64_t slots = shape.blocks * shape.warps * multiprocessors();
+  const auto steps = [&](int split) { return ceil_div(pieces, 32 * split); };
+  int split = 1;
+  for (int s = 2; s <= shape.warps; ++s)
+    if (shape.warps % s == 0 && s * groups <= slots && steps(s) < steps(split)) split = s;
+  const std::int64_t rounds = ceil_div(groups * split, slots),
+                     at_once = ceil_div(groups, rounds);
+  return {shape.warps, split, int(steps(split)), int(rounds),
+          int(ceil_div(at_once * split, shape.warps))};
+}
+
 template <class T, class Input, class Output>
 void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch,
                  const Input& input, const Output& output, cudaStream_t stream) {
-  const std::int64_t groups = ceil_div(rows, kLinearRows),
-                     slots = linear_blocks(batch) * kLinearWarps * multiprocessors();
-  int split = 1;
-  while (split < kLinearWarps && 2 * split * groups <= slots) split *= 2;
-  const std::int64_t rounds = ceil_div(groups * split, slots),
-                     at_once = ceil_div(groups, rounds);
-  const auto kernel = batch == 1 ? linear_step_kernel<1, T, Input, Output>
-                                 : linear_step_kernel<kMostFewRows, T, Input, Output>;
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  kLinearRing));
-  launch_step(kernel, dim3(unsigned(ceil_div(at_once * split, kLinearWarps))),
-              kLinearThreads, kLinearRing, stream, W, rows, cols, batch, split, input,
-              output);
+  const std::int64_t groups = ceil_div(rows, kLinearRows), pieces = cols * sizeof(T) / 16;
+  const auto launch = [&](auto* kernel, const LinearPlan& plan) {
+    const int slot = kLinearRows * plan.warps * 32 * 16,  // bytes of the ring
+        slots =
+            std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    kLinearDepth * slot));
+    launch_step(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream,
+                W, rows, cols, batch, plan.split, input, output);
+  };
+  const LinearPlan brief = linear_plan(kBriefShape, groups, pieces);
+  if (batch > 1)
+    launch(linear_step_kernel<kMostFewRows, kFewShape.warps, kFewShape.blocks, T, Input,
+                              Output>,
+           linear_plan(kFewShape, groups, pieces));
+  else if (brief.steps * brief.rounds > kLinearDepth)
+    launch(linear_step_kernel<1, kStreamShape.warps, kStreamShape.blocks, T, Input, Output>,
+           linear_plan(kStreamShape, groups, pieces));
+  else
+    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, Input, Output>,
+           brief);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
