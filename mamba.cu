@@ -249,15 +249,10 @@ template <int kPending>  // all but the last kPending commits have arrived
 __device__ void copy_async_wait_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// The same for n numbers; a single one of 16 bits is copied at once.
+// The same for n numbers.
 template <class T, int n>
 __device__ inline void copy_async(Vector<T, n>* to, const T* from, bool valid) {
-  if constexpr (sizeof(Vector<T, n>) >= 4) {
-    copy_async<int(sizeof(Vector<T, n>))>(std::uint32_t(__cvta_generic_to_shared(to)), from,
-                                          valid);
-  } else {
-    *to = load<n>(from, valid);
-  }
+  copy_async<int(sizeof *to)>(std::uint32_t(__cvta_generic_to_shared(to)), from, valid);
 }
 
 constexpr float kLog2e = 1.44269504f;
@@ -803,14 +798,15 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks,
   }
 }
 
-// The part of the rows of a tile that one feeder or finisher carries: n neighbouring columns in every
+// The part of the rows of a tile that one feeder or finisher carries: kServed neighbouring columns in every
 // `stride`-th row.
-template <class Tile, int kColumns, int kThreads, int n>
+constexpr int kServed = 4;
+template <class Tile, int kColumns, int kThreads>
 struct Share {
   // Rows of its own, at most, of any number of columns up to kColumns.
   static constexpr int rows() {
     int most = 0;
-    for (int threads = 1; threads <= kColumns / n; ++threads) {
+    for (int threads = 1; threads <= kColumns / kServed; ++threads) {
       const int stride = kThreads / threads, rows = (Tile::kSteps + stride - 1) / stride;
       most = rows > most ? rows : most;
     }
@@ -819,28 +815,28 @@ struct Share {
   static constexpr int kRows = rows();
   const int column, stride, first;       // stride: rows from one of its own to the next
   __device__ Share(int me, int threads)  // threads: that share a row
-      : column(me % threads * n), stride(kThreads / threads), first(me / threads) {}
+      : column(me % threads * kServed), stride(kThreads / threads), first(me / threads) {}
   __device__ int row(int r) const { return first + r * stride; }
   __device__ bool has(int r) const { return first < stride && row(r) < Tile::kSteps; }
 };
 
-template <class T, class Tile, int n>
+template <class T, class Tile>
 struct FeederRing {
   static constexpr int kDepth = Tile::kDepth;  // tiles under way
-  using ShareD = Share<Tile, Tile::kChannels, Tile::kFeeders, n>;
-  using ShareN = Share<Tile, Tile::kN, Tile::kFeeders, n>;
-  Vector<T, n> x[kDepth][ShareD::kRows][Tile::kFeeders];
-  Vector<T, n> delta[kDepth][ShareD::kRows][Tile::kFeeders];
-  Vector<T, n> B[kDepth][ShareN::kRows][Tile::kFeeders];
-  Vector<T, n> C[kDepth][ShareN::kRows][Tile::kFeeders];
+  using ShareD = Share<Tile, Tile::kChannels, Tile::kFeeders>;
+  using ShareN = Share<Tile, Tile::kN, Tile::kFeeders>;
+  Vector<T, kServed> x[kDepth][ShareD::kRows][Tile::kFeeders];
+  Vector<T, kServed> delta[kDepth][ShareD::kRows][Tile::kFeeders];
+  Vector<T, kServed> B[kDepth][ShareN::kRows][Tile::kFeeders];
+  Vector<T, kServed> C[kDepth][ShareN::kRows][Tile::kFeeders];
 };
 
-template <class Tile, int n, class T>
+template <class Tile, class T>
 __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
                                   const ScanBlock& block, Tile& tile,
-                                  FeederRing<T, Tile, n>& ring, int me) {
-  using Ring = FeederRing<T, Tile, n>;
-  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth;
+                                  FeederRing<T, Tile>& ring, int me) {
+  using Ring = FeederRing<T, Tile>;
+  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
   const typename Ring::ShareD my(me, block.width / n);
   const typename Ring::ShareN my_N(Tile::kFeeders - 1 - me,
                                    Tile::kN / n);  // from the other end
@@ -946,20 +942,20 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   }
 }
 
-template <class T, class Tile, int n>
+template <class T, class Tile>
 struct FinisherRing {
   static constexpr int kDepth = Tile::kDepth;
-  using ShareD = Share<Tile, Tile::kChannels, Tile::kFinishers, n>;
-  Vector<T, n> x[kDepth][ShareD::kRows][Tile::kFinishers];
-  Vector<T, n> z[kDepth][ShareD::kRows][Tile::kFinishers];
+  using ShareD = Share<Tile, Tile::kChannels, Tile::kFinishers>;
+  Vector<T, kServed> x[kDepth][ShareD::kRows][Tile::kFinishers];
+  Vector<T, kServed> z[kDepth][ShareD::kRows][Tile::kFinishers];
 };
 
-template <class Tile, int n, class T>
+template <class Tile, class T>
 __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
                                     const ScanBlock& block, Tile& tile,
-                                    FinisherRing<T, Tile, n>& ring, int me) {
-  using Ring = FinisherRing<T, Tile, n>;
-  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth;
+                                    FinisherRing<T, Tile>& ring, int me) {
+  using Ring = FinisherRing<T, Tile>;
+  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
   const typename Ring::ShareD my(me, block.width / n);
   const std::int64_t d = block.channel + my.column, first = block.rows.first + my.first;
   const bool exists = my.column < block.n_channels;
@@ -1018,29 +1014,29 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   if (chunks.total) meet();
 }
 
-template <class T, class Tile, int n>
+template <class T, class Tile>
 struct ScanRings {
-  FeederRing<T, Tile, n> feeders;
-  FinisherRing<T, Tile, n> finishers;
+  FeederRing<T, Tile> feeders;
+  FinisherRing<T, Tile> finishers;
 };
 
-template <class T, class Tile, int n, int kBlocksPerSM>
+template <class T, class Tile, int kBlocksPerSM>
 __global__ void __launch_bounds__(Tile::kChannels* Tile::kLanes + Tile::kFeeders +
                                       Tile::kFinishers,
                                   kBlocksPerSM)
     selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, int width) {
   extern __shared__ __align__(32) unsigned char shared_memory[];
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory);
-  auto& rings = *reinterpret_cast<ScanRings<T, Tile, n>*>(shared_memory + sizeof(Tile));
+  auto& rings = *reinterpret_cast<ScanRings<T, Tile>*>(shared_memory + sizeof(Tile));
   const ScanBlock block = scan_block(a, chunks, width);
   // All roles pass the same number of barriers: one per tile, and one more (two, where delta is summed).
   const int walkers = width * Tile::kLanes, me = threadIdx.x - walkers;
   if (me < 0) {
     walk_time(a, chunks, block, tile);
   } else if (me < Tile::kFeeders) {
-    feed_tiles<Tile, n>(a, chunks, block, tile, rings.feeders, me);
+    feed_tiles(a, chunks, block, tile, rings.feeders, me);
   } else {
-    finish_tiles<Tile, n>(a, chunks, block, tile, rings.finishers, me - Tile::kFeeders);
+    finish_tiles(a, chunks, block, tile, rings.finishers, me - Tile::kFeeders);
   }
 }
 
@@ -1148,18 +1144,18 @@ bool reads_four(const ScanArgs<T>& a) {
          a.d_inner / a.n_groups % 4 == 0 && a.d_state % 4 == 0;
 }
 
-template <class T, class Tile, int n>
+template <class T, class Tile>
 constexpr int scan_bytes() {  // of shared memory
-  return sizeof(Tile) + sizeof(ScanRings<T, Tile, n>);
+  return sizeof(Tile) + sizeof(ScanRings<T, Tile>);
 }
 
-template <class Tile, int n, int kBlocksPerSM, class T>
+template <class Tile, int kBlocksPerSM, class T>
 void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width,
                   cudaStream_t stream) {
   const std::int64_t blocks =
       a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
-  const auto kernel = selective_scan_fused_kernel<T, Tile, n, kBlocksPerSM>;
-  constexpr int bytes = scan_bytes<T, Tile, n>();
+  const auto kernel = selective_scan_fused_kernel<T, Tile, kBlocksPerSM>;
+  constexpr int bytes = scan_bytes<T, Tile>();
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<blocks, width * Tile::kLanes + Tile::kFeeders + Tile::kFinishers, bytes,
@@ -1178,21 +1174,21 @@ inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t
   return 22 * L > 200 * L / count + 22000 ? count : 1;
 }
 
-template <class Tile, int n, int kBlocksPerSM, class T>
+template <class Tile, int kBlocksPerSM, class T>
 void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace,
                  cudaStream_t stream, int width = Tile::kChannels) {
-  if (count == 1) return launch_fused<Tile, n, kBlocksPerSM>(a, Chunks{}, width, stream);
+  if (count == 1) return launch_fused<Tile, kBlocksPerSM>(a, Chunks{}, width, stream);
   const std::int64_t states = a.batch * a.d_inner * a.d_state;
   const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
   ScanArgs<T> pass = a;
   pass.h0 = nullptr, pass.h_T = workspace, pass.out = nullptr;
-  launch_fused<Tile, n, kBlocksPerSM>(pass, chunks, width, stream);
+  launch_fused<Tile, kBlocksPerSM>(pass, chunks, width, stream);
   selective_scan_chunk_start_kernel<<<ceil_div(states, 128), 128, 0, stream>>>(a, chunks,
                                                                                workspace);
   CUDA_CHECK(cudaGetLastError());
   pass.h0 = workspace, pass.h_T = nullptr, pass.out = a.out;
-  launch_fused<Tile, n, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width,
-                                      stream);
+  launch_fused<Tile, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width,
+                                   stream);
 }
 
 // Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
@@ -1214,14 +1210,11 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   }
   if (a.batch * a.d_inner == 0) return;
   const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
-  if (!reads_four(a)) {
-    if (N > 16) return selective_scan_naive(a, stream);
-    return launch_scan<ScanTile<2, 8, 16, 32, 64, 2>, 1, 2>(a, chunks, workspace, stream);
-  }
+  if (!reads_four(a)) return selective_scan_naive(a, stream);
   if (N > 64)
-    return launch_scan<ScanTile<8, 32, 4, 8, 64, 4>, 4, 2>(a, chunks, workspace, stream);
+    return launch_scan<ScanTile<8, 32, 4, 8, 64, 4>, 2>(a, chunks, workspace, stream);
   if (N > 16)
-    return launch_scan<ScanTile<4, 16, 8, 32, 64, 2>, 4, 2>(a, chunks, workspace, stream);
+    return launch_scan<ScanTile<4, 16, 8, 32, 64, 2>, 2>(a, chunks, workspace, stream);
   // Few channels: one block an SM, as wide as its share of them, and the fewer states per thread the fewer
   // they are. Many: many states per thread, two blocks an SM.
   using Narrow = ScanTile<2, 8, 40, 32, 160, 4>;
@@ -1237,15 +1230,15 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   };
   if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
     const int narrow = share(Narrow::kPerWarp, Narrow::kChannels, 1);
-    if (narrow <= Narrow::kChannels && scan_bytes<T, Narrow, 4>() <= shared_bytes())
-      return launch_scan<Narrow, 4, 1>(a, chunks, workspace, stream, narrow);
-    for (std::int64_t rounds = 1; scan_bytes<T, Wide, 4>() <= shared_bytes(); ++rounds) {
+    if (narrow <= Narrow::kChannels && scan_bytes<T, Narrow>() <= shared_bytes())
+      return launch_scan<Narrow, 1>(a, chunks, workspace, stream, narrow);
+    for (std::int64_t rounds = 1; scan_bytes<T, Wide>() <= shared_bytes(); ++rounds) {
       const int wide = share(Wide::kPerWarp, Wide::kChannels, rounds);
       if (wide <= Wide::kChannels)
-        return launch_scan<Wide, 4, 1>(a, chunks, workspace, stream, wide);
+        return launch_scan<Wide, 1>(a, chunks, workspace, stream, wide);
     }
   }
-  launch_scan<ScanTile<8, 2, 64, 16, 64, 2>, 4, 2>(a, chunks, workspace, stream);
+  launch_scan<ScanTile<8, 2, 64, 16, 64, 2>, 2>(a, chunks, workspace, stream);
 }
 
 template <class T>
