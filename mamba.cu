@@ -1113,19 +1113,15 @@ __global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanA
 
 // --- launchers ------------------------------------------------------------------------------
 
-inline int multiprocessors() {
-  int device = 0, count = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+  CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
 }
-
-inline int shared_bytes() {  // bytes that a block can have
-  int device = 0, bytes = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_bytes() {  // that a block can have
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 template <class T>
@@ -2393,10 +2389,7 @@ int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of e
 template <class T>
 SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
   constexpr double kStatePass = 0.35, kLaunch = 2;
-  int device = 0, sms = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
-  const int64_t at_once = rung == SsdRung::kWarpgroup ? sms : 2 * sms;
+  const int64_t at_once = (rung == SsdRung::kWarpgroup ? 1 : 2) * multiprocessors();
   const int64_t chunks = (a.L + kSsdChunk - 1) / kSsdChunk, blocks = ssd_blocks(a, rung);
   const auto rounds = [&](int64_t n) { return (n + at_once - 1) / at_once; };
   SsdSegments best{chunks * kSsdChunk, 1, nullptr, nullptr};
