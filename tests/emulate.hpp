@@ -325,7 +325,8 @@ std::common_type_t<A, B> max(A a, B b) {
   return C(a) < C(b) ? C(b) : C(a);
 }
 template <class Kernel>
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {};  // 0 registers, like a kernel that was not compiled for this GPU
   return cudaSuccess;
 }
 template <class Kernel>
