@@ -691,8 +691,9 @@ __device__ inline int sum_over_lanes(float (&y)[Tile::kSum], int lane) {
     const bool upper = lane & kBit;
 #pragma unroll
     for (int k = 0; k < kHalf; ++k) {
-      const float mine = upper ? y[k + kHalf] : y[k], other = upper ? y[k] : y[k + kHalf];
-      y[k] = mine + __shfl_xor_sync(~0u, other, kBit);
+      // Numbers, not places: a choice between places would keep y out of registers.
+      const float low = y[k], high = y[k + kHalf];
+      y[k] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, kBit);
     }
     return (upper ? kHalf : 0) + sum_over_lanes<Tile, kBit / 2, kHalf>(y, lane);
   }
