@@ -1196,6 +1196,12 @@ std::size_t selective_scan_workspace(const ScanArgs<T>& a) {
   return count == 1 ? 0 : sizeof(float) * count * a.batch * a.d_inner * (a.d_state + 1);
 }
 
+// For d_state <= 16. Few channels: one block an SM, as wide as its share of them, and the fewer states per
+// thread the fewer they are. Many: many states per thread, two blocks an SM.
+using NarrowScan = ScanTile<2, 8, 40, 32, 160, 4>;
+using WideScan = ScanTile<4, 4, 96, 32, 128, 2>;
+using ManyScan = ScanTile<8, 2, 64, 16, 64, 2>;
+
 template <class T>
 void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream) {
   if (a.d_state < 1 || a.d_state > kMaxStates) {
@@ -1212,10 +1218,6 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
     return launch_scan<ScanTile<8, 32, 4, 8, 64, 4>, 2>(a, chunks, workspace, stream);
   if (N > 16)
     return launch_scan<ScanTile<4, 16, 8, 32, 64, 2>, 2>(a, chunks, workspace, stream);
-  // Few channels: one block an SM, as wide as its share of them, and the fewer states per thread the fewer
-  // they are. Many: many states per thread, two blocks an SM.
-  using Narrow = ScanTile<2, 8, 40, 32, 160, 4>;
-  using Wide = ScanTile<4, 4, 96, 32, 128, 2>;
   const std::int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
                      width = a.d_inner / a.n_groups;
   // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
@@ -1226,16 +1228,16 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
     return channels;
   };
   if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
-    const int narrow = share(Narrow::kPerWarp, Narrow::kChannels, 1);
-    if (narrow <= Narrow::kChannels && scan_bytes<T, Narrow>() <= shared_bytes())
-      return launch_scan<Narrow, 1>(a, chunks, workspace, stream, narrow);
-    for (std::int64_t rounds = 1; scan_bytes<T, Wide>() <= shared_bytes(); ++rounds) {
-      const int wide = share(Wide::kPerWarp, Wide::kChannels, rounds);
-      if (wide <= Wide::kChannels)
-        return launch_scan<Wide, 1>(a, chunks, workspace, stream, wide);
+    const int narrow = share(NarrowScan::kPerWarp, NarrowScan::kChannels, 1);
+    if (narrow <= NarrowScan::kChannels && scan_bytes<T, NarrowScan>() <= shared_bytes())
+      return launch_scan<NarrowScan, 1>(a, chunks, workspace, stream, narrow);
+    for (std::int64_t rounds = 1; scan_bytes<T, WideScan>() <= shared_bytes(); ++rounds) {
+      const int wide = share(WideScan::kPerWarp, WideScan::kChannels, rounds);
+      if (wide <= WideScan::kChannels)
+        return launch_scan<WideScan, 1>(a, chunks, workspace, stream, wide);
     }
   }
-  launch_scan<ScanTile<8, 2, 64, 16, 64, 2>, 2>(a, chunks, workspace, stream);
+  launch_scan<ManyScan, 2>(a, chunks, workspace, stream);
 }
 
 template <class T>
@@ -2736,19 +2738,21 @@ struct NormedInput {
   __device__ float scale(float squares) const { return rsqrtf(squares / cols + eps); }
 };
 
-// gated_rms_norm: ssd_decode_kernel left g = y silu(z) and, per block, the sum of its squares.
+// gated_rms_norm of g = y silu(z). With one group it is the rms_norm above. With more, a scale belongs to each
+// group of columns, and is made before the product from the sums of squares that ssd_decode_kernel left.
 struct GatedNormInput {
   const float *g, *squares, *weight;  // (batch, cols), (batch, n_groups slots), (cols)
   std::int64_t cols;
   int n_groups, slots;  // slots: sums of squares per group
   float eps;
-  static constexpr bool kNormed = false;
+  static constexpr bool kNormed = true;
   template <int n>
   struct Weights {
     float of[n];
   };
   __device__ void ahead() const { prefetch_row(weight, cols); }
   __device__ void begin(int batch, float* scales) const {  // scales[b n_groups + group]
+    if (n_groups == 1) return;
     const int lane = threadIdx.x % 32;
     for (int i = threadIdx.x / 32; i < batch * n_groups; i += blockDim.x / 32) {
       float sum = 0.f;
@@ -2764,15 +2768,19 @@ struct GatedNormInput {
   }
   template <int n>
   __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales,
-                       float (&to)[n], float&) const {
+                       float (&to)[n], float& squares) const {
     unpack(mamba::load<n>(g + b * cols + column, true), to);
-    const float scale =
-        scales[b * n_groups +
-               int(column) / int(cols / n_groups)];  // a piece lies in one group
+    const int group = int(column) / int(cols / n_groups);  // a piece lies in one
+    const float scale = n_groups == 1 ? 1.f : scales[b * n_groups + group];
 #pragma unroll
-    for (int k = 0; k < n; ++k) to[k] *= w.of[k] * scale;
+    for (int k = 0; k < n; ++k) {
+      squares = fmaf(to[k], to[k], squares);
+      to[k] *= w.of[k] * scale;
+    }
   }
-  __device__ float scale(float) const { return 1.f; }
+  __device__ float scale(float squares) const {
+    return n_groups == 1 ? rsqrtf(squares / cols + eps) : 1.f;
+  }
 };
 
 // --- where a product goes: one number, row `row` for sequence b. What it will be combined with is
@@ -2885,8 +2893,8 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
   const int pieces = cols / n, steps = (pieces + 32 * split - 1) / (32 * split);
   const int groups = (rows + kLinearRows - 1) / kLinearRows,
-            at_once = gridDim.x * kWarps / split;
-  int group = (blockIdx.x * kWarps + warp) / split;
+            at_once = gridDim.x * (kWarps / split);
+  int group = warp / split * gridDim.x + blockIdx.x;  // dealt out to all blocks in turn
   const int rounds =
       (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
   const auto piece_of = [&](int step) { return (step * split + part) * 32 + lane; };
@@ -2992,7 +3000,8 @@ struct LinearPlan {
 };
 
 // As few steps along a row as the warps that fit the GPU can make of it, and no more warps than that takes;
-// as few rounds as fit it, and all of one length.
+// as few rounds as fit it, and all of one length. What streams takes as many blocks on every multiprocessor, so
+// that all have the same to read.
 inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups,
                               std::int64_t pieces) {
   const std::int64_t slots = shape.blocks * shape.warps * multiprocessors();
@@ -3001,9 +3010,11 @@ inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups,
   for (int s = 2; s <= shape.warps; ++s)
     if (shape.warps % s == 0 && s * groups <= slots && steps(s) < steps(split)) split = s;
   const std::int64_t rounds = ceil_div(groups * split, slots),
-                     at_once = ceil_div(groups, rounds);
-  return {shape.warps, split, int(steps(split)), int(rounds),
-          int(ceil_div(at_once * split, shape.warps))};
+                     at_once = ceil_div(groups, rounds), SMs = multiprocessors();
+  std::int64_t blocks = ceil_div(at_once * split, shape.warps);
+  if (blocks > SMs && steps(split) * rounds > kLinearDepth)
+    blocks = ceil_div(blocks, SMs) * SMs;
+  return {shape.warps, split, int(steps(split)), int(rounds), int(blocks)};
 }
 
 template <class T, class Input, class Output>
@@ -3135,19 +3146,21 @@ struct SsdDecodeArgs {
   std::int64_t z_stride, x_stride, dt_stride;  // from row to row
   const float *A, *D, *dt_bias;                // (n_heads)
   float dt_min, dt_max, delta_ratio;
-  float* h;            // (batch, n_heads, head_dim, d_state)
-  float *g, *squares;  // (batch, d_inner): y silu(z);  (batch, blocks of a sequence)
-  const int* done;     // (batch) or null: where not 0 the state stays
+  float* h;  // (batch, n_heads, head_dim, d_state)
+  float *g,
+      *squares;     // (batch, d_inner): y silu(z);  (batch, blocks of a sequence) or unused
+  const int* done;  // (batch) or null: where not 0 the state stays
 };
 
 // A block owns kSsdDecodeRows rows (head, p) of one head; a row of h is spread over `lanes` lanes, four
 // neighbouring states each, and read, before the wait, and written once. Grid: x = heads times blocks of
 // rows, y = batch.
-constexpr int kSsdDecodeRows = 16,
-              kSsdDecodeFlight = 4;  // rows of a block; of them in flight per lane
+constexpr int kSsdDecodeRows = 16, kSsdDecodeThreads = 256,
+              kSsdDecodeFlight = 2;  // rows in flight per lane
 
 template <class T>
-__global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
+__global__ void __launch_bounds__(kSsdDecodeThreads)
+    ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
   const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P,
             blocks = gridDim.x / a.n_heads;
   const int head = blockIdx.x / blocks, b = blockIdx.y,
@@ -3158,7 +3171,8 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
   const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
   float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
   const int done = a.done ? a.done[b] : 0;
-  static_assert(kSsdDecodeFlight * 128 / 32 >= kSsdDecodeRows, "a lane holds all its rows");
+  static_assert(kSsdDecodeFlight * kSsdDecodeThreads / 32 >= kSsdDecodeRows,
+                "a lane holds all its rows");
   const int first = threadIdx.x / lanes;
   float h_n[kSsdDecodeFlight][4];
   const auto load_h = [&](int n) {
@@ -3188,8 +3202,7 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
   for (int n = 4 * lane; n < N; n += 4 * lanes) {
     if (n >= 4 * lanes) load_h(n);
     float B_n[4], C_n[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) B_n[k] = to_float(B[n + k]), C_n[k] = to_float(C[n + k]);
+    unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
 #pragma unroll
     for (int i = 0; i < kSsdDecodeFlight; ++i) {
 #pragma unroll
@@ -3211,13 +3224,15 @@ __global__ void __launch_bounds__(128) ssd_decode_kernel(SsdDecodeArgs<T> a, int
     a.g[std::int64_t(b) * d_inner + head * P + p0 + p] = g;
     squares = fmaf(g, g, squares);
   }
-  __shared__ float partial[4];
+  if (a.n_groups == 1) return;  // nobody wants the squares
+  __shared__ float partial[kSsdDecodeThreads / 32];
   for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
   __syncthreads();  // the warps' sums are written before they are added
-  if (threadIdx.x == 0)
-    a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] =
-        partial[0] + partial[1] + partial[2] + partial[3];
+  if (threadIdx.x > 0) return;
+  squares = 0.f;
+  for (const float of_warp : partial) squares += of_warp;
+  a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] = squares;
 }
 
 inline int ssd_decode_blocks(int head_dim) {
@@ -3229,8 +3244,8 @@ void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
   launch_step(ssd_decode_kernel<T>,
-              dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), 128, 0, stream, a,
-              lanes);
+              dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), kSsdDecodeThreads,
+              0, stream, a, lanes);
 }
 
 // ============================================================================================
@@ -3957,6 +3972,7 @@ struct Compute {
     const std::int64_t n = 16 / sizeof(T);
     return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&
            config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
+           (batch == 1 || config.in_proj_width() % 4 == 0) &&
            config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps &&
            config.dt_rank + 2 * config.d_state <= kMostStepInputs;
   }

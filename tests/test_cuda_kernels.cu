@@ -248,6 +248,19 @@ TEST_CASE("cuda selective_scan: few channels for each multiprocessor, or many") 
   sequences.check("fused", worst, run_scan<bf16>);
 }
 
+TEST_CASE("cuda selective_scan: what its threads work with is in registers") {
+  // Arrays that the compiler leaves in memory cost more than twice the time, and change no result.
+  const auto in_memory = [](auto* kernel) {
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.localSizeBytes;
+  };
+  CHECK(in_memory(selective_scan_fused_kernel<bf16, NarrowScan, 1>) == 0);
+  CHECK(in_memory(selective_scan_fused_kernel<bf16, WideScan, 1>) == 0);
+  CHECK(in_memory(selective_scan_fused_kernel<bf16, ManyScan, 2>) == 0);
+  CHECK(in_memory(selective_scan_fused_kernel<float, NarrowScan, 1>) == 0);
+}
+
 TEST_CASE("cuda selective_scan: cut anywhere, empty pieces included, nothing changes") {
   Worst worst{"selective_scan cut"};
   const ScanProblem<float> p({1, 70, 24, 16, 1, 31}, 5);
