@@ -1199,7 +1199,7 @@ std::size_t selective_scan_workspace(const ScanArgs<T>& a) {
 // For d_state <= 16. Few channels: one block an SM, as wide as its share of them, and the fewer states per
 // thread the fewer they are. Many: many states per thread, two blocks an SM.
 using NarrowScan = ScanTile<2, 8, 40, 32, 160, 4>;
-using WideScan = ScanTile<4, 4, 96, 32, 128, 2>;
+using WideScan = ScanTile<4, 4, 96, 32, 192, 2>;
 using ManyScan = ScanTile<8, 2, 64, 16, 64, 2>;
 
 template <class T>
@@ -2648,7 +2648,7 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 //             scan_decode_kernel   dt_proj, selective_scan_step, gate -> y
 //             linear_step_kernel   y -> out_proj, added to the residual
 //   Mamba-2   linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> z x B C dt
-//             ssd_decode_kernel    ssd_step, gate -> y, and its sums of squares
+//             ssd_decode_kernel    ssd_step, gate -> y (with several groups, its sums of squares)
 //             linear_step_kernel   y -> gated_rms_norm, out_proj, added to the residual
 
 __device__ inline void launch_next() {  // the next kernel may start where there is room
@@ -3967,7 +3967,7 @@ struct Compute {
                  logits, config.vocab_size);
   }
 
-  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time.
+  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C four numbers.
   bool takes_few(std::int64_t batch) const {
     const std::int64_t n = 16 / sizeof(T);
     return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&

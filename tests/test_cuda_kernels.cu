@@ -635,22 +635,26 @@ void linear_step_matches(const char* dtype) {
         const Row<double> w = stored<float>(random.matrix<double>(1, cols)).row(0);
         const DeviceBuffer<T> W_d = up<T>(W), x_d = up<T>(x);
         const DeviceBuffer<float> r_d = up<float>(r), w_d = up<float>(Matrix<double>(w)),
-                                  out = poisoned<float>(batch * rows),
-                                  residual = up<float>(before);
+                                  out = poisoned<float>(batch * rows);
         INFO(dtype << ": rows " << rows << ", cols " << cols << ", batch " << batch);
         linear_step(W_d.data(), rows, cols, int(batch), PlainInput<T>{x_d.data(), cols},
                     PlainOutput{out.data(), rows}, nullptr);
         check_close("W x", down(out, batch, rows), Matrix<double>(x * W.transpose()),
                     Matrix<double>(x.cwiseAbs() * W.cwiseAbs().transpose()), 256, 0x1p-24);
-        linear_step(W_d.data(), rows, cols, int(batch),
-                    NormedInput{r_d.data(), w_d.data(), cols, 1e-5f},
-                    ResidualOutput{residual.data(), nullptr, rows}, nullptr);
         const Matrix<double> u = ssm::rms_norm<double>(r, w, 1e-5);
-        check_close(
-            "residual + W rms_norm(r)", down(residual, batch, rows),
-            Matrix<double>(before + u * W.transpose()),
-            Matrix<double>(before.cwiseAbs() + u.cwiseAbs() * W.cwiseAbs().transpose()),
-            256, 0x1p-24);
+        const auto check_normed = [&](const char* what, const auto& input) {
+          const DeviceBuffer<float> residual = up<float>(before);
+          linear_step(W_d.data(), rows, cols, int(batch), input,
+                      ResidualOutput{residual.data(), nullptr, rows}, nullptr);
+          check_close(
+              what, down(residual, batch, rows), Matrix<double>(before + u * W.transpose()),
+              Matrix<double>(before.cwiseAbs() + u.cwiseAbs() * W.cwiseAbs().transpose()),
+              256, 0x1p-24);
+        };
+        check_normed("residual + W rms_norm(r)",
+                     NormedInput{r_d.data(), w_d.data(), cols, 1e-5f});
+        check_normed("residual + W gated_rms_norm(r), gate applied, one group",
+                     GatedNormInput{r_d.data(), nullptr, w_d.data(), cols, 1, 0, 1e-5f});
       }
 }
 
