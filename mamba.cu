@@ -3004,13 +3004,13 @@ struct LinearPlan {
 // that all have the same to read.
 inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups,
                               std::int64_t pieces) {
-  const std::int64_t slots = shape.blocks * shape.warps * multiprocessors();
+  const std::int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
   const auto steps = [&](int split) { return ceil_div(pieces, 32 * split); };
   int split = 1;
   for (int s = 2; s <= shape.warps; ++s)
     if (shape.warps % s == 0 && s * groups <= slots && steps(s) < steps(split)) split = s;
   const std::int64_t rounds = ceil_div(groups * split, slots),
-                     at_once = ceil_div(groups, rounds), SMs = multiprocessors();
+                     at_once = ceil_div(groups, rounds);
   std::int64_t blocks = ceil_div(at_once * split, shape.warps);
   if (blocks > SMs && steps(split) * rounds > kLinearDepth)
     blocks = ceil_div(blocks, SMs) * SMs;
@@ -3146,9 +3146,9 @@ struct SsdDecodeArgs {
   std::int64_t z_stride, x_stride, dt_stride;  // from row to row
   const float *A, *D, *dt_bias;                // (n_heads)
   float dt_min, dt_max, delta_ratio;
-  float* h;  // (batch, n_heads, head_dim, d_state)
-  float *g,
-      *squares;     // (batch, d_inner): y silu(z);  (batch, blocks of a sequence) or unused
+  float* h;         // (batch, n_heads, head_dim, d_state)
+  float* g;         // (batch, d_inner): y silu(z)
+  float* squares;   // (batch, blocks of a sequence): sums of g^2, for several groups only
   const int* done;  // (batch) or null: where not 0 the state stays
 };
 
