@@ -537,18 +537,18 @@ Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
   const Matrix<Scalar> delta = step_size(in);
   for (Index i = 0; i < H; ++i) {
     const Index g = in.group(i);
-    const auto B = in.B.middleCols(g * N, N), C = in.C.middleCols(g * N, N);
+    const Matrix<Scalar> B = in.B.middleCols(g * N, N), C = in.C.middleCols(g * N, N);
     const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
     const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
     const Matrix<Scalar> delta_x = delta.col(i).asDiagonal() * in.x.middleCols(i * P, P);
-    const Matrix<Scalar> from_start = mask.col(0) * std::exp(l(0));  // (L, 1)
-    const Matrix<Scalar> to_end = mask.row(L - 1);                   // (1, L)
+    const Matrix<Scalar> from_start = mask.col(0) * std::exp(l(0));        // (L, 1)
+    const Matrix<Scalar> at_end = mask.row(L - 1).asDiagonal() * delta_x;  // (L, P)
     auto h_i = h.middleRows(i * P, P);
 
     const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose());
     y.middleCols(i * P, P) =
         M * delta_x + from_start.col(0).asDiagonal() * (C * h_i.transpose());
-    h_i = from_start(L - 1) * h_i + delta_x.transpose() * to_end.row(0).asDiagonal() * B;
+    h_i = from_start(L - 1) * h_i + at_end.transpose() * B;
   }
   skip(in, y);
   return y;
