@@ -313,6 +313,36 @@ bool aligned4(const T* p, std::int64_t stride) {
   return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
 }
 
+// --- kernels that start early (programmatic dependent launch): while the kernel before them still runs, if that
+// has called launch_next(), which says nothing about its results ---
+
+__device__ inline void launch_next() {  // the next kernel may start where there is room
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_previous() {  // until all that it wrote can be read
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
+                  cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = 1;
+  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
 // ==========================================================================================
 // Causal convolution
 // ==========================================================================================
@@ -388,6 +418,8 @@ template <class T, int kWidth, int kVector>
 __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
     causal_conv1d_fused_kernel(ConvArgs<T> a, unsigned blocks, unsigned pieces) {
   static_assert(kConvRows >= kWidth - 1, "what comes before a later piece lies in x alone");
+  launch_next();
+  wait_for_previous();
   const std::int64_t b = blockIdx.x / blocks / pieces, piece = blockIdx.x / blocks % pieces;
   const std::int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
   const std::int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
@@ -500,9 +532,8 @@ void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
                                               : causal_conv1d_fused_kernel<T, 4, 1>)
                                    : (aligned ? causal_conv1d_fused_kernel<T, 8, 4>
                                               : causal_conv1d_fused_kernel<T, 8, 1>);
-  kernel<<<unsigned(a.batch * pieces * blocks), 32 * kConvWarps, 0, stream>>>(
-      a, unsigned(blocks), unsigned(pieces));
-  CUDA_CHECK(cudaGetLastError());
+  launch_early(kernel, unsigned(a.batch * pieces * blocks), 32 * kConvWarps, 0, stream, a,
+               unsigned(blocks), unsigned(pieces));
 }
 
 template <class T>
@@ -2651,37 +2682,10 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 //             ssd_decode_kernel    ssd_step, gate -> y (with several groups, its sums of squares)
 //             linear_step_kernel   y -> gated_rms_norm, out_proj, added to the residual
 
-__device__ inline void launch_next() {  // the next kernel may start where there is room
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ inline void wait_for_previous() {  // until all that it wrote can be read
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 // Asks for the cache lines (128 bytes) of p[0, size).
 __device__ inline void prefetch_row(const float* p, std::int64_t size) {
   for (std::int64_t i = 32 * threadIdx.x; i < size; i += 32 * blockDim.x)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
-}
-
-template <class... Parameters, class... Arguments>
-void launch_step(void (*kernel)(Parameters...), dim3 blocks, int threads, int shared_bytes,
-                 cudaStream_t stream, const Arguments&... arguments) {
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = blocks;
-  config.blockDim = threads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &overlap;
-  config.numAttrs = 1;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 
 constexpr int kMostGroups = 8,
@@ -3027,8 +3031,8 @@ void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch,
             std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     kLinearDepth * slot));
-    launch_step(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream,
-                W, rows, cols, batch, plan.split, input, output);
+    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream,
+                 W, rows, cols, batch, plan.split, input, output);
   };
   const LinearPlan brief = linear_plan(kBriefShape, groups, pieces);
   if (batch > 1)
@@ -3132,9 +3136,9 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
 
 template <class T>
 void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
-  launch_step(scan_decode_kernel<T>,
-              dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)), 128,
-              int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
+  launch_early(scan_decode_kernel<T>,
+               dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)), 128,
+               int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
 }
 
 // --- Mamba-2: ssd_step and the gate ---
@@ -3243,9 +3247,9 @@ template <class T>
 void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
-  launch_step(ssd_decode_kernel<T>,
-              dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), kSsdDecodeThreads,
-              0, stream, a, lanes);
+  launch_early(ssd_decode_kernel<T>,
+               dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), kSsdDecodeThreads,
+               0, stream, a, lanes);
 }
 
 // ============================================================================================
@@ -3571,10 +3575,10 @@ static __global__ void __launch_bounds__(kSampleThreads)
 // embedding (vocab_size, d_model), residual (batch, d_model).
 inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding,
                         std::int64_t d_model, float* residual, cudaStream_t stream) {
-  launch_step(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0,
-              stream, a);
-  launch_step(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a,
-              embedding, d_model, residual);
+  launch_early(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0,
+               stream, a);
+  launch_early(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a,
+               embedding, d_model, residual);
 }
 
 // ============================================================================================

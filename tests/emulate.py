@@ -83,7 +83,7 @@ def replace_launches(text):
         arguments = text[stop + 4:end - 1]
         text = (text[:at - len(name)] + f"emulated::launch([=](auto... p) {{ {name}(p...); }}, dim3({grid}), "
                 f"{threads}, {rest[0] if rest else 0}, {arguments})" + text[end:])
-    # launch_step
+    # launch_early
     at = text.find("  cudaLaunchAttribute overlap = {};")
     if at < 0:
         return text
