@@ -631,11 +631,18 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
 // shared memory. More states per thread therefore mean less shared traffic, and fewer
 // threads per channel. Grid: sequences (or their chunks) times groups times blocks of
 // `width` channels.
-template <int kStates_, int kLanes_, int kChannels_, int kSteps_, int kServers, int kDepth_>
+//
+// A multiprocessor deals a block's warps out to its four schedulers in turn. The walkers set the pace: where their
+// warps are no multiple of four, feeders and finishers keep to the schedulers that have one walker less, and the
+// warps in between exit at once. They have registers nevertheless, so this goes as far as kThreads, the threads
+// that the kernel is compiled for, allows.
+template <int kStates_, int kLanes_, int kChannels_, int kSteps_, int kServers, int kDepth_,
+          int kThreads_>
 struct ScanTile {
   static constexpr int kStates = kStates_, kLanes = kLanes_, kSteps = kSteps_;
   static constexpr int kChannels = kChannels_;  // of a block, at most
   static constexpr int kFeeders = kServers, kFinishers = kServers, kDepth = kDepth_;
+  static constexpr int kThreads = kThreads_;          // of a block, at most
   static constexpr int kN = kStates * kLanes;         // d_state, rounded up
   static constexpr int kPerWarp = 32 / kLanes;        // channels of a warp
   static constexpr int kGroup = kStates < 4 ? 4 : 2;  // steps read and discretized together
@@ -643,6 +650,8 @@ struct ScanTile {
   // The bits of a lane that number its states; the others number its channel. So neighbours share their
   // states and every other two their channel, and shared memory answers them together.
   static constexpr int kStateBits = kLanes == 32 ? 31 : (32 - 2 * kPerWarp) | 2;
+  static_assert(kServers % 32 == 0, "whole warps");
+  static_assert(kThreads >= kChannels * kLanes + 2 * kServers, "room for all roles");
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
   static_assert(kSteps % kSum == 0 && kSum % (2 * kGroup) == 0, "groups of both parities");
   static_assert(kChannels % 4 == 0 && kChannels % kPerWarp == 0, "whole warps");
@@ -655,10 +664,10 @@ struct ScanTile {
   alignas(32) float y[2][kSteps][kRow];            // C_t . h_t
 };
 
-// The block's roles meet here. A barrier with a name, because they come from several branches, and
-// __syncthreads() is to be one and the same for all.
-__device__ inline void meet() {
-  asm volatile("barrier.sync 1, %0;" ::"r"(blockDim.x) : "memory");
+// The block's roles, so many threads, meet here. A barrier with a name, because they come from several
+// branches, and __syncthreads() is to be one and the same for all.
+__device__ inline void meet(int threads) {
+  asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
 }
 
 // What one block works on: some rows of one sequence, some channels of one group.
@@ -669,6 +678,12 @@ struct ScanBlock {
   std::int64_t channel;  // the first
   int width;             // channels of a block
   int n_channels;        // how many of them exist
+  int threads;           // that work
+};
+
+// The shape of a block: `width` channels, feeders and finishers with schedulers first_server .. 3.
+struct ScanShape {
+  int width, first_server;
 };
 
 // Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b
@@ -680,7 +695,7 @@ struct Chunks {
 
 template <class T>
 __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks,
-                                       int width) {
+                                       int width, int threads) {
   const std::int64_t channels = a.d_inner / a.n_groups;
   const std::int64_t blocks = (channels + width - 1) / width;
   const std::int64_t first = blockIdx.x % blocks * width;
@@ -693,7 +708,8 @@ __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunk
   }
   return {sequence, rows,
           group,    group * channels + first,
-          width,    int(min(channels - first, std::int64_t(width)))};
+          width,    int(min(channels - first, std::int64_t(width))),
+          threads};
 }
 
 template <int kBits>  // the chosen bits of a lane, as a number
@@ -788,7 +804,9 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks,
 
   const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
   for (int i = 0; i < tiles; ++i) {
-    meet();  // feeders wrote input and BC of tile i, finishers have read y of tile i - 2
+    meet(
+        block
+            .threads);  // feeders wrote input and BC of tile i, finishers have read y of tile i - 2
     const int parity = i & 1;
     Operands operands[2][kGroup];  // of even and of odd groups
     Discrete discrete[2][kGroup];
@@ -820,8 +838,8 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks,
       for (int k = 0; k < kMine; ++k) tile.y[parity][first + k][c] = y[k];
     }
   }
-  meet();  // y of the last tile is written
-  if (chunks.total) meet();
+  meet(block.threads);  // y of the last tile is written
+  if (chunks.total) meet(block.threads);
 
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
@@ -953,17 +971,17 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   for (int i = 0; i < tiles; ++i) {
     copy_async_wait_but<kDepth - 1>();
     prepare(i);
-    fetch(i + kDepth);  // in its place
-    meet();             // walkers have read input and BC of tile i - 1
+    fetch(i + kDepth);    // in its place
+    meet(block.threads);  // walkers have read input and BC of tile i - 1
   }
-  meet();
+  meet(block.threads);
   if (!chunks.total) return;
   // The sums over each feeder's rows, then over all.
   if (my.first < min(my.stride, kSteps)) {
 #pragma unroll
     for (int k = 0; k < n; ++k) tile.input[0][my.first][my.column + k].x = total[k];
   }
-  meet();  // sums are written before they are added
+  meet(block.threads);  // sums are written before they are added
   if (my.first == 0 && exists) {
     for (int r = 1; r < min(my.stride, kSteps); ++r) {
 #pragma unroll
@@ -1036,14 +1054,14 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   };
 
   for (int i = 0; i < kDepth; ++i) fetch(i);
-  meet();
+  meet(block.threads);
   for (int i = 0; i < tiles; ++i) {
-    meet();  // walkers wrote y of tile i
+    meet(block.threads);  // walkers wrote y of tile i
     copy_async_wait_but<kDepth - 1>();
     if (a.out) finish(i);
     fetch(i + kDepth);
   }
-  if (chunks.total) meet();
+  if (chunks.total) meet(block.threads);
 }
 
 template <class T, class Tile>
@@ -1053,16 +1071,20 @@ struct ScanRings {
 };
 
 template <class T, class Tile, int kBlocksPerSM>
-__global__ void __launch_bounds__(Tile::kChannels* Tile::kLanes + Tile::kFeeders +
-                                      Tile::kFinishers,
-                                  kBlocksPerSM)
-    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, int width) {
+__global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM)
+    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, ScanShape shape) {
   extern __shared__ __align__(32) unsigned char shared_memory[];
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory);
   auto& rings = *reinterpret_cast<ScanRings<T, Tile>*>(shared_memory + sizeof(Tile));
-  const ScanBlock block = scan_block(a, chunks, width);
+  const int walkers = shape.width * Tile::kLanes, warp = threadIdx.x / 32;
+  const ScanBlock block =
+      scan_block(a, chunks, shape.width, walkers + Tile::kFeeders + Tile::kFinishers);
+  int me = threadIdx.x - walkers;
+  if (me >= 0) {  // not a walker: the number among feeders and finishers
+    if (warp % 4 < shape.first_server) return;
+    for (int w = walkers / 32; w < warp; ++w) me -= w % 4 < shape.first_server ? 32 : 0;
+  }
   // All roles pass the same number of barriers: one per tile, and one more (two, where delta is summed).
-  const int walkers = width * Tile::kLanes, me = threadIdx.x - walkers;
   if (me < 0) {
     walk_time(a, chunks, block, tile);
   } else if (me < Tile::kFeeders) {
@@ -1182,24 +1204,32 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width,
                   cudaStream_t stream) {
   const std::int64_t blocks =
       a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
+  const int walkers = width * Tile::kLanes / 32;  // warps
+  const auto warps = [&](int first_server) {
+    int all = walkers;
+    for (int left = (Tile::kFeeders + Tile::kFinishers) / 32; left > 0; ++all)
+      left -= all % 4 >= first_server;
+    return all;
+  };
+  const int shorter = walkers % 4;
+  const ScanShape shape{width, 32 * warps(shorter) <= Tile::kThreads ? shorter : 0};
   const auto kernel = selective_scan_fused_kernel<T, Tile, kBlocksPerSM>;
   constexpr int bytes = scan_bytes<T, Tile>();
   CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<blocks, width * Tile::kLanes + Tile::kFeeders + Tile::kFinishers, bytes,
-           stream>>>(a, chunks, width);
+  kernel<<<blocks, 32 * warps(shape.first_server), bytes, stream>>>(a, chunks, shape);
   CUDA_CHECK(cudaGetLastError());
 }
 
 // Into how many chunks `selective_scan` cuts each sequence: 1 unless the channels leave
 // part of the GPU idle, and the sequence is so long that two passes by all of it win.
-// Measured on an H100, a row costs 22 ns in one pass, 200 ns in both passes over a chunk,
+// Measured on an H100, a row costs 18 ns in one pass, 200 ns in both passes over a chunk,
 // and splitting costs 22 us.
 inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t d_inner) {
   if (batch * ceil_div(d_inner, 16) >= multiprocessors()) return 1;
   const std::int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
   const std::int64_t count = std::max<std::int64_t>(1, std::min(room, L / 128));
-  return 22 * L > 200 * L / count + 22000 ? count : 1;
+  return 18 * L > 200 * L / count + 22000 ? count : 1;
 }
 
 template <class Tile, int kBlocksPerSM, class T>
@@ -1228,10 +1258,11 @@ std::size_t selective_scan_workspace(const ScanArgs<T>& a) {
 }
 
 // For d_state <= 16. Few channels: one block an SM, as wide as its share of them, and the fewer states per
-// thread the fewer they are. Many: many states per thread, two blocks an SM.
-using NarrowScan = ScanTile<2, 8, 40, 32, 160, 4>;
-using WideScan = ScanTile<4, 4, 96, 32, 192, 2>;
-using ManyScan = ScanTile<8, 2, 64, 16, 64, 2>;
+// thread and the longer tiles the fewer they are. Many: many states per thread, two blocks an SM.
+using FewScan = ScanTile<2, 8, 12, 64, 96, 3, 768>;
+using NarrowScan = ScanTile<2, 8, 32, 64, 96, 3, 768>;
+using WideScan = ScanTile<4, 4, 96, 32, 192, 2, 768>;
+using ManyScan = ScanTile<8, 2, 64, 16, 64, 2, 256>;
 
 template <class T>
 void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream) {
@@ -1246,9 +1277,9 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
   if (!reads_four(a)) return selective_scan_naive(a, stream);
   if (N > 64)
-    return launch_scan<ScanTile<8, 32, 4, 8, 64, 4>, 2>(a, chunks, workspace, stream);
+    return launch_scan<ScanTile<8, 32, 4, 8, 64, 4, 256>, 2>(a, chunks, workspace, stream);
   if (N > 16)
-    return launch_scan<ScanTile<4, 16, 8, 32, 64, 2>, 2>(a, chunks, workspace, stream);
+    return launch_scan<ScanTile<4, 16, 8, 32, 64, 2, 256>, 2>(a, chunks, workspace, stream);
   const std::int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
                      width = a.d_inner / a.n_groups;
   // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
@@ -1259,6 +1290,9 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
     return channels;
   };
   if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
+    const int few = share(FewScan::kPerWarp, FewScan::kChannels, 1);
+    if (few <= FewScan::kChannels && scan_bytes<T, FewScan>() <= shared_bytes())
+      return launch_scan<FewScan, 1>(a, chunks, workspace, stream, few);
     const int narrow = share(NarrowScan::kPerWarp, NarrowScan::kChannels, 1);
     if (narrow <= NarrowScan::kChannels && scan_bytes<T, NarrowScan>() <= shared_bytes())
       return launch_scan<NarrowScan, 1>(a, chunks, workspace, stream, narrow);

@@ -14,7 +14,7 @@ import sys
 INSTRUCTIONS = [
     ("ex2.approx", "y = emulated::exp2(x);"),
     ("rcp.approx", "y = emulated::reciprocal(x);"),
-    ("barrier.sync 1", "emulated::named_barrier.wait(blockDim.x);"),
+    ("barrier.sync 1", "emulated::named_barrier.wait(threads);"),
     ("cvt.rn.bf16x2", "r = emulated::pack<__nv_bfloat16>(lo, hi);"),
     ("cvt.rn.f16x2", "r = emulated::pack<__half>(lo, hi);"),
     ("f32.bf16.bf16.f32 {%0,%1,%2,%3}", "emulated::mma<__nv_bfloat16>(d, a, b0, b1);"),

@@ -240,7 +240,7 @@ TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, f16
 
 TEST_CASE("cuda selective_scan: few channels for each multiprocessor, or many") {
   Worst worst{"selective_scan, few to many channels"};
-  for (const Index channels : {4, 9, 38, 45, 94, 170, 257}) {
+  for (const Index channels : {4, 9, 14, 19, 23, 27, 38, 45, 70, 94, 170, 257}) {
     const ScanProblem<bf16> p({1, 67, channels * multiprocessors() - 4, 16, 1, 31}, 11);
     p.check("fused", worst, run_scan<bf16>);
   }
@@ -255,6 +255,7 @@ TEST_CASE("cuda selective_scan: what its threads work with is in registers") {
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.localSizeBytes;
   };
+  CHECK(in_memory(selective_scan_fused_kernel<bf16, FewScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, NarrowScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, WideScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, ManyScan, 2>) == 0);
