@@ -804,9 +804,8 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks,
 
   const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
   for (int i = 0; i < tiles; ++i) {
-    meet(
-        block
-            .threads);  // feeders wrote input and BC of tile i, finishers have read y of tile i - 2
+    // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
+    meet(block.threads);
     const int parity = i & 1;
     Operands operands[2][kGroup];  // of even and of odd groups
     Discrete discrete[2][kGroup];
@@ -1211,8 +1210,8 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width,
       left -= all % 4 >= first_server;
     return all;
   };
-  const int shorter = walkers % 4;
-  const ScanShape shape{width, 32 * warps(shorter) <= Tile::kThreads ? shorter : 0};
+  const int apart = walkers % 4;  // the first scheduler that has one walker less
+  const ScanShape shape{width, 32 * warps(apart) <= Tile::kThreads ? apart : 0};
   const auto kernel = selective_scan_fused_kernel<T, Tile, kBlocksPerSM>;
   constexpr int bytes = scan_bytes<T, Tile>();
   CUDA_CHECK(
