@@ -46,8 +46,7 @@ class Workers {
   void run(std::uint32_t pieces, const std::function<void(Index)>& piece) {
     const int helpers = omp_get_max_threads() - 1;
     std::unique_lock<std::mutex> turn(turn_, std::defer_lock);
-    if (pieces <= 1 || helpers == 0 || inside_ ||
-        !turn.try_lock()) {  // alone, or in a piece
+    if (pieces <= 1 || helpers == 0 || inside_ || !turn.try_lock()) {  // alone, or in a piece
       for (Index i = 0; i < pieces; ++i) piece(i);
       return;
     }
@@ -90,8 +89,7 @@ class Workers {
     inside_ = true;
     for (std::uint64_t left = left_; static_cast<std::uint32_t>(left) > 0; left = left_) {
       const std::function<void(Index)>* piece = piece_;
-      if (!left_.compare_exchange_weak(left, left - 1))
-        continue;  // so piece is of this call
+      if (!left_.compare_exchange_weak(left, left - 1)) continue;  // so piece is of this call
       try {
         (*piece)(static_cast<std::uint32_t>(left) - 1);
       } catch (...) {
@@ -107,8 +105,7 @@ class Workers {
   std::mutex turn_, mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
-  std::atomic<std::uint64_t> left_{
-      0};  // number of the call << 32 | pieces that nobody has taken
+  std::atomic<std::uint64_t> left_{0};  // number of the call << 32 | pieces that nobody has taken
   std::atomic<const std::function<void(Index)>*> piece_{nullptr};
   std::atomic<std::uint32_t> unfinished_{0};
   std::atomic<int> helpers_{0}, sleeping_{0};
@@ -178,8 +175,7 @@ constexpr Index padded(Index n) { return (n + kLanes - 1) / kLanes * kLanes; }
 // again, to 255; a subnormal, whose exponent field is 0, is (2^-14 + its value) - 2^-14.
 inline Lanes half_to_float(LanesU16 half) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Lanes>(
-      _mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(half)));
+  return reinterpret_cast<Lanes>(_mm512_maskz_cvtph_ps(0xffff, reinterpret_cast<__m256i>(half)));
 #elif defined(__F16C__)
   return reinterpret_cast<Lanes>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(half)));
 #else
@@ -262,8 +258,7 @@ struct Tile {
 template <Index T, DType dtype, bool kPrefetch>
 void dot_tile(const Tile& tile) {
   const char* w[kTileW];  // after w_rows the last row again; those sums are not stored
-  for (Index i = 0; i < kTileW; ++i)
-    w[i] = tile.w + std::min(i, tile.w_rows - 1) * tile.w_stride;
+  for (Index i = 0; i < kTileW; ++i) w[i] = tile.w + std::min(i, tile.w_rows - 1) * tile.w_stride;
   Lanes sums[T][kTileW] = {};
   for (Index k = 0; k < tile.n; k += kLanes) {
     Lanes x_k[T];
@@ -279,8 +274,7 @@ void dot_tile(const Tile& tile) {
     });
   }
   float totals[T][kTileW];
-  unroll<T>(
-      [&](auto t) { unroll<kTileW>([&](auto i) { totals[t][i] = sum(sums[t][i]); }); });
+  unroll<T>([&](auto t) { unroll<kTileW>([&](auto i) { totals[t][i] = sum(sums[t][i]); }); });
   for (Index t = 0; t < T; ++t)
     for (Index i = 0; i < tile.w_rows; ++i) {
       float& y = tile.y[t * tile.y_stride + i];
@@ -306,8 +300,8 @@ constexpr Index kFewRows = 16, kDepth = 768;
 
 // y = x W^T for L rows of x, with zeros from cols up to padded(cols), and rows [begin, end) of W.
 template <DType dtype>
-void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Index begin,
-                  Index end, float* y, Index y_stride) {
+void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Index begin, Index end,
+                  float* y, Index y_stride) {
   constexpr Index size = element_bytes(dtype);
   const Index parts = std::max<Index>(1, (W.cols + kDepth - 1) / kDepth);
   const Index depth = padded((W.cols + parts - 1) / parts);  // the same for every L
@@ -323,8 +317,7 @@ void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Inde
         continue;
       }
       for (Index r = 0; r < w_rows; ++r)
-        to_floats<dtype>(w + r * tile.w_stride, n, panel + r * depth,
-                         kTileW * tile.w_stride);
+        to_floats<dtype>(w + r * tile.w_stride, n, panel + r * depth, kTileW * tile.w_stride);
       tile.w = reinterpret_cast<const char*>(panel);
       tile.w_stride = depth * sizeof(float);
       tile.n = padded(n);
@@ -334,8 +327,8 @@ void linear_block(const float* x, Index L, Index x_stride, const Weight& W, Inde
 }
 
 // y = x W^T in pieces: a block of x, which stays in the L2 cache, times some panels of W.
-inline void linear_pieces(const float* x, Index L, Index x_stride, const Weight& W,
-                          float* y, Index y_stride) {
+inline void linear_pieces(const float* x, Index L, Index x_stride, const Weight& W, float* y,
+                          Index y_stride) {
   constexpr Index kBlock = 160, kPieces = 16, kMostPanels = 32, kLeastProducts = 1 << 14;
   const Index blocks = (L + kBlock - 1) / kBlock, panels = (W.rows + kTileW - 1) / kTileW;
   const bool few = L <= kFewRows;
@@ -367,8 +360,7 @@ inline void linear(const float* x, Index L, Index x_stride, const Weight& W, flo
 }
 
 inline Matrix<float> linear(const Eigen::Ref<const Matrix<float>>& x, const Weight& W) {
-  if (x.cols() != W.cols)
-    fail("linear: x: expected ", W.cols, " columns, found ", x.cols());
+  if (x.cols() != W.cols) fail("linear: x: expected ", W.cols, " columns, found ", x.cols());
   Matrix<float> y(x.rows(), W.rows);
   linear(x.data(), x.rows(), x.outerStride(), W, y.data(), y.outerStride());
   return y;
@@ -444,8 +436,8 @@ namespace mamba {
 
 /// A matrix in the storage type that --dtype asks for: a window into the file where it can be.
 inline void assign(const Tensor& tensor, std::optional<DType> storage, Weight& weight) {
-  const bool stored = tensor.dtype == DType::F32 || tensor.dtype == DType::BF16 ||
-                      tensor.dtype == DType::F16;
+  const bool stored =
+      tensor.dtype == DType::F32 || tensor.dtype == DType::BF16 || tensor.dtype == DType::F16;
   const DType dtype = storage.value_or(stored ? tensor.dtype : DType::F32);
   const Tensor kept = tensor.dtype == dtype ? tensor : to_dtype(tensor, dtype);
   weight = {dtype, tensor.shape[0], tensor.shape[1], kept.data, kept.keep_alive};
@@ -486,8 +478,7 @@ class CpuEngine {
 
   using State = ssm::State<float>;
 
-  CpuEngine(const Checkpoint& checkpoint, const Config& config,
-            const EngineOptions& options)
+  CpuEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : config_(config),
         model_(load_model<ssm::Model<float, Weight>>(checkpoint, config, options.dtype)) {
     // Walked in order, a scan costs the CPU least; an SSD is cheapest as matrix products.
@@ -512,9 +503,7 @@ class CpuEngine {
       sink(t, ssm::lm_head<float>(model_, hidden.middleRows(t, std::min(kRows, L - t))));
   }
 
-  Matrix<float> step(State& state, Token id) {
-    return ssm::step(model_, id, state, options_);
-  }
+  Matrix<float> step(State& state, Token id) { return ssm::step(model_, id, state, options_); }
 
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token) {
@@ -541,27 +530,21 @@ inline double median(std::vector<double> values) {
 inline void CpuEngine::bench(const BenchOptions& options) {
   const int threads = omp_get_max_threads();
   if (options.op == "bandwidth") {
-    std::cout << Json{{"op", "bandwidth"},
-                      {"threads", threads},
-                      {"GB/s", read_bandwidth() / 1e9}}
+    std::cout << Json{{"op", "bandwidth"}, {"threads", threads}, {"GB/s", read_bandwidth() / 1e9}}
               << "\n";
     return;
   }
   if (options.op == "matmul") {
-    std::cout << Json{{"op", "matmul"},
-                      {"threads", threads},
-                      {"GFLOP/s", matmul_peak() / 1e9}}
+    std::cout << Json{{"op", "matmul"}, {"threads", threads}, {"GFLOP/s", matmul_peak() / 1e9}}
               << "\n";
     return;
   }
   const bool decode = options.op == "decode";
   if (!decode && options.op != "prefill")
     fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
-  if (options.batch != 1)
-    fail_usage("--batch: expected 1: the CPU takes one text after the other");
+  if (options.batch != 1) fail_usage("--batch: expected 1: the CPU takes one text after the other");
   const Config config = published_config(options.shape);
-  std::size_t parameters =
-      0;  // of matrices: each is read once and costs a multiply-add a token
+  std::size_t parameters = 0;  // of matrices: each is read once and costs a multiply-add a token
   for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
     if (shape.size() == 2) parameters += static_cast<std::size_t>(shape[0] * shape[1]);
   });

@@ -78,8 +78,7 @@ class DeviceBuffer {
   explicit DeviceBuffer(std::size_t size) : size_(size) {
     if (size == 0) return;
     const cudaError_t error = cudaMalloc(&data_, bytes());
-    if (error == cudaErrorMemoryAllocation)
-      cudaGetLastError(), need_memory(bytes(), "a buffer");
+    if (error == cudaErrorMemoryAllocation) cudaGetLastError(), need_memory(bytes(), "a buffer");
     CUDA_CHECK(error);
   }
   DeviceBuffer(const T* from, std::size_t size) : DeviceBuffer(size) { copy_from(from); }
@@ -120,8 +119,8 @@ class DeviceBuffer {
 class Event {
  public:
   explicit Event(bool timed = false) {
-    CUDA_CHECK(cudaEventCreateWithFlags(&event_,
-                                        timed ? cudaEventDefault : cudaEventDisableTiming));
+    CUDA_CHECK(
+        cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming));
   }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
@@ -234,17 +233,13 @@ __device__ inline void copy_async(std::uint32_t to, const void* from, bool valid
                  "r"(valid ? 16 : 0)
                  : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from),
-                 "n"(kBytes), "r"(valid ? kBytes : 0)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(valid ? kBytes : 0)
                  : "memory");
   }
 }
-__device__ inline void copy_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-__device__ inline void copy_async_wait() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-}
+__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <int kPending>  // all but the last kPending commits have arrived
 __device__ void copy_async_wait_but() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -299,8 +294,7 @@ __device__ inline float silu(float x) {
 struct Rows {
   std::int64_t first, count;
 };
-__device__ inline Rows rows_of(std::int64_t b, std::int64_t L,
-                               const std::int64_t* row_offsets) {
+__device__ inline Rows rows_of(std::int64_t b, std::int64_t L, const std::int64_t* row_offsets) {
   if (!row_offsets) return {b * L, L};
   return {row_offsets[b], row_offsets[b + 1] - row_offsets[b]};
 }
@@ -360,7 +354,7 @@ struct ConvArgs {
   const T* x = nullptr;                            // (batch L, d), rows x_stride apart
   const float *weight = nullptr, *bias = nullptr;  // (d, width); (d) or null
   const T* state = nullptr;                        // (batch, width - 1, d) or null
-  T *out = nullptr, *state_out = nullptr;  // (batch L, d); (batch, width - 1, d) or null
+  T *out = nullptr, *state_out = nullptr;          // (batch L, d); (batch, width - 1, d) or null
   std::int64_t x_stride = 0, out_stride = 0;
   bool activate = true;
   const int* done = nullptr;                  // step: (batch), where not 0 the state stays
@@ -369,12 +363,10 @@ struct ConvArgs {
 
 // The n inputs at position t of a sequence, t >= -(width - 1).
 template <int n, class T>
-__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b,
-                                          const Rows& rows, std::int64_t t,
-                                          std::int64_t d) {
+__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b, const Rows& rows,
+                                          std::int64_t t, std::int64_t d) {
   if (t >= 0) return load<n>(a.x + (rows.first + t) * a.x_stride + d, t < rows.count);
-  return load<n>(a.state + (b * (a.width - 1) + a.width - 1 + t) * a.d + d,
-                 a.state != nullptr);
+  return load<n>(a.state + (b * (a.width - 1) + a.width - 1 + t) * a.d + d, a.state != nullptr);
 }
 
 // One thread computes one output. Grid: all of batch L d in blocks of 256.
@@ -429,17 +421,16 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
   const bool first = begin == 0, has_past = !first || a.state;
   const T* x = a.x + (rows.first + begin) * a.x_stride + d;
   const std::int64_t past_stride = first ? a.d : a.x_stride;
-  const T* past = (first ? a.state + (b + 1) * (a.width - 1) * a.d + d : x) -
-                  (kWidth - 1) * past_stride;
+  const T* past =
+      (first ? a.state + (b + 1) * (a.width - 1) * a.d + d : x) - (kWidth - 1) * past_stride;
   const int count = min(std::int64_t(kConvRows), rows.count - begin);
   Vector<T, kVector> before[kWidth - 1], arrived[kConvRows];
 #pragma unroll
   for (int k = 0; k + 1 < kWidth; ++k)
-    before[k] = load<kVector>(past + k * past_stride,
-                              has_past && (kWidth == 4 || k >= kWidth - a.width));
+    before[k] =
+        load<kVector>(past + k * past_stride, has_past && (kWidth == 4 || k >= kWidth - a.width));
 #pragma unroll
-  for (int r = 0; r < kConvRows; ++r)
-    arrived[r] = load<kVector>(x + r * a.x_stride, r < count);
+  for (int r = 0; r < kConvRows; ++r) arrived[r] = load<kVector>(x + r * a.x_stride, r < count);
 
   float weight[kVector][kWidth], bias[kVector], window[kWidth][kVector];
   unpack(load<kVector>(a.bias + d, a.bias != nullptr), bias);
@@ -485,8 +476,7 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
       if (r < count) store(out + r * a.out_stride, pack<T>(sum));
     }
   };
-  a.activate ? convolve([](float v) { return silu(v); })
-             : convolve([](float v) { return v; });
+  a.activate ? convolve([](float v) { return silu(v); }) : convolve([](float v) { return v; });
 }
 
 // One token: x, out (batch, d); state_out (batch, width - 1, d) slides by one row, in
@@ -519,19 +509,17 @@ void causal_conv1d_naive(const ConvArgs<T>& a, cudaStream_t stream) {
 
 template <class T>
 void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
-  if (a.width < 2 || a.width > 8)
-    fail("causal_conv1d: width: expected 2 to 8, found ", a.width);
+  if (a.width < 2 || a.width > 8) fail("causal_conv1d: width: expected 2 to 8, found ", a.width);
   if (a.batch * a.d == 0) return;
   const bool aligned = aligned4(a.x, a.x_stride) && aligned4(a.out, a.out_stride) &&
                        aligned4(a.state, a.d) && aligned4(a.state_out, a.d) &&
                        aligned4(a.weight, 4) && aligned4(a.bias, 4);
   const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * 32);
-  const std::int64_t pieces =
-      std::max<std::int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
-  const auto kernel = a.width == 4 ? (aligned ? causal_conv1d_fused_kernel<T, 4, 4>
-                                              : causal_conv1d_fused_kernel<T, 4, 1>)
-                                   : (aligned ? causal_conv1d_fused_kernel<T, 8, 4>
-                                              : causal_conv1d_fused_kernel<T, 8, 1>);
+  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
+  const auto kernel =
+      a.width == 4
+          ? (aligned ? causal_conv1d_fused_kernel<T, 4, 4> : causal_conv1d_fused_kernel<T, 4, 1>)
+          : (aligned ? causal_conv1d_fused_kernel<T, 8, 4> : causal_conv1d_fused_kernel<T, 8, 1>);
   launch_early(kernel, unsigned(a.batch * pieces * blocks), 32 * kConvWarps, 0, stream, a,
                unsigned(blocks), unsigned(pieces));
 }
@@ -694,8 +682,8 @@ struct Chunks {
 };
 
 template <class T>
-__device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks,
-                                       int width, int threads) {
+__device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks, int width,
+                                       int threads) {
   const std::int64_t channels = a.d_inner / a.n_groups;
   const std::int64_t blocks = (channels + width - 1) / width;
   const std::int64_t first = blockIdx.x % blocks * width;
@@ -747,16 +735,15 @@ __device__ inline int sum_over_lanes(float (&y)[Tile::kSum], int lane) {
 }
 
 template <class Tile, class T>
-__device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks,
-                                 const ScanBlock& block, Tile& tile) {
+__device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, const ScanBlock& block,
+                                 Tile& tile) {
   constexpr int kStates = Tile::kStates, kGroup = Tile::kGroup, kSum = Tile::kSum;
   constexpr int kMine =
       kSum / (Tile::kLanes < kSum ? Tile::kLanes : kSum);  // sums a lane ends with
   const int lane = threadIdx.x % 32;
   const int s = lane_bits<Tile::kStateBits>(lane),
             c = threadIdx.x / 32 * Tile::kPerWarp + lane_bits<31 - Tile::kStateBits>(lane);
-  const std::int64_t d = block.channel + c,
-                     state = (block.sequence * a.d_inner + d) * a.d_state;
+  const std::int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
   const bool exists = c < block.n_channels;
 
   // A log2(e) is kept, so that exp(delta A) is one multiply and one exp2.
@@ -882,8 +869,8 @@ struct FeederRing {
 
 template <class Tile, class T>
 __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
-                                  const ScanBlock& block, Tile& tile,
-                                  FeederRing<T, Tile>& ring, int me) {
+                                  const ScanBlock& block, Tile& tile, FeederRing<T, Tile>& ring,
+                                  int me) {
   using Ring = FeederRing<T, Tile>;
   constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
   const typename Ring::ShareD my(me, block.width / n);
@@ -899,8 +886,7 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
     bias[k] = a.delta_bias && exists ? a.delta_bias[d + k] : 0.f;
     total[k] = 0.f;  // of delta_t
   }
-  const std::int64_t first = block.rows.first + my.first,
-                     first_N = block.rows.first + my_N.first;
+  const std::int64_t first = block.rows.first + my.first, first_N = block.rows.first + my_N.first;
   const std::int64_t column_N = block.group * a.d_state + my_N.column;
   const T* x = a.x + first * a.x_stride + d;
   const T* delta = a.delta + first * a.delta_stride + d;
@@ -1001,8 +987,8 @@ struct FinisherRing {
 
 template <class Tile, class T>
 __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
-                                    const ScanBlock& block, Tile& tile,
-                                    FinisherRing<T, Tile>& ring, int me) {
+                                    const ScanBlock& block, Tile& tile, FinisherRing<T, Tile>& ring,
+                                    int me) {
   using Ring = FinisherRing<T, Tile>;
   constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
   const typename Ring::ShareD my(me, block.width / n);
@@ -1100,8 +1086,7 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM)
 // state by the state in which it starts. (3) The fused kernel runs again from there. Twice
 // the exps, for `count` times the parallelism.
 template <class T>
-__global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks,
-                                                  float* states) {
+__global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks, float* states) {
   const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const std::int64_t per_sequence = a.d_inner * a.d_state;
   if (i >= a.batch * per_sequence) return;
@@ -1124,8 +1109,7 @@ constexpr int kStepLanes = 4, kStepThreads = 128;
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanArgs<T> a) {
-  const std::int64_t i =
-      (std::int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
+  const std::int64_t i = (std::int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
   const int lane = threadIdx.x % kStepLanes, N = a.d_state;
   if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
   const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
@@ -1136,8 +1120,7 @@ __global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanA
   const float* A = a.A + d * N;
   float* h = a.h_T + i * N;
   const float x = to_float(a.x[b * a.x_stride + d]);
-  float delta =
-      to_float(a.delta[b * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
+  float delta = to_float(a.delta[b * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
   if (a.delta_softplus) delta = softplus(delta);
   delta *= a.delta_ratio;
 
@@ -1188,9 +1171,8 @@ void selective_scan_naive(const ScanArgs<T>& a, cudaStream_t stream) {
 template <class T>
 bool reads_four(const ScanArgs<T>& a) {
   return aligned4(a.x, a.x_stride) && aligned4(a.delta, a.delta_stride) &&
-         aligned4(a.z, a.z_stride) && aligned4(a.out, a.out_stride) &&
-         aligned4(a.B, a.B_stride) && aligned4(a.C, a.C_stride) &&
-         a.d_inner / a.n_groups % 4 == 0 && a.d_state % 4 == 0;
+         aligned4(a.z, a.z_stride) && aligned4(a.out, a.out_stride) && aligned4(a.B, a.B_stride) &&
+         aligned4(a.C, a.C_stride) && a.d_inner / a.n_groups % 4 == 0 && a.d_state % 4 == 0;
 }
 
 template <class T, class Tile>
@@ -1199,8 +1181,7 @@ constexpr int scan_bytes() {  // of shared memory
 }
 
 template <class Tile, int kBlocksPerSM, class T>
-void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width,
-                  cudaStream_t stream) {
+void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStream_t stream) {
   const std::int64_t blocks =
       a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
   const int walkers = width * Tile::kLanes / 32;  // warps
@@ -1214,8 +1195,7 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width,
   const ScanShape shape{width, 32 * warps(apart) <= Tile::kThreads ? apart : 0};
   const auto kernel = selective_scan_fused_kernel<T, Tile, kBlocksPerSM>;
   constexpr int bytes = scan_bytes<T, Tile>();
-  CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<blocks, 32 * warps(shape.first_server), bytes, stream>>>(a, chunks, shape);
   CUDA_CHECK(cudaGetLastError());
 }
@@ -1232,8 +1212,8 @@ inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t
 }
 
 template <class Tile, int kBlocksPerSM, class T>
-void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace,
-                 cudaStream_t stream, int width = Tile::kChannels) {
+void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace, cudaStream_t stream,
+                 int width = Tile::kChannels) {
   if (count == 1) return launch_fused<Tile, kBlocksPerSM>(a, Chunks{}, width, stream);
   const std::int64_t states = a.batch * a.d_inner * a.d_state;
   const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
@@ -1244,8 +1224,7 @@ void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace,
                                                                                workspace);
   CUDA_CHECK(cudaGetLastError());
   pass.h0 = workspace, pass.h_T = nullptr, pass.out = a.out;
-  launch_fused<Tile, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width,
-                                   stream);
+  launch_fused<Tile, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width, stream);
 }
 
 // Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
@@ -1269,8 +1248,8 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
     fail("selective_scan: d_state: expected 1 to ", kMaxStates, ", found ", a.d_state);
   }
   if (a.d_inner % a.n_groups != 0) {
-    fail("selective_scan: d_inner: expected a multiple of n_groups ", a.n_groups,
-         ", found ", a.d_inner);
+    fail("selective_scan: d_inner: expected a multiple of n_groups ", a.n_groups, ", found ",
+         a.d_inner);
   }
   if (a.batch * a.d_inner == 0) return;
   const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
@@ -1284,8 +1263,7 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
   const auto share = [&](int step, int most, std::int64_t rounds) {
     int channels = step;
-    while (channels <= most && groups * ceil_div(width, channels) > rounds * SMs)
-      channels += step;
+    while (channels <= most && groups * ceil_div(width, channels) > rounds * SMs) channels += step;
     return channels;
   };
   if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
@@ -1310,8 +1288,7 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
   const bool aligned = aligned4(a.A, a.d_state) && aligned4(a.h_T, a.d_state) &&
                        aligned4(a.B, a.B_stride) && aligned4(a.C, a.C_stride);
   const std::int64_t blocks = ceil_div(a.batch * a.d_inner * kStepLanes, kStepThreads);
-  const auto kernel =
-      aligned ? selective_scan_step_kernel<T, 4> : selective_scan_step_kernel<T, 1>;
+  const auto kernel = aligned ? selective_scan_step_kernel<T, 4> : selective_scan_step_kernel<T, 1>;
   kernel<<<blocks, kStepThreads, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
@@ -1404,8 +1381,7 @@ __global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> args) {
   }
   for (int64_t t = span.first; t < span.first + span.length; ++t) {
     const float dt = to_float(args.dt[t * args.dt_stride + head]);
-    const float delta =
-        args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
+    const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
     const float decay = expf(delta * A);
     const float x = to_float(args.x[t * args.x_stride + channel]);
     float y = 0;
@@ -1445,8 +1421,7 @@ struct Pair<__nv_bfloat16> {
   __device__ static float2 unpack(uint32_t r) {
     return {__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)};
   }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                             uint32_t b1) {
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -1464,8 +1439,7 @@ struct Pair<__half> {
   __device__ static float2 unpack(uint32_t r) {
     return __half22float2(reinterpret_cast<const __half2&>(r));
   }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                             uint32_t b1) {
+  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
         "{%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -1525,20 +1499,18 @@ inline constexpr int kSsdChunk = 64;
 inline constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
 
 struct SsdSegments {
-  int64_t length = 0;  // tokens in a segment, a multiple of kSsdChunk
-  int64_t count = 1;   // segments in a sequence of L tokens
-  float* state =
-      nullptr;  // (count - 1, batch, heads, head_dim, d_state): from a zero start
+  int64_t length = 0;      // tokens in a segment, a multiple of kSsdChunk
+  int64_t count = 1;       // segments in a sequence of L tokens
+  float* state = nullptr;  // (count - 1, batch, heads, head_dim, d_state): from a zero start
   float* decay = nullptr;  // (count - 1, batch, heads): of a state that passes the segment
 };
 
 // The decays of one head in one chunk, in shared memory.
 struct SsdDecays {
-  float cum[kSsdChunk];  // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
-  float source
-      [kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
-  float carry[kSsdChunk];  // a(-1, t)
-  float fade[kSsdChunk];   // a(s, 63) delta_s
+  float cum[kSsdChunk];     // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
+  float source[kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
+  float carry[kSsdChunk];   // a(-1, t)
+  float fade[kSsdChunk];    // a(s, 63) delta_s
 };
 
 template <int kStates, int kRowTiles, bool kOutputs>
@@ -1573,9 +1545,8 @@ template <class T>
 __device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, float A_log2,
                            int valid_rows) {
   const int lane = threadIdx.x % 32;
-  const float delta0 = 2 * lane < valid_rows
-                           ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max)
-                           : 0.f;
+  const float delta0 =
+      2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
   const float delta1 = 2 * lane + 1 < valid_rows
                            ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max)
                            : 0.f;
@@ -1651,15 +1622,13 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
     const int64_t token = span.first + t;
     const int64_t bc = int64_t{group} * N;
     const int rows = min(end - t, int64_t{kSsdChunk});
-    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows,
-                           N);
-    ssd_copy_tile<kRows>(
-        stage + Tiles::kBC,
-        args.x + token * args.x_stride + int64_t{group} * group_rows + row0, args.x_stride,
-        rows, group_rows - row0);
+    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows, N);
+    ssd_copy_tile<kRows>(stage + Tiles::kBC,
+                         args.x + token * args.x_stride + int64_t{group} * group_rows + row0,
+                         args.x_stride, rows, group_rows - row0);
     if (kOutputs)
-      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX,
-                             args.C + token * args.C_stride + bc, args.C_stride, rows, N);
+      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX, args.C + token * args.C_stride + bc,
+                             args.C_stride, rows, N);
     copy_async_commit();
   };
 
@@ -1765,8 +1734,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
 #pragma unroll
             for (int r = 0; r < 4; ++r) {
               const float cum = now[j].cum[t[i] + r / 2 * 8 + g];
-              const float2 source = *reinterpret_cast<const float2*>(
-                  &now[j].source[u[i] + r % 2 * 8 + 2 * q]);
+              const float2 source =
+                  *reinterpret_cast<const float2*>(&now[j].source[u[i] + r % 2 * 8 + 2 * q]);
               M[r] = {S[i][r % 2][r / 2 * 2] * exp2_approx(cum - source.x),
                       S[i][r % 2][r / 2 * 2 + 1] * exp2_approx(cum - source.y)};
             }
@@ -1778,8 +1747,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
                 M[r].y = ahead < -1 ? M[r].y : ahead == -1 ? M[r].y + D : 0.f;
               }
             masks[(10 * j + warp + 4 * i) * 32] = {
-                P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y),
-                P2::pack(M[2].x, M[2].y), P2::pack(M[3].x, M[3].y)};
+                P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y), P2::pack(M[2].x, M[2].y),
+                P2::pack(M[3].x, M[3].y)};
           }
       }
     }
@@ -1800,12 +1769,11 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
           for (int i = 0; i < kRowTiles; ++i)
 #pragma unroll
             for (int r = 0; r < 4; ++r)
-              a[i][r] = P2::pack(h[i][2 * k + r / 2][r % 2 * 2],
-                                 h[i][2 * k + r / 2][r % 2 * 2 + 1]);
+              a[i][r] =
+                  P2::pack(h[i][2 * k + r / 2][r % 2 * 2], h[i][2 * k + r / 2][r % 2 * 2 + 1]);
 #pragma unroll
           for (int j = 0; j < kSsdSteps / 16; ++j) {
-            load_matrices(
-                c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
+            load_matrices(c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
 #pragma unroll
             for (int i = 0; i < kRowTiles; ++i) {
               P2::mma(Y[i][2 * j], a[i], c[0], c[1]);
@@ -1846,21 +1814,19 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
           return turn + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
         };
         const int row = lane / kPieces, piece = lane % kPieces;
-        T* out = args.out + (span.first + t0 + first + row) * args.out_stride +
-                 int64_t{head} * P + p0 + piece * 8;
-        const int rows =
-            active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
+        T* out = args.out + (span.first + t0 + first + row) * args.out_stride + int64_t{head} * P +
+                 p0 + piece * 8;
+        const int rows = active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
 #pragma unroll
         for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * args.out_stride) {
           __syncwarp();  // the reads of the 8 steps before, before these writes
 #pragma unroll
           for (int i = 0; i < kPieces; ++i)
-            *reinterpret_cast<uint32_t*>(turned(g, i) + 4 * q) = transpose_matrix(
-                P2::pack(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
+            *reinterpret_cast<uint32_t*>(turned(g, i) + 4 * q) =
+                transpose_matrix(P2::pack(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
           __syncwarp();  // these writes before the reads
           if (8 * j < rows)
-            *reinterpret_cast<uint4*>(out) =
-                *reinterpret_cast<const uint4*>(turned(row, piece));
+            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(turned(row, piece));
         }
       }
     }
@@ -1929,35 +1895,33 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"  \
   "%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
   "%26,%27,%28,%29,%30,%31}"
-#define SSD_D_OPERANDS                                                           \
-  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),     \
-      "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), \
-      "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), \
-      "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]), \
-      "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]), \
-      "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
+#define SSD_D_OPERANDS                                                                          \
+  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),     \
+      "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
+      "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), \
+      "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
+      "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
       "+f"(d[7][2]), "+f"(d[7][3])
 
 // d (64 x 64) = A (64 x 16) B (16 x 64) + (add ? d : 0). shared: both lie along k in shared
 // memory. registers: A in registers; B along k, or (kTransposed) along its other side.
-#define SSD_WGMMA(TYPE)                                                                    \
-  __device__ static void shared(float(&d)[8][4], uint64_t a, uint64_t b, int add) {        \
-    asm volatile(                                                                          \
-        "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                           \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D              \
-        ", %32, %33, p, 1, 1, 0, 0;}"                                                      \
-        : SSD_D_OPERANDS                                                                   \
-        : "l"(a), "l"(b), "r"(add));                                                       \
-  }                                                                                        \
-  template <int kTransposed>                                                               \
-  __device__ static void registers(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b,     \
-                                   int add) {                                              \
-    asm volatile(                                                                          \
-        "{.reg .pred p; setp.ne.b32 p, %37, 0; "                                           \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D              \
-        ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"                                         \
-        : SSD_D_OPERANDS                                                                   \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed)); \
+#define SSD_WGMMA(TYPE)                                                                           \
+  __device__ static void shared(float(&d)[8][4], uint64_t a, uint64_t b, int add) {               \
+    asm volatile(                                                                                 \
+        "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                                  \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D                     \
+        ", %32, %33, p, 1, 1, 0, 0;}"                                                             \
+        : SSD_D_OPERANDS                                                                          \
+        : "l"(a), "l"(b), "r"(add));                                                              \
+  }                                                                                               \
+  template <int kTransposed>                                                                      \
+  __device__ static void registers(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b, int add) { \
+    asm volatile(                                                                                 \
+        "{.reg .pred p; setp.ne.b32 p, %37, 0; "                                                  \
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D                     \
+        ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"                                                \
+        : SSD_D_OPERANDS                                                                          \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed));        \
   }
 
 template <class T>
@@ -1975,19 +1939,17 @@ struct Warpgroup<__half> {
 #undef SSD_D
 
 // Four 8 x 8 matrices to shared memory; lane l names the place of row l % 8 of matrix l / 8.
-__device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1,
-                                      uint32_t r2, uint32_t r3) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
-      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-      : "memory");
+__device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
+                                      uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
 }
 __device__ inline void store_matrices_transposed(uint32_t address, uint32_t r0, uint32_t r1,
                                                  uint32_t r2, uint32_t r3) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
-      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-      : "memory");
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
 }
 
 // Registers that wgmma will read or add to are written, before it starts.
@@ -2028,8 +1990,7 @@ struct SsdWarpgroupTiles {  // offsets in shared memory; tiles are aligned to 10
   static constexpr int kM = kStages * kStage;
   static constexpr int kTurn = kM + (kOutputs ? kSsdWarpgroups * 8192 : 0);
   static constexpr int kDecays = kTurn + (kOutputs ? kSsdWarpgroups * 4 * 512 : 0);
-  static constexpr int kBarriers =
-      kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
+  static constexpr int kBarriers = kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
   static constexpr int kBytes = kBarriers + kStages * 16 + 1024;  // to align
 };
 
@@ -2124,9 +2085,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
         const bool is_x = c >= kBColumns && c < kBxColumns;
         const int col = 64 * (is_x ? c - kBColumns : c % kBxColumns) + lane % 8 * 8;
         const T* from = is_x ? args.x : c < kBColumns ? args.B : args.C;
-        const int64_t stride = is_x            ? args.x_stride
-                               : c < kBColumns ? args.B_stride
-                                               : args.C_stride;
+        const int64_t stride = is_x ? args.x_stride : c < kBColumns ? args.B_stride : args.C_stride;
         const int limit = is_x ? group_rows - row0 : N;
         from += (span.first + t0 + lane / 8) * stride +
                 (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
@@ -2212,8 +2171,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 #pragma unroll
       for (int k = 0; k < kStates / 16; ++k) {
         const uint32_t along = k / 4 * 8192 + k % 4 * 32;
-        Warpgroup<T>::shared(S, ssd_describe(tile_C + along), ssd_describe(stage + along),
-                             k > 0);
+        Warpgroup<T>::shared(S, ssd_describe(tile_C + along), ssd_describe(stage + along), k > 0);
       }
       warpgroup_commit();
       warpgroup_wait<0>();
@@ -2231,7 +2189,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
             for (int r = 0; r < 2; ++r) {
               float2 v = {S[j + i][2 * r] * exp2_approx(cum[r] - source.x),
                           S[j + i][2 * r + 1] * exp2_approx(cum[r] - source.y)};
-              if (8 * j == 16 * warp) {  // on the diagonal, s <= t only
+              if (8 * j == 16 * warp) {                       // on the diagonal, s <= t only
                 const int ahead = 8 * i + 2 * q - 8 * r - g;  // s - t
                 v.x = ahead < 0 ? v.x : ahead == 0 ? v.x + D : 0.f;
                 v.y = ahead < -1 ? v.y : ahead == -1 ? v.y + D : 0.f;
@@ -2282,8 +2240,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     for (int k = 0; k < 4; ++k)
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const float2 fade =
-            *reinterpret_cast<const float2*>(&now.fade[16 * k + r / 2 * 8 + 2 * q]);
+        const float2 fade = *reinterpret_cast<const float2*>(&now.fade[16 * k + r / 2 * 8 + 2 * q]);
         const float2 v = P2::unpack(X[k][r]);
         fading_X[k][r] = P2::pack(v.x * fade.x, v.y * fade.y);
       }
@@ -2311,16 +2268,16 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       const auto turned = [&](int row, int piece) {
         return turn + row * 32 + (piece ^ (row / 4 % 2)) * 16;
       };
-      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride +
-               int64_t{head} * P + p0 + lane % 2 * 8;
+      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride + int64_t{head} * P + p0 +
+               lane % 2 * 8;
       const int rows = active ? min(end - t0, int64_t{kSsdChunk}) - lane / 2 : 0;
 #pragma unroll
       for (int j = 0; j < 8; j += 2, out += 16 * args.out_stride) {
         __syncwarp();  // the reads of the 16 steps before, before these writes
-        store_matrices_transposed(
-            base + (turned(lane / 16 * 8 + lane % 8, lane / 8 % 2) - shared),
-            P2::pack(Y[j][0], Y[j][1]), P2::pack(Y[j][2], Y[j][3]),
-            P2::pack(Y[j + 1][0], Y[j + 1][1]), P2::pack(Y[j + 1][2], Y[j + 1][3]));
+        store_matrices_transposed(base + (turned(lane / 16 * 8 + lane % 8, lane / 8 % 2) - shared),
+                                  P2::pack(Y[j][0], Y[j][1]), P2::pack(Y[j][2], Y[j][3]),
+                                  P2::pack(Y[j + 1][0], Y[j + 1][1]),
+                                  P2::pack(Y[j + 1][2], Y[j + 1][3]));
         __syncwarp();  // these writes before the reads
         if (8 * j < rows)
           *reinterpret_cast<uint4*>(out) =
@@ -2383,8 +2340,7 @@ __global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lane
                    : float4{0, 0, 0, 0};
       }
       float dB[4], c[4];
-      for (int k = 0; k < 4; ++k)
-        dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
+      for (int k = 0; k < 4; ++k) dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
 #pragma unroll
       for (int i = 0; i < kSsdStepRows; ++i) {
         const int p = first + i * rows;
@@ -2399,8 +2355,7 @@ __global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lane
       const int p = first + i * rows;
       for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
       if (lane == 0 && p < P)
-        args.out[b * args.out_stride + int64_t{head} * P + p] =
-            from_float<T>(y[i] + D * x[i]);
+        args.out[b * args.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
     }
   }
 }
@@ -2414,8 +2369,7 @@ enum class SsdRung { kNaive, kFused, kWarpgroup };
 inline bool ssd_has_warpgroups() {
   static const bool has = [] {
     cudaFuncAttributes attributes;
-    CUDA_CHECK(
-        cudaFuncGetAttributes(&attributes, ssd_warpgroup_kernel<__nv_bfloat16, 128, true>));
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, ssd_warpgroup_kernel<__nv_bfloat16, 128, true>));
     return attributes.numRegs > 64;
   }();
   return has;
@@ -2424,30 +2378,24 @@ inline bool ssd_has_warpgroups() {
 // The fastest rung that can do it: tensor-core tiles are 16 (64) rows of a head; copies 16 bytes.
 template <class T>
 SsdRung ssd_rung(const SsdArgs<T>& a) {
-  const auto aligned = [](const void* p) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  };
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   if (sizeof(T) != 2 || a.head_dim % 16 || a.d_state % 8 || a.d_state > 256 ||
-      (a.x_stride | a.B_stride | a.C_stride | a.out_stride) % 8 || !aligned(a.x) ||
-      !aligned(a.B) || !aligned(a.C) || !aligned(a.out))
+      (a.x_stride | a.B_stride | a.C_stride | a.out_stride) % 8 || !aligned(a.x) || !aligned(a.B) ||
+      !aligned(a.C) || !aligned(a.out))
     return SsdRung::kNaive;
-  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups()
-             ? SsdRung::kWarpgroup
-             : SsdRung::kFused;
+  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup
+                                                                          : SsdRung::kFused;
 }
 
 template <class T>
-bool ssd_wide(
-    const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
+bool ssd_wide(const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
   return a.head_dim % 64 == 0 && a.d_state <= 128;
 }
 
 template <class T>
 int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of each sequence
   const int64_t group_rows = int64_t{a.heads} / a.groups * a.head_dim;
-  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups
-                       : ssd_wide(a)               ? 128
-                                                   : 64;
+  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups : ssd_wide(a) ? 128 : 64;
   return a.batch * a.groups * ((group_rows + rows - 1) / rows);
 }
 
@@ -2466,8 +2414,7 @@ SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
     if ((count - 1) * length >= chunks) continue;
     const double cost = rounds(blocks * count) * (length + 0.1 * count) +
                         rounds(blocks * (count - 1)) * length * kStatePass + kLaunch;
-    if (cost < 0.95 * least)
-      least = cost, best.length = length * kSsdChunk, best.count = count;
+    if (cost < 0.95 * least) least = cost, best.length = length * kSsdChunk, best.count = count;
   }
   return best;
 }
@@ -2481,9 +2428,8 @@ size_t ssd_state_bytes(const SsdArgs<T>& a) {
 template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a, SsdRung rung) {
   const int64_t count = rung == SsdRung::kNaive ? 1 : ssd_segments(a, rung).count;
-  return count == 1
-             ? 0
-             : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.heads;
+  return count == 1 ? 0
+                    : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.heads;
 }
 template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
@@ -2491,11 +2437,9 @@ size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
 }
 
 template <class T>
-void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads,
-                int bytes, const SsdArgs<T>& args, const SsdSegments& segments,
-                cudaStream_t stream) {
-  CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads, int bytes,
+                const SsdArgs<T>& args, const SsdSegments& segments, cudaStream_t stream) {
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<blocks, threads, bytes, stream>>>(args, segments);
   CUDA_CHECK(cudaGetLastError());
 }
@@ -2503,8 +2447,7 @@ void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int thr
 template <bool kOutputs, class T>
 void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
               cudaStream_t stream) {
-  const int64_t blocks =
-      ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
+  const int64_t blocks = ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
   const auto fused = [&](auto states, auto row_tiles) {
     constexpr int kStates = decltype(states)::value, kRowTiles = decltype(row_tiles)::value;
     ssd_launch(ssd_fused_kernel<T, kStates, kRowTiles, kOutputs>, blocks, 128,
@@ -2512,9 +2455,8 @@ void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
   };
   const auto warpgroup = [&](auto states) {
     constexpr int kStates = decltype(states)::value;
-    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks,
-               128 * kSsdWarpgroups + 128, SsdWarpgroupTiles<kStates, kOutputs>::kBytes,
-               args, segments, stream);
+    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks, 128 * kSsdWarpgroups + 128,
+               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, args, segments, stream);
   };
   using std::integral_constant;
   constexpr integral_constant<int, 1> one;
@@ -2522,8 +2464,7 @@ void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
   constexpr integral_constant<int, 64> n64;
   constexpr integral_constant<int, 128> n128;
   constexpr integral_constant<int, 256> n256;
-  if (rung == SsdRung::kWarpgroup)
-    return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
+  if (rung == SsdRung::kWarpgroup) return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
   if (args.d_state > 128) return fused(n256, one);
   if (args.d_state > 64) return ssd_wide(args) ? fused(n128, two) : fused(n128, one);
   return ssd_wide(args) ? fused(n64, two) : fused(n64, one);
@@ -2547,8 +2488,7 @@ void ssd_split(SsdArgs<T> args, SsdRung rung, SsdSegments segments, cudaStream_t
     float* h0 = segments.state + (segments.count - 1) * state_bytes / sizeof(float);
     segments.decay = h0 + state_bytes / sizeof(float);
     if (args.h0 && args.h0 == args.hT) {  // early segments still read h0 when hT is written
-      CUDA_CHECK(
-          cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
+      CUDA_CHECK(cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
       args.h0 = h0;
     }
     ssd_pass<false>(args, rung, segments, stream);
@@ -2561,8 +2501,7 @@ void ssd(const SsdArgs<T>& args, cudaStream_t stream) {
   if (args.batch == 0 || args.heads == 0) return;
   const SsdRung rung = ssd_rung(args);
   if constexpr (sizeof(T) == 2)
-    if (rung != SsdRung::kNaive)
-      return ssd_split(args, rung, ssd_segments(args, rung), stream);
+    if (rung != SsdRung::kNaive) return ssd_split(args, rung, ssd_segments(args, rung), stream);
   ssd_naive(args, stream);
 }
 
@@ -2610,8 +2549,8 @@ __device__ float4 load_four(const T* p) {
 }
 template <class T>
 __device__ void store_four(T* p, float4 v) {
-  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y),
-                                    from_float<T>(v.z), from_float<T>(v.w)};
+  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y), from_float<T>(v.z),
+                                    from_float<T>(v.w)};
 }
 __device__ inline float sum_of_squares(float4 v) {
   return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
@@ -2619,19 +2558,18 @@ __device__ inline float sum_of_squares(float4 v) {
 
 // out (rows, d), from = values in shared memory, 4 a thread as they were written.
 template <class T>
-__device__ void scale_row(T* out, const float4* from, const float* weight, int d,
-                          float scale) {
+__device__ void scale_row(T* out, const float4* from, const float* weight, int d, float scale) {
   for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
     const float4 v = from[i], w = reinterpret_cast<const float4*>(weight)[i];
-    store_four(out + 4 * i, {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z,
-                             v.w * scale * w.w});
+    store_four(out + 4 * i,
+               {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w});
   }
 }
 
 template <class In, class T>
 __global__ void __launch_bounds__(kNormThreads)
-    rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight,
-                    float eps, int d, T* out, int64_t out_stride) {
+    rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
+                    int d, T* out, int64_t out_stride) {
   extern __shared__ float4 values[];
   const int64_t row = blockIdx.x;
   float sum = 0;
@@ -2671,13 +2609,12 @@ __global__ void __launch_bounds__(kNormThreads)
 
 // residual (rows, d) float32, x (rows, d) or null, out (rows, d).
 template <class In, class T>
-void rms_norm(float* residual, const In* x, int64_t x_stride, const float* weight,
-              float eps, int64_t rows, int d, T* out, int64_t out_stride,
-              cudaStream_t stream) {
+void rms_norm(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
+              int64_t rows, int d, T* out, int64_t out_stride, cudaStream_t stream) {
   if (d % 4) fail("rms_norm: width: expected a multiple of 4, found ", d);
   if (rows == 0) return;
-  rms_norm_kernel<<<rows, kNormThreads, d * sizeof(float), stream>>>(
-      residual, x, x_stride, weight, eps, d, out, out_stride);
+  rms_norm_kernel<<<rows, kNormThreads, d * sizeof(float), stream>>>(residual, x, x_stride, weight,
+                                                                     eps, d, out, out_stride);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -2687,8 +2624,7 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
                     const float* weight, float eps, int64_t rows, int d, int groups, T* out,
                     int64_t out_stride, cudaStream_t stream) {
   const int group_size = d / groups;
-  if (group_size % 4)
-    fail("gated_rms_norm: group: expected a multiple of 4, found ", group_size);
+  if (group_size % 4) fail("gated_rms_norm: group: expected a multiple of 4, found ", group_size);
   if (rows == 0) return;
   const dim3 grid(rows, groups);
   gated_rms_norm_kernel<<<grid, kNormThreads, group_size * sizeof(float), stream>>>(
@@ -2738,8 +2674,8 @@ struct PlainInput {
   template <int n>
   __device__ void weights(std::int64_t, Weights<n>&) const {}
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*,
-                       float (&to)[n], float&) const {
+  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*, float (&to)[n],
+                       float&) const {
     unpack(mamba::load<n>(x + b * stride + column, true), to);
   }
   __device__ float scale(float) const { return 1.f; }
@@ -2869,9 +2805,7 @@ struct ConvOutput {
     T past[kStepTaps];                         // past[k]: k tokens ago
     int keep;
   };
-  __device__ bool passes(std::int64_t row) const {
-    return row >= first && row < first + count;
-  }
+  __device__ bool passes(std::int64_t row) const { return row >= first && row < first + count; }
   __device__ void ahead(std::int64_t row, int b, Operands& o) const {
     o.keep = done ? done[b] : 0;
     o.bias = bias ? bias[row] : 0.f;
@@ -2891,8 +2825,7 @@ struct ConvOutput {
       o.past[0] = from_float<T>(v);
       v = o.conv_bias;
 #pragma unroll
-      for (int k = kStepTaps - 1; k >= 0; --k)
-        v = fmaf(o.weight[k], to_float(o.past[k]), v);
+      for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.weight[k], to_float(o.past[k]), v);
       v = silu(v);
       T* rows = state + b * (width - 1) * count + row - first;
 #pragma unroll
@@ -2921,16 +2854,15 @@ constexpr LinearShape kBriefShape{12, 2}, kStreamShape{8, 3}, kFewShape{8, 2};
 
 template <int kBatch, int kWarps, int kBlocks, class T, class Input, class Output>
 __global__ void __launch_bounds__(32 * kWarps, kBlocks)
-    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch,
-                       int split, Input input, Output output) {
+    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, int split,
+                       Input input, Output output) {
   constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch, kThreads = 32 * kWarps;
   static_assert(kSums <= 32, "a lane finishes one sum");
   __shared__ float scales[kBatch * kMostGroups], partial[kWarps][kSums + kBatch];
   extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
   const int pieces = cols / n, steps = (pieces + 32 * split - 1) / (32 * split);
-  const int groups = (rows + kLinearRows - 1) / kLinearRows,
-            at_once = gridDim.x * (kWarps / split);
+  const int groups = (rows + kLinearRows - 1) / kLinearRows, at_once = gridDim.x * (kWarps / split);
   int group = warp / split * gridDim.x + blockIdx.x;  // dealt out to all blocks in turn
   const int rounds =
       (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
@@ -3016,8 +2948,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
       }
     }
     if (split > 1) {
-      if (round > 0)
-        __syncthreads();  // the partial sums of the round before have been read
+      if (round > 0) __syncthreads();  // the partial sums of the round before have been read
       if (lane < kSums) partial[warp][lane] = mine;
       if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
       __syncthreads();  // partial sums are written before the first warp of each group adds them
@@ -3039,45 +2970,39 @@ struct LinearPlan {
 // As few steps along a row as the warps that fit the GPU can make of it, and no more warps than that takes;
 // as few rounds as fit it, and all of one length. What streams takes as many blocks on every multiprocessor, so
 // that all have the same to read.
-inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups,
-                              std::int64_t pieces) {
+inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups, std::int64_t pieces) {
   const std::int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
   const auto steps = [&](int split) { return ceil_div(pieces, 32 * split); };
   int split = 1;
   for (int s = 2; s <= shape.warps; ++s)
     if (shape.warps % s == 0 && s * groups <= slots && steps(s) < steps(split)) split = s;
-  const std::int64_t rounds = ceil_div(groups * split, slots),
-                     at_once = ceil_div(groups, rounds);
+  const std::int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
   std::int64_t blocks = ceil_div(at_once * split, shape.warps);
-  if (blocks > SMs && steps(split) * rounds > kLinearDepth)
-    blocks = ceil_div(blocks, SMs) * SMs;
+  if (blocks > SMs && steps(split) * rounds > kLinearDepth) blocks = ceil_div(blocks, SMs) * SMs;
   return {shape.warps, split, int(steps(split)), int(rounds), int(blocks)};
 }
 
 template <class T, class Input, class Output>
-void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch,
-                 const Input& input, const Output& output, cudaStream_t stream) {
+void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, const Input& input,
+                 const Output& output, cudaStream_t stream) {
   const std::int64_t groups = ceil_div(rows, kLinearRows), pieces = cols * sizeof(T) / 16;
   const auto launch = [&](auto* kernel, const LinearPlan& plan) {
-    const int slot = kLinearRows * plan.warps * 32 * 16,  // bytes of the ring
-        slots =
-            std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
+    const int slot = kLinearRows * plan.warps * 32 * 16,           // bytes of the ring
+        slots = std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     kLinearDepth * slot));
-    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream,
-                 W, rows, cols, batch, plan.split, input, output);
+    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream, W,
+                 rows, cols, batch, plan.split, input, output);
   };
   const LinearPlan brief = linear_plan(kBriefShape, groups, pieces);
   if (batch > 1)
-    launch(linear_step_kernel<kMostFewRows, kFewShape.warps, kFewShape.blocks, T, Input,
-                              Output>,
+    launch(linear_step_kernel<kMostFewRows, kFewShape.warps, kFewShape.blocks, T, Input, Output>,
            linear_plan(kFewShape, groups, pieces));
   else if (brief.steps * brief.rounds > kLinearDepth)
     launch(linear_step_kernel<1, kStreamShape.warps, kStreamShape.blocks, T, Input, Output>,
            linear_plan(kStreamShape, groups, pieces));
   else
-    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, Input, Output>,
-           brief);
+    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, Input, Output>, brief);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
@@ -3105,12 +3030,10 @@ template <class T>
 __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state;
   const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
-  const std::int64_t d =
-      exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
+  const std::int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
   const int width = a.dt_rank + 2 * N;
   const bool aligned = a.dt_rank % 4 == 0;  // otherwise all of the row is `rest`
-  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0,
-            rest = 4 * pieces;
+  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0, rest = 4 * pieces;
   const T* row = a.dt_proj + d * a.dt_rank;
   const int done = a.done ? a.done[b] : 0;
   float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
@@ -3144,8 +3067,7 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt[4 * piece + k], delta);
   }
-  for (int k = rest + lane; k < a.dt_rank; k += 4)
-    delta = fmaf(to_float(row[k]), dt[k], delta);
+  for (int k = rest + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
   delta += __shfl_xor_sync(~0u, delta, 1);
   delta += __shfl_xor_sync(~0u, delta, 2);
   delta = a.delta_ratio * softplus(delta + bias);
@@ -3169,9 +3091,8 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
 
 template <class T>
 void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
-  launch_early(scan_decode_kernel<T>,
-               dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)), 128,
-               int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
+  launch_early(scan_decode_kernel<T>, dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)),
+               128, int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
 }
 
 // --- Mamba-2: ssd_step and the gate ---
@@ -3198,10 +3119,8 @@ constexpr int kSsdDecodeRows = 16, kSsdDecodeThreads = 256,
 template <class T>
 __global__ void __launch_bounds__(kSsdDecodeThreads)
     ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
-  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P,
-            blocks = gridDim.x / a.n_heads;
-  const int head = blockIdx.x / blocks, b = blockIdx.y,
-            group = head / (a.n_heads / a.n_groups);
+  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P, blocks = gridDim.x / a.n_heads;
+  const int head = blockIdx.x / blocks, b = blockIdx.y, group = head / (a.n_heads / a.n_groups);
   const int p0 = blockIdx.x % blocks * kSsdDecodeRows;
   const int lane = threadIdx.x % lanes, step = blockDim.x / lanes,
             rows = min(kSsdDecodeRows, P - p0);
@@ -3233,8 +3152,7 @@ __global__ void __launch_bounds__(kSsdDecodeThreads)
     z_p[i] = p < rows ? to_float(z[column]) : 0.f;
   }
   const float delta =
-      a.delta_ratio *
-      fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
+      a.delta_ratio * fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
   const float decay = exp2_approx(delta * (kLog2e * A));
   for (int n = 4 * lane; n < N; n += 4 * lanes) {
     if (n >= 4 * lanes) load_h(n);
@@ -3280,9 +3198,8 @@ template <class T>
 void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
   int lanes = 1;
   while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
-  launch_early(ssd_decode_kernel<T>,
-               dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch), kSsdDecodeThreads,
-               0, stream, a, lanes);
+  launch_early(ssd_decode_kernel<T>, dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch),
+               kSsdDecodeThreads, 0, stream, a, lanes);
 }
 
 // ============================================================================================
@@ -3315,11 +3232,11 @@ struct SampleArgs {
   const std::uint64_t* sequence;  // (batch) numbers of the sequences
   std::uint64_t* position;        // (batch) of the token to be drawn; moves on by one
   std::int64_t* made;             // (batch) tokens drawn so far
-  unsigned char* seen;  // (batch, vocab_size) tokens of the history, or null: no penalty
-  double* weights;      // (batch, vocab_size) room for what stays, null if greedy
-  Token* candidates;    // (batch, vocab_size) and for its ids
-  Best* best;           // (batch, kBestStretches)
-  int* done;            // (batch) set when the stop token was drawn
+  unsigned char* seen;            // (batch, vocab_size) tokens of the history, or null: no penalty
+  double* weights;                // (batch, vocab_size) room for what stays, null if greedy
+  Token* candidates;              // (batch, vocab_size) and for its ids
+  Best* best;                     // (batch, kBestStretches)
+  int* done;                      // (batch) set when the stop token was drawn
   Token stop;
   Token* next;  // (batch) the tokens drawn
   Token* log;   // (longest, batch) the same for the host, -1: no number among logits
@@ -3367,9 +3284,9 @@ __device__ inline std::uint64_t order_key(double v) {
 // The least key from low to high with: the sum of weight(i) over all i < count with key(i) > it is below
 // limit. Every pass divides the range by eight.
 template <class Key, class Weight>
-__device__ inline std::uint64_t least_key(std::int64_t count, double limit,
-                                          std::uint64_t low, std::uint64_t high,
-                                          const Key& key, const Weight& weight) {
+__device__ inline std::uint64_t least_key(std::int64_t count, double limit, std::uint64_t low,
+                                          std::uint64_t high, const Key& key,
+                                          const Weight& weight) {
   constexpr int kCuts = 7;
   while (low < high) {
     const std::uint64_t step = (high - low) / (kCuts + 1);
@@ -3445,8 +3362,7 @@ static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs 
 
 // Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: its best token.
 template <class Score>
-__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
-                             const Score& score) {
+__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, const Score& score) {
   const std::int64_t V = a.vocab_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double* weights = a.weights + b * V;
@@ -3454,15 +3370,13 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
   const auto score_key = [&](std::int64_t id) { return order_key(score(id)); };
   const auto one = [](std::int64_t) { return 1.; };
   const std::uint64_t least_score =
-      a.top_k > 0 && a.top_k < V
-          ? least_key(V, a.top_k, 0, order_key(score(best)), score_key, one)
-          : 0;
+      a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, 0, order_key(score(best)), score_key, one)
+                                 : 0;
 
   const double largest = score(best);
   const auto weight = [&](std::int64_t id) {
     const double s = score(id);
-    return order_key(s) < least_score ? 0.
-                                      : exp(fmax((s - largest) / a.temperature, -700.));
+    return order_key(s) < least_score ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
   };
   // Each warp looks through its own stretch of ids, so that candidates keep the order of ids.
   const std::int64_t stretch = (V + kSampleWarps - 1) / kSampleWarps;
@@ -3484,8 +3398,7 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
   __syncthreads();  // counts are written before they are added
   std::int64_t first = 0;
   count = 0;
-  for (int w = 0; w < kSampleWarps; ++w)
-    first += w < warp ? counts[w] : 0, count += counts[w];
+  for (int w = 0; w < kSampleWarps; ++w) first += w < warp ? counts[w] : 0, count += counts[w];
   for (std::int64_t i = begin; i < end; i += 32) {
     const bool stays = may_stay(i + lane);
     const unsigned staying = __ballot_sync(~0u, stays);
@@ -3532,8 +3445,7 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best,
   // The first candidate, in order of ids, at which the sum exceeds u; or the last one with a weight.
   __shared__ double sums[kSampleWarps];
   __shared__ Token drawn;
-  const std::int64_t share =
-      (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
+  const std::int64_t share = (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
   double sum = 0.;
   for (std::int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32)
     sum += kept(i);
@@ -3580,8 +3492,7 @@ struct StoredMatrix {
 // Draws the next token, notes it, and looks up its embedding for the next step. Grid: one block a sequence.
 // static: it is no template, and several tests include this file.
 static __global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(SampleArgs a, StoredMatrix embedding, std::int64_t d_model,
-                  float* residual) {
+    sample_kernel(SampleArgs a, StoredMatrix embedding, std::int64_t d_model, float* residual) {
   launch_next();
   wait_for_previous();
   const std::int64_t b = blockIdx.x, V = a.vocab_size;
@@ -3606,12 +3517,11 @@ static __global__ void __launch_bounds__(kSampleThreads)
 }
 
 // embedding (vocab_size, d_model), residual (batch, d_model).
-inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding,
-                        std::int64_t d_model, float* residual, cudaStream_t stream) {
-  launch_early(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0,
-               stream, a);
-  launch_early(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a,
-               embedding, d_model, residual);
+inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, std::int64_t d_model,
+                        float* residual, cudaStream_t stream) {
+  launch_early(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0, stream, a);
+  launch_early(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a, embedding,
+               d_model, residual);
 }
 
 // ============================================================================================
@@ -3627,8 +3537,7 @@ struct DeviceMatrix {
     return reinterpret_cast<const T*>(bytes.data());
   }
 };
-struct DeviceRow
-    : DeviceBuffer<float> {  // a weight per channel, or conv1d's (conv_width, d_conv)
+struct DeviceRow : DeviceBuffer<float> {  // a weight per channel, or conv1d's (conv_width, d_conv)
   using DeviceBuffer<float>::operator=;
 };
 struct DeviceStateMatrix : DeviceBuffer<float> {  // A (d_inner, d_state), row by row
@@ -3656,8 +3565,7 @@ struct DeviceModel {
   bool tied = true;
 };
 
-inline void assign(const Tensor& tensor, std::optional<DType> storage,
-                   DeviceMatrix& matrix) {
+inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMatrix& matrix) {
   const Tensor stored = tensor.dtype == *storage ? tensor : to_dtype(tensor, *storage);
   matrix.rows = tensor.shape[0], matrix.cols = tensor.shape[1];
   matrix.bytes = {static_cast<const std::byte*>(stored.data), stored.bytes().size()};
@@ -3667,8 +3575,7 @@ inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceRow
   assign(tensor, storage, host);
   row = DeviceBuffer<float>(host.data(), static_cast<std::size_t>(host.size()));
 }
-inline void assign(const Tensor& A_log, std::optional<DType> storage,
-                   DeviceStateMatrix& A) {
+inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStateMatrix& A) {
   ssm::StateMatrix<float> columns;
   assign(A_log, storage, columns);
   const Matrix<float> rows = columns;
@@ -3719,8 +3626,7 @@ __global__ void add_bias_kernel(T* x, const float* bias, std::int64_t L, std::in
   if (i < L * d) x[i] = from_float<T>(to_float(x[i]) + bias[i % d]);
 }
 template <class T>
-void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d,
-              cudaStream_t stream) {
+void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaStream_t stream) {
   if (bias.size() == 0 || L == 0) return;
   add_bias_kernel<<<ceil_div(L * d, 256), 256, 0, stream>>>(x, bias.data(), L, d);
   CUDA_CHECK(cudaGetLastError());
@@ -3741,10 +3647,9 @@ class Queue {
     CUBLAS_CHECK(cublasCreate(&cublas_));
     CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
     CUBLAS_CHECK(cublasSetWorkspace(cublas_, workspace_.data(), workspace_.bytes()));
-    CUBLAS_CHECK(
-        cublasSetMathMode(  // sums stay float32, and float32 is not cut down to TF32
-            cublas_, cublasMath_t(CUBLAS_DEFAULT_MATH |
-                                  CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
+    CUBLAS_CHECK(cublasSetMathMode(  // sums stay float32, and float32 is not cut down to TF32
+        cublas_,
+        cublasMath_t(CUBLAS_DEFAULT_MATH | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION)));
   }
   Queue(const Queue&) = delete;
   Queue& operator=(const Queue&) = delete;
@@ -3757,15 +3662,14 @@ class Queue {
 
   // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
   template <class T, class Out>
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W,
-              std::int64_t rows, std::int64_t cols, Out* y, std::int64_t y_stride,
-              float beta = 0.f) const {
+  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W, std::int64_t rows,
+              std::int64_t cols, Out* y, std::int64_t y_stride, float beta = 0.f) const {
     const float one = 1.f;
     if (L == 0) return;
-    CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L),
-                              int(cols), &one, W, kCudaType<T>, int(cols), x, kCudaType<T>,
-                              int(x_stride), &beta, y, kCudaType<Out>, int(y_stride),
-                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L), int(cols), &one,
+                              W, kCudaType<T>, int(cols), x, kCudaType<T>, int(x_stride), &beta, y,
+                              kCudaType<Out>, int(y_stride), CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT));
   }
 
  private:
@@ -3822,9 +3726,7 @@ struct Compute {
   DeviceBuffer<std::byte>&activation_room, &scan_room;
   float delta_ratio;
 
-  const T* head() const {
-    return (model.tied ? model.embedding : model.lm_head).template as<T>();
-  }
+  const T* head() const { return (model.tied ? model.embedding : model.lm_head).template as<T>(); }
 
   void linear(const T* x, std::int64_t L, std::int64_t x_stride, const DeviceMatrix& W,
               T* y) const {
@@ -3886,8 +3788,8 @@ struct Compute {
   }
 
   // x: after the convolution, its rows x_stride apart.
-  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w,
-                                     int batch, const T* x, std::int64_t x_stride, float* h,
+  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
+                                     const T* x, std::int64_t x_stride, float* h,
                                      const int* done) const {
     return {batch,
             int(config.d_inner),
@@ -3938,8 +3840,7 @@ struct Compute {
   // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
   // 1, and the step functions do it; done as in ConvArgs.
   void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
-                   std::int64_t L, T* conv_state, float* h, bool step,
-                   const int* done) const {
+                   std::int64_t L, T* conv_state, float* h, bool step, const int* done) const {
     const std::int64_t rows = batch * L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
@@ -3959,8 +3860,7 @@ struct Compute {
 
   // The same for Mamba-2.
   void mamba2_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
-                    std::int64_t L, T* conv_state, float* h, bool step,
-                    const int* done) const {
+                    std::int64_t L, T* conv_state, float* h, bool step, const int* done) const {
     const std::int64_t rows = batch * L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
@@ -3973,9 +3873,9 @@ struct Compute {
     scan_room.grow(step ? 0 : ssd_workspace_bytes(in));
     in.workspace = scan_room.data();
     step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
-    gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(),
-                   w.gated_norm.data(), float(config.norm_eps), rows, int(config.d_inner),
-                   int(config.n_groups), a.delta, config.d_inner, queue.stream());
+    gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
+                   float(config.norm_eps), rows, int(config.d_inner), int(config.n_groups), a.delta,
+                   config.d_inner, queue.stream());
     add_out_proj(a, w, a.delta, rows);
   }
 
@@ -3986,8 +3886,7 @@ struct Compute {
                                                               config.d_model, a.residual);
     CUDA_CHECK(cudaGetLastError());
     for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block =
-          config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
+      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
       (this->*block)(model.layers[l], a, 1, L, state.layer_conv<T>(config, l),
                      state.layer_h(config, l), false, nullptr);
     }
@@ -4000,8 +3899,8 @@ struct Compute {
     Activations<T> rows = a;
     rows.residual += first * config.d_model;
     rms_norm(rows, model.norm_f, count);
-    queue.linear(a.u, count, config.d_model, head(), config.vocab_size, config.d_model,
-                 logits, config.vocab_size);
+    queue.linear(a.u, count, config.d_model, head(), config.vocab_size, config.d_model, logits,
+                 config.vocab_size);
   }
 
   // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C four numbers.
@@ -4015,12 +3914,10 @@ struct Compute {
   }
 
   // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
-  void step(const Activations<T>& a, DeviceState& state, const int* done,
-            float* logits) const {
+  void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
     if (takes_few(state.batch)) return step_few(a, state, done, logits);
     for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block =
-          config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
+      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
       (this->*block)(model.layers[l], a, state.batch, 1, state.layer_conv<T>(config, l),
                      state.layer_h(config, l), true, done);
     }
@@ -4028,8 +3925,7 @@ struct Compute {
   }
 
   // The same by the fused kernels.
-  void step_few(const Activations<T>& a, DeviceState& state, const int* done,
-                float* logits) const {
+  void step_few(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
     const Config& c = config;
     const int batch = int(state.batch);
     const cudaStream_t stream = queue.stream();
@@ -4043,8 +3939,7 @@ struct Compute {
                                     w.conv_bias.data(),    done,
                                     c.in_proj_width(),     c.version == 1 ? 0 : c.d_inner,
                                     c.conv_width(),        int(c.d_conv)};
-      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected,
-                  stream);
+      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
       if (c.version == 1) {
         const std::int64_t width = c.dt_rank + 2 * c.d_state;
         linear_step(w.x_proj.as<T>(), width, c.d_inner, batch,
@@ -4053,16 +3948,16 @@ struct Compute {
         scan_decode(scan_decode_args(a, w, batch, a.projected, c.in_proj_width(),
                                      state.layer_h(c, l), done),
                     stream);
-        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
-                    PlainInput<T>{a.y, c.d_inner}, residual, stream);
+        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner},
+                    residual, stream);
       } else {
         ssd_decode(ssd_decode_args(a, w, batch, a.projected + c.d_inner, c.in_proj_width(),
                                    state.layer_h(c, l), done),
                    stream);
         const int slots = int(c.n_heads / c.n_groups) * ssd_decode_blocks(int(c.head_dim));
         linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
-                    GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner,
-                                   int(c.n_groups), slots, eps},
+                    GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner, int(c.n_groups),
+                                   slots, eps},
                     residual, stream);
       }
     }
@@ -4086,8 +3981,8 @@ inline void use_device(int device) {
     return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10);
   };
   if (error == cudaErrorInsufficientDriver && driver > 0)
-    fail("driver too old: expected one for CUDA ", version(runtime),
-         ", found one for CUDA ", version(driver));
+    fail("driver too old: expected one for CUDA ", version(runtime), ", found one for CUDA ",
+         version(driver));
   if (error != cudaSuccess || count == 0)
     fail("no GPU: ", cudaGetErrorString(error ? error : cudaErrorNoDevice));
   if (device < 0 || device >= count)
@@ -4097,9 +3992,8 @@ inline void use_device(int device) {
   if (cudaFuncGetAttributes(&kernel, embedding_kernel<float>) != cudaSuccess) {
     cudaDeviceProp gpu;
     CUDA_CHECK(cudaGetDeviceProperties(&gpu, device));
-    fail("wrong GPU: ", gpu.name,
-         ": this program was not compiled for its compute capability ", gpu.major, ".",
-         gpu.minor);
+    fail("wrong GPU: ", gpu.name, ": this program was not compiled for its compute capability ",
+         gpu.major, ".", gpu.minor);
   }
 }
 
@@ -4107,8 +4001,8 @@ inline void use_device(int device) {
 class HostTokens {
  public:
   explicit HostTokens(std::size_t size) {
-    CUDA_CHECK(cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token),
-                             cudaHostAllocMapped));
+    CUDA_CHECK(
+        cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
   }
   HostTokens(const HostTokens&) = delete;
   HostTokens& operator=(const HostTokens&) = delete;
@@ -4127,14 +4021,13 @@ class CudaEngine {
       "decode, prefill, bandwidth, matmul, causal_conv1d, selective_scan, ssd, rms_norm, "
       "gated_rms_norm or sample";
   static constexpr bool kHasDevice = true;
-  static constexpr Index kPiece = 16384;      // tokens that the parallel form takes at once
-  static constexpr std::size_t kBatch = 256;  // texts that are generated together
+  static constexpr Index kPiece = 16384;              // tokens that the parallel form takes at once
+  static constexpr std::size_t kBatch = 256;          // texts that are generated together
   static constexpr std::size_t kMostSequences = 256;  // that are continued together
 
   using State = DeviceState;
 
-  CudaEngine(const Checkpoint& checkpoint, const Config& config,
-             const EngineOptions& options)
+  CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
     model_ = load_model<DeviceModel>(checkpoint, config, dtype_);
   }
@@ -4171,9 +4064,8 @@ class CudaEngine {
   }
   static DType storage(const Checkpoint& checkpoint, const Config& config,
                        const EngineOptions& options) {
-    const DType file = weight(checkpoint, "backbone.embeddings.weight",
-                              {config.vocab_size, config.d_model})
-                           .dtype;
+    const DType file =
+        weight(checkpoint, "backbone.embeddings.weight", {config.vocab_size, config.d_model}).dtype;
     const bool stored = file == DType::BF16 || file == DType::F16;
     return options.dtype.value_or(stored ? file : DType::F32);
   }
@@ -4242,8 +4134,7 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
   const float* next_h = h.data();
   for (auto& layer : host.layers) {
     const std::size_t bytes = layer.conv.size() * dtype_size(dtype_);
-    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr},
-            layer.conv.data());
+    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
     layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
     next_conv += bytes;
     next_h += layer.h.size();
@@ -4271,8 +4162,7 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
   return download_logits(std::min<Index>(L, 1));
 }
 
-inline void CudaEngine::forward(State& state, const Token* ids, Index L,
-                                const LogitsSink& sink) {
+inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
   logits_.grow(static_cast<std::size_t>(std::min(L, kRows) * config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
@@ -4294,8 +4184,8 @@ inline Matrix<float> CudaEngine::step(State& state, Token id) {
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Activations<T> a(config_, 1, activation_room_);
-    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(
-        model_.embedding.as<T>(), upload(&id, 1), config_.d_model, a.residual);
+    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(model_.embedding.as<T>(), upload(&id, 1),
+                                                      config_.d_model, a.residual);
     CUDA_CHECK(cudaGetLastError());
     compute<T>().step(a, state, nullptr, logits_.data());
   });
@@ -4311,23 +4201,21 @@ inline Matrix<float> CudaEngine::step(State& state, Token id) {
 /// What is copied between the layers of one sequence's state and those of a batch.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
                        const DeviceState& to, Index to_row, cudaStream_t stream) {
-  const auto copy = [&](auto* to_data, const auto* from_data,
-                        std::size_t bytes_of_layer_and_row) {
+  const auto copy = [&](auto* to_data, const auto* from_data, std::size_t bytes_of_layer_and_row) {
     const std::size_t bytes = bytes_of_layer_and_row;
     if (bytes == 0) return;
-    CUDA_CHECK(cudaMemcpy2DAsync(
-        reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
-        reinterpret_cast<const std::byte*>(from_data) + from_row * bytes,
-        from.batch * bytes, bytes, c.n_layer, cudaMemcpyDeviceToDevice, stream));
+    CUDA_CHECK(
+        cudaMemcpy2DAsync(reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
+                          reinterpret_cast<const std::byte*>(from_data) + from_row * bytes,
+                          from.batch * bytes, bytes, c.n_layer, cudaMemcpyDeviceToDevice, stream));
   };
   copy(to.conv.data(), from.conv.data(), from.conv.bytes() / (c.n_layer * from.batch));
   copy(to.h.data(), from.h.data(), from.h.bytes() / (c.n_layer * from.batch));
 }
 
 template <class T>
-void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first,
-                                   std::size_t batch, const GenerateOptions& options,
-                                   const OnToken& on_token) {
+void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
+                                   const GenerateOptions& options, const OnToken& on_token) {
   const cudaStream_t stream = queue_->stream();
   const Index V = config_.vocab_size;
   logits_.grow(batch * V);
@@ -4385,12 +4273,10 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
                         next_d.data(),
                         log.data()};
   const auto sample = [&] {
-    sample_step(args, {model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual,
-                stream);
+    sample_step(args, {model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual, stream);
   };
 
-  CUDA_CHECK(
-      cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
+  CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
   Graph graph(stream, [&] {
     compute<T>().step(a, state, done_d.data(), logits_.data());
     sample();
@@ -4443,8 +4329,7 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
     using T = std::remove_pointer_t<decltype(type)>;
     for (std::size_t first = 0; first < sequences.size(); first += kMostSequences)
       generate_together<T>(sequences.data() + first, first,
-                           std::min(kMostSequences, sequences.size() - first), options,
-                           on_token);
+                           std::min(kMostSequences, sequences.size() - first), options, on_token);
   });
 }
 
@@ -4461,8 +4346,7 @@ __global__ void random_kernel(T* out, std::int64_t size, float scale, float offs
     std::uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
     v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
     v = (v ^ v >> 27) * 0x94D049BB133111EBull;
-    out[i] =
-        from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
+    out[i] = from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
   }
 }
 
@@ -4472,43 +4356,39 @@ inline void CudaEngine::fill_random() {
   model_.layers.resize(static_cast<std::size_t>(config_.n_layer));
   std::uint64_t seed = 1;
   const auto fill = [&](auto* data, std::size_t size, float scale, float offset) {
-    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset,
-                                 ++seed);
+    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset, ++seed);
     CUDA_CHECK(cudaGetLastError());
   };
-  for_each_weight(config_, model_,
-                  [&](const std::string& name, const auto& shape, auto& to) {
-                    using To = std::remove_reference_t<decltype(to)>;
-                    std::size_t size = 1;
-                    for (const std::int64_t extent : shape)
-                      size *= static_cast<std::size_t>(extent);
-                    if constexpr (std::is_same_v<To, DeviceMatrix>) {
-                      to.rows = shape[0], to.cols = shape[1];
-                      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
-                      with_type(dtype_, [&](auto* type) {
-                        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size,
-                             std::sqrt(3.f / float(shape[1])), 0.f);
-                      });
-                    } else {
-                      to = DeviceBuffer<float>(size);
-                      const bool dt_bias = name.find("dt_") != std::string::npos;
-                      const bool conv = name.find("conv1d.weight") != std::string::npos;
-                      if (std::is_same_v<To, DeviceStateMatrix>)
-                        fill(to.data(), size, 7.f, -8.f);
-                      else if (dt_bias)
-                        fill(to.data(), size, 2.f, -4.6f);
-                      else
-                        fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
-                    }
-                  });
+  for_each_weight(config_, model_, [&](const std::string& name, const auto& shape, auto& to) {
+    using To = std::remove_reference_t<decltype(to)>;
+    std::size_t size = 1;
+    for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
+    if constexpr (std::is_same_v<To, DeviceMatrix>) {
+      to.rows = shape[0], to.cols = shape[1];
+      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
+      with_type(dtype_, [&](auto* type) {
+        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size,
+             std::sqrt(3.f / float(shape[1])), 0.f);
+      });
+    } else {
+      to = DeviceBuffer<float>(size);
+      const bool dt_bias = name.find("dt_") != std::string::npos;
+      const bool conv = name.find("conv1d.weight") != std::string::npos;
+      if (std::is_same_v<To, DeviceStateMatrix>)
+        fill(to.data(), size, 7.f, -8.f);
+      else if (dt_bias)
+        fill(to.data(), size, 2.f, -4.6f);
+      else
+        fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
+    }
+  });
   CUDA_CHECK(cudaDeviceSynchronize());
 }
 
 /// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs. `before`
 /// comes ahead of each run and is not timed.
 template <class Function, class Before>
-double median_ms(cudaStream_t stream, Index repeat, const Function& f,
-                 const Before& before) {
+double median_ms(cudaStream_t stream, Index repeat, const Function& f, const Before& before) {
   std::vector<double> times;
   for (Index i = -3; i < repeat; ++i) {  // three to warm up
     Event start(true), end(true);
@@ -4534,8 +4414,8 @@ inline double copy_bandwidth(cudaStream_t stream) {
   random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()),
                                           std::int64_t{1} << 28, 1.f, 0.f, 7);
   const double ms = median_ms(stream, 10, [&] {
-    CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), from.bytes(),
-                               cudaMemcpyDeviceToDevice, stream));
+    CUDA_CHECK(
+        cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
   });
   return 2e3 * double(from.bytes()) / ms;
 }
@@ -4631,8 +4511,8 @@ class KernelBench {
 
   void scan() {
     const std::int64_t d = c_.d_inner, N = c_.d_state;
-    const auto x = random<T>(rows_ * d), delta = random<T>(rows_ * d),
-               z = random<T>(rows_ * d), B = random<T>(rows_ * N), C = random<T>(rows_ * N);
+    const auto x = random<T>(rows_ * d), delta = random<T>(rows_ * d), z = random<T>(rows_ * d),
+               B = random<T>(rows_ * N), C = random<T>(rows_ * N);
     const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
     const auto A = random<float>(d * N, 7.f, -8.f), D = random<float>(d),
                bias = random<float>(d, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
@@ -4648,8 +4528,7 @@ class KernelBench {
       return double(rows * (4 * d + 2 * N)) * sizeof(T) +
              double(states * o_.batch * d * N) * sizeof(float);
     };
-    const double flops =
-        7. * double(d * N);  // a product and exp for A_bar, two for B_bar x, ...
+    const double flops = 7. * double(d * N);  // a product and exp for A_bar, two for B_bar x, ...
     report("selective_scan_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
            [&] { selective_scan_naive(a, stream_); });
     report("selective_scan_fused_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
@@ -4661,8 +4540,8 @@ class KernelBench {
 
   void ssd() {
     const std::int64_t d = c_.d_inner, H = c_.n_heads, N = c_.d_state, GN = c_.n_groups * N;
-    const auto x = random<T>(rows_ * d), dt = random<T>(rows_ * H),
-               B = random<T>(rows_ * GN), C = random<T>(rows_ * GN);
+    const auto x = random<T>(rows_ * d), dt = random<T>(rows_ * H), B = random<T>(rows_ * GN),
+               C = random<T>(rows_ * GN);
     const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
     const auto A = random<float>(H, 7.f, -8.f), D = random<float>(H),
                bias = random<float>(H, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
@@ -4703,8 +4582,8 @@ class KernelBench {
     const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
     report("rms_norm_kernel", o_.length, double(rows_ * d) * (2 * sizeof(T) + 8),
            5. * double(rows_ * d), [&] {
-             rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows_, int(d),
-                      out.data(), d, stream_);
+             rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows_, int(d), out.data(),
+                      d, stream_);
            });
   }
 
@@ -4785,8 +4664,7 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       using T = std::remove_pointer_t<decltype(type)>;
       known = KernelBench<T>(options, config, queue.stream()).run();
     });
-    if (!known)
-      fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
+    if (!known) fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
     return;
   }
   EngineOptions engine_options;
@@ -4801,8 +4679,8 @@ inline void CudaEngine::bench(const BenchOptions& options) {
     for (const std::int64_t extent : shape) size *= double(extent);
     (shape.size() == 2 && shape[1] != config.d_state ? parameters : small) += size;
   });
-  const double head = double(config.vocab_size * config.d_model),
-               batch = double(options.batch), L = double(options.length);
+  const double head = double(config.vocab_size * config.d_model), batch = double(options.batch),
+               L = double(options.length);
   const double weight_bytes = parameters * double(dtype_size(options.dtype)) + small * 4;
   with_type(options.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -4828,14 +4706,13 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       SampleArgs args{};
       args.logits = engine.logits_.data(), args.vocab_size = config.vocab_size,
       args.batch = options.batch;
-      args.sequence = numbers.data(), args.position = positions.data(),
-      args.made = made.data();
-      args.best = best.data(), args.done = done.data(), args.stop = -1,
-      args.next = next.data(), args.log = log.data();
+      args.sequence = numbers.data(), args.position = positions.data(), args.made = made.data();
+      args.best = best.data(), args.done = done.data(), args.stop = -1, args.next = next.data(),
+      args.log = log.data();
       Graph graph(stream, [&] {
         engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
-        sample_step(args, {engine.model_.embedding.bytes.data(), options.dtype},
-                    config.d_model, a.residual, stream);
+        sample_step(args, {engine.model_.embedding.bytes.data(), options.dtype}, config.d_model,
+                    a.residual, stream);
       });
       constexpr Index kSteps = 20;
       const Index repeat = std::min<Index>(options.repeat, kMost / kSteps - 4);
@@ -4851,9 +4728,8 @@ inline void CudaEngine::bench(const BenchOptions& options) {
       std::vector<Token> ids(options.length);
       for (Index t = 0; t < options.length; ++t)
         ids[t] = static_cast<Token>(t * 7919 % config.vocab_size);
-      ms = median_ms(stream, options.repeat, [&] {
-        engine.prefill_on_device<T>(state, ids.data(), options.length, 0);
-      });
+      ms = median_ms(stream, options.repeat,
+                     [&] { engine.prefill_on_device<T>(state, ids.data(), options.length, 0); });
       bytes = weight_bytes;
       flops = 2 * ((parameters - head) * L + head);
     }

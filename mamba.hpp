@@ -133,8 +133,7 @@ class MappedFile {
     struct stat status = {};
     const bool regular = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);
     const auto length = regular ? static_cast<std::size_t>(status.st_size) : 0;
-    void* data =
-        length == 0 ? nullptr : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file, 0);
+    void* data = length == 0 ? nullptr : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file, 0);
     const int error = errno;
     ::close(file);
     if (!regular) fail("cannot read: ", path, ": expected a file, found something else");
@@ -235,8 +234,7 @@ inline void check_writable(const std::string& path) {
 /// Walks a window of bytes and never steps past its end.
 class ByteReader {
  public:
-  ByteReader(std::string_view bytes, std::string where)
-      : bytes_(bytes), where_(std::move(where)) {}
+  ByteReader(std::string_view bytes, std::string where) : bytes_(bytes), where_(std::move(where)) {}
 
   std::string_view take(std::uint64_t n) {
     if (n > bytes_.size() - at_)
@@ -282,8 +280,7 @@ inline Json parse_json(std::string_view text, const std::string& where) {
     if (event == Event::object_start) keys.emplace_back();
     if (event == Event::object_end) keys.pop_back();
     if (event == Event::key && !keys.back().insert(parsed.get<std::string>()).second)
-      fail("bad JSON: ", where, ": the key ", quote(parsed.get<std::string>()),
-           " appears twice");
+      fail("bad JSON: ", where, ": the key ", quote(parsed.get<std::string>()), " appears twice");
     return true;
   };
   try {
@@ -387,8 +384,7 @@ struct Fields {
   Token token(const char* key, Token absent) const {
     const Json* value = find(key);
     if (value == nullptr) return object.contains(key) ? -1 : absent;
-    const Json one = {
-        {key, value->is_array() && !value->empty() ? value->front() : *value}};
+    const Json one = {{key, value->is_array() && !value->empty() ? value->front() : *value}};
     return static_cast<Token>(Fields{one, where}.integer(key, -1, -1, kMaxVocab));
   }
 };
@@ -400,13 +396,11 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
   const Json none = Json::object();
   const Json* ssm_cfg = fields.find("ssm_cfg");
   if (ssm_cfg != nullptr && !ssm_cfg->is_object()) fields.wrong("ssm_cfg", "an object");
-  const Fields block =
-      original ? Fields{ssm_cfg == nullptr ? none : *ssm_cfg, path} : fields;
+  const Fields block = original ? Fields{ssm_cfg == nullptr ? none : *ssm_cfg, path} : fields;
   const auto name = [&](const char* hugging_face, const char* ours) {
     return original ? ours : hugging_face;
   };
-  const std::string type =
-      original ? block.text("layer", "Mamba1") : fields.text("model_type", "");
+  const std::string type = original ? block.text("layer", "Mamba1") : fields.text("model_type", "");
   const bool two = type == name("mamba2", "Mamba2");
   if (!two && type != name("mamba", "Mamba1"))
     block.wrong(name("model_type", "layer"), name("mamba or mamba2", "Mamba1 or Mamba2"));
@@ -419,13 +413,12 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
 
   Config c;
   c.version = two ? 2 : 1;
-  c.d_model = fields.integer(name("hidden_size", "d_model"), by_layout(768, 4096, 2560), 1,
-                             kMaxWidth);
-  c.n_layer = fields.integer(name("num_hidden_layers", "n_layer"), by_layout(32, 64, 64), 1,
-                             kMaxLayers);
+  c.d_model =
+      fields.integer(name("hidden_size", "d_model"), by_layout(768, 4096, 2560), 1, kMaxWidth);
+  c.n_layer =
+      fields.integer(name("num_hidden_layers", "n_layer"), by_layout(32, 64, 64), 1, kMaxLayers);
   c.vocab_size = fields.integer("vocab_size", by_layout(50280, 32768, 50277), 1, kMaxVocab);
-  c.tie_embeddings =
-      fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
+  c.tie_embeddings = fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
   c.residual_in_fp32 = fields.flag("residual_in_fp32", true);
   c.bos_token_id = fields.token("bos_token_id", 0);
   c.eos_token_id = fields.token("eos_token_id", static_cast<Token>(by_layout(0, 2, 0)));
@@ -434,11 +427,9 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
   c.d_conv = size(name("conv_kernel", "d_conv"), 4);
   c.use_bias = block.flag(name("use_bias", "bias"), false);
   c.use_conv_bias = block.flag(name("use_conv_bias", "conv_bias"), true);
-  const double d_inner =
-      std::floor(block.number("expand", 2) * static_cast<double>(c.d_model));
+  const double d_inner = std::floor(block.number("expand", 2) * static_cast<double>(c.d_model));
   if (!(d_inner >= 1 && d_inner <= kMaxWidth))
-    block.wrong("expand",
-                "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
+    block.wrong("expand", "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
   c.d_inner = static_cast<std::int64_t>(d_inner);
   if (two) {
     c.head_dim = size(name("head_dim", "headdim"), 64);
@@ -461,8 +452,8 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
 
   // What else a model of these layouts may be, and is not here.
   fields.only("rms_norm", true);
-  if (original) {  // in the Hugging Face layout norm_before_gate means nothing:
-                   // transformers
+  if (original) {                 // in the Hugging Face layout norm_before_gate means nothing:
+                                  // transformers
     block.only("rmsnorm", true);  // ignores it, and Mamba-Codestral-7B has it wrong
     block.only("norm_before_gate", false);
     block.only("D_has_hdim", false);
@@ -485,18 +476,18 @@ inline Config read_config(const std::string& directory) {
   if (!json.is_object()) fail("bad config: ", path, ": expected an object");
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
   if (!original && !json.contains("model_type"))
-    fail("bad config: ", path,
-         ": expected model_type (Hugging Face) or d_model (original), ", "found neither");
+    fail("bad config: ", path, ": expected model_type (Hugging Face) or d_model (original), ",
+         "found neither");
   const Config c = config_from_json(json, original, path);
   if (!(c.norm_eps > 0 && c.norm_eps < 1))
     fail("bad config: ", path, ": layer_norm_epsilon: expected a number between 0 and 1, ",
          "found ", c.norm_eps);
   if (c.version == 2 && c.d_inner != c.n_heads * c.head_dim)
-    fail("bad config: ", path, ": expected heads * head_dim = d_inner = ", c.d_inner,
-         ", found ", c.n_heads, " * ", c.head_dim);
+    fail("bad config: ", path, ": expected heads * head_dim = d_inner = ", c.d_inner, ", found ",
+         c.n_heads, " * ", c.head_dim);
   if (c.version == 2 && c.n_heads % c.n_groups != 0)
-    fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads,
-         " heads, found ", c.n_groups);
+    fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads, " heads, found ",
+         c.n_groups);
   return c;
 }
 
@@ -519,8 +510,8 @@ inline void write_config(const std::string& directory, const Config& c) {
       {"tie_word_embeddings", c.tie_embeddings}};
   if (c.d_inner % c.d_model != 0)
     fail("cannot write: ", directory,
-         "/config.json: expand: this layout knows whole numbers only, found ", c.d_inner,
-         " / ", c.d_model);
+         "/config.json: expand: this layout knows whole numbers only, found ", c.d_inner, " / ",
+         c.d_model);
   json["expand"] = c.d_inner / c.d_model;
   if (two) {
     json["num_heads"] = c.n_heads;
@@ -535,9 +526,9 @@ inline void write_config(const std::string& directory, const Config& c) {
     json["intermediate_size"] = c.d_inner;
     json["time_step_rank"] = c.dt_rank;
   }
-  for (const auto& [key, id] : {std::pair("bos_token_id", c.bos_token_id),
-                                std::pair("eos_token_id", c.eos_token_id),
-                                std::pair("pad_token_id", c.eos_token_id)})
+  for (const auto& [key, id] :
+       {std::pair("bos_token_id", c.bos_token_id), std::pair("eos_token_id", c.eos_token_id),
+        std::pair("pad_token_id", c.eos_token_id)})
     json[key] = id < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(id);
   AtomicFile file(directory + "/config.json");
   file.write(json.dump(2) + "\n");
@@ -581,9 +572,7 @@ inline constexpr std::array<DTypeInfo, 15> kDTypes = {{
     {"F8_E4M3", "float8_e4m3fn", "", 1},
     {"F8_E5M2", "float8_e5m2", "", 1},
 }};
-inline const DTypeInfo& info(DType dtype) {
-  return kDTypes[static_cast<std::size_t>(dtype)];
-}
+inline const DTypeInfo& info(DType dtype) { return kDTypes[static_cast<std::size_t>(dtype)]; }
 inline const char* dtype_name(DType dtype) { return info(dtype).name; }
 inline std::size_t dtype_size(DType dtype) { return info(dtype).size; }
 
@@ -623,8 +612,7 @@ struct Checkpoint {
   }
   const Tensor& at(const std::string& name) const {
     const Tensor* tensor = find(name);
-    if (tensor == nullptr)
-      fail("missing tensor: ", where, ": expected ", name, ", found none");
+    if (tensor == nullptr) fail("missing tensor: ", where, ": expected ", name, ", found none");
     return *tensor;
   }
 };
@@ -681,8 +669,7 @@ inline std::uint16_t float_to_f16(float value) {
   const std::uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
   // Below 2^-14, adding 0.5 makes the float's last bit worth 2^-24, as in float16.
   const std::uint32_t tiny =
-      bit_cast<std::uint32_t>(bit_cast<float>(size < 0x38800000 ? size : 0) + 0.5f) -
-      0x3f000000;
+      bit_cast<std::uint32_t>(bit_cast<float>(size < 0x38800000 ? size : 0) + 0.5f) - 0x3f000000;
   const std::uint32_t nan = 0x7e00 | (size >> 13 & 1023);
   const std::uint32_t half = size > 0x7f800000    ? nan
                              : size >= 0x47800000 ? 0x7c00  // 65536 and above
@@ -714,15 +701,11 @@ void convert(const Tensor& tensor, Out* out) {
   if (kReal && tensor.dtype == DType::F16)
     return convert_each<std::uint16_t>(tensor, out, [](auto h) { return f16_to_float(h); });
   if (kReal && tensor.dtype == DType::BF16)
-    return convert_each<std::uint16_t>(tensor, out,
-                                       [](auto b) { return bf16_to_float(b); });
-  if (!kReal && tensor.dtype == DType::I64)
-    return convert_each<std::int64_t>(tensor, out, same);
-  if (!kReal && tensor.dtype == DType::I32)
-    return convert_each<std::int32_t>(tensor, out, same);
+    return convert_each<std::uint16_t>(tensor, out, [](auto b) { return bf16_to_float(b); });
+  if (!kReal && tensor.dtype == DType::I64) return convert_each<std::int64_t>(tensor, out, same);
+  if (!kReal && tensor.dtype == DType::I32) return convert_each<std::int32_t>(tensor, out, same);
   fail("wrong dtype: ", quote(tensor.name), ": expected ",
-       kReal ? "F64, F32, F16 or BF16" : "I64 or I32", ", found ",
-       dtype_name(tensor.dtype));
+       kReal ? "F64, F32, F16 or BF16" : "I64 or I32", ", found ", dtype_name(tensor.dtype));
 }
 
 template <class Out>
@@ -736,8 +719,7 @@ std::vector<Out> values(const Tensor& tensor) {
 template <class Value>
 Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Value* data) {
   constexpr bool kReal = std::is_floating_point_v<Value>;
-  static_assert(std::is_arithmetic_v<Value> && std::is_signed_v<Value> &&
-                sizeof(Value) >= 4);
+  static_assert(std::is_arithmetic_v<Value> && std::is_signed_v<Value> && sizeof(Value) >= 4);
   const DType dtype = sizeof(Value) == 8 ? kReal ? DType::F64 : DType::I64
                       : kReal            ? DType::F32
                                          : DType::I32;
@@ -783,15 +765,13 @@ inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
   std::vector<std::string> lines;
   for (const auto& [name, tensor] : checkpoint.tensors) {
     std::size_t bad = 0;
-    if (tensor.dtype == DType::F64)
-      bad = count_masked<std::uint64_t>(tensor, 0x7ffull << 52);
+    if (tensor.dtype == DType::F64) bad = count_masked<std::uint64_t>(tensor, 0x7ffull << 52);
     if (tensor.dtype == DType::F32) bad = count_masked<std::uint32_t>(tensor, 0x7f800000);
     if (tensor.dtype == DType::F16) bad = count_masked<std::uint16_t>(tensor, 0x7c00);
     if (tensor.dtype == DType::BF16) bad = count_masked<std::uint16_t>(tensor, 0x7f80);
     if (bad > 0)
-      lines.push_back(checkpoint.where + ": " + quote(name) + ": " + std::to_string(bad) +
-                      " of " + std::to_string(tensor.size()) +
-                      " values are NaN or infinite");
+      lines.push_back(checkpoint.where + ": " + quote(name) + ": " + std::to_string(bad) + " of " +
+                      std::to_string(tensor.size()) + " values are NaN or infinite");
   }
   return lines;
 }
@@ -816,13 +796,12 @@ inline Tensor read_entry(const std::string& name, const Json& entry, std::string
     fail("bad header: ", where, ": expected dtype, shape and data_offsets");
   const auto whole = [&](const Json& value) {
     if (!value.is_number_unsigned() || value.get<std::uint64_t>() >> 63 != 0)
-      fail("bad header: ", where,
-           ": expected whole numbers below 2^63 in shape and offsets");
+      fail("bad header: ", where, ": expected whole numbers below 2^63 in shape and offsets");
     return value.get<std::int64_t>();
   };
-  const auto dtype =
-      std::find_if(kDTypes.begin(), kDTypes.end(),
-                   [&](const DTypeInfo& known) { return entry["dtype"] == known.name; });
+  const auto dtype = std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeInfo& known) {
+    return entry["dtype"] == known.name;
+  });
   if (dtype == kDTypes.end())
     fail("unknown dtype: ", where, ": found ", quote(entry["dtype"].get<std::string>()));
   Tensor tensor{name, static_cast<DType>(dtype - kDTypes.begin()), {}, nullptr, nullptr};
@@ -831,8 +810,8 @@ inline Tensor read_entry(const std::string& name, const Json& entry, std::string
   const auto begin = static_cast<std::uint64_t>(whole(entry["data_offsets"][0]));
   const auto end = static_cast<std::uint64_t>(whole(entry["data_offsets"][1]));
   if (begin > end || end > data.size())
-    fail("bad offsets: ", where, ": expected begin <= end <= ", data.size(), ", found ",
-         begin, ", ", end);
+    fail("bad offsets: ", where, ": expected begin <= end <= ", data.size(), ", found ", begin,
+         ", ", end);
   if (end - begin != size)
     fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype->name, " ",
          shape_text(tensor.shape), ", found ", end - begin);
@@ -845,16 +824,14 @@ inline void check_cover(const Checkpoint& checkpoint, std::string_view data) {
   std::vector<const Tensor*> order;
   for (const auto& item : checkpoint.tensors)
     if (item.second.size() > 0) order.push_back(&item.second);
-  std::sort(order.begin(), order.end(), [](const Tensor* a, const Tensor* b) {
-    return a->bytes().data() < b->bytes().data();
-  });
+  std::sort(order.begin(), order.end(),
+            [](const Tensor* a, const Tensor* b) { return a->bytes().data() < b->bytes().data(); });
   std::size_t covered = 0;
   for (const Tensor* tensor : order) {
     const auto begin = static_cast<std::size_t>(tensor->bytes().data() - data.data());
     if (begin != covered)
-      fail("bad offsets: ", checkpoint.where, ": ", quote(tensor->name),
-           ": expected it at byte ", covered, ", where the one before it ends, found ",
-           begin);
+      fail("bad offsets: ", checkpoint.where, ": ", quote(tensor->name), ": expected it at byte ",
+           covered, ", where the one before it ends, found ", begin);
     covered += tensor->byte_size();
   }
   if (covered != data.size())
@@ -869,8 +846,7 @@ inline Checkpoint read_safetensors(const std::string& path) {
   const auto header_size = in.read<std::uint64_t>();
   const std::uint64_t longest = std::min(kLongestHeader, file->size() - 8);
   if (header_size > longest)
-    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ",
-         header_size);
+    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", header_size);
   const Json header = parse_json(in.take(header_size), path);
   const std::string_view data = file->bytes().substr(in.position());
   if (!header.is_object()) fail("bad header: ", path, ": expected an object");
@@ -885,8 +861,7 @@ inline Checkpoint read_safetensors(const std::string& path) {
     }
     if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
     for (const auto& [key, text] : entry.items()) {
-      if (!text.is_string())
-        fail("bad header: ", where, ": ", quote(key), ": expected a string");
+      if (!text.is_string()) fail("bad header: ", where, ": ", quote(key), ": expected a string");
       checkpoint.metadata[key] = text.get<std::string>();
     }
   }
@@ -901,8 +876,7 @@ inline void write_safetensors_header(AtomicFile& file, const std::vector<Tensor>
   if (!metadata.empty()) header["__metadata__"] = metadata;
   std::uint64_t offset = 0;
   for (const Tensor& tensor : tensors) {
-    if (header.contains(tensor.name))
-      fail("cannot write: two tensors named ", quote(tensor.name));
+    if (header.contains(tensor.name)) fail("cannot write: two tensors named ", quote(tensor.name));
     const std::uint64_t end = offset + tensor.byte_size();
     header[tensor.name] = {{"dtype", dtype_name(tensor.dtype)},
                            {"shape", tensor.shape},
@@ -1005,14 +979,12 @@ inline std::pair<std::string, std::string_view> read_zip_entry(ByteReader& in,
     if (id == 1) widen(size), widen(stored), widen(offset);
   }
   if (method != 0 || (flags & 1) != 0 || stored != size)
-    fail("bad zip: ", where,
-         ": expected a stored entry, found a compressed or encrypted one");
+    fail("bad zip: ", where, ": expected a stored entry, found a compressed or encrypted one");
   ByteReader local(file, where);
   local.seek(offset);
   expect_signature(local, "PK\3\4", "a local header");
   local.take(22);
-  const auto local_name = local.read<std::uint16_t>(),
-             local_extra = local.read<std::uint16_t>();
+  const auto local_name = local.read<std::uint16_t>(), local_extra = local.read<std::uint16_t>();
   local.take(local_name);
   local.take(local_extra);
   return {name, local.take(size)};
@@ -1045,7 +1017,7 @@ struct PickleValue {
   std::int64_t integer = 0;         // bool, int; a storage's number of values
   std::string text;                 // text; name: "module.name"; storage: its key
   std::vector<PickleValue*> items;  // of a dict: key, value, key, value, ...
-  DType dtype = DType::U8;  // of a storage or a tensor; an untyped storage has bytes
+  DType dtype = DType::U8;          // of a storage or a tensor; an untyped storage has bytes
 };
 
 class Unpickler {
@@ -1170,9 +1142,7 @@ class Unpickler {
     std::memcpy(&number, bytes.data(), bytes.size());
     make(Value::Int).integer = number;
   }
-  void push_tuple(std::vector<Value*> items) {
-    make(Value::Tuple).items = std::move(items);
-  }
+  void push_tuple(std::vector<Value*> items) { make(Value::Tuple).items = std::move(items); }
   void append(const std::vector<Value*>& items, Value::Kind kind) {
     Value& container = expect(top(), kind);
     if (kind == Value::Dict && items.size() % 2 != 0) refuse("has a key without a value");
@@ -1192,10 +1162,9 @@ class Unpickler {
       value.dtype = static_cast<DType>(i);
       return;
     }
-    for (const char* known :
-         {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
-          "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
-          "torch.storage.UntypedStorage", "torch.UntypedStorage"})
+    for (const char* known : {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
+                              "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
+                              "torch.storage.UntypedStorage", "torch.UntypedStorage"})
       if (value.text == known) return;
     refuse("asks for ", quote(value.text));
   }
@@ -1253,8 +1222,7 @@ class Unpickler {
 // --- 3.6 PyTorch: the tensors -----------------------------------------------------------
 
 /// Copies a strided tensor into row-major order.
-inline std::shared_ptr<const void> gather(const char* from,
-                                          const std::vector<std::int64_t>& shape,
+inline std::shared_ptr<const void> gather(const char* from, const std::vector<std::int64_t>& shape,
                                           const std::vector<std::int64_t>& strides,
                                           std::size_t item, std::size_t bytes) {
   const auto buffer = std::make_shared<std::vector<char>>(bytes);
@@ -1277,28 +1245,23 @@ inline std::shared_ptr<const void> gather(const char* from,
 /// for a large memory.
 inline Tensor tensor_of(const std::string& name, const PickleValue& pickled,
                         const Entries& storages, const std::string& path,
-                        const std::shared_ptr<const MappedFile>& file,
-                        std::uint64_t& budget) {
+                        const std::shared_ptr<const MappedFile>& file, std::uint64_t& budget) {
   const std::string where = path + ": " + quote(name);
   const PickleValue& storage = *pickled.items[0];
   const auto bytes = storages.find(storage.text);
   const std::uint64_t held = checked_bytes({storage.integer}, storage.dtype, where);
   if (bytes == storages.end() || bytes->second.size() < held)
-    fail("truncated: ", where, ": expected ", held, " bytes in storage ",
-         quote(storage.text), ", found ",
-         bytes == storages.end() ? 0 : bytes->second.size());
+    fail("truncated: ", where, ": expected ", held, " bytes in storage ", quote(storage.text),
+         ", found ", bytes == storages.end() ? 0 : bytes->second.size());
 
   Tensor tensor{name, pickled.dtype, {}, bytes->second.data(), file};
   std::vector<std::int64_t> strides;
-  for (const PickleValue* extent : pickled.items[2]->items)
-    tensor.shape.push_back(extent->integer);
-  for (const PickleValue* stride : pickled.items[3]->items)
-    strides.push_back(stride->integer);
+  for (const PickleValue* extent : pickled.items[2]->items) tensor.shape.push_back(extent->integer);
+  for (const PickleValue* stride : pickled.items[3]->items) strides.push_back(stride->integer);
   const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
   if (size == 0) return tensor;
 
-  const std::int64_t first =
-      pickled.items[1]->integer;  // of all these, the index in storage
+  const std::int64_t first = pickled.items[1]->integer;  // of all these, the index in storage
   std::int64_t last = first, row_major = 1;
   bool contiguous = true, inside = first >= 0 && strides.size() == tensor.shape.size();
   for (std::size_t i = strides.size(); inside && i-- > 0;) {
@@ -1311,9 +1274,9 @@ inline Tensor tensor_of(const std::string& name, const PickleValue& pickled,
   }
   const std::size_t item = dtype_size(tensor.dtype);
   if (!inside || static_cast<std::uint64_t>(last) >= held / item)
-    fail("out of range: ", where, ": expected values inside the ", held / item,
-         " of storage ", quote(storage.text), ", found offset ", first, ", shape ",
-         shape_text(tensor.shape), ", strides ", shape_text(strides));
+    fail("out of range: ", where, ": expected values inside the ", held / item, " of storage ",
+         quote(storage.text), ", found offset ", first, ", shape ", shape_text(tensor.shape),
+         ", strides ", shape_text(strides));
   const char* start = bytes->second.data() + static_cast<std::uint64_t>(first) * item;
   tensor.data = start;
   if (contiguous) return tensor;
@@ -1327,17 +1290,14 @@ inline Tensor tensor_of(const std::string& name, const PickleValue& pickled,
 
 /// A dict of tensors, or one level deeper: {"state_dict": {...}} or {"model": {...}}.
 inline const PickleValue& state_dict(const PickleValue& root, const std::string& path) {
-  if (root.kind != PickleValue::Dict)
-    fail("bad pickle: ", path, ": expected a dict of tensors");
+  if (root.kind != PickleValue::Dict) fail("bad pickle: ", path, ": expected a dict of tensors");
   const PickleValue* inner = nullptr;
   for (std::size_t i = 0; i < root.items.size(); i += 2) {
     const std::string& key = root.items[i]->text;
     const PickleValue& value = *root.items[i + 1];
     if (value.kind == PickleValue::Tensor) return root;
-    if (value.kind != PickleValue::Dict || (key != "state_dict" && key != "model"))
-      continue;
-    if (inner != nullptr)
-      fail("bad pickle: ", path, ": expected one state dict, found two");
+    if (value.kind != PickleValue::Dict || (key != "state_dict" && key != "model")) continue;
+    if (inner != nullptr) fail("bad pickle: ", path, ": expected one state dict, found two");
     inner = &value;
   }
   return inner != nullptr ? *inner : root;
@@ -1364,16 +1324,15 @@ inline Checkpoint make_checkpoint(const PickleValue& root, const Entries& storag
 /// Before PyTorch 1.6 there was no zip but five pickles in a row: a magic number, the
 /// protocol version, facts about the machine, the state dict, and the list of storage keys;
 /// then, in that order, each storage's number of values (8 bytes) and its bytes.
-constexpr std::string_view kLegacyMagic(
-    "\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", 15);
+constexpr std::string_view kLegacyMagic("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.",
+                                        15);
 
 inline Checkpoint read_legacy_pytorch(const std::shared_ptr<const MappedFile>& file,
                                       const std::string& path) {
   ByteReader in(file->bytes(), path);
   in.seek(kLegacyMagic.size());
   Unpickler unpickler(in);
-  if (unpickler.load().integer != 1001)
-    fail("bad pickle: ", path, ": expected protocol 1001");
+  if (unpickler.load().integer != 1001) fail("bad pickle: ", path, ": expected protocol 1001");
   const PickleValue& machine = unpickler.load();
   for (std::size_t i = 0; i + 1 < machine.items.size(); i += 2)
     if (machine.items[i]->text == "little_endian" && machine.items[i + 1]->integer != 1)
@@ -1384,8 +1343,7 @@ inline Checkpoint read_legacy_pytorch(const std::shared_ptr<const MappedFile>& f
   for (const PickleValue* key : keys.items) {
     const auto storage = unpickler.storages().find(key->text);
     if (storage == unpickler.storages().end())
-      fail("bad pickle: ", path, ": the storage ", quote(key->text),
-           " belongs to no tensor");
+      fail("bad pickle: ", path, ": the storage ", quote(key->text), " belongs to no tensor");
     const auto n = in.read<std::int64_t>();
     if (n != storage->second->integer)
       fail("bad pickle: ", path, ": storage ", quote(key->text), ": expected ",
@@ -1400,8 +1358,7 @@ inline Checkpoint read_pytorch_bin(const std::string& path) {
   if (file->bytes().substr(0, kLegacyMagic.size()) == kLegacyMagic)
     return read_legacy_pytorch(file, path);
   if (file->bytes().substr(0, 4) != "PK\3\4")
-    fail("unknown format: ", path,
-         ": expected a file written by torch.save, found something else");
+    fail("unknown format: ", path, ": expected a file written by torch.save, found something else");
   const Entries entries = read_zip(file->bytes(), path);
   const auto pickle = std::find_if(entries.begin(), entries.end(), [](const auto& entry) {
     const std::size_t slash = entry.first.find('/');
@@ -1427,8 +1384,7 @@ inline Checkpoint read_pytorch_bin(const std::string& path) {
 /// Large checkpoints are cut into shards; the index says which tensor is in which file:
 /// {"weight_map": {"tensor name": "file name"}}.
 template <class Reader>
-Checkpoint read_shards(const std::string& directory, const std::string& index,
-                       Reader read) {
+Checkpoint read_shards(const std::string& directory, const std::string& index, Reader read) {
   const Json json = parse_json(MappedFile(index).bytes(), index);
   if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
     fail("bad index: ", index, ": expected an object weight_map");
@@ -1442,8 +1398,7 @@ Checkpoint read_shards(const std::string& directory, const std::string& index,
            ": expected the name of a file beside the index");
     auto found = shards.find(shard);
     if (found == shards.end())
-      found = shards.emplace(shard, read(std::string(directory).append("/").append(shard)))
-                  .first;
+      found = shards.emplace(shard, read(std::string(directory).append("/").append(shard))).first;
     all.tensors.emplace(name, found->second.at(name));
   }
   return all;
@@ -1453,17 +1408,13 @@ Checkpoint read_shards(const std::string& directory, const std::string& index,
 inline Checkpoint read_checkpoint(const std::string& directory) {
   const std::string safetensors = directory + "/model.safetensors";
   const std::string pytorch = directory + "/pytorch_model.bin", index = ".index.json";
-  const auto exists = [](const std::string& path) {
-    return ::access(path.c_str(), F_OK) == 0;
-  };
+  const auto exists = [](const std::string& path) { return ::access(path.c_str(), F_OK) == 0; };
   if (exists(safetensors)) return read_safetensors(safetensors);
   if (exists(safetensors + index))
     return read_shards(directory, safetensors + index, read_safetensors);
   if (exists(pytorch)) return read_pytorch_bin(pytorch);
-  if (exists(pytorch + index))
-    return read_shards(directory, pytorch + index, read_pytorch_bin);
-  fail("no weights: ", directory,
-       ": expected model.safetensors or pytorch_model.bin, whole or ",
+  if (exists(pytorch + index)) return read_shards(directory, pytorch + index, read_pytorch_bin);
+  fail("no weights: ", directory, ": expected model.safetensors or pytorch_model.bin, whole or ",
        "with an index.json, found neither");
 }
 
@@ -1511,8 +1462,8 @@ template <class Visit>
 void for_each_shape(const Config& config, const Visit& visit) {
   struct None {};
   struct Layer {
-    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A,
-        D, gated_norm, out_proj, out_proj_bias;
+    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
+        gated_norm, out_proj, out_proj_bias;
   };
   struct {
     None embedding, norm_f, lm_head;
@@ -1521,9 +1472,9 @@ void for_each_shape(const Config& config, const Visit& visit) {
   } no_model;
   no_model.layers.resize(static_cast<std::size_t>(config.n_layer));
   no_model.tied = config.tie_embeddings;
-  for_each_weight(
-      config, no_model,
-      [&](const std::string& name, const auto& shape, const None&) { visit(name, shape); });
+  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const None&) {
+    visit(name, shape);
+  });
 }
 
 inline std::string original_name(const std::string& name) {
@@ -1541,8 +1492,7 @@ inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& nam
   if (by_token && !needed.empty() && needed[0] > shape[0]) needed[0] = shape[0];
   if (needed != shape)
     fail("wrong shape: ", checkpoint.where, ": ", quote(tensor.name), ": expected ",
-         shape_text(shape), by_token ? " or more rows" : "", ", found ",
-         shape_text(tensor.shape));
+         shape_text(shape), by_token ? " or more rows" : "", ", found ", shape_text(tensor.shape));
   return tensor;
 }
 
@@ -1601,8 +1551,7 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   });
   for (const auto& [name, tensor] : checkpoint.tensors)
     if (!used.count(name))
-      warn(checkpoint.where + ": " + quote(name) +
-           " is not a weight of this model: ignored");
+      warn(checkpoint.where + ": " + quote(name) + " is not a weight of this model: ignored");
   for (const std::string& line : non_finite(checkpoint)) warn(line);
   return model;
 }
@@ -1614,12 +1563,11 @@ inline Config published_config(const std::string& name) {
     int version;
     Index d_model, n_layer;
   };
-  static constexpr Known kKnown[] = {
-      {"130m", 1, 768, 24},         {"370m", 1, 1024, 48},
-      {"790m", 1, 1536, 48},        {"1.4b", 1, 2048, 48},
-      {"2.8b", 1, 2560, 64},        {"mamba2-130m", 2, 768, 24},
-      {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48},
-      {"mamba2-1.3b", 2, 2048, 48}, {"mamba2-2.7b", 2, 2560, 64}};
+  static constexpr Known kKnown[] = {{"130m", 1, 768, 24},         {"370m", 1, 1024, 48},
+                                     {"790m", 1, 1536, 48},        {"1.4b", 1, 2048, 48},
+                                     {"2.8b", 1, 2560, 64},        {"mamba2-130m", 2, 768, 24},
+                                     {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48},
+                                     {"mamba2-1.3b", 2, 2048, 48}, {"mamba2-2.7b", 2, 2560, 64}};
   std::string names;
   for (const Known& known : kKnown) {
     names += std::string(names.empty() ? "" : ", ") + known.name;
@@ -1641,22 +1589,19 @@ inline Config published_config(const std::string& name) {
 }
 
 /// A checkpoint of random weights, spread as at the start of training so that nothing overflows.
-inline Checkpoint random_checkpoint(const Config& config, DType dtype,
-                                    std::uint64_t seed = 1) {
+inline Checkpoint random_checkpoint(const Config& config, DType dtype, std::uint64_t seed = 1) {
   Checkpoint checkpoint;
   checkpoint.where = "random weights";
   const auto ends_with = [](const std::string& s, std::string_view end) {
     return s.size() >= end.size() && s.compare(s.size() - end.size(), end.size(), end) == 0;
   };
-  for_each_shape(config, [&](const std::string& name,
-                             const std::vector<std::int64_t>& shape) {
+  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
     Tensor plan{name, DType::F32, shape, nullptr, nullptr};
     const auto values = std::make_shared<std::vector<float>>(plan.size());
     const bool matrix = shape.size() > 1;
     const double fan_in = static_cast<double>(shape.size() == 3 ? shape[2] : shape.back());
     for (std::size_t i = 0; i < values->size(); ++i) {
-      seed =
-          seed * 6364136223846793005u + 1442695040888963407u;  // Knuth's linear congruence
+      seed = seed * 6364136223846793005u + 1442695040888963407u;   // Knuth's linear congruence
       const double u = static_cast<double>(seed >> 40) * 0x1p-24;  // in [0, 1)
       double value = 1;
       if (ends_with(name, "A_log"))
@@ -1709,13 +1654,12 @@ inline void check(const SamplerOptions& options) {
     if (!ok) fail_usage("--", name, ": expected ", range, ", found ", found);
   };
   const auto& [temperature, top_k, top_p, min_p, penalty, seed] = options;
-  need(temperature >= 0 && std::isfinite(temperature), "temperature",
-       "a finite number >= 0", temperature);
+  need(temperature >= 0 && std::isfinite(temperature), "temperature", "a finite number >= 0",
+       temperature);
   need(top_k >= 0, "top-k", "0 (off) or more", top_k);
   need(top_p > 0 && top_p <= 1, "top-p", "a number in (0, 1]", top_p);
   need(min_p >= 0 && min_p <= 1, "min-p", "a number in [0, 1]", min_p);
-  need(penalty > 0 && std::isfinite(penalty), "repetition-penalty", "a finite number > 0",
-       penalty);
+  need(penalty > 0 && std::isfinite(penalty), "repetition-penalty", "a finite number > 0", penalty);
 }
 
 // Philox4x32-10 (Salmon et al., SC 2011): ten rounds of multiply and xor scramble a 128-bit
@@ -1724,10 +1668,8 @@ inline std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> c,
                                                std::array<std::uint32_t, 2> key) {
   for (int round = 0; round < 10; ++round) {
     const std::uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
-    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ key[0],
-         static_cast<std::uint32_t>(p1),
-         static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ key[1],
-         static_cast<std::uint32_t>(p0)};
+    c = {static_cast<std::uint32_t>(p1 >> 32) ^ c[1] ^ key[0], static_cast<std::uint32_t>(p1),
+         static_cast<std::uint32_t>(p0 >> 32) ^ c[3] ^ key[1], static_cast<std::uint32_t>(p0)};
     key = {key[0] + 0x9E3779B9u, key[1] + 0xBB67AE85u};  // golden ratio, sqrt(3) - 1
   }
   return c;
@@ -1738,9 +1680,8 @@ inline std::array<std::uint32_t, 4> philox4x32(std::array<std::uint32_t, 4> c,
 inline double uniform(std::uint64_t seed, std::uint64_t sequence, std::uint64_t position) {
   const auto low = [](std::uint64_t v) { return static_cast<std::uint32_t>(v); };
   const auto high = [](std::uint64_t v) { return static_cast<std::uint32_t>(v >> 32); };
-  const auto word =
-      philox4x32({low(position), high(position), low(sequence), high(sequence)},
-                 {low(seed), high(seed)});
+  const auto word = philox4x32({low(position), high(position), low(sequence), high(sequence)},
+                               {low(seed), high(seed)});
   return static_cast<double>((std::uint64_t{word[1]} << 32 | word[0]) >> 11) * 0x1p-53;
 }
 
@@ -1789,8 +1730,7 @@ inline void keep_top_p(const std::vector<double>& scores, std::vector<double>& w
 }
 
 // The distribution (vocab_size) of the next token: exactly zero where filtered out.
-inline std::vector<double> filtered_probabilities(const float* logits,
-                                                  std::size_t vocab_size,
+inline std::vector<double> filtered_probabilities(const float* logits, std::size_t vocab_size,
                                                   const std::vector<Token>& history,
                                                   const SamplerOptions& options) {
   check(options);
@@ -1838,11 +1778,9 @@ inline std::vector<double> filtered_probabilities(const float* logits,
 // sum of probabilities, added in order of ids, exceeds the uniform number. Another order or
 // another exp moves a sum by some 1e-15: another device draws the same token, but for about
 // one draw in 1e12.
-inline Token sample(const float* logits, std::size_t vocab_size,
-                    const std::vector<Token>& history, const SamplerOptions& options,
-                    std::uint64_t sequence, std::uint64_t position) {
-  const std::vector<double> p =
-      filtered_probabilities(logits, vocab_size, history, options);
+inline Token sample(const float* logits, std::size_t vocab_size, const std::vector<Token>& history,
+                    const SamplerOptions& options, std::uint64_t sequence, std::uint64_t position) {
+  const std::vector<double> p = filtered_probabilities(logits, vocab_size, history, options);
   const double u = uniform(options.seed, sequence, position);
   double sum = 0;
   std::size_t drawn = 0;  // the last id with p > 0, should rounding leave the sum below u
@@ -1880,8 +1818,7 @@ inline Mode parse_mode(const std::string& text) {
     const auto [rest, error] = std::from_chars(text.data() + prefix.size(), end, chunk);
     if (error == std::errc() && rest == end && chunk > 0) return {Mode::chunked, chunk};
   }
-  fail_usage("--mode: expected parallel, recurrent or chunked=K with K > 0, found ",
-             quote(text));
+  fail_usage("--mode: expected parallel, recurrent or chunked=K with K > 0, found ", quote(text));
 }
 
 /// logits (count, vocab_size) of positions first, first + 1, ...
@@ -1890,24 +1827,22 @@ using LogitsSink = std::function<void(Index first, const Matrix<float>& logits)>
 /// Takes ids from `state` on and hands the logits of all L positions to sink, in order. The parallel
 /// form takes Engine::kPiece tokens at a time, so that memory does not grow with the text.
 template <class Engine>
-void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L,
-          Mode mode, const LogitsSink& sink) {
+void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L, Mode mode,
+          const LogitsSink& sink) {
   if (mode.kind == Mode::recurrent) {
     for (Index t = 0; t < L; ++t) sink(t, engine.step(state, ids[t]));
     return;
   }
   const Index piece = mode.kind == Mode::chunked ? mode.chunk : Engine::kPiece;
   for (Index t = 0; t < L; t += piece) {
-    engine.forward(
-        state, ids + t, std::min(piece, L - t),
-        [&](Index first, const Matrix<float>& logits) { sink(t + first, logits); });
+    engine.forward(state, ids + t, std::min(piece, L - t),
+                   [&](Index first, const Matrix<float>& logits) { sink(t + first, logits); });
   }
 }
 
 /// The logits after the last of L > 0 tokens, in the parallel form.
 template <class Engine>
-Matrix<float> prefill(Engine& engine, typename Engine::State& state, const Token* ids,
-                      Index L) {
+Matrix<float> prefill(Engine& engine, typename Engine::State& state, const Token* ids, Index L) {
   Matrix<float> logits;
   for (Index t = 0; t < L; t += Engine::kPiece)
     logits = engine.prefill(state, ids + t, std::min(Engine::kPiece, L - t));
@@ -1934,15 +1869,13 @@ using OnToken = std::function<void(std::size_t sequence, Token token)>;
 
 /// Prefill, then token by token, one sequence after the other.
 template <class Engine>
-void generate_on_host(Engine& engine,
-                      std::vector<Sequence<typename Engine::State>>& sequences,
+void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::State>>& sequences,
                       const GenerateOptions& options, const OnToken& on_token) {
   for (std::size_t i = 0; i < sequences.size(); ++i) {
     auto& s = sequences[i];
     const auto take = [&](std::size_t end) {
       const std::size_t begin = std::exchange(s.taken, end);
-      return prefill(engine, s.state, s.ids.data() + begin,
-                     static_cast<Index>(end - begin));
+      return prefill(engine, s.state, s.ids.data() + begin, static_cast<Index>(end - begin));
     };
     if (options.n == 0) {
       take(s.ids.size() - 1);
@@ -1972,8 +1905,8 @@ inline void save_state(const std::string& path, const std::vector<Token>& ids,
     const auto& layer = state.layers[l];
     const std::string name = "layers." + std::to_string(l) + ".";
     rows.emplace_back(layer.h);
-    tensors.push_back(tensor_view(name + "conv", {layer.conv.rows(), layer.conv.cols()},
-                                  layer.conv.data()));
+    tensors.push_back(
+        tensor_view(name + "conv", {layer.conv.rows(), layer.conv.cols()}, layer.conv.data()));
     tensors.push_back(
         tensor_view(name + "h", {layer.h.rows(), layer.h.cols()}, rows.back().data()));
   }
@@ -2003,8 +1936,7 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
     fail("wrong state: ", path, ": expected ", config.n_layer, " layers, found more");
   for (const std::int64_t id : values<std::int64_t>(file.at("ids"))) {
     if (id < 0 || id >= config.vocab_size)
-      fail("wrong state: ", path, ": ids: expected ids below ", config.vocab_size,
-           ", found ", id);
+      fail("wrong state: ", path, ": ids: expected ids below ", config.vocab_size, ", found ", id);
     ids.push_back(static_cast<Token>(id));
   }
   if (ids.empty()) fail("wrong state: ", path, ": ids: expected at least one, found none");
@@ -2035,8 +1967,7 @@ void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode,
 }
 
 /// -log softmax(logits)[target], in nats.
-inline double negative_log_likelihood(const Matrix<float>& logits, Index row,
-                                      Token target) {
+inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
   const auto scores = logits.row(row).array().template cast<double>();
   const double largest = scores.maxCoeff();
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
@@ -2067,8 +1998,7 @@ inline void check(const PerplexityOptions& options, Index n) {
     fail("perplexity: --lengths: expected at least 2 and at most the ", n,
          " tokens of the text, found ", length);
   if (stride < 1 || stride > length)
-    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ",
-         stride);
+    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ", stride);
   if (options.carry_state && stride != length)
     fail("perplexity: --stride: windows cannot overlap with --carry-state");
 }
@@ -2078,8 +2008,8 @@ inline void check(const PerplexityOptions& options, Index n) {
 /// that no window has scored yet; the very first token of the text, and of windows that do not
 /// overlap, has no context and is not scored.
 template <class Engine>
-Score perplexity(Engine& engine, const std::vector<Token>& ids,
-                 const PerplexityOptions& options, const Progress& progress = {}) {
+Score perplexity(Engine& engine, const std::vector<Token>& ids, const PerplexityOptions& options,
+                 const Progress& progress = {}) {
   const Index n = static_cast<Index>(ids.size());
   check(options, n);
   const Index length = options.length ? options.length : n;
@@ -2099,8 +2029,7 @@ Score perplexity(Engine& engine, const std::vector<Token>& ids,
            for (Index i = 0; i < logits.rows(); ++i) {
              const Index target = begin + first + i + 1;
              if (target < scored) continue;
-             score.nll +=
-                 negative_log_likelihood(logits, i, ids[static_cast<std::size_t>(target)]);
+             score.nll += negative_log_likelihood(logits, i, ids[static_cast<std::size_t>(target)]);
              ++score.tokens;
            }
            if (progress) progress(begin + first, n);
@@ -2124,8 +2053,7 @@ struct PasskeyScore {
   Index tests = 0, right = 0, tokens = 0;  // tokens of all prompts
 };
 
-inline std::string passkey_prompt(const std::string& key, Index filler_before,
-                                  Index filler_after) {
+inline std::string passkey_prompt(const std::string& key, Index filler_before, Index filler_after) {
   const auto filler = [](Index times) {
     std::string text;
     for (Index i = 0; i < times; ++i)
@@ -2137,13 +2065,11 @@ inline std::string passkey_prompt(const std::string& key, Index filler_before,
   return "Somewhere in this long text a pass key is hidden. Find it and keep it in mind: "
          "at the end you will be asked for it.\n" +
          filler(filler_before) + "The pass key is " + key + ". Keep it in mind: " + key +
-         " is the pass key.\n" + filler(filler_after) +
-         "What is the pass key? The pass key is";
+         " is the pass key.\n" + filler(filler_after) + "What is the pass key? The pass key is";
 }
 
 /// How many pieces of filler fit into a prompt of `length` tokens. Fails if not even one does.
-inline Index passkey_filler(const Tokenizer& tokenizer, const std::string& key,
-                            Index length) {
+inline Index passkey_filler(const Tokenizer& tokenizer, const std::string& key, Index length) {
   const auto size = [&](Index filler) {
     return static_cast<Index>(tokenizer.encode(passkey_prompt(key, filler, 0)).size());
   };
@@ -2157,11 +2083,9 @@ inline Index passkey_filler(const Tokenizer& tokenizer, const std::string& key,
 /// How often the greedy continuation is the five-digit key. The prompt holds as much filler, in whole
 /// pieces, as fits into options.length tokens.
 template <class Engine>
-PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
-                     const PasskeyOptions& options) {
+PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer, const PasskeyOptions& options) {
   PasskeyScore score;
-  for (Index begin = 0; begin < options.tests;
-       begin += static_cast<Index>(Engine::kBatch)) {
+  for (Index begin = 0; begin < options.tests; begin += static_cast<Index>(Engine::kBatch)) {
     const Index end = std::min(options.tests, begin + static_cast<Index>(Engine::kBatch));
     GenerateOptions greedy;
     greedy.sampler.temperature = 0;
@@ -2170,14 +2094,12 @@ PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
     std::vector<Sequence<typename Engine::State>> sequences;
     for (Index test = begin; test < end; ++test) {
       const auto i = static_cast<std::uint64_t>(test);
-      keys.push_back(
-          std::to_string(10000 + static_cast<int>(90000 * uniform(options.seed, i, 0))));
+      keys.push_back(std::to_string(10000 + static_cast<int>(90000 * uniform(options.seed, i, 0))));
       const Index filler = passkey_filler(tokenizer, keys.back(), options.length);
       const auto before =
           static_cast<Index>(std::lround(options.depth * static_cast<double>(filler)));
-      sequences.push_back(
-          {tokenizer.encode(passkey_prompt(keys.back(), before, filler - before)),
-           engine.new_state(), i, 0});
+      sequences.push_back({tokenizer.encode(passkey_prompt(keys.back(), before, filler - before)),
+                           engine.new_state(), i, 0});
       check_ids(sequences.back().ids, engine.config(), "tokenizer and model do not match");
       score.tokens += static_cast<Index>(sequences.back().ids.size());
       const std::size_t tokens = tokenizer.encode(" " + keys.back()).size();
@@ -2201,12 +2123,8 @@ PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer,
 struct LambadaScore {
   Index examples = 0, right = 0;
   double log_likelihood = 0;  // of all last words, in nats
-  double accuracy() const {
-    return static_cast<double>(right) / static_cast<double>(examples);
-  }
-  double perplexity() const {
-    return std::exp(-log_likelihood / static_cast<double>(examples));
-  }
+  double accuracy() const { return static_cast<double>(right) / static_cast<double>(examples); }
+  double perplexity() const { return std::exp(-log_likelihood / static_cast<double>(examples)); }
 };
 
 /// Adds one text to the score: its last word, with the space before it, given all that stands before.
@@ -2264,8 +2182,8 @@ inline Colour heat_colour(double part) {
   const double at = std::clamp(part, 0.0, 1.0) * 8;
   const int stop = std::min(static_cast<int>(at), 7);
   const auto mix = [&](int c) {
-    return static_cast<std::uint8_t>(std::lround(
-        kStops[stop][c] + (at - stop) * (kStops[stop + 1][c] - kStops[stop][c])));
+    return static_cast<std::uint8_t>(
+        std::lround(kStops[stop][c] + (at - stop) * (kStops[stop + 1][c] - kStops[stop][c])));
   };
   return {mix(0), mix(1), mix(2)};
 }
@@ -2278,8 +2196,7 @@ class Canvas {
 
   Canvas(int width, int height) : width(width), height(height) {
     if (width < 600 || height < 400 || width > 10000 || height > 10000)
-      fail("picture: expected 600 x 400 to 10000 x 10000 pixels, found ", width, " x ",
-           height);
+      fail("picture: expected 600 x 400 to 10000 x 10000 pixels, found ", width, " x ", height);
     pixels_.assign(static_cast<std::size_t>(width) * height, kWhite);
   }
 
@@ -2288,8 +2205,7 @@ class Canvas {
     if (x < 0 || y < 0 || x >= width || y >= height || coverage <= 0) return;
     Colour& pixel = pixels_[static_cast<std::size_t>(y) * width + x];
     const auto mix = [&](std::uint8_t from, std::uint8_t to) {
-      return static_cast<std::uint8_t>(
-          std::lround(from + std::min(coverage, 1.0) * (to - from)));
+      return static_cast<std::uint8_t>(std::lround(from + std::min(coverage, 1.0) * (to - from)));
     };
     pixel = {mix(pixel.r, colour.r), mix(pixel.g, colour.g), mix(pixel.b, colour.b)};
   }
@@ -2335,8 +2251,7 @@ class Canvas {
     std::vector<float> quads(1 + ascii.size() * 24 * 16);  // at most 24 quads a letter
     const int count = stb_easy_font_print(0, 0, ascii.data(), nullptr, quads.data(),
                                           static_cast<int>(quads.size() * sizeof(float)));
-    for (int i = 0; i < count;
-         ++i) {  // a quad: 4 corners of x, y, z, colour; 0 and 2 opposite
+    for (int i = 0; i < count; ++i) {  // a quad: 4 corners of x, y, z, colour; 0 and 2 opposite
       const float* q = &quads[static_cast<std::size_t>(i) * 16];
       const int u0 = scaled(q[0], scale), v0 = scaled(q[1], scale);
       const int u1 = scaled(q[8], scale), v1 = scaled(q[9], scale);
@@ -2366,8 +2281,7 @@ class Canvas {
       static_cast<std::string*>(to)->append(static_cast<const char*>(data),
                                             static_cast<std::size_t>(size));
     };
-    if (!stbi_write_png_to_func(append, &bytes, width, height, 3, pixels_.data(),
-                                width * 3))
+    if (!stbi_write_png_to_func(append, &bytes, width, height, 3, pixels_.data(), width * 3))
       fail("picture: ", path, ": out of memory");
     AtomicFile file(path);
     file.write(bytes);
@@ -2412,8 +2326,7 @@ struct Axis {
   void close(double padding) {
     if (!seen_) low = log ? 1 : 0, high = log ? 10 : 1;
     powers_of_two = powers_of_two && log && seen_;
-    if (high - low <= 1e-9 * std::max(std::abs(low), std::abs(high)) ||
-        high - low < 1e-290) {
+    if (high - low <= 1e-9 * std::max(std::abs(low), std::abs(high)) || high - low < 1e-290) {
       const double room = low == 0 ? 1 : std::abs(low) / 2;
       low -= room, high += room;
     }
@@ -2474,10 +2387,8 @@ struct Plot {
   Canvas& canvas;
   int left, top, right, bottom;
 
-  void label(const std::string& title, const std::string& x_label,
-             const std::string& y_label) {
-    const auto centred = [&](const std::string& words, int middle, int y, int scale,
-                             int room) {
+  void label(const std::string& title, const std::string& x_label, const std::string& y_label) {
+    const auto centred = [&](const std::string& words, int middle, int y, int scale, int room) {
       const std::string shown = Canvas::fitted(words, room, scale);
       canvas.text(middle - Canvas::text_width(shown, scale) / 2, y, shown, scale);
     };
@@ -2510,8 +2421,7 @@ struct Plot {
 
   // Names below the plot at to_x(0), to_x(1), ...; where they would touch, only every k-th.
   template <class ToX>
-  void name_x(const std::vector<std::string>& names, int longest, bool turned,
-              const ToX& to_x) {
+  void name_x(const std::vector<std::string>& names, int longest, bool turned, const ToX& to_x) {
     const std::int64_t needed = turned ? Canvas::text_height() : longest + 12;
     const std::int64_t all = needed * static_cast<std::int64_t>(names.size());
     const auto every = static_cast<std::size_t>((all + right - left - 1) / (right - left));
@@ -2527,8 +2437,7 @@ struct Plot {
 
 inline int widest(const std::vector<std::string>& labels) {
   int width = 0;
-  for (const std::string& label : labels)
-    width = std::max(width, Canvas::text_width(label));
+  for (const std::string& label : labels) width = std::max(width, Canvas::text_width(label));
   return width;
 }
 
@@ -2544,8 +2453,7 @@ constexpr int kPlotTop = 76, kPlotBelow = 78;  // pixels for the title, and for 
 // Draws each series as a line through its points, broken where a value cannot be drawn.
 inline void line_chart(const std::string& path, const std::string& title,
                        const std::string& x_label, const std::string& y_label,
-                       const std::vector<Series>& series,
-                       const ChartOptions& options = {}) {
+                       const std::vector<Series>& series, const ChartOptions& options = {}) {
   Axis x_axis, y_axis;
   x_axis.log = options.log_x;
   y_axis.log = options.log_y;
@@ -2575,9 +2483,7 @@ inline void line_chart(const std::string& path, const std::string& title,
                           (plot.right - plot.left) * 2 / 3)
     x_ticks = x_axis.ticks(--count);
 
-  const auto to_x = [&](double v) {
-    return plot.left + x_axis.part(v) * (plot.right - plot.left);
-  };
+  const auto to_x = [&](double v) { return plot.left + x_axis.part(v) * (plot.right - plot.left); };
   const auto to_y = [&](double v) {
     return plot.bottom - y_axis.part(v) * (plot.bottom - plot.top);
   };
@@ -2592,8 +2498,7 @@ inline void line_chart(const std::string& path, const std::string& title,
     canvas.fill(x, plot.top, x + 1, plot.bottom, kGrid);
     plot.label_x(x, tick_label(tick));
   }
-  plot.name_x(options.x_names, longest, turned,
-              [&](int i) { return static_cast<int>(to_x(i)); });
+  plot.name_x(options.x_names, longest, turned, [&](int i) { return static_cast<int>(to_x(i)); });
   canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
   plot.label(title, x_label, y_label);
 
@@ -2626,12 +2531,11 @@ struct HeatOptions {  // the values at the ends of the colour bar; NaN: those of
 // Draws values[row][column] as coloured cells, row 0 on top; what is not finite is grey.
 // Labels are one for each row or column, or none; where they would touch, only every k-th
 // is drawn.
-inline void heat_map(const std::string& path, const std::string& title,
-                     const std::string& x_label, const std::string& y_label,
-                     const std::vector<std::vector<double>>& values,
+inline void heat_map(const std::string& path, const std::string& title, const std::string& x_label,
+                     const std::string& y_label, const std::vector<std::vector<double>>& values,
                      const std::vector<std::string>& row_labels,
-                     const std::vector<std::string>& column_labels,
-                     const std::string& bar_label, const HeatOptions& options = {}) {
+                     const std::vector<std::string>& column_labels, const std::string& bar_label,
+                     const HeatOptions& options = {}) {
   const int rows = static_cast<int>(values.size());
   const int columns = rows ? static_cast<int>(values[0].size()) : 0;
   Axis heat;
@@ -2648,13 +2552,11 @@ inline void heat_map(const std::string& path, const std::string& title,
     for (std::string& label : labels) label = Canvas::fitted(label, options.width / 6);
     return labels;
   };
-  const auto row_names = fitted(row_labels, rows),
-             column_names = fitted(column_labels, columns);
+  const auto row_names = fitted(row_labels, rows), column_names = fitted(column_labels, columns);
 
   Canvas canvas(options.width, options.height);
   const std::vector<double> ticks = heat.ticks(8);
-  const int bar =
-      28 + 42 + widest(tick_labels(ticks));  // the bar, its labels, and its name
+  const int bar = 28 + 42 + widest(tick_labels(ticks));  // the bar, its labels, and its name
   Plot plot{canvas, Canvas::kBorder + 42 + widest(row_names), kPlotTop,
             options.width - Canvas::kBorder - 40 - bar, options.height - kPlotBelow};
   const int longest = widest(column_names);
@@ -2702,9 +2604,9 @@ inline void heat_map(const std::string& path, const std::string& title,
 // What the scan of one layer does with a text, from a zero state, by the reference in float.
 
 struct Inspection {
-  Matrix<float> x, y;    // (L, d_inner)  into the scan, and out of it before the gate
-  Matrix<float> delta;   // (L, d_inner), Mamba-2: (L, n_heads)
-  Matrix<float> memory;  // (d_inner, d_state), Mamba-2: (n_heads, 1)  in tokens, see below
+  Matrix<float> x, y;        // (L, d_inner)  into the scan, and out of it before the gate
+  Matrix<float> delta;       // (L, d_inner), Mamba-2: (L, n_heads)
+  Matrix<float> memory;      // (d_inner, d_state), Mamba-2: (n_heads, 1)  in tokens, see below
   Matrix<float> state_norm;  // (L, 1)  sqrt of the sum of squares of h_t
 };
 
@@ -2730,8 +2632,8 @@ Inspection follow(const Inputs& in, Index d_state, const Step& step) {
 
 /// `attention` is called with the matrix M (L, L), y = M x, of every channel (Mamba-2: head) in turn.
 template <class Attention>
-Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids,
-                   Index layer, float delta_ratio, const Attention& attention) {
+Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids, Index layer,
+                   float delta_ratio, const Attention& attention) {
   const ssm::Sizes& sizes = model.sizes;
   const auto& w = model.layers[static_cast<std::size_t>(layer)];
   ssm::Trace<float> trace;
@@ -2793,14 +2695,13 @@ inline std::vector<std::string> token_labels(const Tokenizer& tokenizer,
 }
 
 /// delta over time, channels in the order of their means; log10, for it spans decades.
-inline void draw_delta(const std::string& path, const Inspection& seen,
-                       const std::string& layer, const std::vector<std::string>& tokens) {
+inline void draw_delta(const std::string& path, const Inspection& seen, const std::string& layer,
+                       const std::vector<std::string>& tokens) {
   const char* channel = seen.delta.cols() == seen.x.cols() ? "channel" : "head";
   std::vector<Index> order(static_cast<std::size_t>(seen.delta.cols()));
   std::iota(order.begin(), order.end(), Index{0});
   const ssm::Row<float> mean = seen.delta.colwise().mean();
-  std::stable_sort(order.begin(), order.end(),
-                   [&](Index a, Index b) { return mean(a) > mean(b); });
+  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return mean(a) > mean(b); });
   std::vector<std::vector<double>> rows;
   std::vector<std::string> names;
   for (const Index c : order) {
@@ -2809,13 +2710,12 @@ inline void draw_delta(const std::string& path, const Inspection& seen,
     for (Index t = 0; t < seen.delta.rows(); ++t)
       rows.back().push_back(std::log10(static_cast<double>(seen.delta(t, c))));
   }
-  heat_map(path, "Step size delta, " + layer, "token",
-           std::string(channel) + ", by mean delta", rows, names, tokens, "log10 delta");
+  heat_map(path, "Step size delta, " + layer, "token", std::string(channel) + ", by mean delta",
+           rows, names, tokens, "log10 delta");
 }
 
 /// The memory of channels, longest first, for their slowest, median and fastest state.
-inline void draw_memory(const std::string& path, const Inspection& seen,
-                        const std::string& layer) {
+inline void draw_memory(const std::string& path, const Inspection& seen, const std::string& layer) {
   const bool one = seen.memory.cols() == 1;
   std::vector<Series> series = {
       {"slowest state", {}, {}}, {"median state", {}, {}}, {"fastest state", {}, {}}};
@@ -2833,15 +2733,13 @@ inline void draw_memory(const std::string& path, const Inspection& seen,
   }
   ChartOptions options;
   options.log_y = true;
-  line_chart(
-      path, "Effective memory, " + layer,
-      one ? "heads, longest memory first" : "channels, for each line longest memory first",
-      "tokens until a trace falls to 1/e", series, options);
+  line_chart(path, "Effective memory, " + layer,
+             one ? "heads, longest memory first" : "channels, for each line longest memory first",
+             "tokens until a trace falls to 1/e", series, options);
 }
 
 inline void draw_state_norm(const std::string& path, const Inspection& seen,
-                            const std::string& layer,
-                            const std::vector<std::string>& tokens) {
+                            const std::string& layer, const std::vector<std::string>& tokens) {
   Series series;
   for (Index t = 0; t < seen.state_norm.rows(); ++t) {
     series.x.push_back(static_cast<double>(t));
@@ -2849,14 +2747,12 @@ inline void draw_state_norm(const std::string& path, const Inspection& seen,
   }
   ChartOptions options;
   options.x_names = tokens;
-  line_chart(path, "Size of the state, " + layer, "after token", "norm of h", {series},
-             options);
+  line_chart(path, "Size of the state, " + layer, "after token", "norm of h", {series}, options);
 }
 
 /// mean (L, L): mean of |M| over channels; log10, for it spans decades.
 inline void draw_attention(const std::string& path, const Matrix<float>& mean,
-                           const std::string& layer,
-                           const std::vector<std::string>& tokens) {
+                           const std::string& layer, const std::vector<std::string>& tokens) {
   std::vector<std::vector<double>> rows;
   double largest = -HUGE_VAL;
   for (Index t = 0; t < mean.rows(); ++t) {
@@ -2869,10 +2765,9 @@ inline void draw_attention(const std::string& path, const Matrix<float>& mean,
     }
   }
   HeatOptions options;
-  if (std::isfinite(largest))
-    options.high = largest, options.low = largest - 4;  // and below
-  heat_map(path, "Implied attention, " + layer, "from token", "to the output at token",
-           rows, tokens, tokens, "log10 of mean |M|; darkest: this or less", options);
+  if (std::isfinite(largest)) options.high = largest, options.low = largest - 4;  // and below
+  heat_map(path, "Implied attention, " + layer, "from token", "to the output at token", rows,
+           tokens, tokens, "log10 of mean |M|; darkest: this or less", options);
 }
 
 // =======================================================================================
@@ -2891,15 +2786,14 @@ struct BenchOptions {
 
 /// All flags of all subcommands; each subcommand reads those that it declares.
 struct Arguments {
-  std::string model = "weights/stories", prompt, prompt_file, ids, ids_file, out,
-              mode = "parallel", dtype, save_state, load_state, csv, png, data;
+  std::string model = "weights/stories", prompt, prompt_file, ids, ids_file, out, mode = "parallel",
+              dtype, save_state, load_state, csv, png, data;
   std::vector<std::string> texts;
   std::vector<Index> lengths;
   std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
   std::vector<double> delta_ratios = {1};
   Index n = 256, batch = 1, stride = 0, tests = 5, limit = 0, layer = 0;
-  bool print_ids = false, ignore_eos = false, carry_state = false, truncate = false,
-       decode = false;
+  bool print_ids = false, ignore_eos = false, carry_state = false, truncate = false, decode = false;
   float delta_ratio = 1;
   int device = 0;
   SamplerOptions sampler;
@@ -2944,8 +2838,7 @@ inline void check_ids(const std::vector<Token>& ids, const Config& config,
 }
 
 inline double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 /// A bar on stderr while something long goes on, if stderr is a terminal.
@@ -2955,8 +2848,8 @@ inline void show_progress(Index done, Index all) {
   if (!terminal || now() - last < 0.1) return;
   last = now();
   const int width = 40, filled = static_cast<int>(width * done / std::max<Index>(1, all));
-  std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, ' ') << "] "
-            << done << "/" << all << std::flush << "\r\033[K";
+  std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, ' ') << "] " << done
+            << "/" << all << std::flush << "\r\033[K";
 }
 
 inline Config open_config(const Arguments& arguments) {
@@ -3022,8 +2915,7 @@ inline std::vector<std::string> prompts(const Arguments& arguments) {
     std::istringstream lines(read_text(arguments.prompt_file));
     for (std::string line; std::getline(lines, line);) texts.push_back(line);
     if (texts.empty())
-      fail("--prompt-file: ", arguments.prompt_file,
-           ": expected a prompt a line, found none");
+      fail("--prompt-file: ", arguments.prompt_file, ": expected a prompt a line, found none");
   }
   std::vector<std::string> all;
   for (const std::string& text : texts)
@@ -3091,12 +2983,10 @@ void run_generate(const Arguments& arguments) {
       const std::vector<Token> prompt = tokenizer.encode(texts[begin + i]);
       s.ids.insert(s.ids.end(), prompt.begin(), prompt.end());
       if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
-      if (s.ids.empty())
-        fail("--prompt: expected a text: this model has no token to begin with");
+      if (s.ids.empty()) fail("--prompt: expected a text: this model has no token to begin with");
       check_ids(s.ids, config, "--prompt: tokenizer and model do not match");
       for (const Token id : s.ids) decoders[i].push(id);
-      if (!arguments.print_ids && arguments.load_state.empty())
-        transcript.add(i, texts[begin + i]);
+      if (!arguments.print_ids && arguments.load_state.empty()) transcript.add(i, texts[begin + i]);
       taken += s.ids.size() - s.taken;
     }
     const double start = now();
@@ -3120,15 +3010,12 @@ void run_generate(const Arguments& arguments) {
       std::cout << std::endl;
     }
     if (!arguments.save_state.empty())
-      save_state(arguments.save_state, sequences[0].ids,
-                 engine.to_host(sequences[0].state));
+      save_state(arguments.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
   }
-  std::cerr << std::fixed << std::setprecision(3) << taken
-            << " tokens in, first token after " << to_first << " s; " << made
-            << " tokens out";
+  std::cerr << std::fixed << std::setprecision(3) << taken << " tokens in, first token after "
+            << to_first << " s; " << made << " tokens out";
   if (made > texts.size())
-    std::cerr << ", " << to_rest / static_cast<double>(made - texts.size()) * 1e3
-              << " ms each";
+    std::cerr << ", " << to_rest / static_cast<double>(made - texts.size()) * 1e3 << " ms each";
   std::cerr << "\n";
 }
 
@@ -3201,12 +3088,11 @@ void run_perplexity(Arguments arguments) {
       }
       if (series[0].x.empty())
         std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
-      std::cout << std::fixed << std::setw(9) << score.length << std::setw(10)
-                << score.tokens << std::setprecision(4) << std::setw(12) << score.mean()
-                << ' ' << std::setw(11) << score.perplexity() << std::setw(13)
-                << tick_label(ratio) << std::endl;
-      csv << score.length << ',' << score.tokens << ',' << score.mean() << ','
-          << score.perplexity() << ',' << ratio << '\n';
+      std::cout << std::fixed << std::setw(9) << score.length << std::setw(10) << score.tokens
+                << std::setprecision(4) << std::setw(12) << score.mean() << ' ' << std::setw(11)
+                << score.perplexity() << std::setw(13) << tick_label(ratio) << std::endl;
+      csv << score.length << ',' << score.tokens << ',' << score.mean() << ',' << score.perplexity()
+          << ',' << ratio << '\n';
       series.back().x.push_back(static_cast<double>(score.length));
       series.back().y.push_back(score.perplexity());
     }
@@ -3215,8 +3101,8 @@ void run_perplexity(Arguments arguments) {
   if (!arguments.png.empty()) {
     ChartOptions chart;
     chart.log_x = true;
-    line_chart(arguments.png, "Perplexity against context length",
-               "context length (tokens)", "perplexity", series, chart);
+    line_chart(arguments.png, "Perplexity against context length", "context length (tokens)",
+               "perplexity", series, chart);
   }
 }
 
@@ -3243,12 +3129,11 @@ void run_passkey(const Arguments& arguments) {
       options.seed = arguments.sampler.seed;
       const PasskeyScore score = passkey(engine, tokenizer, options);
       const Index tokens = score.tokens / score.tests;  // on average
-      accuracy[d].push_back(static_cast<double>(score.right) /
-                            static_cast<double>(score.tests));
+      accuracy[d].push_back(static_cast<double>(score.right) / static_cast<double>(score.tests));
       if (done == 0) std::cout << "   length     depth     tests    tokens  accuracy\n";
       std::cout << std::setw(9) << length << std::setw(10) << rows[d] << std::setw(10)
-                << score.tests << std::setw(10) << tokens << std::fixed
-                << std::setprecision(3) << std::setw(10) << accuracy[d].back() << std::endl;
+                << score.tests << std::setw(10) << tokens << std::fixed << std::setprecision(3)
+                << std::setw(10) << accuracy[d].back() << std::endl;
       csv << length << ',' << rows[d] << ',' << score.tests << ',' << tokens << ','
           << accuracy[d].back() << '\n';
       show_progress(++done, all);
@@ -3259,8 +3144,8 @@ void run_passkey(const Arguments& arguments) {
   HeatOptions options;
   options.low = 0;
   options.high = 1;
-  heat_map(arguments.png, "Pass-key retrieval", "context length (tokens)",
-           "depth of the key", accuracy, rows, columns, "accuracy", options);
+  heat_map(arguments.png, "Pass-key retrieval", "context length (tokens)", "depth of the key",
+           accuracy, rows, columns, "accuracy", options);
 }
 
 template <class Engine>
@@ -3277,8 +3162,7 @@ void run_lambada(const Arguments& arguments) {
     lines.resize(static_cast<std::size_t>(arguments.limit));
   LambadaScore score;
   for (std::size_t i = 0; i < lines.size(); ++i) {
-    const std::string where =
-        "--data: " + arguments.data + ": example " + std::to_string(i + 1);
+    const std::string where = "--data: " + arguments.data + ": example " + std::to_string(i + 1);
     const Json example = parse_json(lines[i], where);
     const auto text = example.is_object() ? example.find("text") : example.end();
     if (text == example.end() || !text->is_string())
@@ -3291,9 +3175,9 @@ void run_lambada(const Arguments& arguments) {
     show_progress(static_cast<Index>(i) + 1, static_cast<Index>(lines.size()));
   }
   std::cout << " examples  accuracy  perplexity\n"
-            << std::setw(9) << score.examples << std::fixed << std::setprecision(4)
-            << std::setw(10) << score.accuracy() << std::setprecision(3) << "  "
-            << std::setw(10) << score.perplexity() << "\n";
+            << std::setw(9) << score.examples << std::fixed << std::setprecision(4) << std::setw(10)
+            << score.accuracy() << std::setprecision(3) << "  " << std::setw(10)
+            << score.perplexity() << "\n";
 }
 
 /// Pictures and numbers of one layer, into the folder --out.
@@ -3333,16 +3217,14 @@ inline void run_inspect(const Arguments& arguments) {
                             view("x", like_x),
                             view("y", like_x)},
                            {});
-  const Inspection seen =
-      inspect(model, ids, arguments.layer, arguments.delta_ratio,
-              [&](Index c, const Matrix<float>& M) {
-                file.write({reinterpret_cast<const char*>(M.data()),
-                            static_cast<std::size_t>(M.size()) * sizeof(float)});
-                mean += M.cwiseAbs() / static_cast<float>(channels);
-                show_progress(c + 1, channels);
-              });
-  for (const Tensor& tensor :
-       {view("attention", mean), view("x", seen.x), view("y", seen.y)})
+  const Inspection seen = inspect(
+      model, ids, arguments.layer, arguments.delta_ratio, [&](Index c, const Matrix<float>& M) {
+        file.write({reinterpret_cast<const char*>(M.data()),
+                    static_cast<std::size_t>(M.size()) * sizeof(float)});
+        mean += M.cwiseAbs() / static_cast<float>(channels);
+        show_progress(c + 1, channels);
+      });
+  for (const Tensor& tensor : {view("attention", mean), view("x", seen.x), view("y", seen.y)})
     file.write(tensor.bytes());
   file.commit();
   write_safetensors(out + "delta.safetensors",
@@ -3353,8 +3235,7 @@ inline void run_inspect(const Arguments& arguments) {
 
   const std::vector<std::string> tokens = token_labels(tokenizer, ids);
   std::string layer = "layer " + std::to_string(arguments.layer);
-  if (arguments.delta_ratio != 1)
-    layer += ", delta ratio " + tick_label(arguments.delta_ratio);
+  if (arguments.delta_ratio != 1) layer += ", delta ratio " + tick_label(arguments.delta_ratio);
   draw_delta(out + "delta.png", seen, layer, tokens);
   draw_memory(out + "memory.png", seen, layer);
   draw_state_norm(out + "state_norm.png", seen, layer, tokens);
@@ -3368,8 +3249,7 @@ inline void run_tokenize(const Arguments& arguments) {
       const std::vector<Token> ids = parse_ids(line, "standard input");
       for (const Token id : ids)
         if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
-          fail("standard input: expected token ids below ", tokenizer.vocab_size(),
-               ", found ", id);
+          fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
       std::cout << tokenizer.decode(ids) << "\n";
     } else {
       const std::vector<Token> ids = tokenizer.encode(line);
@@ -3389,20 +3269,18 @@ inline void run_info(const Arguments& arguments) {
     bytes += tensor.byte_size();
     dtypes[dtype_name(tensor.dtype)] += tensor.size();
   }
-  std::cout << "model        " << (c.version == 1 ? "Mamba" : "Mamba-2") << ", "
-            << checkpoint.where << "\n"
-            << "d_model      " << c.d_model << "\nn_layer      " << c.n_layer
-            << "\nvocab_size   " << c.vocab_size << "\nd_inner      " << c.d_inner
-            << "\nd_state      " << c.d_state << "\nd_conv       " << c.d_conv << "\n";
+  std::cout << "model        " << (c.version == 1 ? "Mamba" : "Mamba-2") << ", " << checkpoint.where
+            << "\n"
+            << "d_model      " << c.d_model << "\nn_layer      " << c.n_layer << "\nvocab_size   "
+            << c.vocab_size << "\nd_inner      " << c.d_inner << "\nd_state      " << c.d_state
+            << "\nd_conv       " << c.d_conv << "\n";
   if (c.version == 1)
     std::cout << "dt_rank      " << c.dt_rank << "\n";
   else
     std::cout << "n_heads      " << c.n_heads << "\nhead_dim     " << c.head_dim
               << "\nn_groups     " << c.n_groups << "\n";
-  std::cout << "head         " << (c.tie_embeddings ? "tied to the embedding" : "its own")
-            << "\n"
-            << "parameters   " << parameters << "\nbytes        " << bytes
-            << "\ndtypes      ";
+  std::cout << "head         " << (c.tie_embeddings ? "tied to the embedding" : "its own") << "\n"
+            << "parameters   " << parameters << "\nbytes        " << bytes << "\ndtypes      ";
   for (const auto& [name, count] : dtypes) std::cout << " " << name << " (" << count << ")";
   const Index state = c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state);
   std::cout << "\nstate        " << state * 4 << " bytes a sequence, at any length\n";
@@ -3419,16 +3297,13 @@ inline void run_convert(const Arguments& arguments) {
       config.tie_embeddings &&
       (!head || same_values(*head, weight(checkpoint, "backbone.embeddings.weight",
                                           {config.vocab_size, config.d_model})));
-  for_each_shape(config,
-                 [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-                   Tensor tensor = weight(checkpoint, name, shape);
-                   if (!arguments.dtype.empty())
-                     tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
-                   tensor.name = name;
-                   if (shape[0] == config.vocab_size)
-                     tensor.shape[0] = config.vocab_size;  // without the padding
-                   tensors.push_back(tensor);
-                 });
+  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+    Tensor tensor = weight(checkpoint, name, shape);
+    if (!arguments.dtype.empty()) tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
+    tensor.name = name;
+    if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
+    tensors.push_back(tensor);
+  });
   std::error_code error;
   fs::create_directories(arguments.out, error);
   if (error) fail("cannot write: ", arguments.out, ": ", error.message());
@@ -3448,11 +3323,10 @@ inline CLI::Validator at_least(Index least) {
         std::uint64_t value = 0;
         const char* end = text.data() + text.size();
         const auto [rest, error] = std::from_chars(text.data(), end, value);
-        const bool good = error == std::errc() && rest == end &&
-                          value >= static_cast<std::uint64_t>(least);
+        const bool good =
+            error == std::errc() && rest == end && value >= static_cast<std::uint64_t>(least);
         return good ? ""
-                    : "expected a whole number from " + std::to_string(least) + ", found " +
-                          text;
+                    : "expected a whole number from " + std::to_string(least) + ", found " + text;
       },
       "");
 }
@@ -3477,8 +3351,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     return sub;
   };
   const auto model = [&](CLI::App* sub) {
-    sub->add_option("--model", a.model,
-                    "directory with config.json, weights and tokenizer.json");
+    sub->add_option("--model", a.model, "directory with config.json, weights and tokenizer.json");
   };
   const auto engine = [&](CLI::App* sub) {
     model(sub);
@@ -3495,13 +3368,11 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   };
   const auto input = [&](CLI::App* sub, bool ids) {
     auto* group = sub->add_option_group("input", "the text, one of");
-    auto* text =
-        group->add_option("--text", a.texts,
-                          ids ? "a text file, - for standard input"
-                              : "text files, each a document; - for standard input");
+    auto* text = group->add_option("--text", a.texts,
+                                   ids ? "a text file, - for standard input"
+                                       : "text files, each a document; - for standard input");
     if (ids) text->expected(1);
-    group->add_option("--ids-file", a.ids_file,
-                      "a file of token ids, - for standard input");
+    group->add_option("--ids-file", a.ids_file, "a file of token ids, - for standard input");
     if (ids) group->add_option("--ids", a.ids, "token ids");
     group->require_option(1);
   };
@@ -3509,8 +3380,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
     sub->add_option("--mode", a.mode, "parallel, recurrent or chunked=K");
   };
 
-  auto* generate =
-      command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
+  auto* generate = command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
   engine(generate);
   delta_ratio(generate);
   auto* prompt = generate->add_option("prompt,--prompt", a.prompt,
@@ -3522,21 +3392,17 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   generate->add_option("-n", a.n, "tokens to add at most")->check(at_least(0));
   generate->add_option("--temperature", a.sampler.temperature, "0 is greedy");
   generate->add_option("--top-k", a.sampler.top_k, "keep the k likeliest tokens, 0: all");
-  generate->add_option("--top-p", a.sampler.top_p,
-                       "keep the likeliest tokens that make up p");
+  generate->add_option("--top-p", a.sampler.top_p, "keep the likeliest tokens that make up p");
   generate->add_option("--min-p", a.sampler.min_p,
                        "keep tokens at least p times as likely as the likeliest");
   generate->add_option("--repetition-penalty", a.sampler.repetition_penalty,
                        "above 1: less repetition");
-  generate->add_option("--seed", a.sampler.seed, "same seed, same text")
-      ->check(at_least(0));
+  generate->add_option("--seed", a.sampler.seed, "same seed, same text")->check(at_least(0));
   generate->add_option("--batch", a.batch, "so many continuations of each prompt")
       ->check(at_least(1));
-  generate->add_option("--save-state", a.save_state,
-                       "where to leave the state, to go on later");
+  generate->add_option("--save-state", a.save_state, "where to leave the state, to go on later");
   generate->add_option("--load-state", a.load_state, "go on from a saved state");
-  generate->add_flag("--ids", a.print_ids,
-                     "print token ids, one line a sequence, instead of text");
+  generate->add_flag("--ids", a.print_ids, "print token ids, one line a sequence, instead of text");
   generate->add_flag("--ignore-eos", a.ignore_eos, "go on after the end-of-text token");
 
   auto* logits = command("logits", "write the logits of every position", [&a] {
@@ -3559,17 +3425,16 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
   ppl->add_option("--delta-ratio", a.delta_ratios,
                   "stretches every step of the state; several, separated by commas")
       ->delimiter(',');
-  auto* lengths =
-      ppl->add_option("--lengths", a.lengths,
-                      "context lengths, separated by commas (default: the whole text)")
-          ->delimiter(',')
-          ->check(at_least(1));
+  auto* lengths = ppl->add_option("--lengths", a.lengths,
+                                  "context lengths, separated by commas (default: the whole text)")
+                      ->delimiter(',')
+                      ->check(at_least(1));
   auto* stride = ppl->add_option("--stride", a.stride,
                                  "tokens from window to window (default: no overlap; each "
                                  "token is then read length / stride times)")
                      ->check(at_least(1));
-  auto* carry = ppl->add_flag("--carry-state", a.carry_state,
-                              "each window goes on from the one before");
+  auto* carry =
+      ppl->add_flag("--carry-state", a.carry_state, "each window goes on from the one before");
   ppl->add_flag("--truncate", a.truncate,
                 "of each document only the first tokens, one window of each length")
       ->needs(lengths)
@@ -3577,54 +3442,48 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
       ->excludes(carry);
   table(ppl);
 
-  auto* passkey = command("passkey", "find a number hidden in a long text",
-                          [&a] { run_passkey<Engine>(a); });
+  auto* passkey =
+      command("passkey", "find a number hidden in a long text", [&a] { run_passkey<Engine>(a); });
   engine(passkey);
   delta_ratio(passkey);
   passkey->add_option("--lengths", a.lengths, "tokens of the prompt, separated by commas")
       ->delimiter(',')
       ->check(at_least(1))
       ->required();
-  passkey
-      ->add_option("--depths", a.depths,
-                   "where the number stands, 0 at the start, 1 at the end")
+  passkey->add_option("--depths", a.depths, "where the number stands, 0 at the start, 1 at the end")
       ->delimiter(',')
       ->check(a_part());
-  passkey->add_option("--tests", a.tests, "prompts of each length and depth")
-      ->check(at_least(1));
-  passkey->add_option("--seed", a.sampler.seed, "same seed, same numbers")
-      ->check(at_least(0));
+  passkey->add_option("--tests", a.tests, "prompts of each length and depth")->check(at_least(1));
+  passkey->add_option("--seed", a.sampler.seed, "same seed, same numbers")->check(at_least(0));
   table(passkey);
 
-  auto* lambada = command("lambada", "guess the last word (lambada_openai)",
-                          [&a] { run_lambada<Engine>(a); });
+  auto* lambada =
+      command("lambada", "guess the last word (lambada_openai)", [&a] { run_lambada<Engine>(a); });
   engine(lambada);
   delta_ratio(lambada);
   lambada
       ->add_option("--data", a.data,
                    "a file with a JSON object {\"text\": ...} a line, - for standard input")
       ->required();
-  lambada->add_option("--limit", a.limit, "only so many examples, 0: all")
-      ->check(at_least(0));
+  lambada->add_option("--limit", a.limit, "only so many examples, 0: all")->check(at_least(0));
 
-  auto* inspect = command("inspect", "draw what a layer's scan does with a text",
-                          [&a] { run_inspect(a); });
+  auto* inspect =
+      command("inspect", "draw what a layer's scan does with a text", [&a] { run_inspect(a); });
   model(inspect);
   delta_ratio(inspect);
-  inspect->add_option("prompt,--prompt", a.prompt, "the text, - for standard input")
-      ->required();
+  inspect->add_option("prompt,--prompt", a.prompt, "the text, - for standard input")->required();
   inspect->add_option("--layer", a.layer, "which layer, from 0")->check(at_least(0));
   inspect->add_option("--out", a.out, "the folder to write into")->required();
 
-  auto* tokenize = command("tokenize", "standard input to token ids, line by line",
-                           [&a] { run_tokenize(a); });
+  auto* tokenize =
+      command("tokenize", "standard input to token ids, line by line", [&a] { run_tokenize(a); });
   model(tokenize);
   tokenize->add_flag("--decode", a.decode, "token ids to text");
 
   model(command("info", "sizes of a model", [&a] { run_info(a); }));
 
-  auto* convert = command("convert", "write a model in the Hugging Face layout",
-                          [&a] { run_convert(a); });
+  auto* convert =
+      command("convert", "write a model in the Hugging Face layout", [&a] { run_convert(a); });
   model(convert);
   convert->add_option("--dtype", a.dtype, "f32, bf16 or f16 (default: as in the file)");
   convert->add_option("--out", a.out, "the directory to write")->required();
@@ -3639,9 +3498,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
                     "a published size: 130m .. 2.8b, mamba2-130m .. mamba2-2.7b");
   bench->add_option("--length", a.bench.length, "tokens of a prefill")->check(at_least(1));
   bench->add_option("--batch", a.bench.batch, "sequences at once")->check(at_least(1));
-  bench
-      ->add_option("--repeat", a.bench.repeat,
-                   "measurements, of which the median is printed")
+  bench->add_option("--repeat", a.bench.repeat, "measurements, of which the median is printed")
       ->check(at_least(1));
   bench->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16");
   if (Engine::kHasDevice) bench->add_option("--device", a.device, "which GPU");

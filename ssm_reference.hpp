@@ -82,8 +82,7 @@ struct ViewOf : Eigen::Map<const Plain, 0, Eigen::OuterStride<>> {
   ViewOf(const Eigen::MatrixBase<Derived>& m)
       : Map(m.derived().data(), m.rows(), m.cols(),
             Eigen::OuterStride<>(m.derived().outerStride())) {
-    static_assert(int(Derived::IsRowMajor) == int(Plain::IsRowMajor),
-                  "a View does not transpose");
+    static_assert(int(Derived::IsRowMajor) == int(Plain::IsRowMajor), "a View does not transpose");
   }
   ViewOf& operator=(const ViewOf& other) {  // looks elsewhere; copies no numbers
     new (this) ViewOf(other);
@@ -190,8 +189,7 @@ Row<Scalar> causal_conv1d_step(const View<Scalar>& x_t, const View<Scalar>& weig
   if (bias) out += bias.row(0);
   for (Index k = 0; k < d_conv - 1; ++k) {
     out += state.row(k).cwiseProduct(weight.col(k).transpose());
-    state.row(k) =
-        k + 1 < d_conv - 1 ? Row<Scalar>(state.row(k + 1)) : Row<Scalar>(x_t.row(0));
+    state.row(k) = k + 1 < d_conv - 1 ? Row<Scalar>(state.row(k + 1)) : Row<Scalar>(x_t.row(0));
   }
   return out;
 }
@@ -253,8 +251,8 @@ struct ScanInputs {
   ScanInputs tokens(Index first, Index count) const {
     using Member = View<Scalar> ScanInputs::*;
     ScanInputs part = *this;
-    for (const Member m : {&ScanInputs::x, &ScanInputs::delta, &ScanInputs::B,
-                           &ScanInputs::C, &ScanInputs::z}) {
+    for (const Member m :
+         {&ScanInputs::x, &ScanInputs::delta, &ScanInputs::B, &ScanInputs::C, &ScanInputs::z}) {
       if (this->*m) part.*m = (this->*m).middleRows(first, count);
     }
     return part;
@@ -280,22 +278,20 @@ void skip_and_gate(const ScanInputs<Scalar>& in, Matrix<Scalar>& y) {
 // The recurrence, token by token (Algorithm 2, lines 5 and 6). This is the definition; the forms below
 // must agree with it.
 template <class Scalar>
-Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in,
-                                         ScanState<Scalar> h) {
+Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
   const Index width = std::min(d, in.channels_per_group);
   const Matrix<Scalar> delta = step_size(in), delta_x = delta.cwiseProduct(in.x);
   Matrix<Scalar> y(L, d);
   for (Index t = 0; t < L; ++t) {
-    for (Index g = 0; g * width < d; ++g) {  // the channels that share B_t and C_t
+    for (Index g = 0; g * width < d; ++g) {              // the channels that share B_t and C_t
       const auto A = in.A.middleRows(g * width, width);  // (width, N)
       const auto B_t = in.B.row(t).segment(g * N, N);    // (N)
       const auto C_t = in.C.row(t).segment(g * N, N);    // (N)
-      const auto delta_t = delta.row(t).segment(g * width, width).transpose();  // (width)
-      const auto delta_x_t =
-          delta_x.row(t).segment(g * width, width).transpose();   // (width)
-      auto h_t = h.middleRows(g * width, width);                  // (width, N)
-      auto y_t = y.row(t).segment(g * width, width).transpose();  // (width)
+      const auto delta_t = delta.row(t).segment(g * width, width).transpose();      // (width)
+      const auto delta_x_t = delta_x.row(t).segment(g * width, width).transpose();  // (width)
+      auto h_t = h.middleRows(g * width, width);                                    // (width, N)
+      auto y_t = y.row(t).segment(g * width, width).transpose();                    // (width)
 
       const auto A_bar = (delta_t.asDiagonal() * A).array().exp().matrix();
       h_t = A_bar.cwiseProduct(h_t) + delta_x_t.lazyProduct(B_t);  // (2a)
@@ -386,9 +382,7 @@ Matrix<Scalar> selective_scan_chunked(const ScanInputs<Scalar>& in, ScanState<Sc
                                       Index chunk) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
   const Index n_chunks = (L + chunk - 1) / chunk;
-  const auto part = [&](Index i) {
-    return in.tokens(i * chunk, std::min(chunk, L - i * chunk));
-  };
+  const auto part = [&](Index i) { return in.tokens(i * chunk, std::min(chunk, L - i * chunk)); };
 
   std::vector<StateMatrix<Scalar>> a(n_chunks), b(n_chunks), start(n_chunks);
   for (Index i = 0; i < n_chunks; ++i) {
@@ -496,8 +490,7 @@ Matrix<Scalar> ssd_step(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
     const auto C_t = in.C.row(0).segment(g * N, N);
     auto h_t = h.middleRows(i * P, P);
 
-    h_t = std::exp(delta(i) * in.A(i, 0)) * h_t +
-          (delta(i) * x_t).transpose().lazyProduct(B_t);
+    h_t = std::exp(delta(i) * in.A(i, 0)) * h_t + (delta(i) * x_t).transpose().lazyProduct(B_t);
     y_t.middleCols(i * P, P).transpose().noalias() = h_t * C_t.transpose();
   }
   skip(in, y_t);
@@ -546,8 +539,7 @@ Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
     auto h_i = h.middleRows(i * P, P);
 
     const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose());
-    y.middleCols(i * P, P) =
-        M * delta_x + from_start.col(0).asDiagonal() * (C * h_i.transpose());
+    y.middleCols(i * P, P) = M * delta_x + from_start.col(0).asDiagonal() * (C * h_i.transpose());
     h_i = from_start(L - 1) * h_i + at_end.transpose() * B;
   }
   skip(in, y);
@@ -568,8 +560,8 @@ Matrix<Scalar> ssd_chunked(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Ind
 // in: see SsdInputs.  h (H P, N): h_{-1} on entry, h_{L-1} on return.  Returns y (L, H P).
 // Form::parallel is the quadratic dual: every position at once, L^2 numbers per head.
 template <class Scalar>
-Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h,
-                   Form form = Form::chunked, Index chunk = kScanChunk) {
+Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form = Form::chunked,
+                   Index chunk = kScanChunk) {
   if (form == Form::parallel) return ssd_quadratic(in, h);
   if (form == Form::chunked) return ssd_chunked(in, h, chunk);
   return ssd_sequential(in, h);
@@ -604,10 +596,9 @@ Matrix<Scalar> implied_attention(const ScanInputs<Scalar>& in, const Matrix<Scal
 
 // Head i of an SSD; its head_dim channels share one matrix.  delta (L, H): step_size(in)
 template <class Scalar>
-Matrix<Scalar> implied_attention(const SsdInputs<Scalar>& in, const Matrix<Scalar>& delta,
-                                 Index i, Index N) {
-  const auto B = in.B.middleCols(in.group(i) * N, N),
-             C = in.C.middleCols(in.group(i) * N, N);
+Matrix<Scalar> implied_attention(const SsdInputs<Scalar>& in, const Matrix<Scalar>& delta, Index i,
+                                 Index N) {
+  const auto B = in.B.middleCols(in.group(i) * N, N), C = in.C.middleCols(in.group(i) * N, N);
   const Matrix<Scalar> mask = decay_mask<Scalar>(delta.col(i) * in.A(i, 0));
   Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose()) * delta.col(i).asDiagonal();
   if (in.D) M.diagonal().array() += in.D(0, i);
@@ -629,9 +620,7 @@ struct Sizes {
   double dt_max = std::numeric_limits<double>::infinity();
 
   // What passes through the convolution: x in Mamba, [x | B | C] in Mamba-2.
-  Index conv_width() const {
-    return version == 1 ? d_inner : d_inner + 2 * n_groups * d_state;
-  }
+  Index conv_width() const { return version == 1 ? d_inner : d_inner + 2 * n_groups * d_state; }
   Index in_proj_width() const {
     return version == 1 ? 2 * d_inner : d_inner + conv_width() + n_heads;
   }
@@ -674,8 +663,7 @@ struct Layer {
 // All that a layer remembers of the past: its size does not depend on the length of the past.
 template <class Scalar>
 struct LayerState {
-  Matrix<Scalar>
-      conv;  // (d_conv - 1, conv_width)  the inputs the convolution still looks back to
+  Matrix<Scalar> conv;  // (d_conv - 1, conv_width)  the inputs the convolution still looks back to
   StateMatrix<Scalar> h;  // (d_inner, N)
   explicit LayerState(const Sizes& sizes)
       : conv(Matrix<Scalar>::Zero(sizes.d_conv - 1, sizes.conv_width())),
@@ -702,8 +690,7 @@ struct Options {
 };
 
 template <class Scalar, class Weight>
-Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W,
-                      const Row<Scalar>& bias = {}) {
+Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>& bias = {}) {
   Matrix<Scalar> y = Compute<Weight>::template linear<Scalar>(x, W);
   if (bias.size()) y.rowwise() += bias;
   return y;
@@ -743,11 +730,10 @@ Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
   const Matrix<Scalar> xz = linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, 2 d_inner)
   Matrix<Scalar> x(L, d_inner), y(L, d_inner);
   Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
-    x.middleCols(first, count) =
-        silu(causal_conv1d<Scalar>(
-                 xz.middleCols(first, count), w.conv_weight.middleRows(first, count),
-                 part(w.conv_bias, first, count), state.conv.middleCols(first, count))
-                 .array());
+    x.middleCols(first, count) = silu(
+        causal_conv1d<Scalar>(xz.middleCols(first, count), w.conv_weight.middleRows(first, count),
+                              part(w.conv_bias, first, count), state.conv.middleCols(first, count))
+            .array());
   });
   const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);  // (L, dt_rank + 2 N)
   const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
@@ -769,8 +755,7 @@ Matrix<Scalar> mamba_block_step(const Layer<Scalar, Weight>& w, const Sizes& siz
   const Index d_inner = sizes.d_inner;
   const Matrix<Scalar> xz = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
   const Matrix<Scalar> x =
-      silu(causal_conv1d_step<Scalar>(xz.leftCols(d_inner), w.conv_weight, w.conv_bias,
-                                      state.conv)
+      silu(causal_conv1d_step<Scalar>(xz.leftCols(d_inner), w.conv_weight, w.conv_bias, state.conv)
                .array());
   const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);
   const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
@@ -778,8 +763,7 @@ Matrix<Scalar> mamba_block_step(const Layer<Scalar, Weight>& w, const Sizes& siz
   Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
     auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
     in.delta_ratio = options.delta_ratio;
-    y.middleCols(first, count) =
-        selective_scan_step<Scalar>(in, state.h.middleRows(first, count));
+    y.middleCols(first, count) = selective_scan_step<Scalar>(in, state.h.middleRows(first, count));
   });
   return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
 }
@@ -788,8 +772,8 @@ Matrix<Scalar> mamba_block_step(const Layer<Scalar, Weight>& w, const Sizes& siz
 // xBC: output of the convolution.
 template <class Scalar, class Weight>
 SsdInputs<Scalar> ssd_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
-                             const Matrix<Scalar>& zxBCdt, const Matrix<Scalar>& xBC,
-                             Index first, Index count) {
+                             const Matrix<Scalar>& zxBCdt, const Matrix<Scalar>& xBC, Index first,
+                             Index count) {
   const Index P = sizes.head_dim, GN = sizes.n_groups * sizes.d_state;
   SsdInputs<Scalar> in;
   in.x = xBC.middleCols(first * P, count * P);
@@ -818,15 +802,13 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
                             const Options<Scalar>& options) {
   const Index L = u.rows(), d_inner = sizes.d_inner, conv_width = sizes.conv_width(),
               P = sizes.head_dim;
-  const Matrix<Scalar> zxBCdt =
-      linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, in_proj_width)
+  const Matrix<Scalar> zxBCdt = linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, in_proj_width)
   Matrix<Scalar> xBC(L, conv_width), y(L, d_inner);
   Compute<Weight>::for_ranges(conv_width, [&](Index first, Index count) {
     xBC.middleCols(first, count) =
-        silu(causal_conv1d<Scalar>(zxBCdt.middleCols(d_inner + first, count),
-                                   w.conv_weight.middleRows(first, count),
-                                   part(w.conv_bias, first, count),
-                                   state.conv.middleCols(first, count))
+        silu(causal_conv1d<Scalar>(
+                 zxBCdt.middleCols(d_inner + first, count), w.conv_weight.middleRows(first, count),
+                 part(w.conv_bias, first, count), state.conv.middleCols(first, count))
                  .array());
   });
   Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
@@ -836,8 +818,8 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
         ssd<Scalar>(in, state.h.middleRows(first * P, count * P), options.form);
   });
   if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}};
-  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
-      y, zxBCdt.leftCols(d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
+                                                       Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
 }
 
@@ -849,8 +831,8 @@ Matrix<Scalar> mamba2_block_step(const Layer<Scalar, Weight>& w, const Sizes& si
   const Index d_inner = sizes.d_inner, P = sizes.head_dim;
   const Matrix<Scalar> zxBCdt = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
   const Matrix<Scalar> xBC =
-      silu(causal_conv1d_step<Scalar>(zxBCdt.middleCols(d_inner, sizes.conv_width()),
-                                      w.conv_weight, w.conv_bias, state.conv)
+      silu(causal_conv1d_step<Scalar>(zxBCdt.middleCols(d_inner, sizes.conv_width()), w.conv_weight,
+                                      w.conv_bias, state.conv)
                .array());
   Matrix<Scalar> y(1, d_inner);
   Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
@@ -859,8 +841,8 @@ Matrix<Scalar> mamba2_block_step(const Layer<Scalar, Weight>& w, const Sizes& si
     y.middleCols(first * P, count * P) =
         ssd_step<Scalar>(in, state.h.middleRows(first * P, count * P));
   });
-  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
-      y, zxBCdt.leftCols(d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
+                                                       Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
 }
 
@@ -878,8 +860,7 @@ struct Model {
   Weight embedding;  // (vocab_size or padded beyond, d_model)
   std::vector<Layer<Scalar, Weight>> layers;
   Row<Scalar> norm_f;  // (d_model)
-  Weight
-      lm_head;  // (vocab_size or padded beyond, d_model), unless tied: then the embedding
+  Weight lm_head;      // (vocab_size or padded beyond, d_model), unless tied: then the embedding
   bool tied = true;
 };
 
@@ -904,19 +885,19 @@ Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, In
     const auto& w = model.layers[l];
     Options<Scalar> here = options;
     if (here.trace && here.trace->layer != l) here.trace = nullptr;
-    residual += block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)),
-                      state.layers[l], here);
+    residual +=
+        block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l], here);
   }
   return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
 }
 
 // The same for one token, by the step functions -> (1, d_model).
 template <class Scalar, class Weight>
-Matrix<Scalar> backbone_step(const Model<Scalar, Weight>& model, Token id,
-                             State<Scalar>& state, const Options<Scalar>& options = {}) {
+Matrix<Scalar> backbone_step(const Model<Scalar, Weight>& model, Token id, State<Scalar>& state,
+                             const Options<Scalar>& options = {}) {
   const Sizes& sizes = model.sizes;
-  const auto block_step = sizes.version == 1 ? mamba_block_step<Scalar, Weight>
-                                             : mamba2_block_step<Scalar, Weight>;
+  const auto block_step =
+      sizes.version == 1 ? mamba_block_step<Scalar, Weight> : mamba2_block_step<Scalar, Weight>;
   Matrix<Scalar> residual = Compute<Weight>::template row<Scalar>(model.embedding, id);
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];

@@ -108,8 +108,7 @@ inline void append_character(char32_t code, std::string& text) {
 
 // Appends bytes to text, with U+FFFD for what is not UTF-8. Returns where it stopped: at
 // the end, or, with keep_cut_off, at a character whose other bytes may still come.
-inline std::size_t append_bytes(std::string_view bytes, bool keep_cut_off,
-                                std::string& text) {
+inline std::size_t append_bytes(std::string_view bytes, bool keep_cut_off, std::string& text) {
   for (std::size_t i = 0; i < bytes.size();) {
     const std::size_t ascii = ascii_end(bytes, i);
     text += bytes.substr(i, ascii - i);
@@ -182,8 +181,8 @@ enum class Kind : std::uint8_t { Space, Letter, Number, Other };
 
 inline bool is_space(char32_t c) {  // the Unicode property White_Space
   if (c < 0x80) return c == ' ' || (c >= '\t' && c <= '\r');
-  return c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
-         c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+  return c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) || c == 0x2028 ||
+         c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
 }
 
 inline Kind kind_of(char32_t c) {
@@ -202,10 +201,10 @@ inline Kind kind_of(char32_t c) {
 // Other_Alphabetic, which outside the marks is four rows of circled and squared letters.
 inline bool is_word(char32_t c) {
   const utf8proc_category_t k = category(c);
-  return (k >= UTF8PROC_CATEGORY_LU && k <= UTF8PROC_CATEGORY_NL) ||
-         k == UTF8PROC_CATEGORY_PC || c == 0x200C || c == 0x200D ||
-         (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149) ||
-         (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);
+  return (k >= UTF8PROC_CATEGORY_LU && k <= UTF8PROC_CATEGORY_NL) || k == UTF8PROC_CATEGORY_PC ||
+         c == 0x200C || c == 0x200D || (c >= 0x24B6 && c <= 0x24E9) ||
+         (c >= 0x1F130 && c <= 0x1F149) || (c >= 0x1F150 && c <= 0x1F169) ||
+         (c >= 0x1F170 && c <= 0x1F189);
 }
 
 // Decompose, sort marks by combining class, compose. (Some hundred marks are younger than
@@ -215,9 +214,8 @@ inline void append_nfc_segment(std::string_view segment, std::string& out) {
   std::array<utf8proc_int32_t, 32> parts{};  // the longest canonical decomposition has 4
   for (std::size_t i = 0; i < segment.size();) {
     const Character c = character_at(segment, i);
-    const auto count =
-        utf8proc_decompose_char(static_cast<utf8proc_int32_t>(c.code), parts.data(),
-                                parts.size(), UTF8PROC_DECOMPOSE, nullptr);
+    const auto count = utf8proc_decompose_char(static_cast<utf8proc_int32_t>(c.code), parts.data(),
+                                               parts.size(), UTF8PROC_DECOMPOSE, nullptr);
     codes.insert(codes.end(), parts.begin(), parts.begin() + count);
     i += c.size;
   }
@@ -232,8 +230,7 @@ inline void append_nfc_segment(std::string_view segment, std::string& out) {
   }
   const auto options = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE);
   const auto size = static_cast<utf8proc_ssize_t>(codes.size());
-  codes.resize(
-      static_cast<std::size_t>(utf8proc_normalize_utf32(codes.data(), size, options)));
+  codes.resize(static_cast<std::size_t>(utf8proc_normalize_utf32(codes.data(), size, options)));
   for (const auto code : codes) append_character(static_cast<char32_t>(code), out);
 }
 
@@ -273,8 +270,7 @@ inline std::size_t gpt2_word_end(std::string_view text, std::size_t begin) {
     }
   }
   std::size_t i = begin;
-  if (text[i] == ' ' && i + 1 < text.size())
-    ++i;  // " ?"; in white space it changes nothing
+  if (text[i] == ' ' && i + 1 < text.size()) ++i;  // " ?"; in white space it changes nothing
   const Kind kind = kind_of(character_at(text, i).code);
   std::size_t last = i;  // where the last character of the run starts
   while (i < text.size()) {
@@ -306,8 +302,8 @@ class BytePairEncoder {
   std::array<Token, 256> byte_token{};  // byte -> id, or -1 where the vocabulary has none
   Token unknown = -1;                   // stands for bytes without a token; -1: they vanish
   bool fuse_unknown = false;            // one for a run of them
-  PairMap rank;               // (left id, right id) -> place in the list of merges
-  std::vector<Token> merged;  // place in the list of merges -> id of both together
+  PairMap rank;                         // (left id, right id) -> place in the list of merges
+  std::vector<Token> merged;            // place in the list of merges -> id of both together
   std::unordered_map<std::string, Token> whole_words;  // `ignore_merges`: bytes -> id
 
   // Appends the ids of one word. Words are remembered, for text repeats them.
@@ -353,15 +349,13 @@ class BytePairEncoder {
       queue_pair(i);
       if (left.left != kNone) queue_pair(left.left);
     }
-    for (std::uint32_t i = symbols_.empty() ? kNone : 0; i != kNone;
-         i = symbols_[i].right) {
+    for (std::uint32_t i = symbols_.empty() ? kNone : 0; i != kNone; i = symbols_[i].right) {
       ids.push_back(symbols_[i].id);
     }
   }
 
   void to_symbols(std::string_view word) {
-    if (word.size() >= kNone)
-      throw std::runtime_error("tokenizer: a word of 4 GiB or more");
+    if (word.size() >= kNone) throw std::runtime_error("tokenizer: a word of 4 GiB or more");
     symbols_.clear();
     bool after_unknown = false;
     for (const char c : word) {
@@ -380,9 +374,8 @@ class BytePairEncoder {
     Symbol& symbol = symbols_[i];
     symbol.rank = kNone;
     if (symbol.right == kNone) return;
-    const auto found =
-        rank.find(pair_key(static_cast<std::uint32_t>(symbol.id),
-                           static_cast<std::uint32_t>(symbols_[symbol.right].id)));
+    const auto found = rank.find(pair_key(static_cast<std::uint32_t>(symbol.id),
+                                          static_cast<std::uint32_t>(symbols_[symbol.right].id)));
     if (found == rank.end()) return;
     symbol.rank = found->second;
     queue_.push_back(pair_key(symbol.rank, i));
@@ -519,8 +512,7 @@ inline std::pair<std::string, std::string> to_merge(const Json& value) {
   check(value.is_string(), "expected \"a b\" or [\"a\", \"b\"], found ", value.type_name());
   const auto& line = value.get_ref<const std::string&>();
   const std::size_t space = line.find(' ');
-  check(space != line.npos && space == line.rfind(' '), "expected two tokens, found ",
-        line);
+  check(space != line.npos && space == line.rfind(' '), "expected two tokens, found ", line);
   return {line.substr(0, space), line.substr(space + 1)};
 }
 
@@ -578,16 +570,14 @@ class Tokenizer {
     added_in_raw_.split(text, ids, [&](std::string_view piece) {
       const bool normalize = nfc_ && bpe::ascii_end(piece, 0) < piece.size();
       const std::string normal_form = normalize ? bpe::nfc(piece) : "";
-      added_in_normalized_.split(
-          normalize ? normal_form : piece, ids,
-          [&](std::string_view part) { encode_piece(part, 0, ids); });
+      added_in_normalized_.split(normalize ? normal_form : piece, ids,
+                                 [&](std::string_view part) { encode_piece(part, 0, ids); });
     });
     return ids;
   }
 
   // Ids that the file does not know are passed over: padded vocabularies have such.
-  std::string decode(const std::vector<Token>& ids,
-                     bool skip_special_tokens = false) const {
+  std::string decode(const std::vector<Token>& ids, bool skip_special_tokens = false) const {
     std::string bytes, text;
     for (const Token id : ids) bytes += bytes_of(id, skip_special_tokens);
     bpe::append_bytes(bytes, false, text);
@@ -622,8 +612,7 @@ class Tokenizer {
 
   Tokenizer() : words_(std::make_unique<Words>()) {}
 
-  void encode_piece(std::string_view piece, std::size_t step,
-                    std::vector<Token>& ids) const {
+  void encode_piece(std::string_view piece, std::size_t step, std::vector<Token>& ids) const {
     if (step == steps_.size()) return words_->encoder.encode(piece, ids);
     if (steps_[step] == bpe::Step::PrefixSpace) {
       if (piece[0] == ' ') return encode_piece(piece, step + 1, ids);
@@ -659,11 +648,9 @@ class Tokenizer {
     bpe::check(bpe::value_or<std::string>(model, "type", "BPE") == "BPE",
                "only the type BPE is supported");
     for (const char* key : {"continuing_subword_prefix", "end_of_word_suffix"}) {
-      bpe::check(bpe::value_or<std::string>(model, key, "").empty(), key,
-                 " is not supported");
+      bpe::check(bpe::value_or<std::string>(model, key, "").empty(), key, " is not supported");
     }
-    bpe::check(!bpe::value_or(model, "byte_fallback", false),
-               "byte_fallback is not supported");
+    bpe::check(!bpe::value_or(model, "byte_fallback", false), "byte_fallback is not supported");
     bpe::check(bpe::value_or(model, "dropout", 0.0) == 0.0, "dropout is not supported");
   }
 
@@ -688,8 +675,7 @@ class Tokenizer {
     if (!bpe::value_or(model, "ignore_merges", false)) return;
     for (const auto& [token, id] : vocab_) {
       const std::string bytes(bytes_of(id));
-      if (bpe::byte_alphabet().token_of(bytes) == token)
-        encoder.whole_words.emplace(bytes, id);
+      if (bpe::byte_alphabet().token_of(bytes) == token) encoder.whole_words.emplace(bytes, id);
     }
   }
 
@@ -735,8 +721,7 @@ class Tokenizer {
     if (byte_level.at("add_prefix_space").get<bool>()) {
       steps_.push_back(bpe::Step::PrefixSpace);
     }
-    if (bpe::value_or(byte_level, "use_regex", true))
-      steps_.push_back(bpe::Step::Gpt2Words);
+    if (bpe::value_or(byte_level, "use_regex", true)) steps_.push_back(bpe::Step::Gpt2Words);
   }
 
   // The pattern covers all of any text, so that to keep its matches apart (Isolated) and to
@@ -744,8 +729,7 @@ class Tokenizer {
   static bool splits_by_gpt2_pattern(const Json& split) {
     const Json& behavior = split.at("behavior");
     return bpe::member(split.at("pattern"), "Regex") == bpe::kGpt2Pattern &&
-           (behavior == "Isolated" ||
-            (behavior == "Removed" && split.at("invert") == true));
+           (behavior == "Isolated" || (behavior == "Removed" && split.at("invert") == true));
   }
 
   void read_added_token(const Json& entry) {
@@ -762,8 +746,8 @@ class Tokenizer {
     // with another id means one thing to the library and another to who wrote it.
     const Token known = id_or_none(token.content);
     const auto next = static_cast<Token>(vocab_.size() + appended_);
-    bpe::check(token.id == (known < 0 ? next : known), "expected id ",
-               known < 0 ? next : known, ", found ", token.id, ": ", token.content);
+    bpe::check(token.id == (known < 0 ? next : known), "expected id ", known < 0 ? next : known,
+               ", found ", token.id, ": ", token.content);
     if (known < 0) ++appended_;
     const bool normalize = nfc_ && token.normalized;
     const std::string pattern = normalize ? bpe::nfc(token.content) : token.content;

@@ -90,8 +90,7 @@ inline void run_fiber() {
 
 inline void prepare(Fiber& fiber) {
   if (fiber.stack.empty()) fiber.stack.resize(96 << 10);
-  const auto top =
-      reinterpret_cast<std::uintptr_t>(fiber.stack.data() + fiber.stack.size());
+  const auto top = reinterpret_cast<std::uintptr_t>(fiber.stack.data() + fiber.stack.size());
   void** frame = reinterpret_cast<void**>(top / 64 * 64);
   *--frame = nullptr;
   *--frame = reinterpret_cast<void*>(&run_fiber);  // where the first switch returns to
@@ -133,8 +132,7 @@ inline std::vector<Work>* captured = nullptr;
 inline void submit(Work work) { captured ? captured->push_back(std::move(work)) : work(); }
 
 template <class Kernel, class... Arguments>
-void launch(Kernel k, dim3 grid, int threads, std::size_t shared_bytes,
-            Arguments... arguments) {
+void launch(Kernel k, dim3 grid, int threads, std::size_t shared_bytes, Arguments... arguments) {
   submit([=] {
     if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads < 1 || threads > 1024 ||
         shared_bytes > sizeof shared_memory)
@@ -213,8 +211,7 @@ inline void load_matrices(std::uint32_t (&r)[4], std::uint32_t address, bool tra
     const int g = lane() / 4, t = lane() % 4;
     for (int matrix = 0; matrix < 4; ++matrix)
       for (int half = 0; half < 2; ++half) {
-        const int row = transposed ? 2 * t + half : g,
-                  column = transposed ? g : 2 * t + half;
+        const int row = transposed ? 2 * t + half : g, column = transposed ? g : 2 * t + half;
         std::memcpy(reinterpret_cast<char*>(&r[matrix]) + 2 * half,
                     shared_memory + at(8 * matrix + row) + 2 * column, 2);
       }
@@ -237,10 +234,8 @@ inline float exp2(float x) { return flush(std::exp2(x)); }
 inline float reciprocal(float x) { return flush(1.f / x); }
 
 inline void copy_async(std::uint32_t to, const void* from, std::size_t bytes, bool valid) {
-  if (to % bytes || to + bytes > sizeof shared_memory)
-    give_up("cp.async: bad shared address");
-  if (valid && reinterpret_cast<std::uintptr_t>(from) % bytes)
-    give_up("cp.async: misaligned");
+  if (to % bytes || to + bytes > sizeof shared_memory) give_up("cp.async: bad shared address");
+  if (valid && reinterpret_cast<std::uintptr_t>(from) % bytes) give_up("cp.async: misaligned");
   fibers[current].group.push_back([=] {
     valid ? std::memcpy(shared_memory + to, from, bytes)
           : std::memset(shared_memory + to, 0, bytes);

@@ -56,8 +56,7 @@ inline std::vector<std::string> files_matching(const std::string& folder,
 struct TempFolder {
   std::string path;
   TempFolder() {
-    std::string name =
-        (std::filesystem::temp_directory_path() / "mamba_test_XXXXXX").string();
+    std::string name = (std::filesystem::temp_directory_path() / "mamba_test_XXXXXX").string();
     REQUIRE(::mkdtemp(name.data()) != nullptr);
     path = name;
   }
@@ -78,14 +77,12 @@ class Random {
   explicit Random(std::uint64_t seed) : bits_(seed) {}
   double uniform() { return static_cast<double>(bits_() >> 11) * 0x1p-53; }
   double normal() {
-    return std::sqrt(-2 * std::log(1 - uniform())) *
-           std::cos(6.283185307179586 * uniform());
+    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
   }
   template <class Scalar>
   Matrix<Scalar> matrix(Index rows, Index cols, double scale = 1) {
     Matrix<Scalar> m(rows, cols);
-    for (Index i = 0; i < m.size(); ++i)
-      m.data()[i] = static_cast<Scalar>(scale * normal());
+    for (Index i = 0; i < m.size(); ++i) m.data()[i] = static_cast<Scalar>(scale * normal());
     return m;
   }
 
@@ -106,8 +103,8 @@ Matrix<Scalar> matrix(const mamba::Tensor& tensor) {
 /// natural size of the terms that were added. NaN never passes. Returns the worst multiple of
 /// eps * magnitude.
 template <class Got, class Want, class Size>
-double check_close(const char* name, const Got& got, const Want& want,
-                   const Size& magnitude, double k, double eps) {
+double check_close(const char* name, const Got& got, const Want& want, const Size& magnitude,
+                   double k, double eps) {
   REQUIRE(got.rows() == want.rows());
   REQUIRE(got.cols() == want.cols());
   double worst = 0;
@@ -134,8 +131,7 @@ double max_difference(const A& a, const B& b) {
   double worst = 0;
   for (Index r = 0; r < a.rows(); ++r)
     for (Index c = 0; c < a.cols(); ++c) {
-      const double d =
-          std::abs(static_cast<double>(a(r, c)) - static_cast<double>(b(r, c)));
+      const double d = std::abs(static_cast<double>(a(r, c)) - static_cast<double>(b(r, c)));
       if (!(d <= worst)) worst = std::isnan(d) ? INFINITY : d;
     }
   return worst;
@@ -144,8 +140,7 @@ double max_difference(const A& a, const B& b) {
 // --- whole models, for the tests of either program: Engine is what mamba.hpp asks for ---
 
 /// The token ids of a tensor: `count` of them from `first` on, or all.
-inline std::vector<Token> tokens(const mamba::Tensor& tensor, Index first = 0,
-                                 Index count = -1) {
+inline std::vector<Token> tokens(const mamba::Tensor& tensor, Index first = 0, Index count = -1) {
   const auto all = mamba::values<std::int64_t>(tensor);
   const auto begin = all.begin() + first;
   return {begin, count < 0 ? all.end() : begin + count};
@@ -162,8 +157,7 @@ inline std::vector<Case> golden_models() {
   std::vector<Case> cases;
   for (const std::string& folder : golden_folders())
     for (const std::string& path : files_matching(folder, "mamba")) {
-      const mamba::Checkpoint file =
-          mamba::read_safetensors(path + "/expected.safetensors");
+      const mamba::Checkpoint file = mamba::read_safetensors(path + "/expected.safetensors");
       const auto& shape = file.at("logits").shape;  // (batch, L, vocab_size)
       const Matrix<double> logits = matrix<double>(file.at("logits"));
       Case c{path, {}, {}};
@@ -189,14 +183,12 @@ Engine open_model(const std::string& folder, std::optional<mamba::DType> dtype =
 }
 
 template <class Engine>
-Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids,
-                        const std::string& mode) {
+Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids, const std::string& mode) {
   Matrix<float> all(static_cast<Index>(ids.size()), engine.config().vocab_size);
   auto state = engine.new_state();
-  mamba::walk(engine, state, ids.data(), static_cast<Index>(ids.size()),
-              mamba::parse_mode(mode), [&](Index first, const Matrix<float>& rows) {
-                all.middleRows(first, rows.rows()) = rows;
-              });
+  mamba::walk(
+      engine, state, ids.data(), static_cast<Index>(ids.size()), mamba::parse_mode(mode),
+      [&](Index first, const Matrix<float>& rows) { all.middleRows(first, rows.rows()) = rows; });
   return all;
 }
 
@@ -220,8 +212,7 @@ void a_saved_state_goes_on(Engine& engine) {
     run(part, first);
     mamba::save_state(folder / "state", part.ids, engine.to_host(part.state));
     Sequence next{{}, engine.new_state(), 0, 0};
-    next.state =
-        engine.from_host(mamba::load_state(folder / "state", engine.config(), next.ids));
+    next.state = engine.from_host(mamba::load_state(folder / "state", engine.config(), next.ids));
     next.taken = next.ids.size() - 1;
     run(next, 20 - first);
     CAPTURE(first);

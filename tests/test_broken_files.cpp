@@ -53,8 +53,7 @@ std::string error_of(Function function) {
   return "no error";
 }
 
-void require_line(const std::string& line, const std::string& fragment,
-                  const std::string& file) {
+void require_line(const std::string& line, const std::string& fragment, const std::string& file) {
   INFO("got:      " << line);
   INFO("expected: " << fragment);
   CHECK(line.find(fragment) != std::string::npos);
@@ -93,14 +92,12 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
       {"model type is a number", R"({"model_type": 2})", "model_type: expected a string"},
       {"other layer", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba3"}})",
        "layer: expected Mamba1 or Mamba2, found '\"Mamba3\"'"},
-      {"ssm_cfg is a list", R"({"d_model": 64, "ssm_cfg": [1]})",
-       "ssm_cfg: expected an object"},
+      {"ssm_cfg is a list", R"({"d_model": 64, "ssm_cfg": [1]})", "ssm_cfg: expected an object"},
       {"size zero", R"({"model_type": "mamba", "hidden_size": 0})",
        "hidden_size: expected an integer from 1 to 1048576, found '0'"},
       {"size negative", R"({"model_type": "mamba", "state_size": -16})",
        "state_size: expected an integer"},
-      {"size is 2^64 - 1",
-       R"({"model_type": "mamba", "num_hidden_layers": 18446744073709551615})",
+      {"size is 2^64 - 1", R"({"model_type": "mamba", "num_hidden_layers": 18446744073709551615})",
        "num_hidden_layers: expected an integer"},
       {"size beyond 2^64", R"({"model_type": "mamba", "vocab_size": 99999999999999999999})",
        "vocab_size: expected an integer"},
@@ -108,8 +105,7 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "conv_kernel: expected an integer"},
       {"size is text", R"({"d_model": "768"})", "d_model: expected an integer"},
       {"size is a list", R"({"d_model": [768]})", "d_model: expected an integer"},
-      {"expand is zero", R"({"model_type": "mamba", "expand": 0})",
-       "expand: expected a factor"},
+      {"expand is zero", R"({"model_type": "mamba", "expand": 0})", "expand: expected a factor"},
       {"expand is infinite", R"({"model_type": "mamba", "expand": Infinity})",
        "expand: expected a factor"},
       {"expand is not a number", R"({"model_type": "mamba", "expand": NaN})",
@@ -131,8 +127,7 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "groups: expected a divisor of the 8 heads, found 3"},
       {"dt limit reversed", R"({"model_type": "mamba2", "time_step_limit": [0.5, 0.1]})",
        "time_step_limit: expected 0 <= low <= high"},
-      {"dt limit negative",
-       R"({"model_type": "mamba2", "time_step_limit": [-Infinity, 1.0]})",
+      {"dt limit negative", R"({"model_type": "mamba2", "time_step_limit": [-Infinity, 1.0]})",
        "time_step_limit: expected"},
       {"dt limit NaN", R"({"model_type": "mamba2", "time_step_limit": [0, NaN]})",
        "time_step_limit: expected a number"},
@@ -146,8 +141,7 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "hidden_act: expected silu, found '\"gelu\"'"},
       {"layer norm", R"({"d_model": 64, "rms_norm": false})",
        "rms_norm: expected true, found 'false'"},
-      {"no gated norm",
-       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": false}})",
+      {"no gated norm", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": false}})",
        "rmsnorm: expected true"},
       {"norm before gate",
        R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "norm_before_gate": true}})",
@@ -155,8 +149,7 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
       {"D for each channel",
        R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "D_has_hdim": true}})",
        "D_has_hdim: expected false"},
-      {"scan on some channels",
-       R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "d_ssm": 64}})",
+      {"scan on some channels", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "d_ssm": 64}})",
        "d_ssm: expected an integer from 128 to 128, found '64'"},
       {"attention layers", R"({"d_model": 64, "attn_layer_idx": [3]})",
        "attn_layer_idx: expected [], found '[3]'"},
@@ -175,11 +168,10 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
   }
   const BrokenModel model;
   require_line(error_of([&] { read_config(model.path); }), "No such file", "config.json");
-  require_line(error_of([&] { read_config("no\nsuch"); }), "No such file",
-               "no?such/config.json");
+  require_line(error_of([&] { read_config("no\nsuch"); }), "No such file", "no?such/config.json");
   fs::create_directory(model / "config.json");
-  require_line(error_of([&] { read_config(model.path); }),
-               "expected a file, found something else", "config.json");
+  require_line(error_of([&] { read_config(model.path); }), "expected a file, found something else",
+               "config.json");
 }
 
 // --- safetensors
@@ -192,10 +184,9 @@ std::string safetensors(const std::string& header, std::size_t bytes) {
   return u64(header.size()) + header + std::string(bytes, '\0');
 }
 
-std::string entry(const std::string& dtype, const std::string& shape,
-                  const std::string& offsets) {
-  return R"({"x":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" +
-         offsets + "}}";
+std::string entry(const std::string& dtype, const std::string& shape, const std::string& offsets) {
+  return R"({"x":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets +
+         "}}";
 }
 
 }  // namespace
@@ -221,8 +212,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
            8),
        "'x' appears twice"},
       {"dtype twice",
-       safetensors(
-           R"({"x":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}})", 4),
+       safetensors(R"({"x":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}})", 4),
        "'dtype' appears twice"},
       {"tensor is a number", safetensors(R"({"x":1})", 0),
        "'x': expected dtype, shape and data_offsets"},
@@ -230,8 +220,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
        "'x': expected dtype"},
       {"no shape", safetensors(R"({"x":{"dtype":"F32","data_offsets":[0,4]}})", 4),
        "'x': expected dtype"},
-      {"three offsets", safetensors(entry("F32", "[1]", "[0,4,8]"), 4),
-       "'x': expected dtype"},
+      {"three offsets", safetensors(entry("F32", "[1]", "[0,4,8]"), 4), "'x': expected dtype"},
       {"unknown dtype", safetensors(entry("F33", "[1]", "[0,4]"), 4), "unknown dtype"},
       {"negative size", safetensors(entry("F32", "[-1]", "[0,4]"), 4),
        "'x': expected whole numbers"},
@@ -244,8 +233,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
       {"product is 2^64", safetensors(entry("F32", "[4294967296,4294967296]", "[0,0]"), 0),
        "'x': expected sizes >= 0 with a product below 2^63"},
       {"product overflows in bytes only",
-       safetensors(entry("F64", "[2305843009213693952]", "[0,0]"), 0),
-       "with a product below 2^63"},
+       safetensors(entry("F64", "[2305843009213693952]", "[0,0]"), 0), "with a product below 2^63"},
       {"shape of a million ones too large",
        safetensors(entry(
                        "F32",
@@ -263,8 +251,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
        "expected begin <= end <= 4, found 4, 0"},
       {"end outside", safetensors(entry("F32", "[2]", "[0,8]"), 4),
        "expected begin <= end <= 4, found 0, 8"},
-      {"offset of 2^64 - 1",
-       safetensors(entry("F32", "[1]", "[0,18446744073709551615]"), 4),
+      {"offset of 2^64 - 1", safetensors(entry("F32", "[1]", "[0,18446744073709551615]"), 4),
        "'x': expected whole numbers"},
       {"offset below zero", safetensors(entry("F32", "[1]", "[-4,0]"), 4),
        "'x': expected whole numbers"},
@@ -303,8 +290,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("model.safetensors", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment,
-                 "model.safetensors");
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment, "model.safetensors");
   }
 }
 
@@ -334,8 +320,8 @@ TEST_CASE("broken shards: the index and what it points to are checked") {
     require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment, model.path);
   }
   const BrokenModel model;
-  require_line(error_of([&] { read_checkpoint(model.path); }),
-               "expected model.safetensors or", model.path);
+  require_line(error_of([&] { read_checkpoint(model.path); }), "expected model.safetensors or",
+               model.path);
 }
 
 // --- PyTorch
@@ -354,10 +340,10 @@ std::string zip(const std::vector<Entry>& entries, std::uint64_t size_off = 0) {
   for (const Entry& e : entries) {
     const std::uint64_t size = e.bytes.size() + size_off;
     directory += "PK\1\2"s + u16(0) + u16(0) + u16(0) + u16(e.method) + u32(0) + u32(0) +
-                 u32(size) + u32(size) + u16(e.name.size()) + u16(0) + u16(0) + u16(0) +
-                 u16(0) + u32(0) + u32(file.size()) + e.name;
-    file += "PK\3\4"s + u16(0) + u16(0) + u16(e.method) + u32(0) + u32(0) + u32(size) +
-            u32(size) + u16(e.name.size()) + u16(0) + e.name + e.bytes;
+                 u32(size) + u32(size) + u16(e.name.size()) + u16(0) + u16(0) + u16(0) + u16(0) +
+                 u32(0) + u32(file.size()) + e.name;
+    file += "PK\3\4"s + u16(0) + u16(0) + u16(e.method) + u32(0) + u32(0) + u32(size) + u32(size) +
+            u16(e.name.size()) + u16(0) + e.name + e.bytes;
   }
   return file + directory + "PK\5\6" + u32(0) + u16(entries.size()) + u16(entries.size()) +
          u32(directory.size()) + u32(file.size()) + u16(0);
@@ -375,40 +361,33 @@ std::string tuple(const std::vector<std::int64_t>& numbers) {
   return code + "t";
 }
 std::string storage(const std::string& type, const std::string& key, std::int64_t n) {
-  return "(" + text("storage") + name("torch", type) + text(key) + text("cpu") +
-         integer(n) + "tQ";
+  return "(" + text("storage") + name("torch", type) + text(key) + text("cpu") + integer(n) + "tQ";
 }
 std::string tensor(const std::string& in, std::int64_t offset,
                    const std::vector<std::int64_t>& shape,
                    const std::vector<std::int64_t>& strides) {
-  return name("torch._utils", "_rebuild_tensor_v2") + "(" + in + integer(offset) +
-         tuple(shape) + tuple(strides) + "\x89" + name("collections", "OrderedDict") +
-         ")RtR";
+  return name("torch._utils", "_rebuild_tensor_v2") + "(" + in + integer(offset) + tuple(shape) +
+         tuple(strides) + "\x89" + name("collections", "OrderedDict") + ")RtR";
 }
 std::string dict(const std::string& items) { return "\x80\x02}(" + items + "u."; }
 
 /// The file of a state dict whose pickle is this, with 24 bytes in storage "0".
 std::string torch_file(const std::string& pickle, const std::string& order = "little") {
-  return zip({{"m/data.pkl", pickle},
-              {"m/byteorder", order},
-              {"m/data/0", std::string(24, '\0')}});
+  return zip({{"m/data.pkl", pickle}, {"m/byteorder", order}, {"m/data/0", std::string(24, '\0')}});
 }
 
 }  // namespace
 
 TEST_CASE("broken torch.save: each of these ends in one line that names the file") {
   const std::string floats = storage("FloatStorage", "0", 6);
-  const std::string x = text("x") + tensor(floats, 0, {2, 3}, {3, 1}),
-                    good = torch_file(dict(x));
+  const std::string x = text("x") + tensor(floats, 0, {2, 3}, {3, 1}), good = torch_file(dict(x));
   const std::int64_t big = std::int64_t{1} << 62;
   const std::string v2 = name("torch._utils", "_rebuild_tensor_v2");
   const std::vector<Row> rows = {
       {"empty file", "", "expected a file written by torch.save"},
       {"some other file", "GGUF....", "expected a file written by torch.save"},
-      {"only the first bytes of a zip", good.substr(0, 4),
-       "expected a zip archive's end record"},
-      {"cut in the middle", good.substr(0, good.size() / 2),
-       "expected a zip archive's end record"},
+      {"only the first bytes of a zip", good.substr(0, 4), "expected a zip archive's end record"},
+      {"cut in the middle", good.substr(0, good.size() / 2), "expected a zip archive's end record"},
       {"cut by one byte", good.substr(0, good.size() - 1), "truncated"},
       {"directory outside",
        [&] {
@@ -450,35 +429,26 @@ TEST_CASE("broken torch.save: each of these ends in one line that names the file
       {"protocol 6", torch_file("\x80\x06}."), "has protocol 6"},
       {"no STOP", torch_file("\x80\x02}"), "truncated"},
       {"stops with an empty stack", torch_file("\x80\x02."), "takes from an empty stack"},
-      {"tuple without a mark", torch_file("\x80\x02t."),
-       "looks for a mark that is not there"},
-      {"takes a mark for a value", torch_file("\x80\x02(\x85."),
-       "takes from an empty stack"},
-      {"recalls what it never noted", torch_file("\x80\x02h\x07."),
-       "recalls what it never noted"},
-      {"text longer than the pickle", torch_file("\x80\x02X\xff\xff\xff\x7f."),
-       "truncated"},
-      {"text of 2^64 - 1 bytes", torch_file("\x80\x02\x8d" + u64(~0ull) + "."),
-       "truncated"},
+      {"tuple without a mark", torch_file("\x80\x02t."), "looks for a mark that is not there"},
+      {"takes a mark for a value", torch_file("\x80\x02(\x85."), "takes from an empty stack"},
+      {"recalls what it never noted", torch_file("\x80\x02h\x07."), "recalls what it never noted"},
+      {"text longer than the pickle", torch_file("\x80\x02X\xff\xff\xff\x7f."), "truncated"},
+      {"text of 2^64 - 1 bytes", torch_file("\x80\x02\x8d" + u64(~0ull) + "."), "truncated"},
       {"name without an end",
        torch_file("\x80\x02"
                   "cos"),
        "truncated"},
       {"os.system", torch_file("\x80\x02" + name("os", "system") + text("true") + "\x85R."),
        "asks for 'os.system' at byte"},
-      {"builtins.eval",
-       torch_file("\x80\x02" + name("builtins", "eval") + text("1") + "\x85R."),
+      {"builtins.eval", torch_file("\x80\x02" + name("builtins", "eval") + text("1") + "\x85R."),
        "asks for 'builtins.eval'"},
       {"os.system by STACK_GLOBAL",
-       torch_file("\x80\x04" + text("os") + text("system") + "\x93)R."),
-       "asks for 'os.system'"},
-      {"a function of torch",
-       torch_file("\x80\x02" + name("torch", "load") + text("f") + "\x85R."),
+       torch_file("\x80\x04" + text("os") + text("system") + "\x93)R."), "asks for 'os.system'"},
+      {"a function of torch", torch_file("\x80\x02" + name("torch", "load") + text("f") + "\x85R."),
        "asks for 'torch.load'"},
       {"NEWOBJ", torch_file("\x80\x02" + name("collections", "OrderedDict") + ")\x81."),
        "has the opcode 129"},
-      {"calls a storage type",
-       torch_file("\x80\x02" + name("torch", "FloatStorage") + ")R."),
+      {"calls a storage type", torch_file("\x80\x02" + name("torch", "FloatStorage") + ")R."),
        "calls 'torch.FloatStorage' with 0 arguments"},
       {"calls a number", torch_file("\x80\x02K\x01)R."), "holds a value of the wrong kind"},
       {"too few arguments", torch_file(dict(text("x") + v2 + "(" + floats + "tR")),
@@ -518,31 +488,27 @@ TEST_CASE("broken torch.save: each of these ends in one line that names the file
       {"storage of -1 values",
        torch_file(dict(text("x") + tensor(storage("FloatStorage", "0", -1), 0, {1}, {1}))),
        "'x': expected sizes >= 0"},
-      {"shape larger than the storage",
-       torch_file(dict(text("x") + tensor(floats, 0, {7}, {1}))),
+      {"shape larger than the storage", torch_file(dict(text("x") + tensor(floats, 0, {7}, {1}))),
        "'x': expected values inside the 6 of storage '0'"},
       {"offset outside", torch_file(dict(text("x") + tensor(floats, 5, {2}, {1}))),
        "found offset 5, shape (2), strides (1)"},
       {"offset negative", torch_file(dict(text("x") + tensor(floats, -1, {2}, {1}))),
        "found offset -1"},
       {"offset negative in one byte",
-       torch_file(dict(text("x") + v2 + "(" + floats + "\x8a\x01\xff" + tuple({2}) +
-                       tuple({1}) + "\x89" + name("collections", "OrderedDict") + ")RtR")),
+       torch_file(dict(text("x") + v2 + "(" + floats + "\x8a\x01\xff" + tuple({2}) + tuple({1}) +
+                       "\x89" + name("collections", "OrderedDict") + ")RtR")),
        "found offset -1"},
-      {"offset of 2^63 - 1",
-       torch_file(dict(text("x") + tensor(floats, INT64_MAX, {2}, {1}))),
+      {"offset of 2^63 - 1", torch_file(dict(text("x") + tensor(floats, INT64_MAX, {2}, {1}))),
        "'x': expected values inside"},
-      {"strides reach outside",
-       torch_file(dict(text("x") + tensor(floats, 0, {2, 3}, {4, 1}))), "strides (4, 1)"},
-      {"strides overflow",
-       torch_file(dict(text("x") + tensor(floats, 0, {3, 2}, {big, 1}))),
+      {"strides reach outside", torch_file(dict(text("x") + tensor(floats, 0, {2, 3}, {4, 1}))),
+       "strides (4, 1)"},
+      {"strides overflow", torch_file(dict(text("x") + tensor(floats, 0, {3, 2}, {big, 1}))),
        "'x': expected values inside"},
       {"stride negative", torch_file(dict(text("x") + tensor(floats, 5, {2}, {-1}))),
        "strides (-1)"},
       {"too few strides", torch_file(dict(text("x") + tensor(floats, 0, {2, 3}, {1}))),
        "shape (2, 3), strides (1)"},
-      {"shape overflows",
-       torch_file(dict(text("x") + tensor(floats, 0, {big, big}, {0, 0}))),
+      {"shape overflows", torch_file(dict(text("x") + tensor(floats, 0, {big, big}, {0, 0}))),
        "'x': expected sizes >= 0"},
       {"shape negative", torch_file(dict(text("x") + tensor(floats, 0, {-2}, {1}))),
        "'x': expected sizes >= 0"},
@@ -554,8 +520,7 @@ TEST_CASE("broken torch.save: each of these ends in one line that names the file
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("pytorch_model.bin", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment,
-                 "pytorch_model.bin");
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment, "pytorch_model.bin");
   }
   const BrokenModel model;  // what the rows break is good before
   model.write("pytorch_model.bin", good);
@@ -584,8 +549,7 @@ TEST_CASE("broken torch.save: the format from before the zip is checked as well"
     INFO("broken by: " << row.what);
     const BrokenModel model;
     model.write("pytorch_model.bin", row.content);
-    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment,
-                 "pytorch_model.bin");
+    require_line(error_of([&] { read_checkpoint(model.path); }), row.fragment, "pytorch_model.bin");
   }
 }
 
@@ -600,11 +564,9 @@ std::string damaged(std::string file, std::mt19937& random) {
   };
   // Half of the damage goes to the first part of the file, where the structure lies.
   const auto place = [&] {
-    return below(random() % 2 == 0 ? std::min<std::size_t>(file.size(), 2000)
-                                   : file.size());
+    return below(random() % 2 == 0 ? std::min<std::size_t>(file.size(), 2000) : file.size());
   };
-  static const std::string kTelling =
-      "\0\1\x7f\x80\xff\"{}[](),:-.0123456789tRQcbhqusXKJ\x85\x8a"s;
+  static const std::string kTelling = "\0\1\x7f\x80\xff\"{}[](),:-.0123456789tRQcbhqusXKJ\x85\x8a"s;
   for (std::size_t n = 1 + below(4); n > 0 && !file.empty(); --n) {
     const std::size_t at = place(), count = 1 + below(16);
     switch (below(8)) {
@@ -674,8 +636,7 @@ TEST_CASE("random damage: a safetensors file loads or ends in one line") {
 
 TEST_CASE("random damage: a PyTorch file loads or ends in one line") {
   std::vector<std::string> seeds;
-  for (const char* seed :
-       {"zip", "zip_protocol4", "legacy", "module", "untyped", "wrapped"})
+  for (const char* seed : {"zip", "zip_protocol4", "legacy", "module", "untyped", "wrapped"})
     seeds.push_back(read_file(golden("torch_save/"s + seed + ".bin")));
   survive(seeds, "pytorch_model.bin", 6000,
           [](const std::string& folder) { touch(read_checkpoint(folder)); });
@@ -688,10 +649,10 @@ TEST_CASE("random damage: a config loads or ends in one line") {
       R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2", "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]}, "attn_layer_idx": []})"s};
   survive(seeds, "config.json", 3000, [](const std::string& folder) {
     const Config c = read_config(folder);
-    REQUIRE((c.d_model > 0 && c.d_inner > 0 && c.d_state > 0 && c.d_conv > 0 &&
-             c.n_layer > 0 && c.vocab_size > 0));
+    REQUIRE((c.d_model > 0 && c.d_inner > 0 && c.d_state > 0 && c.d_conv > 0 && c.n_layer > 0 &&
+             c.vocab_size > 0));
     REQUIRE((c.version == 1 ? c.dt_rank > 0
-                            : c.n_heads * c.head_dim == c.d_inner &&
-                                  c.n_heads % c.n_groups == 0 && c.chunk > 0));
+                            : c.n_heads * c.head_dim == c.d_inner && c.n_heads % c.n_groups == 0 &&
+                                  c.chunk > 0));
   });
 }

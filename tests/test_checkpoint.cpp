@@ -76,8 +76,7 @@ std::uint16_t nearest(double x, Widen widen, std::uint16_t infinity, double next
     (widen(middle) <= size ? low : high) = middle;
   }
   if (std::isinf(size)) return sign | infinity;
-  const double below = size - widen(low),
-               above = (high == infinity ? next : widen(high)) - size;
+  const double below = size - widen(low), above = (high == infinity ? next : widen(high)) - size;
   return sign | (below < above || (below == above && low % 2 == 0) ? low : high);
 }
 
@@ -120,9 +119,7 @@ TEST_CASE("numbers: narrowing rounds to the nearest, ties to even, too large to 
   const auto check = [](float x) {
     const std::uint16_t half = nearest(x, f16_by_definition, 0x7c00, 65536.0);
     if (float_to_f16(x) != half) FAIL("float16 of " << x);
-    const auto widen = [](std::uint16_t b) {
-      return static_cast<double>(bf16_to_float(b));
-    };
+    const auto widen = [](std::uint16_t b) { return static_cast<double>(bf16_to_float(b)); };
     const std::uint16_t brain = nearest(x, widen, 0x7f80, std::ldexp(1.0, 128));
     if (float_to_bf16(x) != brain) FAIL("bfloat16 of " << x);
   };
@@ -146,24 +143,20 @@ TEST_CASE("numbers: narrowing rounds to the nearest, ties to even, too large to 
 TEST_CASE("safetensors: what is written is read back, in every dtype and shape") {
   const test::TempFolder folder;
   std::vector<float> numbers(60);
-  for (std::size_t i = 0; i < numbers.size(); ++i)
-    numbers[i] = 0.37f * static_cast<float>(i) - 7;
+  for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = 0.37f * static_cast<float>(i) - 7;
   const std::vector<double> doubles(numbers.begin(), numbers.end());
   const std::vector<std::int64_t> longs = {-1, 1LL << 40};
   const std::vector<std::int32_t> ints = {3, -4, 5};
-  std::vector<Tensor> tensors = {tensor_view("f32", {3, 4, 5}, numbers.data()),
-                                 tensor_view("scalar", {}, numbers.data()),
-                                 tensor_view("empty", {0, 7}, numbers.data()),
-                                 tensor_view("f64", {60}, doubles.data()),
-                                 tensor_view("i64", {2}, longs.data()),
-                                 tensor_view("i32", {3, 1}, ints.data())};
+  std::vector<Tensor> tensors = {
+      tensor_view("f32", {3, 4, 5}, numbers.data()), tensor_view("scalar", {}, numbers.data()),
+      tensor_view("empty", {0, 7}, numbers.data()),  tensor_view("f64", {60}, doubles.data()),
+      tensor_view("i64", {2}, longs.data()),         tensor_view("i32", {3, 1}, ints.data())};
   for (const DType dtype : {DType::F16, DType::BF16, DType::F64, DType::F32}) {
     tensors.push_back(to_dtype(tensor_view("", {59}, numbers.data()), dtype));
     tensors.back().name = std::string("as ") + dtype_name(dtype);
   }
   tensors.push_back(to_dtype(tensor_view("odd", {3}, numbers.data()), DType::F16));
-  const std::map<std::string, std::string> metadata = {{"format", "pt"},
-                                                       {"text", "\"\\ \u00fc\n"}};
+  const std::map<std::string, std::string> metadata = {{"format", "pt"}, {"text", "\"\\ \u00fc\n"}};
   write_safetensors(folder / "a.safetensors", tensors, metadata);
   const Checkpoint read = read_safetensors(folder / "a.safetensors");
   CHECK(read.metadata == metadata);
@@ -180,13 +173,10 @@ TEST_CASE("safetensors: what is written is read back, in every dtype and shape")
   CHECK(values<float>(read.at("f64")) == numbers);
   for (std::size_t i = 0; i < 59; ++i) {
     CHECK(values<float>(read.at("as F16"))[i] == f16_to_float(float_to_f16(numbers[i])));
-    CHECK(values<double>(read.at("as BF16"))[i] ==
-          bf16_to_float(float_to_bf16(numbers[i])));
+    CHECK(values<double>(read.at("as BF16"))[i] == bf16_to_float(float_to_bf16(numbers[i])));
   }
-  check_error([&] { values<float>(read.at("i32")); },
-              "expected F64, F32, F16 or BF16, found I32");
-  check_error([&] { values<std::int64_t>(read.at("f32")); },
-              "expected I64 or I32, found F32");
+  check_error([&] { values<float>(read.at("i32")); }, "expected F64, F32, F16 or BF16, found I32");
+  check_error([&] { values<std::int64_t>(read.at("f32")); }, "expected I64 or I32, found F32");
   check_error([&] { read.at("g32"); }, "a.safetensors: expected g32, found none");
 }
 
@@ -275,19 +265,17 @@ TEST_CASE("files: a mapping moves, and lives as long as a tensor that looks into
   CHECK(values<float>(kept) == numbers);
 }
 
-TEST_CASE(
-    "torch.save: every kind of tensor, view and sharing is read as PyTorch reads it") {
-  for (const char* name : {"zip", "zip_protocol4", "legacy", "module", "module_legacy",
-                           "untyped", "wrapped", "wrapped_model"}) {
+TEST_CASE("torch.save: every kind of tensor, view and sharing is read as PyTorch reads it") {
+  for (const char* name : {"zip", "zip_protocol4", "legacy", "module", "module_legacy", "untyped",
+                           "wrapped", "wrapped_model"}) {
     INFO("file " << name);
     const std::string path = golden(std::string("torch_save/") + name);
     require_same(read_pytorch_bin(path + ".bin"), read_safetensors(path + ".safetensors"));
   }
   const Checkpoint read = read_pytorch_bin(golden("torch_save/zip.bin"));
   const auto* whole = static_cast<const float*>(read.at("whole").data);
-  CHECK(read.at("tied").data == whole);  // shared in the file, shared here
-  CHECK(read.at("one").data ==
-        whole + 47);  // a window too: strides of size-1 axes say nothing
+  CHECK(read.at("tied").data == whole);      // shared in the file, shared here
+  CHECK(read.at("one").data == whole + 47);  // a window too: strides of size-1 axes say nothing
 }
 
 TEST_CASE("torch.save: a pickle that asks for more than tensors is refused by name") {
@@ -314,15 +302,13 @@ TEST_CASE("checkpoints: shards and their index read as one") {
 
   const test::TempFolder bins;  // PyTorch files are cut the same way
   fs::copy(golden("torch_save/module.bin"), bins / "x.bin");
-  write_file(bins / "pytorch_model.bin.index.json",
-             R"({"weight_map": {"0.weight": "x.bin"}})");
+  write_file(bins / "pytorch_model.bin.index.json", R"({"weight_map": {"0.weight": "x.bin"}})");
   const Checkpoint torch = read_checkpoint(bins.path);
   require_same(torch.at("0.weight"),
                read_safetensors(golden("torch_save/module.safetensors")).at("0.weight"));
 }
 
-TEST_CASE(
-    "weights: NaN and infinity are reported with the tensor's name and their number") {
+TEST_CASE("weights: NaN and infinity are reported with the tensor's name and their number") {
   const test::TempFolder folder;
   std::vector<float> good(100, std::numeric_limits<float>::max()), bad = good;
   bad[3] = std::nanf(""), bad[50] = -std::numeric_limits<float>::infinity();
@@ -430,17 +416,14 @@ TEST_CASE("config: Infinity in any spelling, and words that only look like it") 
 }
 
 TEST_CASE("config: what published files carry along does not disturb") {
-  const Config c =
-      config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
+  const Config c = config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
       "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16", "quantization": {}})");
   CHECK((c.eos_token_id == 7 && c.bos_token_id == -1));
   // Converted models keep the original's names beside the new ones; the new ones count.
-  CHECK(
-      config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
+  CHECK(config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
       "num_hidden_layers": 3, "time_step_rank": "auto"})")
-          .n_layer == 3);
-  CHECK(config_of(R"({"d_model": 64, "n_layer": 3, "ssm_cfg": {"dt_rank": "auto"}})")
-            .dt_rank == 4);
+            .n_layer == 3);
+  CHECK(config_of(R"({"d_model": 64, "n_layer": 3, "ssm_cfg": {"dt_rank": "auto"}})").dt_rank == 4);
 }
 
 TEST_CASE("config: what is written is read back") {
@@ -465,8 +448,7 @@ TEST_CASE("config: what is written is read back") {
 TEST_CASE(
     "config: a fraction for expand is read, and refused where transformers would refuse "
     "it") {
-  const Config config =
-      config_of(R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5})");
+  const Config config = config_of(R"({"model_type": "mamba", "hidden_size": 100, "expand": 1.5})");
   CHECK(config.d_inner == 150);
   const test::TempFolder folder;
   std::string line;
@@ -497,8 +479,7 @@ TEST_CASE("checkpoints: a model reads the same from both published layouts") {
       const Tensor& other = original.at(embedding ? "backbone.embedding.weight" : name);
       INFO("tensor " << name);
       CHECK(other.dtype == tensor.dtype);
-      REQUIRE(other.bytes().substr(0, tensor.byte_size()) ==
-              tensor.bytes());  // then padding
+      REQUIRE(other.bytes().substr(0, tensor.byte_size()) == tensor.bytes());  // then padding
       if (!embedding && name != "lm_head.weight") CHECK(other.shape == tensor.shape);
     }
   }

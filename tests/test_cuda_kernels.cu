@@ -36,8 +36,7 @@ constexpr double kTiny<half> = 0x1p-14;
 template <class T>
 constexpr double kBound = sizeof(T) == 4 ? 256 : 4;
 
-struct
-    Worst {  // the largest multiples of eps m that were seen, printed at the end of a test
+struct Worst {  // the largest multiples of eps m that were seen, printed at the end of a test
   std::string what;
   double of_out = 0, of_state = 0;
   ~Worst() {
@@ -69,8 +68,7 @@ Matrix<double> down(const DeviceBuffer<T>& buffer, Index rows, Index cols) {
   if (!host.empty()) buffer.copy_to(host.data());
   Matrix<double> m(rows, cols);
   for (Index i = 0; i < m.size(); ++i)
-    m.data()[i] =
-        static_cast<double>(static_cast<float>(host[static_cast<std::size_t>(i)]));
+    m.data()[i] = static_cast<double>(static_cast<float>(host[static_cast<std::size_t>(i)]));
   return m;
 }
 template <class T>
@@ -120,8 +118,7 @@ struct ScanProblem {
     if (c.options & 1) D = make_float(1, c.d);
     if (c.options & 2) z = make(rows, c.d);
     if (c.options & 4) bias = make_float(1, c.d);
-    if (!(c.options & 8))
-      bias = bias.cwiseAbs().eval();  // without softplus: steps are positive
+    if (!(c.options & 8)) bias = bias.cwiseAbs().eval();  // without softplus: steps are positive
     if (c.options & 16) h0 = make_float(c.batch * c.d, c.N);
     x_d = up<T>(x), delta_d = up<T>(delta), B_d = up<T>(B), C_d = up<T>(C), z_d = up<T>(z);
     A_d = up<float>(A), D_d = up<float>(D), bias_d = up<float>(bias), h0_d = up<float>(h0);
@@ -137,8 +134,7 @@ struct ScanProblem {
         const Matrix<double> rows = of(m, b, c.batch);
         return sizes ? Matrix<double>(rows.cwiseAbs()) : rows;
       };
-      const Matrix<double> xb = part(x), Bb = part(B), Cb = part(C),
-                           db = of(delta, b, c.batch);
+      const Matrix<double> xb = part(x), Bb = part(B), Cb = part(C), db = of(delta, b, c.batch);
       const Matrix<double> Db = sizes ? Matrix<double>(D.cwiseAbs()) : D;
       ssm::ScanInputs<double> in;
       in.x = xb, in.delta = db, in.A = A_columns, in.B = Bb, in.C = Cb;
@@ -181,15 +177,13 @@ struct ScanProblem {
     a.out = out_d.data(), a.h_T = hT_d.data();
     run(a);
     INFO(rung << ": batch " << c.batch << ", L " << c.L << ", d " << c.d << ", N " << c.N
-              << ", groups " << c.groups << ", options " << c.options
-              << ", bytes of a number " << sizeof(T));
-    worst.of_out =
-        std::max(worst.of_out, check_close("out", down(out_d, out.rows(), c.d), out,
-                                           Matrix<double>(out_size.array() + kTiny<T>),
-                                           kBound<T>, kEps<T>));
-    worst.of_state =
-        std::max(worst.of_state, check_close("hT", down(hT_d, hT.rows(), c.N), hT, hT_size,
-                                             kBound<float>, kEps<float>));
+              << ", groups " << c.groups << ", options " << c.options << ", bytes of a number "
+              << sizeof(T));
+    worst.of_out = std::max(
+        worst.of_out, check_close("out", down(out_d, out.rows(), c.d), out,
+                                  Matrix<double>(out_size.array() + kTiny<T>), kBound<T>, kEps<T>));
+    worst.of_state = std::max(worst.of_state, check_close("hT", down(hT_d, hT.rows(), c.N), hT,
+                                                          hT_size, kBound<float>, kEps<float>));
   }
 };
 
@@ -207,17 +201,15 @@ void scan_rungs_match(const char* type) {
   Worst naive{std::string("selective_scan naive ") + type},
       fused{std::string("selective_scan fused ") + type};
   std::uint64_t seed = 1;
-  const ScanCase shapes[] = {
-      {1, 0, 1, 1, 1, 31},   {3, 0, 5, 16, 1, 15},  {1, 0, 64, 16, 2, 31},
-      {3, 0, 40, 16, 1, 8},  {1, 0, 33, 17, 3, 24}, {2, 0, 12, 64, 1, 28},
-      {1, 0, 8, 256, 2, 26}, {1, 0, 36, 5, 1, 0},   {1, 0, 130, 16, 1, 29},
-      {1, 0, 516, 2, 1, 23}, {1, 0, 36, 12, 1, 29}, {2, 0, 8, 20, 1, 31}};
+  const ScanCase shapes[] = {{1, 0, 1, 1, 1, 31},   {3, 0, 5, 16, 1, 15},  {1, 0, 64, 16, 2, 31},
+                             {3, 0, 40, 16, 1, 8},  {1, 0, 33, 17, 3, 24}, {2, 0, 12, 64, 1, 28},
+                             {1, 0, 8, 256, 2, 26}, {1, 0, 36, 5, 1, 0},   {1, 0, 130, 16, 1, 29},
+                             {1, 0, 516, 2, 1, 23}, {1, 0, 36, 12, 1, 29}, {2, 0, 8, 20, 1, 31}};
   for (ScanCase c : shapes)
     for (const Index L : kLengths) {
       c.L = L;
       const ScanProblem<T> p(c, ++seed);
-      p.check("naive", naive,
-              [](const ScanArgs<T>& a) { selective_scan_naive(a, nullptr); });
+      p.check("naive", naive, [](const ScanArgs<T>& a) { selective_scan_naive(a, nullptr); });
       p.check("fused", fused, run_scan<T>);
     }
   const ScanProblem<T> cut({1, 9000, 8, 16, 1, 31},
@@ -330,15 +322,14 @@ TEST_CASE("cuda selective_scan, causal_conv1d: offsets past 2^31 elements") {
   a.x_stride = a.delta_stride = a.out_stride = d, a.B_stride = a.C_stride = 2 * N,
   a.out = out.data();
   ConvArgs<bf16> conv;
-  conv.L = L, conv.d = d, conv.x = x.data(), conv.weight = weight.data(),
-  conv.out = out.data();
+  conv.L = L, conv.d = d, conv.x = x.data(), conv.weight = weight.data(), conv.out = out.data();
   conv.x_stride = conv.out_stride = d;
   const auto tails_agree = [&](const char* what, const auto& whole, const auto& short_run) {
     CUDA_CHECK(cudaMemset(out.data(), 0xff, out.bytes()));
     whole();
     std::vector<bf16> got(50 * d), want(50 * d);
-    CUDA_CHECK(cudaMemcpy(got.data(), out.data() + (L - 50) * d, got.size() * 2,
-                          cudaMemcpyDeviceToHost));
+    CUDA_CHECK(
+        cudaMemcpy(got.data(), out.data() + (L - 50) * d, got.size() * 2, cudaMemcpyDeviceToHost));
     const DeviceBuffer<bf16> again(tail * d);
     short_run(again.data());
     CUDA_CHECK(cudaMemcpy(want.data(), again.data() + (tail - 50) * d, want.size() * 2,
@@ -346,8 +337,7 @@ TEST_CASE("cuda selective_scan, causal_conv1d: offsets past 2^31 elements") {
     double worst = 0;
     for (std::size_t i = 0; i < got.size(); ++i) {
       const double g = static_cast<float>(got[i]), w = static_cast<float>(want[i]);
-      worst = std::max(worst,
-                       std::isnan(g) ? INFINITY : std::abs(g - w) / (std::abs(w) + 1e-3));
+      worst = std::max(worst, std::isnan(g) ? INFINITY : std::abs(g - w) / (std::abs(w) + 1e-3));
     }
     INFO(what);
     CHECK(worst <= 0x1p-6);
@@ -356,8 +346,8 @@ TEST_CASE("cuda selective_scan, causal_conv1d: offsets past 2^31 elements") {
       "selective_scan", [&] { run_scan(a); },
       [&](bf16* to) {
         ScanArgs<bf16> last = a;
-        last.L = tail, last.x += (L - tail) * d, last.delta = last.x,
-        last.B += (L - tail) * 2 * N, last.C += (L - tail) * 2 * N, last.out = to;
+        last.L = tail, last.x += (L - tail) * d, last.delta = last.x, last.B += (L - tail) * 2 * N,
+        last.C += (L - tail) * 2 * N, last.out = to;
         selective_scan_naive(last, nullptr);
       });
   tails_agree(
@@ -392,8 +382,7 @@ void conv_rungs_match(const char* type) {
           const Matrix<double> sum = ssm::causal_conv1d<double>(x, w, b, after);
           const Matrix<double> want = ssm::silu(sum.array());
           const Matrix<double> size =
-              ssm::causal_conv1d<double>(Matrix<double>(x.cwiseAbs()),
-                                         Matrix<double>(w.cwiseAbs()),
+              ssm::causal_conv1d<double>(Matrix<double>(x.cwiseAbs()), Matrix<double>(w.cwiseAbs()),
                                          Matrix<double>(b.cwiseAbs()), size_state)
                   .array() +
               kTiny<T>;
@@ -409,8 +398,8 @@ void conv_rungs_match(const char* type) {
             simple ? causal_conv1d_naive(a, nullptr) : causal_conv1d(a, nullptr);
             INFO("width " << width << ", d " << d << ", L " << L << ", bias " << bias);
             Worst& worst = simple ? naive : fused;
-            worst.of_out = std::max(worst.of_out, check_close("out", down(out, L, d), want,
-                                                              size, kBound<T>, kEps<T>));
+            worst.of_out = std::max(
+                worst.of_out, check_close("out", down(out, L, d), want, size, kBound<T>, kEps<T>));
             if (!simple) CHECK(max_difference(down(state_out, width - 1, d), after) == 0);
           }
         }
@@ -418,8 +407,7 @@ void conv_rungs_match(const char* type) {
 
 }  // namespace
 
-TEST_CASE(
-    "cuda causal_conv1d: naive and fused kernels match the reference, state included") {
+TEST_CASE("cuda causal_conv1d: naive and fused kernels match the reference, state included") {
   conv_rungs_match<float>("f32");
   conv_rungs_match<bf16>("bf16");
   conv_rungs_match<half>("f16");
@@ -460,37 +448,29 @@ struct SsdCase {
 };
 
 template <class T>
-void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fused,
-                 Worst& step) {
+void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fused, Worst& step) {
   Random random(seed);
   const Index rows = c.batch * c.L, GN = c.groups * c.N, d = c.H * c.P;
-  const auto make = [&](Index r, Index k) {
-    return stored<T>(random.matrix<double>(r, k));
-  };
+  const auto make = [&](Index r, Index k) { return stored<T>(random.matrix<double>(r, k)); };
   const auto make_float = [&](Index r, Index k) {
     return stored<float>(random.matrix<double>(r, k));
   };
-  Matrix<double> x = make(rows, d), dt = make(rows, c.H), B = make(rows, GN),
-                 C = make(rows, GN);
+  Matrix<double> x = make(rows, d), dt = make(rows, c.H), B = make(rows, GN), C = make(rows, GN);
   const Matrix<double> A = -make_float(c.H, 1).cwiseAbs(),
                        D = c.options & 1 ? make_float(1, c.H) : Matrix<double>();
   const Matrix<double> bias = c.options & 2 ? make_float(1, c.H) : Matrix<double>();
-  Matrix<double> h0 = c.options & 4
-                          ? make_float(c.batch * d, c.N)
-                          : Matrix<double>(Matrix<double>::Zero(c.batch * d, c.N));
-  Matrix<double> out(rows, d), size(rows, d), hT(c.batch * d, c.N),
-      hT_size(c.batch * d, c.N);
+  Matrix<double> h0 = c.options & 4 ? make_float(c.batch * d, c.N)
+                                    : Matrix<double>(Matrix<double>::Zero(c.batch * d, c.N));
+  Matrix<double> out(rows, d), size(rows, d), hT(c.batch * d, c.N), hT_size(c.batch * d, c.N);
   const StateMatrix<double> A_columns = A;
-  const float dt_min = c.options & 8 ? 0.25f : 0.f,
-              dt_max = c.options & 8 ? 0.75f : INFINITY;
+  const float dt_min = c.options & 8 ? 0.25f : 0.f, dt_max = c.options & 8 ? 0.75f : INFINITY;
   for (Index b = 0; b < c.batch; ++b)
     for (const bool sizes : {false, true}) {
       const auto part = [&](Matrix<double>& m) -> Matrix<double> {
         const Matrix<double> r = of(m, b, c.batch);
         return sizes ? Matrix<double>(r.cwiseAbs()) : r;
       };
-      const Matrix<double> xb = part(x), Bb = part(B), Cb = part(C),
-                           dtb = of(dt, b, c.batch),
+      const Matrix<double> xb = part(x), Bb = part(B), Cb = part(C), dtb = of(dt, b, c.batch),
                            Db = sizes ? Matrix<double>(D.cwiseAbs()) : D;
       ssm::SsdInputs<double> in;
       in.x = xb, in.dt = dtb, in.A = A_columns, in.B = Bb, in.C = Cb;
@@ -502,33 +482,31 @@ void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fuse
       of(sizes ? hT_size : hT, b, c.batch) = Matrix<double>(h);
     }
   const DeviceBuffer<T> x_d = up<T>(x), dt_d = up<T>(dt), B_d = up<T>(B), C_d = up<T>(C);
-  const DeviceBuffer<float> A_d = up<float>(A), D_d = up<float>(D),
-                            bias_d = up<float>(bias);
+  const DeviceBuffer<float> A_d = up<float>(A), D_d = up<float>(D), bias_d = up<float>(bias);
   const auto check = [&](const char* rung, Worst& worst, const auto& run) {
     const DeviceBuffer<T> out_d = poisoned<T>(rows * d);
     const DeviceBuffer<float> h_d = up<float>(h0);
     SsdArgs<T> a;
-    a.batch = c.batch, a.L = c.L, a.heads = int(c.H), a.head_dim = int(c.P),
-    a.d_state = int(c.N), a.groups = int(c.groups);
-    a.x = x_d.data(), a.dt = dt_d.data(), a.B = B_d.data(), a.C = C_d.data(),
-    a.A = A_d.data(), a.D = optional(D_d);
+    a.batch = c.batch, a.L = c.L, a.heads = int(c.H), a.head_dim = int(c.P), a.d_state = int(c.N),
+    a.groups = int(c.groups);
+    a.x = x_d.data(), a.dt = dt_d.data(), a.B = B_d.data(), a.C = C_d.data(), a.A = A_d.data(),
+    a.D = optional(D_d);
     a.dt_bias = optional(bias_d), a.dt_min = dt_min, a.dt_max = dt_max;
     a.x_stride = a.out_stride = d, a.dt_stride = c.H, a.B_stride = a.C_stride = GN;
     a.h0 = h_d.data(), a.hT = h_d.data(), a.out = out_d.data();
     run(a);
-    INFO(rung << ": batch " << c.batch << ", L " << c.L << ", H " << c.H << ", P " << c.P
-              << ", N " << c.N << ", groups " << c.groups << ", options " << c.options
+    INFO(rung << ": batch " << c.batch << ", L " << c.L << ", H " << c.H << ", P " << c.P << ", N "
+              << c.N << ", groups " << c.groups << ", options " << c.options
               << ", bytes of a number " << sizeof(T));
     // the tensor-core rungs round the weighted x of the state to 16 bits as well
     const bool rounds = std::string(rung) == "fused" && sizeof(T) == 2;
-    worst.of_out =
-        std::max(worst.of_out,
-                 check_close("out", down(out_d, rows, d), out,
-                             Matrix<double>(size.array() + kTiny<T>), kBound<T>, kEps<T>));
+    worst.of_out = std::max(
+        worst.of_out, check_close("out", down(out_d, rows, d), out,
+                                  Matrix<double>(size.array() + kTiny<T>), kBound<T>, kEps<T>));
     worst.of_state =
-        std::max(worst.of_state, check_close("hT", down(h_d, c.batch * d, c.N), hT, hT_size,
-                                             rounds ? kBound<T> : kBound<float>,
-                                             rounds ? kEps<T> : kEps<float>));
+        std::max(worst.of_state,
+                 check_close("hT", down(h_d, c.batch * d, c.N), hT, hT_size,
+                             rounds ? kBound<T> : kBound<float>, rounds ? kEps<T> : kEps<float>));
   };
   check("naive", naive, [](const SsdArgs<T>& a) { ssd_naive(a, nullptr); });
   check("fused", fused, [](SsdArgs<T> a) {
@@ -551,8 +529,7 @@ void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fuse
   if (c.batch == 1 && c.L > 0 && c.L < 40)
     check("step", step, [&](SsdArgs<T> a) {
       a.L = 1;
-      for (Index t = 0; t < c.L;
-           ++t, a.x += d, a.dt += c.H, a.B += GN, a.C += GN, a.out += d)
+      for (Index t = 0; t < c.L; ++t, a.x += d, a.dt += c.H, a.B += GN, a.C += GN, a.out += d)
         ssd_step(a, nullptr);
     });
 }
@@ -599,15 +576,14 @@ TEST_CASE("cuda rms_norm, gated_rms_norm: match the reference, per group") {
       const Row<double> w = stored<float>(random.matrix<double>(1, d)).row(0);
       const DeviceBuffer<float> r_d = up<float>(r), w_d = up<float>(Matrix<double>(w)),
                                 plain = poisoned<float>(L * d);
-      const DeviceBuffer<bf16> y_d = up<bf16>(y), z_d = up<bf16>(z),
-                               gated = poisoned<bf16>(L * d);
-      rms_norm<float, float>(r_d.data(), nullptr, 0, w_d.data(), 1e-5f, L, int(d),
-                             plain.data(), d, nullptr);
+      const DeviceBuffer<bf16> y_d = up<bf16>(y), z_d = up<bf16>(z), gated = poisoned<bf16>(L * d);
+      rms_norm<float, float>(r_d.data(), nullptr, 0, w_d.data(), 1e-5f, L, int(d), plain.data(), d,
+                             nullptr);
       const Matrix<double> want = ssm::rms_norm<double>(r, w, 1e-5);
       check_close("rms_norm", down(plain, L, d), want, Matrix<double>(want.cwiseAbs()), 256,
                   0x1p-24);
-      gated_rms_norm(y_d.data(), d, z_d.data(), d, w_d.data(), 1e-5f, L, int(d),
-                     int(groups), gated.data(), d, nullptr);
+      gated_rms_norm(y_d.data(), d, z_d.data(), d, w_d.data(), 1e-5f, L, int(d), int(groups),
+                     gated.data(), d, nullptr);
       const Matrix<double> want_gated = ssm::gated_rms_norm<double>(y, z, w, 1e-5, groups);
       check_close("gated_rms_norm", down(gated, L, d), want_gated,
                   Matrix<double>(want_gated.cwiseAbs()), 4, 0x1p-8);
@@ -647,13 +623,11 @@ void linear_step_matches(const char* dtype) {
           const DeviceBuffer<float> residual = up<float>(before);
           linear_step(W_d.data(), rows, cols, int(batch), input,
                       ResidualOutput{residual.data(), nullptr, rows}, nullptr);
-          check_close(
-              what, down(residual, batch, rows), Matrix<double>(before + u * W.transpose()),
-              Matrix<double>(before.cwiseAbs() + u.cwiseAbs() * W.cwiseAbs().transpose()),
-              256, 0x1p-24);
+          check_close(what, down(residual, batch, rows), Matrix<double>(before + u * W.transpose()),
+                      Matrix<double>(before.cwiseAbs() + u.cwiseAbs() * W.cwiseAbs().transpose()),
+                      256, 0x1p-24);
         };
-        check_normed("residual + W rms_norm(r)",
-                     NormedInput{r_d.data(), w_d.data(), cols, 1e-5f});
+        check_normed("residual + W rms_norm(r)", NormedInput{r_d.data(), w_d.data(), cols, 1e-5f});
         check_normed("residual + W gated_rms_norm(r), gate applied, one group",
                      GatedNormInput{r_d.data(), nullptr, w_d.data(), cols, 1, 0, 1e-5f});
       }
@@ -697,8 +671,7 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
         numbers.push_back(static_cast<std::uint64_t>(b)), positions.push_back(20);
       }
       const DeviceBuffer<float> logits_d = up<float>(logits),
-                                embedding = up<float>(Matrix<double>::Zero(V, 1)),
-                                residual(batch);
+                                embedding = up<float>(Matrix<double>::Zero(V, 1)), residual(batch);
       const DeviceBuffer<std::uint64_t> numbers_d(numbers.data(), batch),
           positions_d(positions.data(), batch);
       const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
@@ -735,8 +708,7 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
       next.copy_to(got.data());
       for (Index b = 0; b < batch; ++b) {
         const Matrix<float> row = logits.row(b).cast<float>();
-        CAPTURE(V, trial, b, o.temperature, o.top_k, o.top_p, o.min_p,
-                o.repetition_penalty);
+        CAPTURE(V, trial, b, o.temperature, o.top_k, o.top_p, o.min_p, o.repetition_penalty);
         CHECK(got[b] == sample(row.data(), static_cast<std::size_t>(V), history[b], o,
                                static_cast<std::uint64_t>(b), 20));
         ++drawn;

@@ -24,8 +24,7 @@ std::vector<std::string> stories() {
   return found;
 }
 
-CudaEngine open(const std::string& folder, std::optional<DType> dtype = {},
-                float delta_ratio = 1) {
+CudaEngine open(const std::string& folder, std::optional<DType> dtype = {}, float delta_ratio = 1) {
   return open_model<CudaEngine>(folder, dtype, delta_ratio);
 }
 
@@ -67,8 +66,7 @@ TEST_CASE("cuda models: bf16 and f16 logits are off by rounding alone") {
                    eps = dtype == DType::BF16 ? 0x1p-8 : 0x1p-11;
       for (const std::string mode : {"parallel", "recurrent", "chunked=7"}) {
         CAPTURE(c.folder, int(dtype), mode);
-        CHECK(max_difference(logits_of(engine, c.ids[0], mode), c.logits[0]) <=
-              32 * eps * size);
+        CHECK(max_difference(logits_of(engine, c.ids[0], mode), c.logits[0]) <= 32 * eps * size);
       }
     }
 }
@@ -81,8 +79,8 @@ TEST_CASE("cuda models: stretched steps agree with the double reference") {
     ssm::Options<double> options;
     options.delta_ratio = 0.5;
     ssm::State<double> state(config);
-    const Matrix<double> want = ssm::forward(
-        model, c.ids[0].data(), static_cast<Index>(c.ids[0].size()), state, options);
+    const Matrix<double> want =
+        ssm::forward(model, c.ids[0].data(), static_cast<Index>(c.ids[0].size()), state, options);
     auto engine = open(c.folder, DType::F32, 0.5f);
     CHECK(max_difference(logits_of(engine, c.ids[0], "parallel"), want) < 1e-4);
     CHECK(max_difference(logits_of(engine, c.ids[0], "recurrent"), want) < 1e-4);
@@ -115,8 +113,7 @@ TEST_CASE(
 
 TEST_CASE("cuda generate: greedy tokens of the golden models") {
   for (const Case& c : golden_models()) {
-    const mamba::Checkpoint file =
-        mamba::read_safetensors(c.folder + "/expected.safetensors");
+    const mamba::Checkpoint file = mamba::read_safetensors(c.folder + "/expected.safetensors");
     if (!file.find("greedy")) continue;
     std::vector<Token> want = tokens(file.at("greedy"));
     const std::vector<Token> prompt(c.ids[0].begin(), c.ids[0].begin() + 9);
@@ -135,8 +132,7 @@ TEST_CASE(
     "cuda generate: greedy text of the stories models wherever the margin exceeds the "
     "rounding") {
   for (const std::string& folder : stories()) {
-    const mamba::Checkpoint file =
-        mamba::read_safetensors(folder + "/expected.safetensors");
+    const mamba::Checkpoint file = mamba::read_safetensors(folder + "/expected.safetensors");
     for (const DType dtype : {DType::F32, DType::BF16, DType::F16}) {
       auto engine = open(folder, dtype);
       double rounding = 0;
@@ -202,8 +198,7 @@ TEST_CASE(
         CAPTURE(name, batch, i);
         CHECK(together[i].ids == alone[0].ids);
         CHECK(together[i].taken == together[i].ids.size() - 1);
-        const auto a = engine.to_host(together[i].state),
-                   b = engine.to_host(alone[0].state);
+        const auto a = engine.to_host(together[i].state), b = engine.to_host(alone[0].state);
         for (std::size_t l = 0; l < a.layers.size(); ++l) {
           CHECK(max_difference(a.layers[l].h, b.layers[l].h) < 1e-5);
           CHECK(max_difference(a.layers[l].conv, b.layers[l].conv) < 1e-5);
@@ -236,8 +231,7 @@ TEST_CASE("cuda models: the same bits on every run") {
 
 TEST_CASE("cuda perplexity: within 0.5 % of the expected in every dtype and mode") {
   for (const std::string& folder : stories()) {
-    const mamba::Checkpoint file =
-        mamba::read_safetensors(folder + "/expected.safetensors");
+    const mamba::Checkpoint file = mamba::read_safetensors(folder + "/expected.safetensors");
     const std::vector<Token> ids = tokens(file.at("val_ids"));
     const auto nll = mamba::values<double>(file.at("val_nll"));
     const double want =
@@ -247,16 +241,15 @@ TEST_CASE("cuda perplexity: within 0.5 % of the expected in every dtype and mode
       for (const char* mode : {"parallel", "recurrent", "chunked=100"}) {
         mamba::PerplexityOptions options;
         options.mode = mamba::parse_mode(mode);
-        const std::vector<Token> scored(
-            ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(nll.size()) + 1);
+        const std::vector<Token> scored(ids.begin(),
+                                        ids.begin() + static_cast<std::ptrdiff_t>(nll.size()) + 1);
         CAPTURE(folder, int(dtype), mode);
         const double difference =
             mamba::perplexity(engine, scored, options).mean() - want;  // of log perplexity
         CHECK(std::abs(difference) < (dtype == DType::F32 ? 1e-4 : 0.005));
         if (std::string(mode) == "parallel")
-          std::cout << folder.substr(folder.rfind('/') + 1) << " "
-                    << mamba::dtype_name(dtype) << ": perplexity off by "
-                    << 100 * difference << " %\n";
+          std::cout << folder.substr(folder.rfind('/') + 1) << " " << mamba::dtype_name(dtype)
+                    << ": perplexity off by " << 100 * difference << " %\n";
       }
     }
   }
@@ -277,10 +270,9 @@ void a_million_tokens(CudaEngine& engine, Index steps) {
   std::vector<Token> ids;
   Random random(3);
   for (Index t = 0; t < kMillion; ++t)
-    ids.push_back(static_cast<Token>(random.uniform() *
-                                     static_cast<double>(engine.config().vocab_size)));
-  const auto same_states = [&](const CudaEngine::State& got,
-                               const CudaEngine::State& want) {
+    ids.push_back(
+        static_cast<Token>(random.uniform() * static_cast<double>(engine.config().vocab_size)));
+  const auto same_states = [&](const CudaEngine::State& got, const CudaEngine::State& want) {
     const auto a = engine.to_host(got), b = engine.to_host(want);
     double worst = 0;
     for (std::size_t l = 0; l < a.layers.size(); ++l)
@@ -313,8 +305,7 @@ TEST_CASE(
   a_million_tokens(engine, 10000);
 }
 
-TEST_CASE(
-    "cuda models: 1,000,000 tokens through the 130m shape take no more memory than few") {
+TEST_CASE("cuda models: 1,000,000 tokens through the 130m shape take no more memory than few") {
   mamba::EngineOptions options;
   options.dtype = DType::BF16;
   CudaEngine engine(mamba::published_config("130m"), options);

@@ -18,15 +18,13 @@ constexpr DType kStoredTypes[] = {DType::F32, DType::BF16, DType::F16};
 
 // The value of a 16-bit float, from its definition: sign, exponent, fraction.
 double decode(DType dtype, std::uint16_t bits) {
-  const int fraction_bits = dtype == DType::F16 ? 10 : 7,
-            bias = dtype == DType::F16 ? 15 : 127;
+  const int fraction_bits = dtype == DType::F16 ? 10 : 7, bias = dtype == DType::F16 ? 15 : 127;
   const int exponent = (bits & 0x7fff) >> fraction_bits;
   const int fraction = bits & ((1 << fraction_bits) - 1);
   const double sign = bits >> 15 ? -1 : 1;
   if (exponent == 2 * bias + 1) return fraction ? std::nan("") : sign * INFINITY;
   const int implicit = exponent ? 1 << fraction_bits : 0;
-  return sign *
-         std::ldexp(implicit + fraction, std::max(exponent, 1) - bias - fraction_bits);
+  return sign * std::ldexp(implicit + fraction, std::max(exponent, 1) - bias - fraction_bits);
 }
 
 // Random weights stored as dtype from an odd 16-bit address on, and their values.
@@ -55,8 +53,7 @@ struct RandomWeight {
 
 }  // namespace
 
-TEST_CASE(
-    "linear: x W^T is the product in double within rounding, at every size and dtype") {
+TEST_CASE("linear: x W^T is the product in double within rounding, at every size and dtype") {
   // k = 6: the sum over the lanes of a register rounds at most 4 times, the products and the sums
   // in each lane add roundings of either sign.
   const double eps = std::ldexp(1, -24), k = 6;
@@ -145,8 +142,7 @@ TEST_CASE("linear: row i is row i of the weights, and only rows of W are rows") 
   for (const DType dtype : kStoredTypes)
     for (const Index cols : kSizes) {
       const RandomWeight w(dtype, 3, cols, rng);
-      for (Index i = 0; i < 3; ++i)
-        CHECK(row(w.weight, i).cast<double>() == w.values.row(i));
+      for (Index i = 0; i < 3; ++i) CHECK(row(w.weight, i).cast<double>() == w.values.row(i));
       CHECK_THROWS(row(w.weight, 3));
       CHECK_THROWS(row(w.weight, -1));
     }

@@ -14,16 +14,14 @@ namespace {
 std::vector<Case> models() {
   std::vector<Case> cases = golden_models();
   const char* more = std::getenv("MAMBA_TEST_DATA");
-  for (const char* name :
-       {"stories-mamba1-hf", "stories-mamba1-original", "stories-mamba2-hf"}) {
+  for (const char* name : {"stories-mamba1-hf", "stories-mamba1-original", "stories-mamba2-hf"}) {
     if (!more || !*more) break;
     const std::string path = std::string(more) + "/weights/" + name;
     const mamba::Checkpoint file = mamba::read_safetensors(path + "/expected.safetensors");
     Case c{path, {}, {}};
     for (int i = 0; i < 5; ++i) {
       c.logits.push_back(matrix<double>(file.at("logits_" + std::to_string(i))));
-      c.ids.push_back(
-          tokens(file.at("greedy_" + std::to_string(i)), 0, c.logits.back().rows()));
+      c.ids.push_back(tokens(file.at("greedy_" + std::to_string(i)), 0, c.logits.back().rows()));
     }
     cases.push_back(c);
   }
@@ -36,8 +34,7 @@ mamba::CpuEngine open(const std::string& folder, std::optional<mamba::DType> dty
 
 }  // namespace
 
-TEST_CASE(
-    "models: float32 logits agree with golden data below 1e-4, both layouts, every mode") {
+TEST_CASE("models: float32 logits agree with golden data below 1e-4, both layouts, every mode") {
   const auto cases = models();
   REQUIRE(cases.size() >= 4);
   double worst = 0;
@@ -76,8 +73,7 @@ TEST_CASE("models: the double reference agrees with golden data below 1e-5, ever
         worst = std::max(worst, d);
       }
   }
-  std::cout << "models: worst double logit is off by " << worst
-            << " (the files hold float32)\n";
+  std::cout << "models: worst double logit is off by " << worst << " (the files hold float32)\n";
 }
 
 TEST_CASE("models: step by step equals the whole sequence in double, states included") {
@@ -131,8 +127,7 @@ TEST_CASE("models: both layouts of the same model give the same bits") {
     auto a = open(folder + "/" + name + "-hf"), b = open(folder + "/" + name + "-original");
     const std::vector<Token> ids = {5, 17, 3, 99, 0, 42};
     CAPTURE(name);
-    CHECK(max_difference(logits_of(a, ids, "parallel"), logits_of(b, ids, "parallel")) ==
-          0);
+    CHECK(max_difference(logits_of(a, ids, "parallel"), logits_of(b, ids, "parallel")) == 0);
   }
 }
 
@@ -159,8 +154,7 @@ TEST_CASE(
   const mamba::Checkpoint file =
       mamba::read_safetensors(root("tests/golden/expected_stories.safetensors"));
   auto engine = open(root("weights/stories"));
-  const auto tokenizer =
-      mamba::Tokenizer::from_file(root("weights/stories/tokenizer.json"));
+  const auto tokenizer = mamba::Tokenizer::from_file(root("weights/stories/tokenizer.json"));
   const auto texts = mamba::Json::parse(file.metadata.at("prompts"));
   for (std::size_t i = 0; i < 5; ++i) {
     const std::string n = std::to_string(i);
@@ -252,9 +246,8 @@ TEST_CASE("perplexity: windows score what they say") {
   CHECK(score(0, 0, false).tokens == 49);
   CHECK(score(50, 0, false).nll == score(0, 0, false).nll);
   CHECK(score(10, 0, false).tokens == 45);  // the first of each of 5 windows has no context
-  CHECK(score(10, 5, false).tokens ==
-        49);  // overlapping windows leave out the very first only
-  CHECK(score(10, 0, true).tokens == 49);  // carried state: as the whole text
+  CHECK(score(10, 5, false).tokens == 49);  // overlapping windows leave out the very first only
+  CHECK(score(10, 0, true).tokens == 49);   // carried state: as the whole text
   CHECK(score(10, 0, true).nll == Approx(score(0, 0, false).nll).margin(1e-3));
   CHECK(score(7, 3, false).tokens == 49);
   // by hand: stride 1 scores every token with the 9 before it (fewer at the start)
@@ -284,13 +277,11 @@ TEST_CASE("delta ratio: one is the model itself, another is not") {
   CHECK(max_difference(logits_of(other, ids, "recurrent"), want) < 1e-5);
 }
 
-TEST_CASE(
-    "inspect: follows the layer it was asked for, to the state in which the model ends") {
+TEST_CASE("inspect: follows the layer it was asked for, to the state in which the model ends") {
   for (const char* name : {"mamba1-hf", "mamba2-hf"}) {
     const std::string folder = root(std::string("tests/golden/") + name);
     const mamba::Config config = mamba::read_config(folder);
-    const auto model =
-        mamba::load_model<ssm::Model<float>>(mamba::read_checkpoint(folder), config);
+    const auto model = mamba::load_model<ssm::Model<float>>(mamba::read_checkpoint(folder), config);
     const std::vector<Token> ids = {5, 17, 3, 99, 42, 7, 0, 17};
     for (const float ratio : {1.f, 0.5f}) {
       ssm::State<float> state(config);
@@ -308,8 +299,7 @@ TEST_CASE(
         CHECK(seen.state_norm(7) == Approx(layer.h.norm()).epsilon(1e-5));
         const auto& A = model.layers[static_cast<std::size_t>(l)].A;
         for (Index c = 0; c < A.rows(); ++c)
-          CHECK(seen.memory(c, 0) * -A(c, 0) * seen.delta.col(c).mean() ==
-                Approx(1).epsilon(1e-4));
+          CHECK(seen.memory(c, 0) * -A(c, 0) * seen.delta.col(c).mean() == Approx(1).epsilon(1e-4));
       }
     }
   }

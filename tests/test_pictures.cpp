@@ -69,8 +69,7 @@ const std::string kLong(300, 'W');
 
 }  // namespace
 
-TEST_CASE(
-    "line_chart: every series is there in its colour, in a picture of the size asked") {
+TEST_CASE("line_chart: every series is there in its colour, in a picture of the size asked") {
   const test::TempFolder scratch;
   std::vector<mamba::Series> series;
   for (int s = 0; s < 6; ++s)
@@ -108,8 +107,7 @@ TEST_CASE("line_chart: values grow to the right and upwards, evenly in the logar
   }
 }
 
-TEST_CASE(
-    "line_chart: no data, odd data and endless words neither crash nor leave the picture") {
+TEST_CASE("line_chart: no data, odd data and endless words neither crash nor leave the picture") {
   const test::TempFolder scratch;
   std::vector<mamba::Series> many;
   for (int s = 0; s < 60; ++s) many.push_back({kLong, {double(s)}, {double(-s)}});
@@ -126,8 +124,7 @@ TEST_CASE(
       {"tiny", {{"tiny", {5e-324, 1e-310, 0}, {5e-324, 0, 1e-308}}}},
       {"wide", {{"wide", {-1e299, 1e299}, {-1.23456789e299, 9e299}}}},
       {"negative", {{"negative", {-3, -2, -1}, {-3, 0, 3}}}},
-      {"long labels",
-       {{"l", {1.23456789e-7, 1.234567895e-7}, {-123456.789, -123456.7891}}}},
+      {"long labels", {{"l", {1.23456789e-7, 1.234567895e-7}, {-123456.789, -123456.7891}}}},
       {"many series with long names", many},
       {"bytes that are no ASCII", {{"\xc3\xa9\xff\n\t\x01", {1, 2}, {1, 2}}}},
   };
@@ -144,17 +141,14 @@ TEST_CASE(
       }
 }
 
-TEST_CASE(
-    "heat_map: cells lie where rows and columns say, and what is not finite is grey") {
+TEST_CASE("heat_map: cells lie where rows and columns say, and what is not finite is grey") {
   const test::TempFolder scratch;
   const std::string path = scratch / "a.png";
-  mamba::heat_map(path, "t", "x", "y", {{0, 0.5}, {kNaN, 1}}, {"a", "b"}, {"c", "d"},
-                  "bar");
+  mamba::heat_map(path, "t", "x", "y", {{0, 0.5}, {kNaN, 1}}, {"a", "b"}, {"c", "d"}, "bar");
   const Image image(path);
   CHECK(image.edges_are_white());
   const int cells = image.width * 3 / 4;  // the colour bar is right of it
-  const auto low = image.spot({68, 1, 84}, 0, cells),
-             high = image.spot({253, 231, 37}, 0, cells),
+  const auto low = image.spot({68, 1, 84}, 0, cells), high = image.spot({253, 231, 37}, 0, cells),
              middle = image.spot({33, 145, 140}, 0, cells),
              missing = image.spot(mamba::kMissing, 0, cells);
   for (const auto& each : {low, high, middle, missing}) CHECK(each.count > 50000);
@@ -170,16 +164,14 @@ TEST_CASE(
   CHECK(Image(path).spot({33, 145, 140}).count > 400000);  // 0 is now the middle
 }
 
-TEST_CASE(
-    "heat_map: no data, odd data and endless words neither crash nor leave the picture") {
+TEST_CASE("heat_map: no data, odd data and endless words neither crash nor leave the picture") {
   const test::TempFolder scratch;
   const auto table = [](std::size_t rows, std::size_t columns, double v) {
     return std::vector<std::vector<double>>(rows, std::vector<double>(columns, v));
   };
   for (const auto& values :
-       {table(0, 0, 0), table(3, 0, 0), table(1, 1, 5), table(2, 3, kNaN),
-        table(2, 3, kInf), table(1, 2, 1.7e308), table(40, 30, -1e-310),
-        table(3000, 2000, 0.5), table(1, 3000, 0),
+       {table(0, 0, 0), table(3, 0, 0), table(1, 1, 5), table(2, 3, kNaN), table(2, 3, kInf),
+        table(1, 2, 1.7e308), table(40, 30, -1e-310), table(3000, 2000, 0.5), table(1, 3000, 0),
         std::vector<std::vector<double>>{{-1e299, 1e299}}}) {
     const std::vector<std::string> rows(values.size(), kLong);
     const std::vector<std::string> columns(values.empty() ? 0 : values[0].size(), kLong);
@@ -195,8 +187,7 @@ TEST_CASE(
   }
 }
 
-TEST_CASE(
-    "canvas: what falls outside is not drawn and does not come back on the other side") {
+TEST_CASE("canvas: what falls outside is not drawn and does not come back on the other side") {
   const test::TempFolder scratch;
   mamba::Canvas canvas(600, 400);
   const Colour blue = mamba::kLineColours[0];
@@ -210,7 +201,7 @@ TEST_CASE(
   canvas.text(100, 1000, kLong, 2, true);
   canvas.write_png(scratch / "a.png");
   const Image image(scratch / "a.png");
-  CHECK(image.spot(blue, 0, 1).count == 3 + 9 + 3);  // whole pixels of fill, square, line
+  CHECK(image.spot(blue, 0, 1).count == 3 + 9 + 3);      // whole pixels of fill, square, line
   CHECK(image.spot(blue, 599, 600).count == 3 + 7 + 3);  // of fill, disc, line
   CHECK(image.spot(mamba::kBlack, 0, 100).count == 0);
 }

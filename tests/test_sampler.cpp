@@ -24,8 +24,8 @@ using History = std::vector<Token>;
 const float kInf = std::numeric_limits<float>::infinity();
 const float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-SamplerOptions options_of(float temperature, int top_k = 0, float top_p = 1,
-                          float min_p = 0, float penalty = 1, std::uint64_t seed = 1) {
+SamplerOptions options_of(float temperature, int top_k = 0, float top_p = 1, float min_p = 0,
+                          float penalty = 1, std::uint64_t seed = 1) {
   return {temperature, top_k, top_p, min_p, penalty, seed};
 }
 
@@ -66,8 +66,7 @@ std::vector<double> enumerated(const Row& logits, const SamplerOptions& options,
   std::vector<double> scores(logits.begin(), logits.end());
   for (Token id : std::set<Token>(history.begin(), history.end())) {
     double& s = scores[static_cast<std::size_t>(id)];
-    s = s > 0 ? s / double{options.repetition_penalty}
-              : s * double{options.repetition_penalty};
+    s = s > 0 ? s / double{options.repetition_penalty} : s * double{options.repetition_penalty};
   }
   std::vector<std::size_t> ascending(scores.size());
   const auto sort = [&] {
@@ -77,16 +76,14 @@ std::vector<double> enumerated(const Row& logits, const SamplerOptions& options,
   };
   if (options.temperature == 0) {
     std::vector<double> one_hot(scores.size());
-    const auto best =
-        std::max_element(scores.begin(), scores.end());  // the first of equals
+    const auto best = std::max_element(scores.begin(), scores.end());  // the first of equals
     one_hot[static_cast<std::size_t>(best - scores.begin())] = 1;
     return one_hot;
   }
   for (double& s : scores) s /= double{options.temperature};
   if (options.top_k > 0 && static_cast<std::size_t>(options.top_k) < scores.size()) {
     sort();
-    const double kth =
-        scores[ascending[scores.size() - static_cast<std::size_t>(options.top_k)]];
+    const double kth = scores[ascending[scores.size() - static_cast<std::size_t>(options.top_k)]];
     for (double& s : scores)
       if (s < kth) s = dropped;
   }
@@ -196,8 +193,8 @@ TEST_CASE("sampler: the filtered distribution is that of transformers") {
     for (const auto& value : each["logits"])
       logits.push_back(value.is_null() ? -kInf : value.get<float>());
     const auto& o = each["options"];
-    const auto options = options_of(o["temperature"], o["top_k"], o["top_p"], o["min_p"],
-                                    o["repetition_penalty"]);
+    const auto options =
+        options_of(o["temperature"], o["top_k"], o["top_p"], o["min_p"], o["repetition_penalty"]);
     require_same(filtered(logits, options, each["history"].get<History>()),
                  each["probabilities"].get<std::vector<double>>());
   }
@@ -241,8 +238,7 @@ TEST_CASE("sampler: ties at the edge: top-k keeps all, top-p drops the lower id 
   CHECK(support(filtered({0, 0, 0, 0}, options_of(1, 0, 1, 1))) == Ids{0, 1, 2, 3});
 }
 
-TEST_CASE(
-    "sampler: temperature 0 is the argmax, the lowest id of equals, after the penalty") {
+TEST_CASE("sampler: temperature 0 is the argmax, the lowest id of equals, after the penalty") {
   const auto greedy = options_of(0, 0, 0.95f, 0, 1.5f);
   for (std::uint64_t position = 0; position < 20; ++position) {
     const Row logits = {1, 4, 4, -2};
@@ -253,8 +249,7 @@ TEST_CASE(
   CHECK(filtered({0, 7, 7}, options_of(0)) == std::vector<double>{0, 1, 0});
 }
 
-TEST_CASE(
-    "sampler: the penalty divides positive and multiplies negative logits, once an id") {
+TEST_CASE("sampler: the penalty divides positive and multiplies negative logits, once an id") {
   require_same(filtered({2, -2, 0, 1}, options_of(1, 0, 1, 0, 2), {0, 1, 0, 0, 2, 1}),
                softmax({1, -4, 0, 1}));
   require_same(filtered({2, -2, 0, 1}, options_of(1, 0, 1, 0, 0.5f), {0, 1, 2}),
@@ -266,8 +261,7 @@ TEST_CASE("sampler: extreme logits and temperatures give a distribution, never a
   for (float temperature : {1e-45f, 1e-3f, 1.f, most})
     for (const Row& logits : {Row{most, -most, 0, -kInf}, Row{-most, -kInf, -most, -kInf},
                               Row{1e-45f, 0, -1e-45f, -kInf}}) {
-      const auto p =
-          filtered(logits, options_of(temperature, 3, 0.9f, 0.01f, 1.1f), {0, 3});
+      const auto p = filtered(logits, options_of(temperature, 3, 0.9f, 0.01f, 1.1f), {0, 3});
       CAPTURE(temperature);
       CHECK(std::abs(std::accumulate(p.begin(), p.end(), 0.0) - 1) < 1e-15);
       CHECK(p[3] == 0);
@@ -281,8 +275,8 @@ TEST_CASE("sampler: frequencies of draws fit the filtered distribution") {
   const History history = {3, 9, 9, 20};
   const std::uint64_t draws = 40000;
   for (const auto& options :
-       {options_of(1), options_of(0.8f, 0, 0.95f), options_of(1.3f, 12),
-        options_of(1, 0, 1, 0.2f), options_of(0.9f, 20, 0.9f, 0.05f, 1.3f, 12345)}) {
+       {options_of(1), options_of(0.8f, 0, 0.95f), options_of(1.3f, 12), options_of(1, 0, 1, 0.2f),
+        options_of(0.9f, 20, 0.9f, 0.05f, 1.3f, 12345)}) {
     const auto p = filtered(logits, options, history);
     std::vector<long> by_position(30), by_sequence(30), by_seed(30);
     for (std::uint64_t i = 0; i < draws; ++i) {
@@ -323,8 +317,7 @@ TEST_CASE("sampler: a seed, a sequence and a position give the same draw for eve
   History drawn;
   for (std::uint64_t sequence : {0, 1})
     for (std::uint64_t position = 0; position < 8; ++position)
-      drawn.push_back(
-          mamba::sample(logits.data(), 50, {}, SamplerOptions{}, sequence, position));
+      drawn.push_back(mamba::sample(logits.data(), 50, {}, SamplerOptions{}, sequence, position));
   CHECK(drawn == History{40, 39, 27, 4, 31, 12, 4, 24, 9, 43, 31, 32, 27, 28, 1, 35});
 }
 
@@ -351,8 +344,7 @@ TEST_CASE("sampler: logits that give no distribution end in one line") {
         "sampler: logit of token 0: expected a number, found inf");
   CHECK(error_of({-kInf, -kInf}, options_of(1)) ==
         "sampler: logits: expected one above -inf, found none in 2");
-  CHECK(error_of({}, options_of(1)) ==
-        "sampler: logits: expected one above -inf, found none in 0");
+  CHECK(error_of({}, options_of(1)) == "sampler: logits: expected one above -inf, found none in 0");
   CHECK(error_of({1, 2}, options_of(1, 0, 1, 0, 2), {5}) ==
         "sampler: history: expected ids in [0, 2), found 5");
 }

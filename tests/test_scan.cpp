@@ -9,9 +9,7 @@ using ssm::kForms;
 namespace {
 
 const char* name(Form form) {
-  return form == Form::sequential ? "sequential"
-         : form == Form::parallel ? "parallel"
-                                  : "chunked";
+  return form == Form::sequential ? "sequential" : form == Form::parallel ? "parallel" : "chunked";
 }
 
 // Multiples of eps that the forms of the reference may differ by: they add the same
@@ -77,18 +75,17 @@ const std::vector<ScanCase> kScanCases = [] {
   std::vector<ScanCase> cases;
   for (const Index L : {0, 1, 2, 3, 31, 32, 33, 63, 129, 257})
     cases.push_back({L, 5, 16, 1, true, true, true, true});
-  for (const Index N : {1, 3, 8, 64})
-    cases.push_back({33, 7, N, 1, true, true, true, true});
+  for (const Index N : {1, 3, 8, 64}) cases.push_back({33, 7, N, 1, true, true, true, true});
   for (int options = 0; options < 16; ++options)
-    cases.push_back({17, 6, 4, 3, bool(options & 1), bool(options & 2), bool(options & 4),
-                     bool(options & 8)});
+    cases.push_back(
+        {17, 6, 4, 3, bool(options & 1), bool(options & 2), bool(options & 4), bool(options & 8)});
   cases.push_back({40, 1, 1, 1, false, false, false, false});
   return cases;
 }();
 
 template <class Scalar>
-Matrix<Scalar> scan_in_pieces(const ScanData<Scalar>& s, const std::vector<Index>& cuts,
-                              Form form, StateMatrix<Scalar>& h) {
+Matrix<Scalar> scan_in_pieces(const ScanData<Scalar>& s, const std::vector<Index>& cuts, Form form,
+                              StateMatrix<Scalar>& h) {
   h = s.h0;
   Matrix<Scalar> out(s.in.length(), h.rows());
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
@@ -101,8 +98,7 @@ Matrix<Scalar> scan_in_pieces(const ScanData<Scalar>& s, const std::vector<Index
 
 }  // namespace
 
-TEST_CASE(
-    "selective_scan: sequential, parallel and chunked forms agree, final state included") {
+TEST_CASE("selective_scan: sequential, parallel and chunked forms agree, final state included") {
   for (const ScanCase& c : kScanCases) {
     ScanData<double> s;
     fill(s, c, 1);
@@ -156,8 +152,8 @@ TEST_CASE("selective_scan: a sequence may be cut anywhere, empty pieces included
   for (const Form form : kForms) {
     for (Index cut = 0; cut <= 33; ++cut) {
       CAPTURE(name(form), cut);
-      check_close("out", scan_in_pieces(s, {0, cut, cut, 33}, form, h), want, size,
-                  kFormsBound, 0x1p-53);
+      check_close("out", scan_in_pieces(s, {0, cut, cut, 33}, form, h), want, size, kFormsBound,
+                  0x1p-53);
       check_close("hT", h, want_h, size_h, kFormsBound, 0x1p-53);
     }
   }
@@ -199,8 +195,7 @@ TEST_CASE(
           for (Index cut = 0; cut <= L; cut += L > 300 ? L / 3 : step) {
             CAPTURE(path, b, name(form), cut);
             StateMatrix<double> h;
-            CHECK(max_difference(scan_in_pieces(s, {0, cut, L}, form, h), out) <=
-                  1e-10 * scale);
+            CHECK(max_difference(scan_in_pieces(s, {0, cut, L}, form, h), out) <= 1e-10 * scale);
             CHECK(max_difference(h, hT) <= 1e-10 * scale_h);
           }
         }
@@ -210,16 +205,15 @@ TEST_CASE(
   REQUIRE(files > 0);
 }
 
-TEST_CASE(
-    "selective_scan: groups repeat B and C interleaved, neighbouring channels together") {
+TEST_CASE("selective_scan: groups repeat B and C interleaved, neighbouring channels together") {
   ScanData<double> s;
   fill(s, {9, 6, 2, 3, false, false, false, true}, 4);
   StateMatrix<double> h = s.h0;
   const Matrix<double> out = ssm::selective_scan<double>(s.in, h);
   for (Index c = 0; c < 6; ++c) {  // each channel alone, with the B and C of its group
     const Index g = c / 2;
-    const Matrix<double> x = s.x.col(c), delta = s.delta.col(c),
-                         B = s.B.middleCols(2 * g, 2), C = s.C.middleCols(2 * g, 2);
+    const Matrix<double> x = s.x.col(c), delta = s.delta.col(c), B = s.B.middleCols(2 * g, 2),
+                         C = s.C.middleCols(2 * g, 2);
     const StateMatrix<double> A = s.A.row(c);
     StateMatrix<double> h_c = s.h0.row(c);
     ssm::ScanInputs<double> in;
@@ -235,16 +229,14 @@ TEST_CASE("associative_scan: the pair operator keeps order for every length") {
     Matrix<double> want = b;
     for (Index t = 1; t < L; ++t) want.row(t) += a.row(t).cwiseProduct(want.row(t - 1));
     Matrix<double> size = b.cwiseAbs();
-    for (Index t = 1; t < L; ++t)
-      size.row(t) += a.row(t).cwiseAbs().cwiseProduct(size.row(t - 1));
+    for (Index t = 1; t < L; ++t) size.row(t) += a.row(t).cwiseAbs().cwiseProduct(size.row(t - 1));
     ssm::associative_scan(a, b);
     CAPTURE(L);
     check_close("h", b, want, size, kFormsBound, 0x1p-53);
   }
 }
 
-TEST_CASE(
-    "selective_scan: extreme steps neither overflow nor divide by an underflowed decay") {
+TEST_CASE("selective_scan: extreme steps neither overflow nor divide by an underflowed decay") {
   ScanData<float> s;
   fill(s, {50, 4, 3, 1, true, true, true, true}, 5);
   s.delta.topRows(20).array() += 1000;     // softplus(1000) = 1000: decay is exactly zero
@@ -312,8 +304,8 @@ void magnitude(const SsdData<double>& s, Matrix<double>& out, StateMatrix<double
   out = ssm::ssd<double>(a.in, hT, Form::sequential);
 }
 
-Matrix<double> ssd_in_pieces(const SsdData<double>& s, const std::vector<Index>& cuts,
-                             Form form, StateMatrix<double>& h) {
+Matrix<double> ssd_in_pieces(const SsdData<double>& s, const std::vector<Index>& cuts, Form form,
+                             StateMatrix<double>& h) {
   Matrix<double> out(s.in.length(), h.rows());
   for (std::size_t i = 0; i + 1 < cuts.size(); ++i)
     out.middleRows(cuts[i], cuts[i + 1] - cuts[i]) =
@@ -338,8 +330,8 @@ TEST_CASE(
         for (Index cut = 0; cut <= L; cut += std::max<Index>(1, L / 7)) {
           CAPTURE(L, groups, name(form), cut);
           StateMatrix<double> h = s.h0;
-          check_close("out", ssd_in_pieces(s, {0, cut, cut, L}, form, h), want, size,
-                      kFormsBound, 0x1p-53);
+          check_close("out", ssd_in_pieces(s, {0, cut, cut, L}, form, h), want, size, kFormsBound,
+                      0x1p-53);
           check_close("hT", h, want_h, size_h, kFormsBound, 0x1p-53);
         }
       }
@@ -394,8 +386,7 @@ TEST_CASE("ssd: agrees with golden data in double to 1e-10, every form, cut ever
       };
       for (Index b = 0; b < batch; ++b) {
         SsdData<double> s;
-        s.x = at("x", b, L), s.dt = at("dt", b, L), s.B = at("B", b, L),
-        s.C = at("C", b, L);
+        s.x = at("x", b, L), s.dt = at("dt", b, L), s.B = at("B", b, L), s.C = at("C", b, L);
         s.A = matrix<double>(file.at("A")).transpose();
         if (file.find("D")) s.D = matrix<double>(file.at("D"));
         if (file.find("dt_bias")) s.bias = matrix<double>(file.at("dt_bias"));
@@ -427,8 +418,7 @@ TEST_CASE(
     for (const Index L : {0, 1, 2, 3, 4, 9}) {
       Random random(9);
       const Index d = 3;
-      const Matrix<double> x = random.matrix<double>(L, d),
-                           w = random.matrix<double>(d, d_conv);
+      const Matrix<double> x = random.matrix<double>(L, d), w = random.matrix<double>(d, d_conv);
       const Matrix<double> bias = random.matrix<double>(1, d),
                            state = random.matrix<double>(d_conv - 1, d);
       Matrix<double> all(d_conv - 1 + L, d);
@@ -443,8 +433,7 @@ TEST_CASE(
         CAPTURE(d_conv, L, cut);
         Matrix<double> s = state, got(L, d);
         got.topRows(cut) = ssm::causal_conv1d<double>(x.topRows(cut), w, bias, s);
-        got.bottomRows(L - cut) =
-            ssm::causal_conv1d<double>(x.bottomRows(L - cut), w, bias, s);
+        got.bottomRows(L - cut) = ssm::causal_conv1d<double>(x.bottomRows(L - cut), w, bias, s);
         CHECK(max_difference(got, want) <= 1e-14);
         CHECK(max_difference(s, all.bottomRows(d_conv - 1)) == 0);
       }
@@ -510,8 +499,7 @@ TEST_CASE("softplus and silu: exact far out, no overflow") {
   Row<float> x(6);
   x << -1000, -20, 0, 20, 1000, 88;
   const Row<float> s = ssm::softplus(x.array());
-  CHECK(s(0) <=
-        4e-38f);  // Eigen's exp stops at e^-87 or at 0, as the instruction set has it
+  CHECK(s(0) <= 4e-38f);  // Eigen's exp stops at e^-87 or at 0, as the instruction set has it
   CHECK(s(1) == Approx(std::log1p(std::exp(-20.0))));
   CHECK(s(2) == Approx(std::log(2.0)));
   CHECK(s(4) == 1000);
@@ -529,9 +517,7 @@ TEST_CASE("gated_rms_norm: normalizes each group by itself, gate first") {
   for (Index t = 0; t < 4; ++t)
     for (Index g = 0; g < 2; ++g) {
       double sum = 0;
-      const auto gated = [&](Index c) {
-        return y(t, c) * z(t, c) / (1 + std::exp(-z(t, c)));
-      };
+      const auto gated = [&](Index c) { return y(t, c) * z(t, c) / (1 + std::exp(-z(t, c))); };
       for (Index c = 3 * g; c < 3 * g + 3; ++c) sum += gated(c) * gated(c);
       for (Index c = 3 * g; c < 3 * g + 3; ++c)
         CHECK(got(t, c) == Approx(gated(c) / std::sqrt(sum / 3 + 1e-5) * w(c)));

@@ -30,8 +30,8 @@ struct Oracle {
     REQUIRE(options.n < 10);  // the tokens of a key, no more
     for (std::size_t i = 0; i < sequences.size(); ++i) {
       read.push_back(sequences[i].ids);
-      auto made = tokenizer().encode(
-          answer(tokenizer().decode(sequences[i].ids), sequences[i].index));
+      auto made =
+          tokenizer().encode(answer(tokenizer().decode(sequences[i].ids), sequences[i].index));
       made.resize(std::min<std::size_t>(made.size(), static_cast<std::size_t>(options.n)));
       for (const Token token : made) on_token(i, token);
     }
@@ -122,8 +122,7 @@ TEST_CASE("lambada: the likelihood of the last word is the sum over its tokens")
        {"Lily had a ball", "The cat sat on  unbelievableness", "Tom and Zxqvw"}) {
     mamba::lambada(oracle, words, text, score);
     const auto ids = words.encode(text);
-    const std::string before =
-        text.substr(0, text.find_last_not_of(' ', text.rfind(' ')) + 1);
+    const std::string before = text.substr(0, text.find_last_not_of(' ', text.rfind(' ')) + 1);
     const std::size_t context = words.encode(before).size();
     REQUIRE(context < ids.size());
     for (std::size_t t = context; t < ids.size(); ++t)

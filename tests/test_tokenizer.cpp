@@ -59,8 +59,7 @@ Json with_merges(const std::vector<std::pair<std::string, std::string>>& merges)
   return file;
 }
 
-void add_token(Json& file, const std::string& content,
-               const std::vector<std::string>& flags = {}) {
+void add_token(Json& file, const std::string& content, const std::vector<std::string>& flags = {}) {
   Json token = {{"id", file["model"]["vocab"].size() + file["added_tokens"].size()},
                 {"content", content}};
   for (const char* flag : {"single_word", "lstrip", "rstrip", "normalized", "special"}) {
@@ -204,8 +203,7 @@ TEST_CASE("tokenizer: pre-tokenizers split and put a space in front as the file 
                       {"behavior", "Isolated"},
                       {"invert", false}};
   pre_tokenizer = {{"type", "Sequence"}, {"pretokenizers", {split, pre_tokenizer}}};
-  CHECK(made(file).encode("a b1") ==
-        ids_of(258, 257, " 1"));  // split first, then the spaces
+  CHECK(made(file).encode("a b1") == ids_of(258, 257, " 1"));  // split first, then the spaces
   pre_tokenizer["pretokenizers"][0]["behavior"] = "Removed";
   pre_tokenizer["pretokenizers"][0]["invert"] = true;
   CHECK(made(file).encode("a b1") == ids_of(258, 257, " 1"));
@@ -227,8 +225,7 @@ TEST_CASE("tokenizer: the best merge goes first, and the leftmost of equals") {
   CHECK(made(with_merges({{"a", "a"}})).encode("aaa") == ids_of(256, "a"));
   CHECK(made(with_merges({{"a", "a"}, {"aa", "a"}})).encode("aaaaa") == ids_of(256, 257));
   // Listed twice, a merge has its later place.
-  CHECK(made(with_merges({{"a", "b"}, {"b", "c"}, {"a", "b"}})).encode("abc") ==
-        ids_of("a", 257));
+  CHECK(made(with_merges({{"a", "b"}, {"b", "c"}, {"a", "b"}})).encode("abc") == ids_of("a", 257));
 }
 
 TEST_CASE("tokenizer: merges are read as strings and as pairs") {
@@ -247,8 +244,7 @@ TEST_CASE("tokenizer: the queue of merges gives what the definition gives") {
     std::vector<std::string> tokens = {"a", "b", "c"};
     std::vector<std::pair<std::string, std::string>> merges;
     for (int i = 0; i < 20; ++i) {
-      const std::string left = tokens[below(tokens.size())],
-                        right = tokens[below(tokens.size())];
+      const std::string left = tokens[below(tokens.size())], right = tokens[below(tokens.size())];
       if (left.size() + right.size() > 12) continue;
       merges.emplace_back(left, right);
       tokens.push_back(left + right);
@@ -265,8 +261,7 @@ TEST_CASE("tokenizer: the queue of merges gives what the definition gives") {
       for (bool merged = true; merged;) {                               // the definition
         std::pair<std::size_t, std::size_t> best = {merges.size(), 0};  // rank, place
         for (std::size_t i = 0; i + 1 < word.size(); ++i) {
-          for (std::size_t r = merges.size();
-               r-- > 0;) {  // a repeated merge: its last rank
+          for (std::size_t r = merges.size(); r-- > 0;) {  // a repeated merge: its last rank
             if (merges[r].first != word[i] || merges[r].second != word[i + 1]) continue;
             best = std::min(best, {r, i});
             break;
@@ -307,8 +302,7 @@ TEST_CASE("tokenizer: ignore_merges takes words that the vocabulary holds whole"
 TEST_CASE("tokenizer: bytes that the vocabulary lacks vanish or become unk_token") {
   Json file = with_merges({{"a", "b"}});
   file["model"]["vocab"].erase("x");
-  CHECK(made(file).encode("axxb") ==
-        ids_of(256));  // so do the Rust library's neighbours meet
+  CHECK(made(file).encode("axxb") == ids_of(256));  // so do the Rust library's neighbours meet
   CHECK(made(file).encode("xx") == Ids{});
   file["model"]["unk_token"] = "?";
   CHECK(made(file).encode("axxb") == ids_of("a??b"));
@@ -324,16 +318,14 @@ TEST_CASE("tokenizer: a megabyte without a word boundary takes no quadratic time
   for (int i = 0; i < 1 << 19; ++i) marks += i % 2 == 0 ? u8"\u0301" : u8"\u0323";
   CHECK(tokenizer.decode(tokenizer.encode(letters)) == letters);
   CHECK(tokenizer.decode(tokenizer.encode(spaces)) == spaces);
-  CHECK(tokenizer.decode(tokenizer.encode(marks)).size() ==
-        marks.size());  // a, U+0323: 3 bytes
+  CHECK(tokenizer.decode(tokenizer.encode(marks)).size() == marks.size());  // a, U+0323: 3 bytes
 }
 
 // ---- added tokens ---------------------------------------------------------------------
 
 TEST_CASE("tokenizer: added tokens are cut out leftmost first, the longest of them") {
   Json file = bytes_only();
-  for (const char* content : {"<a>", "<a><b>", "<b>", "ab", "bcd"})
-    add_token(file, content);
+  for (const char* content : {"<a>", "<a><b>", "<b>", "ab", "bcd"}) add_token(file, content);
   const Tokenizer tokenizer = made(file);
   CHECK(tokenizer.encode("x<a>y<b>") == ids_of("x", 256, "y", 258));
   CHECK(tokenizer.encode("<a><b><a><") == ids_of(257, 256, "<"));
@@ -365,8 +357,7 @@ TEST_CASE("tokenizer: lstrip, rstrip and single_word do what the Rust library do
   CHECK(made(file).encode("<r> b") == ids_of(257, "b"));  // <r> leaves nothing of it
 }
 
-TEST_CASE(
-    "tokenizer: normalized added tokens are sought in the normal form, others are not") {
+TEST_CASE("tokenizer: normalized added tokens are sought in the normal form, others are not") {
   Json file = bytes_only();
   file["normalizer"] = {{"type", "NFC"}};
   add_token(file, u8"<e\u0301>", {"normalized"});
@@ -414,8 +405,7 @@ TEST_CASE("tokenizer: NFC where the file asks for it") {
   CHECK(tokenizer.encode(u8"é\u0301e\u0301") == ids_of(u8"é\u0301é"));
 }
 
-TEST_CASE(
-    "tokenizer: bytes that are not UTF-8 become U+FFFD, one for each broken beginning") {
+TEST_CASE("tokenizer: bytes that are not UTF-8 become U+FFFD, one for each broken beginning") {
   const Tokenizer tokenizer = made(bytes_only());
   const auto text_of = [&](const std::string& hex) {
     const std::string bytes = from_hex(hex);
@@ -540,10 +530,10 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
       {broken("/pre_tokenizer/add_prefix_space", 1), "must be boolean"},
       {broken("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", Json::array()}}),
        "pre_tokenizer: expected ByteLevel"},
-      {broken("/pre_tokenizer", {{"type", "Sequence"},
-                                 {"pretokenizers",
-                                  {{{"type", "Digits"}},
-                                   {{"type", "ByteLevel"}, {"add_prefix_space", false}}}}}),
+      {broken("/pre_tokenizer",
+              {{"type", "Sequence"},
+               {"pretokenizers",
+                {{{"type", "Digits"}}, {{"type", "ByteLevel"}, {"add_prefix_space", false}}}}}),
        "pre_tokenizer: only Split"},
       {broken("/pre_tokenizer", Json::parse(R"({"type": "Sequence", "pretokenizers": [
                 {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Isolated",
@@ -578,8 +568,7 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
 
 TEST_CASE("tokenizer: a file that is not there or a folder ends in one line") {
   for (const std::string& path : {root("no/such/file"), root("tests")}) {
-    CHECK_THROWS_WITH(Tokenizer::from_file(path),
-                      "tokenizer: " + path + ": cannot be read");
+    CHECK_THROWS_WITH(Tokenizer::from_file(path), "tokenizer: " + path + ": cannot be read");
   }
 }
 
