@@ -8,7 +8,7 @@ PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libutf8proc-d
 
 # GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
 WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
-HEADERS   = ssm_reference.hpp tokenizer.hpp mamba.hpp
+HEADERS   = checkpoint.hpp ssm_reference.hpp tokenizer.hpp mamba.hpp
 TESTS     = $(patsubst tests/%.cpp,build/%.o,$(filter-out tests/emulate_runtime.cpp,$(wildcard tests/*.cpp)))
 CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
 
