@@ -56,13 +56,11 @@ inline void check_cublas(cublasStatus_t status, const char* call, int line) {
 #define CUDA_CHECK(call) ::mamba::check_cuda((call), #call, __LINE__)
 #define CUBLAS_CHECK(call) ::mamba::check_cublas((call), #call, __LINE__)
 
-inline std::string mebibytes(std::size_t bytes) {
-  return std::to_string((bytes >> 20) + 1) + " MiB";
-}
+inline std::string mebibytes(size_t bytes) { return std::to_string((bytes >> 20) + 1) + " MiB"; }
 
 /// Fails, with what is needed and what there is, unless so many bytes can be had on the GPU.
-inline void need_memory(std::size_t bytes, const char* what) {
-  std::size_t available = 0, total = 0;
+inline void need_memory(size_t bytes, const char* what) {
+  size_t available = 0, total = 0;
   CUDA_CHECK(cudaMemGetInfo(&available, &total));
   if (bytes > available)
     fail("out of GPU memory: ", what, ": needed ", mebibytes(bytes), ", available ",
@@ -75,13 +73,13 @@ template <class T>
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
-  explicit DeviceBuffer(std::size_t size) : size_(size) {
+  explicit DeviceBuffer(size_t size) : size_(size) {
     if (size == 0) return;
     const cudaError_t error = cudaMalloc(&data_, bytes());
     if (error == cudaErrorMemoryAllocation) cudaGetLastError(), need_memory(bytes(), "a buffer");
     CUDA_CHECK(error);
   }
-  DeviceBuffer(const T* from, std::size_t size) : DeviceBuffer(size) { copy_from(from); }
+  DeviceBuffer(const T* from, size_t size) : DeviceBuffer(size) { copy_from(from); }
   DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
   DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -91,8 +89,8 @@ class DeviceBuffer {
   ~DeviceBuffer() { cudaFree(data_); }
 
   T* data() const { return data_; }
-  std::size_t size() const { return size_; }
-  std::size_t bytes() const { return size_ * sizeof(T); }
+  size_t size() const { return size_; }
+  size_t bytes() const { return size_ * sizeof(T); }
   void copy_from(const T* host) {
     CUDA_CHECK(cudaMemcpy(data_, host, bytes(), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
@@ -104,7 +102,7 @@ class DeviceBuffer {
     CUDA_CHECK(cudaMemset(data_, 0, bytes()));
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
   }
-  void grow(std::size_t size) {  // to at least so many; what it held is lost
+  void grow(size_t size) {  // to at least so many; what it held is lost
     if (size <= size_) return;
     *this = DeviceBuffer();
     *this = DeviceBuffer(size);
@@ -112,7 +110,7 @@ class DeviceBuffer {
 
  private:
   T* data_ = nullptr;
-  std::size_t size_ = 0;
+  size_t size_ = 0;
 };
 
 // A mark in a stream: to wait for, or to measure between.
@@ -167,7 +165,7 @@ class Graph {
 template <class T, int n>
 struct alignas(n * sizeof(T)) Vector {
   // Words, not T: a load that is taken apart at once is a load that is waited for at once.
-  using Word = std::conditional_t<n * sizeof(T) % 4 == 0, std::uint32_t, std::uint16_t>;
+  using Word = std::conditional_t<n * sizeof(T) % 4 == 0, uint32_t, uint16_t>;
   Word word[n * sizeof(T) / sizeof(Word)] = {};
 };
 
@@ -227,7 +225,7 @@ __device__ inline Vector<T, n> pack(const float (&from)[n]) {
 // kBytes (4, 8 or 16) from global to shared memory, behind the threads' backs; zeros, and nothing is read,
 // where !valid.
 template <int kBytes = 16>
-__device__ inline void copy_async(std::uint32_t to, const void* from, bool valid) {
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(valid ? 16 : 0)
@@ -247,7 +245,7 @@ __device__ void copy_async_wait_but() {
 // The same for n numbers.
 template <class T, int n>
 __device__ inline void copy_async(Vector<T, n>* to, const T* from, bool valid) {
-  copy_async<int(sizeof *to)>(std::uint32_t(__cvta_generic_to_shared(to)), from, valid);
+  copy_async<int(sizeof *to)>(uint32_t(__cvta_generic_to_shared(to)), from, valid);
 }
 
 constexpr float kLog2e = 1.44269504f;
@@ -290,21 +288,24 @@ __device__ inline float silu(float x) {
 }
 
 // Sequences lie one behind another as rows of the same matrices: sequence b owns the rows
-// b L .. (b + 1) L, or, if their lengths differ, row_offsets[b] .. row_offsets[b + 1].
+// b L .. (b + 1) L, or, if their lengths differ, cu_seqlens[b] .. cu_seqlens[b + 1].
 struct Rows {
-  std::int64_t first, count;
+  int64_t first, count;
 };
-__device__ inline Rows rows_of(std::int64_t b, std::int64_t L, const std::int64_t* row_offsets) {
-  if (!row_offsets) return {b * L, L};
-  return {row_offsets[b], row_offsets[b + 1] - row_offsets[b]};
+__device__ inline Rows rows_of(int64_t b, int64_t L, const int64_t* cu_seqlens) {
+  if (!cu_seqlens) return {b * L, L};
+  return {cu_seqlens[b], cu_seqlens[b + 1] - cu_seqlens[b]};
 }
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+template <class A, class B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 // May rows that start at p and lie `stride` apart be read four numbers at a time?
 template <class T>
-bool aligned4(const T* p, std::int64_t stride) {
-  return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
+bool aligned4(const T* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
 }
 
 // --- kernels that start early (programmatic dependent launch): while the kernel before them still runs, if that
@@ -349,22 +350,22 @@ void launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int s
 
 template <class T>
 struct ConvArgs {
-  std::int64_t batch = 1, L = 0, d = 0;
+  int64_t batch = 1, L = 0, d = 0;
   int width = 4;                                   // 2 to 8
   const T* x = nullptr;                            // (batch L, d), rows x_stride apart
   const float *weight = nullptr, *bias = nullptr;  // (d, width); (d) or null
   const T* state = nullptr;                        // (batch, width - 1, d) or null
   T *out = nullptr, *state_out = nullptr;          // (batch L, d); (batch, width - 1, d) or null
-  std::int64_t x_stride = 0, out_stride = 0;
+  int64_t x_stride = 0, out_stride = 0;
   bool activate = true;
-  const int* done = nullptr;                  // step: (batch), where not 0 the state stays
-  const std::int64_t* row_offsets = nullptr;  // (batch + 1); L is then the longest length
+  const int* done = nullptr;            // step: (batch), where not 0 the state stays
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1); L is then the longest length
 };
 
 // The n inputs at position t of a sequence, t >= -(width - 1).
 template <int n, class T>
-__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b, const Rows& rows,
-                                          std::int64_t t, std::int64_t d) {
+__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, int64_t b, const Rows& rows,
+                                          int64_t t, int64_t d) {
   if (t >= 0) return load<n>(a.x + (rows.first + t) * a.x_stride + d, t < rows.count);
   return load<n>(a.state + (b * (a.width - 1) + a.width - 1 + t) * a.d + d, a.state != nullptr);
 }
@@ -372,14 +373,14 @@ __device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b, 
 // One thread computes one output. Grid: all of batch L d in blocks of 256.
 template <class T>
 __global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.batch * a.L * a.d) return;
-  const std::int64_t d = i % a.d, t = i / a.d % a.L, b = i / a.d / a.L;
-  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const int64_t d = i % a.d, t = i / a.d % a.L, b = i / a.d / a.L;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   if (t >= rows.count) return;
   float sum = a.bias ? a.bias[d] : 0.f;
   for (int k = 0; k < a.width; ++k) {
-    const std::int64_t s = t - (a.width - 1) + k;
+    const int64_t s = t - (a.width - 1) + k;
     float x_s = 0.f;
     if (s >= 0) {
       x_s = to_float(a.x[(rows.first + s) * a.x_stride + d]);
@@ -412,18 +413,18 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
   static_assert(kConvRows >= kWidth - 1, "what comes before a later piece lies in x alone");
   launch_next();
   wait_for_previous();
-  const std::int64_t b = blockIdx.x / blocks / pieces, piece = blockIdx.x / blocks % pieces;
-  const std::int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
-  const std::int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
-  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const int64_t b = blockIdx.x / blocks / pieces, piece = blockIdx.x / blocks % pieces;
+  const int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
+  const int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   if (d >= a.d || (begin >= rows.count && begin > 0)) return;
 
   const bool first = begin == 0, has_past = !first || a.state;
   const T* x = a.x + (rows.first + begin) * a.x_stride + d;
-  const std::int64_t past_stride = first ? a.d : a.x_stride;
+  const int64_t past_stride = first ? a.d : a.x_stride;
   const T* past =
       (first ? a.state + (b + 1) * (a.width - 1) * a.d + d : x) - (kWidth - 1) * past_stride;
-  const int count = min(std::int64_t(kConvRows), rows.count - begin);
+  const int count = min(int64_t(kConvRows), rows.count - begin);
   Vector<T, kVector> before[kWidth - 1], arrived[kConvRows];
 #pragma unroll
   for (int k = 0; k + 1 < kWidth; ++k)
@@ -483,9 +484,9 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
 // place. One thread per channel, so that it alone reads and writes its column of the state.
 template <class T>
 __global__ void causal_conv1d_step_kernel(ConvArgs<T> a) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.batch * a.d) return;
-  const std::int64_t d = i % a.d, b = i / a.d;
+  const int64_t d = i % a.d, b = i / a.d;
   if (a.done && a.done[b]) return;
   const T x_t = a.x[b * a.x_stride + d];
   const float* weight = a.weight + d * a.width;
@@ -501,7 +502,7 @@ __global__ void causal_conv1d_step_kernel(ConvArgs<T> a) {
 
 template <class T>
 void causal_conv1d_naive(const ConvArgs<T>& a, cudaStream_t stream) {
-  const std::int64_t outputs = a.batch * a.L * a.d;
+  const int64_t outputs = a.batch * a.L * a.d;
   if (outputs == 0) return;
   causal_conv1d_naive_kernel<<<ceil_div(outputs, 256), 256, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
@@ -514,8 +515,8 @@ void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
   const bool aligned = aligned4(a.x, a.x_stride) && aligned4(a.out, a.out_stride) &&
                        aligned4(a.state, a.d) && aligned4(a.state_out, a.d) &&
                        aligned4(a.weight, 4) && aligned4(a.bias, 4);
-  const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * 32);
-  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
+  const int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * 32);
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
   const auto kernel =
       a.width == 4
           ? (aligned ? causal_conv1d_fused_kernel<T, 4, 4> : causal_conv1d_fused_kernel<T, 4, 1>)
@@ -542,7 +543,7 @@ void causal_conv1d_step(const ConvArgs<T>& a, cudaStream_t stream) {
 
 template <class T>
 struct ScanArgs {
-  std::int64_t batch = 1, L = 0, d_inner = 0, d_state = 0, n_groups = 1;
+  int64_t batch = 1, L = 0, d_inner = 0, d_state = 0, n_groups = 1;
   const T *x = nullptr, *delta = nullptr;  // (batch L, d_inner)
   const float* A = nullptr;                // (d_inner, d_state)
   const T *B = nullptr, *C = nullptr;      // (batch L, n_groups d_state)
@@ -551,39 +552,39 @@ struct ScanArgs {
   const float* delta_bias = nullptr;       // (d_inner) or null
   const float* h0 = nullptr;               // (batch, d_inner, d_state) or null
   T* out = nullptr;                        // (batch L, d_inner)
-  float* h_T = nullptr;                    // (batch, d_inner, d_state) or null; may be h0
+  float* hT = nullptr;                     // (batch, d_inner, d_state) or null; may be h0
   // Numbers from one row to the next.
-  std::int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
-  std::int64_t z_stride = 0, out_stride = 0;
+  int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
+  int64_t z_stride = 0, out_stride = 0;
   bool delta_softplus = true;
   float delta_ratio = 1.f;
-  const int* done = nullptr;                  // step: (batch), where not 0 the state stays
-  const std::int64_t* row_offsets = nullptr;  // (batch + 1); L is then the longest length
+  const int* done = nullptr;            // step: (batch), where not 0 the state stays
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1); L is then the longest length
 };
 
-constexpr std::int64_t kMaxStates = 256;
+constexpr int64_t kMaxStates = 256;
 
 // One thread owns one channel and walks time. Grid: all of batch d_inner in blocks of 128.
 // The state lies in local memory because d_state is only known at run time.
 template <class T>
 __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
   if (i >= a.batch * a.d_inner) return;
-  const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
-  const std::int64_t group = d / (a.d_inner / a.n_groups);
-  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const int64_t d = i % a.d_inner, b = i / a.d_inner;
+  const int64_t group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   const float* A = a.A + d * N;
 
   float h[kMaxStates];
   for (int n = 0; n < N; ++n) h[n] = a.h0 ? a.h0[i * N + n] : 0.f;
 
-  for (std::int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
     const T* B_t = a.B + t * a.B_stride + group * N;
     const T* C_t = a.C + t * a.C_stride + group * N;
     const float x_t = to_float(a.x[t * a.x_stride + d]);
     float delta_t =
         to_float(a.delta[t * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
-    if (a.delta_softplus) delta_t = fmaxf(delta_t, 0.f) + log1pf(expf(-fabsf(delta_t)));
+    if (a.delta_softplus) delta_t = softplus(delta_t);
     delta_t *= a.delta_ratio;
 
     float y_t = a.D ? a.D[d] * x_t : 0.f;
@@ -594,7 +595,7 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
     if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
     a.out[t * a.out_stride + d] = from_float<T>(y_t);
   }
-  for (int n = 0; n < N && a.h_T; ++n) a.h_T[i * N + n] = h[n];
+  for (int n = 0; n < N && a.hT; ++n) a.hT[i * N + n] = h[n];
 }
 
 // Since the rung before: a channel's states are split over kLanes threads, kStates each, in
@@ -660,13 +661,13 @@ __device__ inline void meet(int threads) {
 
 // What one block works on: some rows of one sequence, some channels of one group.
 struct ScanBlock {
-  std::int64_t sequence;  // index of the states: sequence, or chunk of one
+  int64_t sequence;  // index of the states: sequence, or chunk of one
   Rows rows;
-  std::int64_t group;
-  std::int64_t channel;  // the first
-  int width;             // channels of a block
-  int n_channels;        // how many of them exist
-  int threads;           // that work
+  int64_t group;
+  int64_t channel;  // the first
+  int width;        // channels of a block
+  int n_channels;   // how many of them exist
+  int threads;      // that work
 };
 
 // The shape of a block: `width` channels, feeders and finishers with schedulers first_server .. 3.
@@ -677,26 +678,26 @@ struct ScanShape {
 // Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b
 // count + k.
 struct Chunks {
-  std::int64_t count = 1, length = 0;
+  int64_t count = 1, length = 0;
   float* total = nullptr;  // (batch, count, d_inner): sum of delta_t over the chunk
 };
 
 template <class T>
 __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks, int width,
                                        int threads) {
-  const std::int64_t channels = a.d_inner / a.n_groups;
-  const std::int64_t blocks = (channels + width - 1) / width;
-  const std::int64_t first = blockIdx.x % blocks * width;
-  const std::int64_t group = blockIdx.x / blocks % a.n_groups;
-  const std::int64_t sequence = blockIdx.x / blocks / a.n_groups;
-  Rows rows = rows_of(sequence / chunks.count, a.L, a.row_offsets);
+  const int64_t channels = a.d_inner / a.n_groups;
+  const int64_t blocks = ceil_div(channels, width);
+  const int64_t first = blockIdx.x % blocks * width;
+  const int64_t group = blockIdx.x / blocks % a.n_groups;
+  const int64_t sequence = blockIdx.x / blocks / a.n_groups;
+  Rows rows = rows_of(sequence / chunks.count, a.L, a.cu_seqlens);
   if (chunks.count > 1) {
-    const std::int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
+    const int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
     rows = {rows.first + skip, min(chunks.length, rows.count - skip)};
   }
   return {sequence, rows,
           group,    group * channels + first,
-          width,    int(min(channels - first, std::int64_t(width))),
+          width,    int(min(channels - first, int64_t(width))),
           threads};
 }
 
@@ -743,7 +744,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
   const int lane = threadIdx.x % 32;
   const int s = lane_bits<Tile::kStateBits>(lane),
             c = threadIdx.x / 32 * Tile::kPerWarp + lane_bits<31 - Tile::kStateBits>(lane);
-  const std::int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
+  const int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
   const bool exists = c < block.n_channels;
 
   // A log2(e) is kept, so that exp(delta A) is one multiply and one exp2.
@@ -789,7 +790,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
       }
   };
 
-  const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
+  const int tiles = ceil_div(block.rows.count, Tile::kSteps);
   for (int i = 0; i < tiles; ++i) {
     // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
     meet(block.threads);
@@ -830,7 +831,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
     const int n = s * kStates + p;
-    if (exists && n < a.d_state && a.h_T) a.h_T[state + n] = h[p];
+    if (exists && n < a.d_state && a.hT) a.hT[state + n] = h[p];
   }
 }
 
@@ -843,7 +844,7 @@ struct Share {
   static constexpr int rows() {
     int most = 0;
     for (int threads = 1; threads <= kColumns / kServed; ++threads) {
-      const int stride = kThreads / threads, rows = (Tile::kSteps + stride - 1) / stride;
+      const int stride = kThreads / threads, rows = ceil_div(Tile::kSteps, stride);
       most = rows > most ? rows : most;
     }
     return most;
@@ -876,9 +877,9 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   const typename Ring::ShareD my(me, block.width / n);
   const typename Ring::ShareN my_N(Tile::kFeeders - 1 - me,
                                    Tile::kN / n);  // from the other end
-  const std::int64_t d = block.channel + my.column;
+  const int64_t d = block.channel + my.column;
   const bool exists = my.column < block.n_channels, exists_N = my_N.column < a.d_state;
-  const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
+  const int length = block.rows.count, tiles = ceil_div(length, kSteps);
 
   float bias[n], total[n];
 #pragma unroll
@@ -886,8 +887,8 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
     bias[k] = a.delta_bias && exists ? a.delta_bias[d + k] : 0.f;
     total[k] = 0.f;  // of delta_t
   }
-  const std::int64_t first = block.rows.first + my.first, first_N = block.rows.first + my_N.first;
-  const std::int64_t column_N = block.group * a.d_state + my_N.column;
+  const int64_t first = block.rows.first + my.first, first_N = block.rows.first + my_N.first;
+  const int64_t column_N = block.group * a.d_state + my_N.column;
   const T* x = a.x + first * a.x_stride + d;
   const T* delta = a.delta + first * a.delta_stride + d;
   const T* B = a.B + first_N * a.B_stride + column_N;
@@ -898,7 +899,7 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int r = 0; r < Ring::ShareD::kRows; ++r) {
       if (!my.has(r)) break;
-      const std::int64_t row = r * my.stride;
+      const int64_t row = r * my.stride;
       const bool inside = exists && i * kSteps + my.row(r) < length;
       copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside);
       copy_async(&ring.delta[slot][r][me], delta + row * a.delta_stride, inside);
@@ -906,7 +907,7 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int r = 0; r < Ring::ShareN::kRows; ++r) {
       if (!my_N.has(r)) break;
-      const std::int64_t row = r * my_N.stride;
+      const int64_t row = r * my_N.stride;
       const bool inside = exists_N && i * kSteps + my_N.row(r) < length;
       copy_async(&ring.B[slot][r][me], B + row * a.B_stride, inside);
       copy_async(&ring.C[slot][r][me], C + row * a.C_stride, inside);
@@ -992,9 +993,9 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   using Ring = FinisherRing<T, Tile>;
   constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
   const typename Ring::ShareD my(me, block.width / n);
-  const std::int64_t d = block.channel + my.column, first = block.rows.first + my.first;
+  const int64_t d = block.channel + my.column, first = block.rows.first + my.first;
   const bool exists = my.column < block.n_channels;
-  const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
+  const int length = block.rows.count, tiles = ceil_div(length, kSteps);
   float D[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) D[k] = a.D && exists ? a.D[d + k] : 0.f;
@@ -1007,7 +1008,7 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int r = 0; r < Ring::ShareD::kRows; ++r) {
       if (!my.has(r)) break;
-      const std::int64_t row = r * my.stride;
+      const int64_t row = r * my.stride;
       const bool inside = exists && a.out && i * kSteps + my.row(r) < length;
       copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside && a.D);
       copy_async(&ring.z[slot][r][me], z + row * a.z_stride, inside && a.z);
@@ -1087,21 +1088,21 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM)
 // the exps, for `count` times the parallelism.
 template <class T>
 __global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks, float* states) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::int64_t per_sequence = a.d_inner * a.d_state;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t per_sequence = a.d_inner * a.d_state;
   if (i >= a.batch * per_sequence) return;
-  const std::int64_t dn = i % per_sequence, d = dn / a.d_state, b = i / per_sequence;
+  const int64_t dn = i % per_sequence, d = dn / a.d_state, b = i / per_sequence;
   const float A = kLog2e * a.A[dn];
   float h = a.h0 ? a.h0[i] : 0.f;
-  for (std::int64_t k = b * chunks.count; k < (b + 1) * chunks.count; ++k) {
+  for (int64_t k = b * chunks.count; k < (b + 1) * chunks.count; ++k) {
     const float last = states[k * per_sequence + dn];
     states[k * per_sequence + dn] = h;
     h = fmaf(exp2_approx(A * chunks.total[k * a.d_inner + d]), h, last);
   }
-  if (a.h_T) a.h_T[i] = h;
+  if (a.hT) a.hT[i] = h;
 }
 
-// One token: x, delta, z, out (batch, d_inner), h_T (batch, d_inner, d_state) advanced in
+// One token: x, delta, z, out (batch, d_inner), hT (batch, d_inner, d_state) advanced in
 // place. Four lanes share a channel and take kVector (4, or 1 if not aligned) neighbouring
 // states each, so a warp reads and writes whole lines of h, which is nearly all the
 // traffic. Grid: batch d_inner channels in blocks of 32.
@@ -1109,16 +1110,16 @@ constexpr int kStepLanes = 4, kStepThreads = 128;
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanArgs<T> a) {
-  const std::int64_t i = (std::int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
+  const int64_t i = (int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
   const int lane = threadIdx.x % kStepLanes, N = a.d_state;
   if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
-  const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
+  const int64_t d = i % a.d_inner, b = i / a.d_inner;
   if (a.done && a.done[b]) return;
-  const std::int64_t group = d / (a.d_inner / a.n_groups);
+  const int64_t group = d / (a.d_inner / a.n_groups);
   const T* B = a.B + b * a.B_stride + group * N;
   const T* C = a.C + b * a.C_stride + group * N;
   const float* A = a.A + d * N;
-  float* h = a.h_T + i * N;
+  float* h = a.hT + i * N;
   const float x = to_float(a.x[b * a.x_stride + d]);
   float delta = to_float(a.delta[b * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
   if (a.delta_softplus) delta = softplus(delta);
@@ -1182,7 +1183,7 @@ constexpr int scan_bytes() {  // of shared memory
 
 template <class Tile, int kBlocksPerSM, class T>
 void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStream_t stream) {
-  const std::int64_t blocks =
+  const int64_t blocks =
       a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
   const int walkers = width * Tile::kLanes / 32;  // warps
   const auto warps = [&](int first_server) {
@@ -1204,34 +1205,34 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStr
 // part of the GPU idle, and the sequence is so long that two passes by all of it win.
 // Measured on an H100, a row costs 18 ns in one pass, 200 ns in both passes over a chunk,
 // and splitting costs 22 us.
-inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t d_inner) {
+inline int64_t scan_chunks(int64_t batch, int64_t L, int64_t d_inner) {
   if (batch * ceil_div(d_inner, 16) >= multiprocessors()) return 1;
-  const std::int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
-  const std::int64_t count = std::max<std::int64_t>(1, std::min(room, L / 128));
+  const int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
+  const int64_t count = std::max<int64_t>(1, std::min(room, L / 128));
   return 18 * L > 200 * L / count + 22000 ? count : 1;
 }
 
 template <class Tile, int kBlocksPerSM, class T>
-void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace, cudaStream_t stream,
+void launch_scan(const ScanArgs<T>& a, int64_t count, float* workspace, cudaStream_t stream,
                  int width = Tile::kChannels) {
   if (count == 1) return launch_fused<Tile, kBlocksPerSM>(a, Chunks{}, width, stream);
-  const std::int64_t states = a.batch * a.d_inner * a.d_state;
+  const int64_t states = a.batch * a.d_inner * a.d_state;
   const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
   ScanArgs<T> pass = a;
-  pass.h0 = nullptr, pass.h_T = workspace, pass.out = nullptr;
+  pass.h0 = nullptr, pass.hT = workspace, pass.out = nullptr;
   launch_fused<Tile, kBlocksPerSM>(pass, chunks, width, stream);
   selective_scan_chunk_start_kernel<<<ceil_div(states, 128), 128, 0, stream>>>(a, chunks,
                                                                                workspace);
   CUDA_CHECK(cudaGetLastError());
-  pass.h0 = workspace, pass.h_T = nullptr, pass.out = a.out;
+  pass.h0 = workspace, pass.hT = nullptr, pass.out = a.out;
   launch_fused<Tile, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width, stream);
 }
 
 // Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
 template <class T>
-std::size_t selective_scan_workspace(const ScanArgs<T>& a) {
+size_t selective_scan_workspace(const ScanArgs<T>& a) {
   if (a.batch * a.d_inner == 0) return 0;
-  const std::int64_t count = scan_chunks(a.batch, a.L, a.d_inner);
+  const int64_t count = scan_chunks(a.batch, a.L, a.d_inner);
   return count == 1 ? 0 : sizeof(float) * count * a.batch * a.d_inner * (a.d_state + 1);
 }
 
@@ -1252,16 +1253,16 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
          a.d_inner);
   }
   if (a.batch * a.d_inner == 0) return;
-  const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
+  const int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
   if (!reads_four(a)) return selective_scan_naive(a, stream);
   if (N > 64)
     return launch_scan<ScanTile<8, 32, 4, 8, 64, 4, 256>, 2>(a, chunks, workspace, stream);
   if (N > 16)
     return launch_scan<ScanTile<4, 16, 8, 32, 64, 2, 256>, 2>(a, chunks, workspace, stream);
-  const std::int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
-                     width = a.d_inner / a.n_groups;
+  const int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
+                width = a.d_inner / a.n_groups;
   // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
-  const auto share = [&](int step, int most, std::int64_t rounds) {
+  const auto share = [&](int step, int most, int64_t rounds) {
     int channels = step;
     while (channels <= most && groups * ceil_div(width, channels) > rounds * SMs) channels += step;
     return channels;
@@ -1273,7 +1274,7 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
     const int narrow = share(NarrowScan::kPerWarp, NarrowScan::kChannels, 1);
     if (narrow <= NarrowScan::kChannels && scan_bytes<T, NarrowScan>() <= shared_bytes())
       return launch_scan<NarrowScan, 1>(a, chunks, workspace, stream, narrow);
-    for (std::int64_t rounds = 1; scan_bytes<T, WideScan>() <= shared_bytes(); ++rounds) {
+    for (int64_t rounds = 1; scan_bytes<T, WideScan>() <= shared_bytes(); ++rounds) {
       const int wide = share(WideScan::kPerWarp, WideScan::kChannels, rounds);
       if (wide <= WideScan::kChannels)
         return launch_scan<WideScan, 1>(a, chunks, workspace, stream, wide);
@@ -1285,9 +1286,9 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
 template <class T>
 void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
   if (a.batch * a.d_inner == 0) return;
-  const bool aligned = aligned4(a.A, a.d_state) && aligned4(a.h_T, a.d_state) &&
+  const bool aligned = aligned4(a.A, a.d_state) && aligned4(a.hT, a.d_state) &&
                        aligned4(a.B, a.B_stride) && aligned4(a.C, a.C_stride);
-  const std::int64_t blocks = ceil_div(a.batch * a.d_inner * kStepLanes, kStepThreads);
+  const int64_t blocks = ceil_div(a.batch * a.d_inner * kStepLanes, kStepThreads);
   const auto kernel = aligned ? selective_scan_step_kernel<T, 4> : selective_scan_step_kernel<T, 1>;
   kernel<<<blocks, kStepThreads, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
@@ -1322,7 +1323,7 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
 template <class T>
 struct SsdArgs {
   int64_t batch = 0, L = 0;
-  int heads = 0, head_dim = 0, d_state = 0, groups = 1;
+  int n_heads = 0, head_dim = 0, d_state = 0, n_groups = 1;
   const T* x = nullptr;   // (batch, L, heads, head_dim)
   const T* dt = nullptr;  // (batch, L, heads), raw
   const T* B = nullptr;   // (batch, L, groups, d_state)
@@ -1339,66 +1340,57 @@ struct SsdArgs {
   // cu_seqlens[b] .. cu_seqlens[b + 1] of one long batch, none longer than L. Null: all have L.
   const int64_t* cu_seqlens = nullptr;  // (batch + 1)
   const int* done = nullptr;            // step: (batch), where not 0 the state stays
-  void* workspace = nullptr;            // ssd_workspace_bytes(args) bytes, if that is not 0
+  void* workspace = nullptr;            // ssd_workspace_bytes(a) bytes, if that is not 0
 };
 
-struct SsdSpan {
-  int64_t first, length;
-};  // tokens of one sequence
-
+// delta of a head: softplus(dt + dt_bias), clamped.
 template <class T>
-__device__ SsdSpan ssd_span(const SsdArgs<T>& args, int64_t b) {
-  if (!args.cu_seqlens) return {b * args.L, args.L};
-  return {args.cu_seqlens[b], args.cu_seqlens[b + 1] - args.cu_seqlens[b]};
-}
-
-// softplus(v) = log(1 + exp(v)), clamped; above 20 it is v to the last bit.
-__device__ inline float ssd_delta(float v, float dt_min, float dt_max) {
-  return fminf(fmaxf(v > 20.f ? v : log1pf(expf(v)), dt_min), dt_max);
+__device__ inline float ssd_delta(const SsdArgs<T>& a, float v) {
+  return a.delta_ratio * fminf(fmaxf(softplus(v), a.dt_min), a.dt_max);
 }
 
 // --- naive: the recurrence as written. One warp per (batch, head, p) walks time; lane i keeps
 // states i, i + 32, ... of h[p,:] in registers and the lanes add up h_t . C_t.
 
-inline constexpr int kSsdNaiveStates = 8;  // registers per lane: d_state <= 256
+constexpr int kSsdNaiveStates = 8;  // registers per lane: d_state <= 256
 
 template <class T>
-__global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> args) {
+__global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> a) {
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x * int64_t{4} + threadIdx.x / 32;  // (b, head, p)
-  if (row >= args.batch * args.heads * args.head_dim) return;
-  const int64_t channel = row % (args.heads * args.head_dim);
-  const int head = channel / args.head_dim, N = args.d_state;
-  const int64_t group = head / (args.heads / args.groups);
-  const SsdSpan span = ssd_span(args, row / (args.heads * args.head_dim));
-  const float A = args.A[head], D = args.D ? args.D[head] : 0.f;
-  const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
+  if (row >= a.batch * a.n_heads * a.head_dim) return;
+  const int64_t channel = row % (a.n_heads * a.head_dim);
+  const int head = channel / a.head_dim, N = a.d_state;
+  const int64_t group = head / (a.n_heads / a.n_groups);
+  const Rows rows = rows_of(row / (a.n_heads * a.head_dim), a.L, a.cu_seqlens);
+  const float A = a.A[head], D = a.D ? a.D[head] : 0.f;
+  const float dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
 
   float h[kSsdNaiveStates];
   for (int i = 0; i < kSsdNaiveStates; ++i) {
     const int n = lane + 32 * i;
-    h[i] = args.h0 && n < N ? args.h0[row * N + n] : 0.f;
+    h[i] = a.h0 && n < N ? a.h0[row * N + n] : 0.f;
   }
-  for (int64_t t = span.first; t < span.first + span.length; ++t) {
-    const float dt = to_float(args.dt[t * args.dt_stride + head]);
-    const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const float dt = to_float(a.dt[t * a.dt_stride + head]);
+    const float delta = ssd_delta(a, dt + dt_bias);
     const float decay = expf(delta * A);
-    const float x = to_float(args.x[t * args.x_stride + channel]);
+    const float x = to_float(a.x[t * a.x_stride + channel]);
     float y = 0;
     for (int i = 0; i < kSsdNaiveStates; ++i) {
       const int n = lane + 32 * i;
       if (n >= N) break;
-      const float B = to_float(args.B[t * args.B_stride + group * N + n]);
-      const float C = to_float(args.C[t * args.C_stride + group * N + n]);
+      const float B = to_float(a.B[t * a.B_stride + group * N + n]);
+      const float C = to_float(a.C[t * a.C_stride + group * N + n]);
       h[i] = decay * h[i] + delta * x * B;
       y += h[i] * C;
     }
     for (int d = 16; d > 0; d /= 2) y += __shfl_xor_sync(~0u, y, d);
-    if (lane == 0) args.out[t * args.out_stride + channel] = from_float<T>(y + D * x);
+    if (lane == 0) a.out[t * a.out_stride + channel] = from_float<T>(y + D * x);
   }
   for (int i = 0; i < kSsdNaiveStates; ++i) {
     const int n = lane + 32 * i;
-    if (args.hT && n < N) args.hT[row * N + n] = h[i];
+    if (a.hT && n < N) a.hT[row * N + n] = h[i];
   }
 }
 
@@ -1489,14 +1481,14 @@ __device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
 // h' = X^T B. Then h, a result, is operand A of the next product without leaving its
 // registers, and so is the only large thing that is carried from chunk to chunk.
 // Rounding to 16 bits, beside inputs and outputs: M, h (as a factor; the carried h stays
-// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for h_T,
+// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for hT,
 // to first order. In float16, as in every such format, M and h must also stay below 65504.
 //
 // kOutputs = false makes the state at the end of the segment from a zero start, and nothing
 // else: the first of the two launches when the sequence is split (see ssd).
 
-inline constexpr int kSsdChunk = 64;
-inline constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
+constexpr int kSsdChunk = 64;
+constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
 
 struct SsdSegments {
   int64_t length = 0;      // tokens in a segment, a multiple of kSsdChunk
@@ -1542,14 +1534,11 @@ __device__ void ssd_copy_tile(uint32_t tile, const T* from, int64_t stride, int 
 
 // By one warp; lane i has raw dt, bias added, of steps 2i and 2i + 1.
 template <class T>
-__device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, float A_log2,
+__device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& a, float2 dt, float A_log2,
                            int valid_rows) {
   const int lane = threadIdx.x % 32;
-  const float delta0 =
-      2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
-  const float delta1 = 2 * lane + 1 < valid_rows
-                           ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max)
-                           : 0.f;
+  const float delta0 = 2 * lane < valid_rows ? ssd_delta(a, dt.x) : 0.f;
+  const float delta1 = 2 * lane + 1 < valid_rows ? ssd_delta(a, dt.y) : 0.f;
   // A step that decays by 2^-152 or more leaves 0 in float32; stopping there bounds the sums
   // to 64 * 152, and so the rounding of their differences.
   const float first = fmaxf(delta0 * A_log2, -152.f);
@@ -1571,28 +1560,28 @@ __device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, flo
 
 template <class T, int kStates, int kRowTiles, bool kOutputs>
 __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
-    ssd_fused_kernel(SsdArgs<T> args, SsdSegments segments) {
+    ssd_fused_kernel(SsdArgs<T> a, SsdSegments segments) {
   using Tiles = SsdTiles<kStates, kRowTiles, kOutputs>;
   using P2 = Pair<T>;
   constexpr int kWarpRows = 16 * kRowTiles, kRows = Tiles::kRows, kHeads = Tiles::kHeads;
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int P = args.head_dim, N = args.d_state;
+  const int P = a.head_dim, N = a.d_state;
 
   // Block -> (b, segment, group, rows). Neighbouring blocks share B and C through L2.
-  const int heads_per_group = args.heads / args.groups, group_rows = heads_per_group * P;
-  const int tiles = (group_rows + kRows - 1) / kRows;
+  const int heads_per_group = a.n_heads / a.n_groups, group_rows = heads_per_group * P;
+  const int tiles = ceil_div(group_rows, kRows);
   int64_t block = blockIdx.x;
   const int row0 = block % tiles * kRows;  // first row of the block in its group
-  const int group = (block /= tiles) % args.groups;
+  const int group = (block /= tiles) % a.n_groups;
   const int64_t launched = kOutputs ? segments.count : segments.count - 1;
-  const int64_t segment = (block /= args.groups) % launched, b = block / launched;
-  const SsdSpan span = ssd_span(args, b);
+  const int64_t segment = (block /= a.n_groups) % launched, b = block / launched;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   const int64_t begin = segment * segments.length;
-  const bool last = begin + segments.length >= span.length;
-  const int64_t end = last ? span.length : begin + segments.length;
-  if (begin > 0 && begin >= span.length) return;  // a shorter sequence has fewer segments
-  if (!kOutputs && last) return;                  // no segment follows that would want it
+  const bool last = begin + segments.length >= rows.count;
+  const int64_t end = last ? rows.count : begin + segments.length;
+  if (begin > 0 && begin >= rows.count) return;  // a shorter sequence has fewer segments
+  if (!kOutputs && last) return;                 // no segment follows that would want it
 
   // Warp -> rows of one head; a warp beyond the group computes on zeros and stores nothing.
   const int warp_row = row0 + warp * kWarpRows;
@@ -1619,28 +1608,28 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
   constexpr int kRowBC = kStates * 2, kRowX = kRows * 2;  // in bytes
 
   const auto copy_chunk = [&](int64_t t, uint32_t stage) {
-    const int64_t token = span.first + t;
+    const int64_t token = rows.first + t;
     const int64_t bc = int64_t{group} * N;
     const int rows = min(end - t, int64_t{kSsdChunk});
-    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows, N);
+    ssd_copy_tile<kStates>(stage, a.B + token * a.B_stride + bc, a.B_stride, rows, N);
     ssd_copy_tile<kRows>(stage + Tiles::kBC,
-                         args.x + token * args.x_stride + int64_t{group} * group_rows + row0,
-                         args.x_stride, rows, group_rows - row0);
+                         a.x + token * a.x_stride + int64_t{group} * group_rows + row0, a.x_stride,
+                         rows, group_rows - row0);
     if (kOutputs)
-      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX, args.C + token * args.C_stride + bc,
-                             args.C_stride, rows, N);
+      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX, a.C + token * a.C_stride + bc,
+                             a.C_stride, rows, N);
     copy_async_commit();
   };
 
   // The last warps, which have the fewest tiles of M, each make the decays of one head.
   const int decay_slot = 3 - warp, decay_head = head0 + min(decay_slot, heads - 1);
-  const float A_log2 = args.A[decay_head] * 1.44269504f;
-  const float dt_bias = args.dt_bias ? args.dt_bias[decay_head] : 0.f;
+  const float A_log2 = a.A[decay_head] * kLog2e;
+  const float dt_bias = a.dt_bias ? a.dt_bias[decay_head] : 0.f;
   const auto load_dt = [&](int64_t t) {
-    const T* dt = args.dt + (span.first + t + 2 * lane) * args.dt_stride + decay_head;
+    const T* dt = a.dt + (rows.first + t + 2 * lane) * a.dt_stride + decay_head;
     const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
     return float2{left > 0 ? to_float(dt[0]) + dt_bias : 0.f,
-                  left > 1 ? to_float(dt[args.dt_stride]) + dt_bias : 0.f};
+                  left > 1 ? to_float(dt[a.dt_stride]) + dt_bias : 0.f};
   };
 
   // h[i][j]: rows p0 + 16i + g (+ 8 for elements 2, 3), columns 8j + 2q, + 1. visit calls
@@ -1657,23 +1646,23 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
             f((int64_t{head} * P + p0 + 16 * i + g + 4 * k) * N + 8 * j + 2 * q, h[i][j][k],
               h[i][j][k + 1]);
   };
-  const int64_t state_size = int64_t{args.heads} * P * N;
+  const int64_t state_size = int64_t{a.n_heads} * P * N;
 
   if (begin < end) copy_chunk(begin, stage0);
   float2 dt = load_dt(begin);
   if (decay_slot < heads)
-    ssd_decays(decays[decay_slot], args, dt, A_log2, min(end - begin, int64_t{kSsdChunk}));
+    ssd_decays(decays[decay_slot], a, dt, A_log2, min(end - begin, int64_t{kSsdChunk}));
   dt = load_dt(begin + kSsdChunk);
   for (auto& rows : h)
     for (auto& tile : rows) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-  if (kOutputs && args.h0)
+  if (kOutputs && a.h0)
     visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(args.h0 + b * state_size + offset);
+      const float2 v = *reinterpret_cast<const float2*>(a.h0 + b * state_size + offset);
       h0 = v.x, h1 = v.y;
     });
   for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
-    const float decay = segments.decay[(s * args.batch + b) * args.heads + head];
-    const float* state = segments.state + (s * args.batch + b) * state_size;
+    const float decay = segments.decay[(s * a.batch + b) * a.n_heads + head];
+    const float* state = segments.state + (s * a.batch + b) * state_size;
     visit([&](int64_t offset, float& h0, float& h1) {
       const float2 v = *reinterpret_cast<const float2*>(state + offset);
       h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
@@ -1695,7 +1684,7 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
     if (next < end) {
       copy_chunk(next, stage0 + (parity ^ 1) * Tiles::kStage);
       if (decay_slot < heads)
-        ssd_decays(decays[(parity ^ 1) * kHeads + decay_slot], args, dt, A_log2,
+        ssd_decays(decays[(parity ^ 1) * kHeads + decay_slot], a, dt, A_log2,
                    min(end - next, int64_t{kSsdChunk}));
       dt = load_dt(next + kSsdChunk);
     }
@@ -1726,7 +1715,7 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
           // that the transpose of this result is: 16 bytes a lane.
 #pragma unroll 1
       for (int j = 0; j < heads; ++j) {
-        const float D = args.D ? args.D[head0 + j] : 0.f;
+        const float D = a.D ? a.D[head0 + j] : 0.f;
 #pragma unroll
         for (int i = 0; i < 3; ++i)
           if (i < 2 || warp < 2) {
@@ -1814,11 +1803,11 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
           return turn + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
         };
         const int row = lane / kPieces, piece = lane % kPieces;
-        T* out = args.out + (span.first + t0 + first + row) * args.out_stride + int64_t{head} * P +
-                 p0 + piece * 8;
+        T* out = a.out + (rows.first + t0 + first + row) * a.out_stride + int64_t{head} * P + p0 +
+                 piece * 8;
         const int rows = active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
 #pragma unroll
-        for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * args.out_stride) {
+        for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * a.out_stride) {
           __syncwarp();  // the reads of the 8 steps before, before these writes
 #pragma unroll
           for (int i = 0; i < kPieces; ++i)
@@ -1867,14 +1856,14 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
     segment_decay *= chunk_decay;
   }
 
-  float* hT = kOutputs ? args.hT ? args.hT + b * state_size : nullptr
-                       : segments.state + (segment * args.batch + b) * state_size;
+  float* hT = kOutputs ? a.hT ? a.hT + b * state_size : nullptr
+                       : segments.state + (segment * a.batch + b) * state_size;
   if (hT && (last || !kOutputs))
     visit([&](int64_t offset, float& h0, float& h1) {
       *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
     });
   if (!kOutputs && active && p0 == 0 && lane == 0)
-    segments.decay[(segment * args.batch + b) * args.heads + head] = segment_decay;
+    segments.decay[(segment * a.batch + b) * a.n_heads + head] = segment_decay;
 }
 
 // --- fused on warpgroups (Hopper): the same algorithm, and the same roundings, with the tensor
@@ -1980,7 +1969,7 @@ __device__ inline uint64_t ssd_describe(uint32_t address) {
          (address & 0x3ffff) / 16;
 }
 
-inline constexpr int kSsdWarpgroups = 3;
+constexpr int kSsdWarpgroups = 3;
 
 template <int kStates, bool kOutputs>
 struct SsdWarpgroupTiles {  // offsets in shared memory; tiles are aligned to 1024 bytes
@@ -2012,7 +2001,7 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
 
 template <class T, int kStates, bool kOutputs>
 __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
-    ssd_warpgroup_kernel(SsdArgs<T> args, SsdSegments segments) {
+    ssd_warpgroup_kernel(SsdArgs<T> a, SsdSegments segments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma exists in sm_90a only; see ssd_has_warpgroups
   using Tiles = SsdWarpgroupTiles<kStates, kOutputs>;
   using P2 = Pair<T>;
@@ -2020,21 +2009,21 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
   const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int warps = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
   const int wg = warps / 4, warp = warps % 4;
-  const int P = args.head_dim, N = args.d_state;
+  const int P = a.head_dim, N = a.d_state;
 
   // Block -> (b, segment, group, rows), as above.
-  const int heads_per_group = args.heads / args.groups, group_rows = heads_per_group * P;
-  const int tiles = (group_rows + kRows - 1) / kRows;
+  const int heads_per_group = a.n_heads / a.n_groups, group_rows = heads_per_group * P;
+  const int tiles = ceil_div(group_rows, kRows);
   int64_t block = blockIdx.x;
   const int row0 = block % tiles * kRows;
-  const int group = (block /= tiles) % args.groups;
+  const int group = (block /= tiles) % a.n_groups;
   const int64_t launched = kOutputs ? segments.count : segments.count - 1;
-  const int64_t segment = (block /= args.groups) % launched, b = block / launched;
-  const SsdSpan span = ssd_span(args, b);
+  const int64_t segment = (block /= a.n_groups) % launched, b = block / launched;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   const int64_t begin = segment * segments.length;
-  const bool last = begin + segments.length >= span.length;
-  const int64_t end = last ? span.length : begin + segments.length;
-  if (begin > 0 && begin >= span.length) return;
+  const bool last = begin + segments.length >= rows.count;
+  const int64_t end = last ? rows.count : begin + segments.length;
+  if (begin > 0 && begin >= rows.count) return;
   if (!kOutputs && last) return;
 
   // Warpgroup -> 64 rows of one head; one beyond the group computes on zeros, stores nothing.
@@ -2062,14 +2051,14 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
     const bool decaying = warp < kSsdWarpgroups;
     const int head = head_of(decaying ? warp : 0);
-    const float A_log2 = args.A[head] * 1.44269504f;
-    const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
+    const float A_log2 = a.A[head] * kLog2e;
+    const float dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
     T dt[2] = {}, next_dt[2] = {};
     const auto load_dt = [&](int64_t t) {
       const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
-      const T* from = args.dt + (span.first + t + 2 * lane) * args.dt_stride + head;
+      const T* from = a.dt + (rows.first + t + 2 * lane) * a.dt_stride + head;
       if (left > 0) next_dt[0] = from[0];
-      if (left > 1) next_dt[1] = from[args.dt_stride];
+      if (left > 1) next_dt[1] = from[a.dt_stride];
     };
     load_dt(begin);
     int stage = 0, parity = 1, previous = -1;
@@ -2084,10 +2073,10 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       for (int c = (warp + 1) % 4; c < Tiles::kStage / 8192; c += 4) {  // columns: B, x, C
         const bool is_x = c >= kBColumns && c < kBxColumns;
         const int col = 64 * (is_x ? c - kBColumns : c % kBxColumns) + lane % 8 * 8;
-        const T* from = is_x ? args.x : c < kBColumns ? args.B : args.C;
-        const int64_t stride = is_x ? args.x_stride : c < kBColumns ? args.B_stride : args.C_stride;
+        const T* from = is_x ? a.x : c < kBColumns ? a.B : a.C;
+        const int64_t stride = is_x ? a.x_stride : c < kBColumns ? a.B_stride : a.C_stride;
         const int limit = is_x ? group_rows - row0 : N;
-        from += (span.first + t0 + lane / 8) * stride +
+        from += (rows.first + t0 + lane / 8) * stride +
                 (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
         const int left = col < limit ? rows - lane / 8 : 0;
         const uint32_t to = base + stage * Tiles::kStage + 8192 * c;
@@ -2097,7 +2086,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       }
       copy_async_commit();
       if (decaying)
-        ssd_decays(decays[stage * kSsdWarpgroups + warp], args,
+        ssd_decays(decays[stage * kSsdWarpgroups + warp], a,
                    {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, rows);
       if (previous >= 0) {  // the copies of the chunk before have arrived
         copy_async_wait_but<1>();
@@ -2118,7 +2107,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 
   const bool active = is_active(wg);
   const int head = head_of(wg), p0 = active ? (row0 + 64 * wg) % P + 16 * warp : 0;
-  const float D = args.D ? args.D[head] : 0.f;
+  const float D = a.D ? a.D[head] : 0.f;
   const uint32_t M = base + Tiles::kM + 8192 * wg;
   const uint32_t lane_M = M + ssd_tile(16 * warp + lane / 8 % 2 * 8 + lane % 8, lane / 16);
   char* turn = shared + Tiles::kTurn + 512 * warps;
@@ -2139,16 +2128,16 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
             f((int64_t{head} * P + p0 + g + 4 * k) * N + 64 * c + 8 * j + 2 * q, h[c][j][k],
               h[c][j][k + 1]);
   };
-  const int64_t state_size = int64_t{args.heads} * P * N;
+  const int64_t state_size = int64_t{a.n_heads} * P * N;
 
-  if (kOutputs && args.h0)
+  if (kOutputs && a.h0)
     visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(args.h0 + b * state_size + offset);
+      const float2 v = *reinterpret_cast<const float2*>(a.h0 + b * state_size + offset);
       h0 = v.x, h1 = v.y;
     });
   for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
-    const float decay = segments.decay[(s * args.batch + b) * args.heads + head];
-    const float* state = segments.state + (s * args.batch + b) * state_size;
+    const float decay = segments.decay[(s * a.batch + b) * a.n_heads + head];
+    const float* state = segments.state + (s * a.batch + b) * state_size;
     visit([&](int64_t offset, float& h0, float& h1) {
       const float2 v = *reinterpret_cast<const float2*>(state + offset);
       h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
@@ -2268,11 +2257,11 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       const auto turned = [&](int row, int piece) {
         return turn + row * 32 + (piece ^ (row / 4 % 2)) * 16;
       };
-      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride + int64_t{head} * P + p0 +
+      T* out = a.out + (rows.first + t0 + lane / 2) * a.out_stride + int64_t{head} * P + p0 +
                lane % 2 * 8;
       const int rows = active ? min(end - t0, int64_t{kSsdChunk}) - lane / 2 : 0;
 #pragma unroll
-      for (int j = 0; j < 8; j += 2, out += 16 * args.out_stride) {
+      for (int j = 0; j < 8; j += 2, out += 16 * a.out_stride) {
         __syncwarp();  // the reads of the 16 steps before, before these writes
         store_matrices_transposed(base + (turned(lane / 16 * 8 + lane % 8, lane / 8 % 2) - shared),
                                   P2::pack(Y[j][0], Y[j][1]), P2::pack(Y[j][2], Y[j][3]),
@@ -2290,54 +2279,53 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     if (++number == kStages) number = 0, parity ^= 1;
   }
 
-  float* hT = kOutputs ? args.hT ? args.hT + b * state_size : nullptr
-                       : segments.state + (segment * args.batch + b) * state_size;
+  float* hT = kOutputs ? a.hT ? a.hT + b * state_size : nullptr
+                       : segments.state + (segment * a.batch + b) * state_size;
   if (hT && (last || !kOutputs))
     visit([&](int64_t offset, float& h0, float& h1) {
       *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
     });
   if (!kOutputs && active && p0 == 0 && lane == 0)
-    segments.decay[(segment * args.batch + b) * args.heads + head] = segment_decay;
+    segments.decay[(segment * a.batch + b) * a.n_heads + head] = segment_decay;
 #endif
 }
 
-// --- step: one token for every sequence of a batch (args.L = 1). The state of a large batch is
+// --- step: one token for every sequence of a batch (a.L = 1). The state of a large batch is
 // most of what a step moves, so it is read and written exactly once, 16 bytes a lane: a row of h
 // is spread over `lanes` lanes (a power of two), B and C stay in registers for all its rows.
-// args.h0 is the state before, args.hT after; they are normally the same buffer.
+// a.h0 is the state before, a.hT after; they are normally the same buffer.
 
-inline constexpr int kSsdStepRows = 4;  // loads in flight per lane
+constexpr int kSsdStepRows = 4;  // loads in flight per lane
 
 template <class T>
-__global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lanes) {
-  const int64_t b = blockIdx.x / args.heads;
-  if (args.done && args.done[b]) return;
-  const int head = blockIdx.x % args.heads, group = head / (args.heads / args.groups);
-  const int P = args.head_dim, N = args.d_state;
+__global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> a, int lanes) {
+  const int64_t b = blockIdx.x / a.n_heads;
+  if (a.done && a.done[b]) return;
+  const int head = blockIdx.x % a.n_heads, group = head / (a.n_heads / a.n_groups);
+  const int P = a.head_dim, N = a.d_state;
   const int lane = threadIdx.x % lanes, rows = blockDim.x / lanes, n0 = 4 * lane;
-  const float dt = to_float(args.dt[b * args.dt_stride + head]);
-  const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
-  const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
-  const float decay = expf(delta * args.A[head]), D = args.D ? args.D[head] : 0.f;
-  const T* B = args.B + b * args.B_stride + group * N;
-  const T* C = args.C + b * args.C_stride + group * N;
-  const int64_t base = (b * args.heads + head) * P * N;
+  const float dt = to_float(a.dt[b * a.dt_stride + head]);
+  const float dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
+  const float delta = ssd_delta(a, dt + dt_bias);
+  const float decay = expf(delta * a.A[head]), D = a.D ? a.D[head] : 0.f;
+  const T* B = a.B + b * a.B_stride + group * N;
+  const T* C = a.C + b * a.C_stride + group * N;
+  const int64_t base = (b * a.n_heads + head) * P * N;
 
   for (int first = threadIdx.x / lanes; first - int(threadIdx.x) / lanes < P;
        first += kSsdStepRows * rows) {
     float y[kSsdStepRows] = {}, x[kSsdStepRows];
     for (int i = 0; i < kSsdStepRows; ++i) {
       const int p = first + i * rows;
-      x[i] = p < P ? to_float(args.x[b * args.x_stride + int64_t{head} * P + p]) : 0.f;
+      x[i] = p < P ? to_float(a.x[b * a.x_stride + int64_t{head} * P + p]) : 0.f;
     }
     for (int n = n0; n < N; n += 4 * lanes) {
       float4 h[kSsdStepRows];
 #pragma unroll
       for (int i = 0; i < kSsdStepRows; ++i) {
         const int p = first + i * rows;
-        h[i] = args.h0 && p < P
-                   ? *reinterpret_cast<const float4*>(args.h0 + base + int64_t{p} * N + n)
-                   : float4{0, 0, 0, 0};
+        h[i] = a.h0 && p < P ? *reinterpret_cast<const float4*>(a.h0 + base + int64_t{p} * N + n)
+                             : float4{0, 0, 0, 0};
       }
       float dB[4], c[4];
       for (int k = 0; k < 4; ++k) dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
@@ -2347,15 +2335,14 @@ __global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lane
         h[i] = {decay * h[i].x + dB[0] * x[i], decay * h[i].y + dB[1] * x[i],
                 decay * h[i].z + dB[2] * x[i], decay * h[i].w + dB[3] * x[i]};
         y[i] += h[i].x * c[0] + h[i].y * c[1] + h[i].z * c[2] + h[i].w * c[3];
-        if (args.hT && p < P)
-          *reinterpret_cast<float4*>(args.hT + base + int64_t{p} * N + n) = h[i];
+        if (a.hT && p < P) *reinterpret_cast<float4*>(a.hT + base + int64_t{p} * N + n) = h[i];
       }
     }
     for (int i = 0; i < kSsdStepRows; ++i) {
       const int p = first + i * rows;
       for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
       if (lane == 0 && p < P)
-        args.out[b * args.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
+        a.out[b * a.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
     }
   }
 }
@@ -2394,9 +2381,9 @@ bool ssd_wide(const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp
 
 template <class T>
 int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of each sequence
-  const int64_t group_rows = int64_t{a.heads} / a.groups * a.head_dim;
+  const int64_t group_rows = int64_t{a.n_heads} / a.n_groups * a.head_dim;
   const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups : ssd_wide(a) ? 128 : 64;
-  return a.batch * a.groups * ((group_rows + rows - 1) / rows);
+  return a.batch * a.n_groups * ceil_div(group_rows, rows);
 }
 
 // How many segments? More fill the GPU, but all except the last are walked twice (the first
@@ -2405,12 +2392,12 @@ template <class T>
 SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
   constexpr double kStatePass = 0.35, kLaunch = 2;
   const int64_t at_once = (rung == SsdRung::kWarpgroup ? 1 : 2) * multiprocessors();
-  const int64_t chunks = (a.L + kSsdChunk - 1) / kSsdChunk, blocks = ssd_blocks(a, rung);
-  const auto rounds = [&](int64_t n) { return (n + at_once - 1) / at_once; };
+  const int64_t chunks = ceil_div(a.L, kSsdChunk), blocks = ssd_blocks(a, rung);
+  const auto rounds = [&](int64_t n) { return ceil_div(n, at_once); };
   SsdSegments best{chunks * kSsdChunk, 1, nullptr, nullptr};
   double least = rounds(blocks) * chunks;
   for (int64_t count = 2; count <= chunks && count <= 32; ++count) {
-    const int64_t length = (chunks + count - 1) / count;
+    const int64_t length = ceil_div(chunks, count);
     if ((count - 1) * length >= chunks) continue;
     const double cost = rounds(blocks * count) * (length + 0.1 * count) +
                         rounds(blocks * (count - 1)) * length * kStatePass + kLaunch;
@@ -2421,15 +2408,16 @@ SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
 
 template <class T>
 size_t ssd_state_bytes(const SsdArgs<T>& a) {
-  return sizeof(float) * a.batch * a.heads * a.head_dim * a.d_state;
+  return sizeof(float) * a.batch * a.n_heads * a.head_dim * a.d_state;
 }
 
 // States and decays of all segments but the last, and h0 where hT would overwrite it.
 template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a, SsdRung rung) {
   const int64_t count = rung == SsdRung::kNaive ? 1 : ssd_segments(a, rung).count;
-  return count == 1 ? 0
-                    : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.heads;
+  return count == 1
+             ? 0
+             : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.n_heads;
 }
 template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
@@ -2438,25 +2426,24 @@ size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
 
 template <class T>
 void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads, int bytes,
-                const SsdArgs<T>& args, const SsdSegments& segments, cudaStream_t stream) {
+                const SsdArgs<T>& a, const SsdSegments& segments, cudaStream_t stream) {
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<blocks, threads, bytes, stream>>>(args, segments);
+  kernel<<<blocks, threads, bytes, stream>>>(a, segments);
   CUDA_CHECK(cudaGetLastError());
 }
 
 template <bool kOutputs, class T>
-void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
-              cudaStream_t stream) {
-  const int64_t blocks = ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
+void ssd_pass(const SsdArgs<T>& a, SsdRung rung, const SsdSegments& segments, cudaStream_t stream) {
+  const int64_t blocks = ssd_blocks(a, rung) * (kOutputs ? segments.count : segments.count - 1);
   const auto fused = [&](auto states, auto row_tiles) {
     constexpr int kStates = decltype(states)::value, kRowTiles = decltype(row_tiles)::value;
     ssd_launch(ssd_fused_kernel<T, kStates, kRowTiles, kOutputs>, blocks, 128,
-               SsdTiles<kStates, kRowTiles, kOutputs>::kBytes, args, segments, stream);
+               SsdTiles<kStates, kRowTiles, kOutputs>::kBytes, a, segments, stream);
   };
   const auto warpgroup = [&](auto states) {
     constexpr int kStates = decltype(states)::value;
     ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks, 128 * kSsdWarpgroups + 128,
-               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, args, segments, stream);
+               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, a, segments, stream);
   };
   using std::integral_constant;
   constexpr integral_constant<int, 1> one;
@@ -2464,54 +2451,54 @@ void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
   constexpr integral_constant<int, 64> n64;
   constexpr integral_constant<int, 128> n128;
   constexpr integral_constant<int, 256> n256;
-  if (rung == SsdRung::kWarpgroup) return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
-  if (args.d_state > 128) return fused(n256, one);
-  if (args.d_state > 64) return ssd_wide(args) ? fused(n128, two) : fused(n128, one);
-  return ssd_wide(args) ? fused(n64, two) : fused(n64, one);
+  if (rung == SsdRung::kWarpgroup) return a.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
+  if (a.d_state > 128) return fused(n256, one);
+  if (a.d_state > 64) return ssd_wide(a) ? fused(n128, two) : fused(n128, one);
+  return ssd_wide(a) ? fused(n64, two) : fused(n64, one);
 }
 
 template <class T>
-void ssd_naive(const SsdArgs<T>& args, cudaStream_t stream) {
-  if (args.d_state > 32 * kSsdNaiveStates)
-    fail("ssd: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", args.d_state);
-  const int64_t rows = args.batch * args.heads * args.head_dim;
-  ssd_naive_kernel<<<(rows + 3) / 4, 128, 0, stream>>>(args);
+void ssd_naive(const SsdArgs<T>& a, cudaStream_t stream) {
+  if (a.d_state > 32 * kSsdNaiveStates)
+    fail("ssd: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", a.d_state);
+  const int64_t rows = a.batch * a.n_heads * a.head_dim;
+  ssd_naive_kernel<<<(rows + 3) / 4, 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 
 // A tensor-core rung with a split of the caller's: one pass, or states and then outputs.
 template <class T>
-void ssd_split(SsdArgs<T> args, SsdRung rung, SsdSegments segments, cudaStream_t stream) {
+void ssd_split(SsdArgs<T> a, SsdRung rung, SsdSegments segments, cudaStream_t stream) {
   if (segments.count > 1) {
-    const size_t state_bytes = ssd_state_bytes(args);
-    segments.state = static_cast<float*>(args.workspace);
+    const size_t state_bytes = ssd_state_bytes(a);
+    segments.state = static_cast<float*>(a.workspace);
     float* h0 = segments.state + (segments.count - 1) * state_bytes / sizeof(float);
     segments.decay = h0 + state_bytes / sizeof(float);
-    if (args.h0 && args.h0 == args.hT) {  // early segments still read h0 when hT is written
-      CUDA_CHECK(cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
-      args.h0 = h0;
+    if (a.h0 && a.h0 == a.hT) {  // early segments still read h0 when hT is written
+      CUDA_CHECK(cudaMemcpyAsync(h0, a.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
+      a.h0 = h0;
     }
-    ssd_pass<false>(args, rung, segments, stream);
+    ssd_pass<false>(a, rung, segments, stream);
   }
-  ssd_pass<true>(args, rung, segments, stream);
+  ssd_pass<true>(a, rung, segments, stream);
 }
 
 template <class T>
-void ssd(const SsdArgs<T>& args, cudaStream_t stream) {
-  if (args.batch == 0 || args.heads == 0) return;
-  const SsdRung rung = ssd_rung(args);
+void ssd(const SsdArgs<T>& a, cudaStream_t stream) {
+  if (a.batch == 0 || a.n_heads == 0) return;
+  const SsdRung rung = ssd_rung(a);
   if constexpr (sizeof(T) == 2)
-    if (rung != SsdRung::kNaive) return ssd_split(args, rung, ssd_segments(args, rung), stream);
-  ssd_naive(args, stream);
+    if (rung != SsdRung::kNaive) return ssd_split(a, rung, ssd_segments(a, rung), stream);
+  ssd_naive(a, stream);
 }
 
 template <class T>
-void ssd_step(const SsdArgs<T>& args, cudaStream_t stream) {
-  if (args.batch == 0 || args.heads == 0) return;
-  if (args.d_state % 4 != 0) return ssd_naive(args, stream);
+void ssd_step(const SsdArgs<T>& a, cudaStream_t stream) {
+  if (a.batch == 0 || a.n_heads == 0) return;
+  if (a.d_state % 4 != 0) return ssd_naive(a, stream);
   int lanes = 1;
-  while (lanes < 32 && 4 * lanes < args.d_state) lanes *= 2;
-  ssd_step_kernel<<<args.batch * args.heads, 128, 0, stream>>>(args, lanes);
+  while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
+  ssd_step_kernel<<<a.batch * a.n_heads, 128, 0, stream>>>(a, lanes);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -2524,7 +2511,7 @@ void ssd_step(const SsdArgs<T>& args, cudaStream_t stream) {
 // between the two passes, so global memory is read and written once, 4 values at a time.
 // ---------------------------------------------------------------------------------------
 
-inline constexpr int kNormThreads = 256;
+constexpr int kNormThreads = 256;
 
 // Sum over the block, the same bits in every thread on every run.
 __device__ inline float block_sum(float v) {
@@ -2652,8 +2639,8 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 //             linear_step_kernel   y -> gated_rms_norm, out_proj, added to the residual
 
 // Asks for the cache lines (128 bytes) of p[0, size).
-__device__ inline void prefetch_row(const float* p, std::int64_t size) {
-  for (std::int64_t i = 32 * threadIdx.x; i < size; i += 32 * blockDim.x)
+__device__ inline void prefetch_row(const float* p, int64_t size) {
+  for (int64_t i = 32 * threadIdx.x; i < size; i += 32 * blockDim.x)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
 }
 
@@ -2665,16 +2652,16 @@ constexpr int kMostGroups = 8,
 template <class T>
 struct PlainInput {
   const T* x;  // rows `stride` apart
-  std::int64_t stride;
+  int64_t stride;
   static constexpr bool kNormed = false;
   template <int n>
   struct Weights {};
   __device__ void ahead() const {}
   __device__ void begin(int, float*) const {}
   template <int n>
-  __device__ void weights(std::int64_t, Weights<n>&) const {}
+  __device__ void weights(int64_t, Weights<n>&) const {}
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*, float (&to)[n],
+  __device__ void load(int b, int64_t column, const Weights<n>&, const float*, float (&to)[n],
                        float&) const {
     unpack(mamba::load<n>(x + b * stride + column, true), to);
   }
@@ -2685,7 +2672,7 @@ struct PlainInput {
 // warp gathers it on its way along the row, and divides once, at the end.
 struct NormedInput {
   const float *residual, *weight;
-  std::int64_t cols;
+  int64_t cols;
   float eps;
   static constexpr bool kNormed = true;
   template <int n>
@@ -2695,12 +2682,12 @@ struct NormedInput {
   __device__ void ahead() const { prefetch_row(weight, cols); }
   __device__ void begin(int, float*) const {}
   template <int n>
-  __device__ void weights(std::int64_t column, Weights<n>& w) const {
+  __device__ void weights(int64_t column, Weights<n>& w) const {
     unpack(mamba::load<n>(weight + column, true), w.of);
   }
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float*,
-                       float (&to)[n], float& squares) const {
+  __device__ void load(int b, int64_t column, const Weights<n>& w, const float*, float (&to)[n],
+                       float& squares) const {
     unpack(mamba::load<n>(residual + b * cols + column, true), to);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
@@ -2715,7 +2702,7 @@ struct NormedInput {
 // group of columns, and is made before the product from the sums of squares that ssd_decode_kernel left.
 struct GatedNormInput {
   const float *g, *squares, *weight;  // (batch, cols), (batch, n_groups slots), (cols)
-  std::int64_t cols;
+  int64_t cols;
   int n_groups, slots;  // slots: sums of squares per group
   float eps;
   static constexpr bool kNormed = true;
@@ -2736,11 +2723,11 @@ struct GatedNormInput {
     __syncthreads();  // scales are written before anybody reads them
   }
   template <int n>
-  __device__ void weights(std::int64_t column, Weights<n>& w) const {
+  __device__ void weights(int64_t column, Weights<n>& w) const {
     unpack(mamba::load<n>(weight + column, true), w.of);
   }
   template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales,
+  __device__ void load(int b, int64_t column, const Weights<n>& w, const float* scales,
                        float (&to)[n], float& squares) const {
     unpack(mamba::load<n>(g + b * cols + column, true), to);
     const int group = int(column) / int(cols / n_groups);  // a piece lies in one
@@ -2761,11 +2748,11 @@ struct GatedNormInput {
 
 struct PlainOutput {
   float* out;  // (batch, stride)
-  std::int64_t stride;
+  int64_t stride;
   struct Operands {};
-  __device__ void ahead(std::int64_t, int, Operands&) const {}
-  __device__ void past(std::int64_t, int, Operands&) const {}
-  __device__ void operator()(std::int64_t row, int b, float v, const Operands&) const {
+  __device__ void ahead(int64_t, int, Operands&) const {}
+  __device__ void past(int64_t, int, Operands&) const {}
+  __device__ void operator()(int64_t row, int b, float v, const Operands&) const {
     out[b * stride + row] = v;
   }
 };
@@ -2773,17 +2760,15 @@ struct PlainOutput {
 struct ResidualOutput {
   float* residual;    // (batch, d_model)
   const float* bias;  // (d_model) or null
-  std::int64_t d_model;
+  int64_t d_model;
   struct Operands {
     float bias, residual;
   };
-  __device__ void ahead(std::int64_t row, int, Operands& o) const {
-    o.bias = bias ? bias[row] : 0.f;
-  }
-  __device__ void past(std::int64_t row, int b, Operands& o) const {
+  __device__ void ahead(int64_t row, int, Operands& o) const { o.bias = bias ? bias[row] : 0.f; }
+  __device__ void past(int64_t row, int b, Operands& o) const {
     o.residual = residual[b * d_model + row];
   }
-  __device__ void operator()(std::int64_t row, int b, float v, const Operands& o) const {
+  __device__ void operator()(int64_t row, int b, float v, const Operands& o) const {
     residual[b * d_model + row] = o.residual + (v + o.bias);
   }
 };
@@ -2798,18 +2783,18 @@ struct ConvOutput {
   const float *bias, *weight,
       *conv_bias;   // (stride) or null; (count, width); (count) or null
   const int* done;  // (batch) or null: where not 0 the state stays
-  std::int64_t stride, first, count;
+  int64_t stride, first, count;
   int width;
   struct Operands {
     float bias, conv_bias, weight[kStepTaps];  // of the newest input first
     T past[kStepTaps];                         // past[k]: k tokens ago
     int keep;
   };
-  __device__ bool passes(std::int64_t row) const { return row >= first && row < first + count; }
-  __device__ void ahead(std::int64_t row, int b, Operands& o) const {
+  __device__ bool passes(int64_t row) const { return row >= first && row < first + count; }
+  __device__ void ahead(int64_t row, int b, Operands& o) const {
     o.keep = done ? done[b] : 0;
     o.bias = bias ? bias[row] : 0.f;
-    const std::int64_t d = passes(row) ? row - first : 0;
+    const int64_t d = passes(row) ? row - first : 0;
     o.conv_bias = conv_bias ? conv_bias[d] : 0.f;
     const T* rows = state + b * (width - 1) * count + d;
 #pragma unroll
@@ -2818,8 +2803,8 @@ struct ConvOutput {
       if (k > 0) o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
     }
   }
-  __device__ void past(std::int64_t, int, Operands&) const {}
-  __device__ void operator()(std::int64_t row, int b, float v, Operands& o) const {
+  __device__ void past(int64_t, int, Operands&) const {}
+  __device__ void operator()(int64_t row, int b, float v, Operands& o) const {
     v += o.bias;
     if (passes(row)) {
       o.past[0] = from_float<T>(v);
@@ -2854,18 +2839,17 @@ constexpr LinearShape kBriefShape{12, 2}, kStreamShape{8, 3}, kFewShape{8, 2};
 
 template <int kBatch, int kWarps, int kBlocks, class T, class Input, class Output>
 __global__ void __launch_bounds__(32 * kWarps, kBlocks)
-    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, int split,
-                       Input input, Output output) {
+    linear_step_kernel(const T* W, int64_t rows, int64_t cols, int batch, int split, Input input,
+                       Output output) {
   constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch, kThreads = 32 * kWarps;
   static_assert(kSums <= 32, "a lane finishes one sum");
   __shared__ float scales[kBatch * kMostGroups], partial[kWarps][kSums + kBatch];
   extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
-  const int pieces = cols / n, steps = (pieces + 32 * split - 1) / (32 * split);
-  const int groups = (rows + kLinearRows - 1) / kLinearRows, at_once = gridDim.x * (kWarps / split);
+  const int pieces = cols / n, steps = ceil_div(pieces, 32 * split);
+  const int groups = ceil_div(rows, kLinearRows), at_once = gridDim.x * (kWarps / split);
   int group = warp / split * gridDim.x + blockIdx.x;  // dealt out to all blocks in turn
-  const int rounds =
-      (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
+  const int rounds = ceil_div(groups, at_once);  // the same for all warps: they meet at barriers
   const auto piece_of = [&](int step) { return (step * split + part) * 32 + lane; };
 
   const auto place = [&](int slot, int r) {  // of this thread in the ring
@@ -2877,9 +2861,9 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
     if (piece < pieces && next_group < groups) {
 #pragma unroll
       for (int r = 0; r < kLinearRows; ++r) {
-        const std::int64_t row = min(std::int64_t(next_group) * kLinearRows + r, rows - 1);
-        copy_async(std::uint32_t(__cvta_generic_to_shared(place(slot, r))),
-                   W + row * cols + std::int64_t(piece) * n, true);
+        const int64_t row = min(int64_t(next_group) * kLinearRows + r, rows - 1);
+        copy_async(uint32_t(__cvta_generic_to_shared(place(slot, r))),
+                   W + row * cols + int64_t(piece) * n, true);
       }
     }
     copy_async_commit();
@@ -2887,7 +2871,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
   };
   // Lane i finishes the sum of row i / kBatch of the group for sequence i % kBatch.
   const int b_mine = lane % kBatch;
-  const auto row_mine = [&] { return std::int64_t(group) * kLinearRows + lane / kBatch; };
+  const auto row_mine = [&] { return int64_t(group) * kLinearRows + lane / kBatch; };
   const auto finishes = [&] {
     return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch;
   };
@@ -2913,7 +2897,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
       const int piece = piece_of(step);
       if (piece < pieces && group < groups) {
         typename Input::template Weights<n> weights;
-        input.weights(std::int64_t(piece) * n, weights);
+        input.weights(int64_t(piece) * n, weights);
         float w[kLinearRows][n];
 #pragma unroll
         for (int r = 0; r < kLinearRows; ++r)
@@ -2922,7 +2906,7 @@ __global__ void __launch_bounds__(32 * kWarps, kBlocks)
         for (int b = 0; b < kBatch; ++b) {
           if (b >= batch) break;
           float x[n];
-          input.load(b, std::int64_t(piece) * n, weights, scales, x, squares[b]);
+          input.load(b, int64_t(piece) * n, weights, scales, x, squares[b]);
 #pragma unroll
           for (int r = 0; r < kLinearRows; ++r)
 #pragma unroll
@@ -2970,22 +2954,22 @@ struct LinearPlan {
 // As few steps along a row as the warps that fit the GPU can make of it, and no more warps than that takes;
 // as few rounds as fit it, and all of one length. What streams takes as many blocks on every multiprocessor, so
 // that all have the same to read.
-inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups, std::int64_t pieces) {
-  const std::int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
+inline LinearPlan linear_plan(const LinearShape& shape, int64_t groups, int64_t pieces) {
+  const int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
   const auto steps = [&](int split) { return ceil_div(pieces, 32 * split); };
   int split = 1;
   for (int s = 2; s <= shape.warps; ++s)
     if (shape.warps % s == 0 && s * groups <= slots && steps(s) < steps(split)) split = s;
-  const std::int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
-  std::int64_t blocks = ceil_div(at_once * split, shape.warps);
+  const int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
+  int64_t blocks = ceil_div(at_once * split, shape.warps);
   if (blocks > SMs && steps(split) * rounds > kLinearDepth) blocks = ceil_div(blocks, SMs) * SMs;
   return {shape.warps, split, int(steps(split)), int(rounds), int(blocks)};
 }
 
 template <class T, class Input, class Output>
-void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, const Input& input,
+void linear_step(const T* W, int64_t rows, int64_t cols, int batch, const Input& input,
                  const Output& output, cudaStream_t stream) {
-  const std::int64_t groups = ceil_div(rows, kLinearRows), pieces = cols * sizeof(T) / 16;
+  const int64_t groups = ceil_div(rows, kLinearRows), pieces = cols * sizeof(T) / 16;
   const auto launch = [&](auto* kernel, const LinearPlan& plan) {
     const int slot = kLinearRows * plan.warps * 32 * 16,           // bytes of the ring
         slots = std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
@@ -3010,12 +2994,12 @@ void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, co
 template <class T>
 struct ScanDecodeArgs {
   int batch, d_inner, d_state, dt_rank;
-  const float* dt_B_C;              // (batch, dt_rank + 2 d_state)
-  const T *x, *z, *dt_proj;         // (batch, d_inner) twice, (d_inner, dt_rank)
-  std::int64_t x_stride, z_stride;  // from row to row
-  const float *dt_bias, *A, *D;     // (d_inner), (d_inner, d_state), (d_inner)
-  float* h;                         // (batch, d_inner, d_state)
-  T* out;                           // (batch, d_inner)
+  const float* dt_B_C;           // (batch, dt_rank + 2 d_state)
+  const T *x, *z, *dt_proj;      // (batch, d_inner) twice, (d_inner, dt_rank)
+  int64_t x_stride, z_stride;    // from row to row
+  const float *dt_bias, *A, *D;  // (d_inner), (d_inner, d_state), (d_inner)
+  float* h;                      // (batch, d_inner, d_state)
+  T* out;                        // (batch, d_inner)
   float delta_ratio;
   const int* done;  // (batch) or null: where not 0 the state stays
 };
@@ -3030,13 +3014,13 @@ template <class T>
 __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state;
   const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
-  const std::int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
+  const int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
   const int width = a.dt_rank + 2 * N;
   const bool aligned = a.dt_rank % 4 == 0;  // otherwise all of the row is `rest`
   const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0, rest = 4 * pieces;
   const T* row = a.dt_proj + d * a.dt_rank;
   const int done = a.done ? a.done[b] : 0;
-  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
+  float* h = a.h + (int64_t(b) * a.d_inner + d) * N;
   float h_n[4];
   unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
   Vector<T, 4> w[kScanDecodePieces];
@@ -3051,10 +3035,9 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
 
   extern __shared__ float dt[];  // (width): dt, B, C
   const float *B = dt + a.dt_rank, *C = B + N;
-  const float x = to_float(a.x[std::int64_t(b) * a.x_stride + d]),
-              z = to_float(a.z[std::int64_t(b) * a.z_stride + d]);
-  for (int i = threadIdx.x; i < width; i += blockDim.x)
-    dt[i] = a.dt_B_C[std::int64_t(b) * width + i];
+  const float x = to_float(a.x[int64_t(b) * a.x_stride + d]),
+              z = to_float(a.z[int64_t(b) * a.z_stride + d]);
+  for (int i = threadIdx.x; i < width; i += blockDim.x) dt[i] = a.dt_B_C[int64_t(b) * width + i];
   __syncthreads();  // dt, B and C are written before anybody reads them
 
   float delta = 0.f;
@@ -3086,7 +3069,7 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   y += __shfl_xor_sync(~0u, y, 1);
   y += __shfl_xor_sync(~0u, y, 2);
   if (lane == 0 && exists)
-    a.out[b * std::int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
+    a.out[b * int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
 }
 
 template <class T>
@@ -3101,8 +3084,8 @@ template <class T>
 struct SsdDecodeArgs {
   int batch, n_heads, head_dim, d_state, n_groups;
   const T *z, *x, *dt;  // (batch, d_inner), (batch, conv_width): x B C, (batch, n_heads)
-  std::int64_t z_stride, x_stride, dt_stride;  // from row to row
-  const float *A, *D, *dt_bias;                // (n_heads)
+  int64_t z_stride, x_stride, dt_stride;  // from row to row
+  const float *A, *D, *dt_bias;           // (n_heads)
   float dt_min, dt_max, delta_ratio;
   float* h;         // (batch, n_heads, head_dim, d_state)
   float* g;         // (batch, d_inner): y silu(z)
@@ -3125,7 +3108,7 @@ __global__ void __launch_bounds__(kSsdDecodeThreads)
   const int lane = threadIdx.x % lanes, step = blockDim.x / lanes,
             rows = min(kSsdDecodeRows, P - p0);
   const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
-  float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
+  float* h = a.h + ((int64_t(b) * a.n_heads + head) * P + p0) * N;
   const int done = a.done ? a.done[b] : 0;
   static_assert(kSsdDecodeFlight * kSsdDecodeThreads / 32 >= kSsdDecodeRows,
                 "a lane holds all its rows");
@@ -3135,7 +3118,7 @@ __global__ void __launch_bounds__(kSsdDecodeThreads)
 #pragma unroll
     for (int i = 0; i < kSsdDecodeFlight; ++i) {
       const int p = first + i * step;
-      unpack(load<4>(h + std::int64_t(p) * N + n, p < rows && n < N), h_n[i]);
+      unpack(load<4>(h + int64_t(p) * N + n, p < rows && n < N), h_n[i]);
     }
   };
   load_h(4 * lane);
@@ -3166,7 +3149,7 @@ __global__ void __launch_bounds__(kSsdDecodeThreads)
         y[i] = fmaf(C_n[k], h_n[i][k], y[i]);
       }
       const int p = first + i * step;
-      if (p < rows && !done) store(h + std::int64_t(p) * N + n, pack<float>(h_n[i]));
+      if (p < rows && !done) store(h + int64_t(p) * N + n, pack<float>(h_n[i]));
     }
   }
   float squares = 0.f;
@@ -3176,7 +3159,7 @@ __global__ void __launch_bounds__(kSsdDecodeThreads)
     for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
     if (lane != 0 || p >= rows) continue;
     const float g = fmaf(D, x_p[i], y[i]) * silu(z_p[i]);
-    a.g[std::int64_t(b) * d_inner + head * P + p0 + p] = g;
+    a.g[int64_t(b) * d_inner + head * P + p0 + p] = g;
     squares = fmaf(g, g, squares);
   }
   if (a.n_groups == 1) return;  // nobody wants the squares
@@ -3187,7 +3170,7 @@ __global__ void __launch_bounds__(kSsdDecodeThreads)
   if (threadIdx.x > 0) return;
   squares = 0.f;
   for (const float of_warp : partial) squares += of_warp;
-  a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] = squares;
+  a.squares[int64_t(b) * gridDim.x + blockIdx.x] = squares;
 }
 
 inline int ssd_decode_blocks(int head_dim) {
@@ -3207,10 +3190,10 @@ void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
 // ============================================================================================
 
 template <class T>  // residual[t] = embedding[ids[t]].  Grid: one block a token
-__global__ void embedding_kernel(const T* embedding, const Token* ids, std::int64_t d_model,
+__global__ void embedding_kernel(const T* embedding, const Token* ids, int64_t d_model,
                                  float* residual) {
   const T* row = embedding + ids[blockIdx.x] * d_model;
-  for (std::int64_t i = threadIdx.x; i < d_model; i += blockDim.x)
+  for (int64_t i = threadIdx.x; i < d_model; i += blockDim.x)
     residual[blockIdx.x * d_model + i] = to_float(row[i]);
 }
 
@@ -3225,25 +3208,25 @@ struct Best {  // of some ids: the largest score and the first id that has it
 };
 struct SampleArgs {
   const float* logits;  // (batch, vocab_size)
-  std::int64_t vocab_size, batch;
+  int64_t vocab_size, batch;
   double temperature, top_p, min_p, penalty;
-  std::int64_t top_k;
-  std::uint64_t seed;
-  const std::uint64_t* sequence;  // (batch) numbers of the sequences
-  std::uint64_t* position;        // (batch) of the token to be drawn; moves on by one
-  std::int64_t* made;             // (batch) tokens drawn so far
-  unsigned char* seen;            // (batch, vocab_size) tokens of the history, or null: no penalty
-  double* weights;                // (batch, vocab_size) room for what stays, null if greedy
-  Token* candidates;              // (batch, vocab_size) and for its ids
-  Best* best;                     // (batch, kBestStretches)
-  int* done;                      // (batch) set when the stop token was drawn
+  int64_t top_k;
+  uint64_t seed;
+  const uint64_t* sequence;  // (batch) numbers of the sequences
+  uint64_t* position;        // (batch) of the token to be drawn; moves on by one
+  int64_t* made;             // (batch) tokens drawn so far
+  unsigned char* seen;       // (batch, vocab_size) tokens of the history, or null: no penalty
+  double* weights;           // (batch, vocab_size) room for what stays, null if greedy
+  Token* candidates;         // (batch, vocab_size) and for its ids
+  Best* best;                // (batch, kBestStretches)
+  int* done;                 // (batch) set when the stop token was drawn
   Token stop;
   Token* next;  // (batch) the tokens drawn
   Token* log;   // (longest, batch) the same for the host, -1: no number among logits
 };
 
 // A logit of sequence b, and what the penalty makes of it.
-__device__ inline double score_of(const SampleArgs& a, std::int64_t b, std::int64_t id) {
+__device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
   const double s = a.logits[b * a.vocab_size + id];
   if (!a.seen || !a.seen[b * a.vocab_size + id]) return s;
   return s < 0 ? s * a.penalty : s / a.penalty;
@@ -3276,24 +3259,23 @@ __device__ inline double sample_sum(double v) {
 }
 
 // Unsigned integers in the order of the doubles.
-__device__ inline std::uint64_t order_key(double v) {
-  const std::uint64_t bits = __double_as_longlong(v);
+__device__ inline uint64_t order_key(double v) {
+  const uint64_t bits = __double_as_longlong(v);
   return bits >> 63 ? ~bits : bits | 1ull << 63;
 }
 
 // The least key from low to high with: the sum of weight(i) over all i < count with key(i) > it is below
 // limit. Every pass divides the range by eight.
 template <class Key, class Weight>
-__device__ inline std::uint64_t least_key(std::int64_t count, double limit, std::uint64_t low,
-                                          std::uint64_t high, const Key& key,
-                                          const Weight& weight) {
+__device__ inline uint64_t least_key(int64_t count, double limit, uint64_t low, uint64_t high,
+                                     const Key& key, const Weight& weight) {
   constexpr int kCuts = 7;
   while (low < high) {
-    const std::uint64_t step = (high - low) / (kCuts + 1);
+    const uint64_t step = (high - low) / (kCuts + 1);
     double above[kCuts] = {};
 #pragma unroll 4
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const std::uint64_t key_i = key(i);
+    for (int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
+      const uint64_t key_i = key(i);
       const double w = weight(i);
 #pragma unroll
       for (int j = 0; j < kCuts; ++j) above[j] += key_i > low + (j + 1) * step ? w : 0.;
@@ -3303,7 +3285,7 @@ __device__ inline std::uint64_t least_key(std::int64_t count, double limit, std:
     int cut = 0;
 #pragma unroll
     for (int j = 0; j < kCuts; ++j) cut += !(above[j] < limit);
-    const std::uint64_t from = low;
+    const uint64_t from = low;
     if (cut < kCuts) high = from + (cut + 1) * step;
     if (cut > 0) low = from + cut * step + 1;
   }
@@ -3311,18 +3293,17 @@ __device__ inline std::uint64_t least_key(std::int64_t count, double limit, std:
 }
 
 // uniform() of mamba.hpp: 53 bits of the Philox4x32-10 block of (position, sequence) under seed.
-__device__ inline double draw_uniform(std::uint64_t seed, std::uint64_t sequence,
-                                      std::uint64_t position) {
-  std::uint32_t c[4] = {std::uint32_t(position), std::uint32_t(position >> 32),
-                        std::uint32_t(sequence), std::uint32_t(sequence >> 32)};
-  std::uint32_t key[2] = {std::uint32_t(seed), std::uint32_t(seed >> 32)};
+__device__ inline double draw_uniform(uint64_t seed, uint64_t sequence, uint64_t position) {
+  uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), uint32_t(sequence),
+                   uint32_t(sequence >> 32)};
+  uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
   for (int round = 0; round < 10; ++round) {
-    const std::uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
-    c[0] = std::uint32_t(p1 >> 32) ^ c[1] ^ key[0], c[1] = std::uint32_t(p1);
-    c[2] = std::uint32_t(p0 >> 32) ^ c[3] ^ key[1], c[3] = std::uint32_t(p0);
+    const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
+    c[0] = uint32_t(p1 >> 32) ^ c[1] ^ key[0], c[1] = uint32_t(p1);
+    c[2] = uint32_t(p0 >> 32) ^ c[3] ^ key[1], c[3] = uint32_t(p0);
     key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
   }
-  return double((std::uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
+  return double((uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
 }
 
 __device__ inline Best warp_best(Best best) {
@@ -3341,12 +3322,11 @@ constexpr int kBestStretches = 32;  // a lane each
 static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs a) {
   launch_next();
   wait_for_previous();
-  const std::int64_t b = blockIdx.y, V = a.vocab_size,
-                     stretch = (V + kBestStretches - 1) / kBestStretches,
-                     end = min(V, (blockIdx.x + 1) * stretch);
+  const int64_t b = blockIdx.y, V = a.vocab_size, stretch = ceil_div(V, kBestStretches),
+                end = min(V, (blockIdx.x + 1) * stretch);
   Best best{-INFINITY, 0, 0};
 #pragma unroll 2
-  for (std::int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
+  for (int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
     const double s = score_of(a, b, i);
     if (!(s < INFINITY)) best.wrong = 1;
     if (s > best.score) best.score = s, best.id = Token(i);
@@ -3362,44 +3342,41 @@ static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs 
 
 // Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: its best token.
 template <class Score>
-__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, const Score& score) {
-  const std::int64_t V = a.vocab_size;
+__device__ inline Token draw(const SampleArgs& a, int64_t b, Token best, const Score& score) {
+  const int64_t V = a.vocab_size;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double* weights = a.weights + b * V;
   Token* candidates = a.candidates + b * V;
-  const auto score_key = [&](std::int64_t id) { return order_key(score(id)); };
-  const auto one = [](std::int64_t) { return 1.; };
-  const std::uint64_t least_score =
+  const auto score_key = [&](int64_t id) { return order_key(score(id)); };
+  const auto one = [](int64_t) { return 1.; };
+  const uint64_t least_score =
       a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, 0, order_key(score(best)), score_key, one)
                                  : 0;
 
   const double largest = score(best);
-  const auto weight = [&](std::int64_t id) {
+  const auto weight = [&](int64_t id) {
     const double s = score(id);
     return order_key(s) < least_score ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
   };
   // Each warp looks through its own stretch of ids, so that candidates keep the order of ids.
-  const std::int64_t stretch = (V + kSampleWarps - 1) / kSampleWarps;
-  const std::int64_t begin = min(V, warp * stretch), end = min(V, begin + stretch);
+  const int64_t stretch = ceil_div(V, kSampleWarps);
+  const int64_t begin = min(V, warp * stretch), end = min(V, begin + stretch);
   double total = 0.;
-  for (std::int64_t i = begin + lane; i < end; i += 32) total += weights[i] = weight(i);
+  for (int64_t i = begin + lane; i < end; i += 32) total += weights[i] = weight(i);
   total = sample_sum(total);
 
   // Weights below this go whatever the order: all of them together are below 1 - top_p.
   const double certain = a.top_p < 1 ? (1 - a.top_p) * total / double(V) : 0.;
-  const auto may_stay = [&](std::int64_t i) {
-    return i < end && weights[i] >= fmax(certain, 1e-300);
-  };
-  __shared__ std::int64_t counts[kSampleWarps];
-  std::int64_t count = 0;
-  for (std::int64_t i = begin; i < end; i += 32)
-    count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
+  const auto may_stay = [&](int64_t i) { return i < end && weights[i] >= fmax(certain, 1e-300); };
+  __shared__ int64_t counts[kSampleWarps];
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; i += 32) count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
   if (lane == 0) counts[warp] = count;
   __syncthreads();  // counts are written before they are added
-  std::int64_t first = 0;
+  int64_t first = 0;
   count = 0;
   for (int w = 0; w < kSampleWarps; ++w) first += w < warp ? counts[w] : 0, count += counts[w];
-  for (std::int64_t i = begin; i < end; i += 32) {
+  for (int64_t i = begin; i < end; i += 32) {
     const bool stays = may_stay(i + lane);
     const unsigned staying = __ballot_sync(~0u, stays);
     if (stays) candidates[first + __popc(staying & ((1u << lane) - 1))] = Token(i + lane);
@@ -3409,35 +3386,34 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
 
   if (a.top_p < 1) {
     const double limit = a.top_p * total;
-    const auto weight_of = [&](std::int64_t i) { return weights[candidates[i]]; };
-    const std::uint64_t least = least_key(
-        count, limit, 0, order_key(largest),
-        [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
+    const auto weight_of = [&](int64_t i) { return weights[candidates[i]]; };
+    const uint64_t least = least_key(
+        count, limit, 0, order_key(largest), [&](int64_t i) { return score_key(candidates[i]); },
+        weight_of);
     // Of equal scores the higher ids stay: where there are such, the same search among them, by id.
     double sums[2] = {};  // of weights above, and the number of equals
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const std::uint64_t key = score_key(candidates[i]);
+    for (int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
+      const uint64_t key = score_key(candidates[i]);
       sums[0] += key > least ? weight_of(i) : 0.;
       sums[1] += key == least ? 1. : 0.;
     }
     sample_sums(sums);
-    const std::uint64_t least_id =
-        sums[1] < 2 ? 0
-                    : least_key(
-                          count, limit - sums[0], 0, std::uint64_t(V),
-                          [&](std::int64_t i) { return std::uint64_t(candidates[i]); },
-                          [&](std::int64_t i) {
-                            return score_key(candidates[i]) == least ? weight_of(i) : 0.;
-                          });
+    const uint64_t least_id =
+        sums[1] < 2
+            ? 0
+            : least_key(
+                  count, limit - sums[0], 0, uint64_t(V),
+                  [&](int64_t i) { return uint64_t(candidates[i]); },
+                  [&](int64_t i) { return score_key(candidates[i]) == least ? weight_of(i) : 0.; });
     __syncthreads();  // all weights have been read before some are erased
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const std::uint64_t key = score_key(candidates[i]);
-      if (key < least || (key == least && std::uint64_t(candidates[i]) < least_id))
+    for (int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
+      const uint64_t key = score_key(candidates[i]);
+      if (key < least || (key == least && uint64_t(candidates[i]) < least_id))
         weights[candidates[i]] = 0.;
     }
     __syncthreads();  // weights are erased before they are added
   }
-  const auto kept = [&](std::int64_t i) {
+  const auto kept = [&](int64_t i) {
     const double w = i < count ? weights[candidates[i]] : 0.;
     return w < fmax(a.min_p, 1e-300) ? 0. : w;
   };
@@ -3445,10 +3421,9 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
   // The first candidate, in order of ids, at which the sum exceeds u; or the last one with a weight.
   __shared__ double sums[kSampleWarps];
   __shared__ Token drawn;
-  const std::int64_t share = (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
+  const int64_t share = ceil_div(count, kSampleThreads) * 32;  // of a warp
   double sum = 0.;
-  for (std::int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32)
-    sum += kept(i);
+  for (int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32) sum += kept(i);
   sum = warp_sum(sum);
   if (lane == 0) sums[warp] = sum;
   __syncthreads();  // the warps' sums are written before they are read
@@ -3459,7 +3434,7 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
     int w = 0;
     while (w + 1 < kSampleWarps && before + sums[w] <= u) before += sums[w++];
     Token token = best;
-    for (std::int64_t i = w * share; i < count; i += 32) {
+    for (int64_t i = w * share; i < count; i += 32) {
       const double w_i = kept(i + lane);
       double upto = w_i;  // sum over the lanes up to this one
       for (int d = 1; d < 32; d *= 2) {
@@ -3482,7 +3457,7 @@ __device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, co
 struct StoredMatrix {
   const void* data;
   DType dtype;
-  __device__ float operator[](std::int64_t i) const {
+  __device__ float operator[](int64_t i) const {
     if (dtype == DType::BF16) return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
     if (dtype == DType::F16) return to_float(static_cast<const __half*>(data)[i]);
     return static_cast<const float*>(data)[i];
@@ -3492,12 +3467,12 @@ struct StoredMatrix {
 // Draws the next token, notes it, and looks up its embedding for the next step. Grid: one block a sequence.
 // static: it is no template, and several tests include this file.
 static __global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(SampleArgs a, StoredMatrix embedding, std::int64_t d_model, float* residual) {
+    sample_kernel(SampleArgs a, StoredMatrix embedding, int64_t d_model, float* residual) {
   launch_next();
   wait_for_previous();
-  const std::int64_t b = blockIdx.x, V = a.vocab_size;
+  const int64_t b = blockIdx.x, V = a.vocab_size;
   unsigned char* seen = a.seen ? a.seen + b * V : nullptr;
-  const auto score = [&](std::int64_t id) { return score_of(a, b, id); };
+  const auto score = [&](int64_t id) { return score_of(a, b, id); };
   const Best best = warp_best(a.best[b * kBestStretches + threadIdx.x % 32]);
   if (a.done[b]) return;
   Token token = best.wrong || best.score == -INFINITY ? -1 : best.id;
@@ -3511,13 +3486,13 @@ static __global__ void __launch_bounds__(kSampleThreads)
     if (seen && token >= 0) seen[token] = 1;
     if (token == a.stop || token < 0) a.done[b] = 1;
   }
-  const std::int64_t row = std::int64_t(max(token, 0)) * d_model;
-  for (std::int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
+  const int64_t row = int64_t(max(token, 0)) * d_model;
+  for (int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
     residual[b * d_model + i] = embedding[row + i];
 }
 
 // embedding (vocab_size, d_model), residual (batch, d_model).
-inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, std::int64_t d_model,
+inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, int64_t d_model,
                         float* residual, cudaStream_t stream) {
   launch_early(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0, stream, a);
   launch_early(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a, embedding,
@@ -3530,7 +3505,7 @@ inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, std:
 
 // A (rows, cols) matrix of weights as stored.
 struct DeviceMatrix {
-  std::int64_t rows = 0, cols = 0;
+  int64_t rows = 0, cols = 0;
   DeviceBuffer<std::byte> bytes;
   template <class T>
   const T* as() const {
@@ -3573,13 +3548,13 @@ inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMat
 inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceRow& row) {
   ssm::Row<float> host;
   assign(tensor, storage, host);
-  row = DeviceBuffer<float>(host.data(), static_cast<std::size_t>(host.size()));
+  row = DeviceBuffer<float>(host.data(), static_cast<size_t>(host.size()));
 }
 inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStateMatrix& A) {
   ssm::StateMatrix<float> columns;
   assign(A_log, storage, columns);
   const Matrix<float> rows = columns;
-  A = DeviceBuffer<float>(rows.data(), static_cast<std::size_t>(rows.size()));
+  A = DeviceBuffer<float>(rows.data(), static_cast<size_t>(rows.size()));
 }
 
 // Calls f with a null pointer to the type of the weights.
@@ -3600,11 +3575,11 @@ void with_type(DType dtype, const Function& f) {
 // What is remembered of `batch` texts, in the order in which the kernels read it:
 // conv (n_layer, batch, d_conv - 1, conv_width) as stored, h (n_layer, batch, d_inner, d_state).
 struct DeviceState {
-  std::int64_t batch = 0;
+  int64_t batch = 0;
   DeviceBuffer<std::byte> conv;
   DeviceBuffer<float> h;
   DeviceState() = default;
-  DeviceState(const Config& c, DType dtype, std::int64_t batch)
+  DeviceState(const Config& c, DType dtype, int64_t batch)
       : batch(batch),
         conv(dtype_size(dtype) * c.n_layer * batch * (c.d_conv - 1) * c.conv_width()),
         h(c.n_layer * batch * c.d_inner * c.d_state) {
@@ -3621,12 +3596,12 @@ struct DeviceState {
 };
 
 template <class T>  // x (L, d) += bias (d).  One thread a number.
-__global__ void add_bias_kernel(T* x, const float* bias, std::int64_t L, std::int64_t d) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void add_bias_kernel(T* x, const float* bias, int64_t L, int64_t d) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < L * d) x[i] = from_float<T>(to_float(x[i]) + bias[i % d]);
 }
 template <class T>
-void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaStream_t stream) {
+void add_bias(T* x, const DeviceRow& bias, int64_t L, int64_t d, cudaStream_t stream) {
   if (bias.size() == 0 || L == 0) return;
   add_bias_kernel<<<ceil_div(L * d, 256), 256, 0, stream>>>(x, bias.data(), L, d);
   CUDA_CHECK(cudaGetLastError());
@@ -3635,14 +3610,14 @@ void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaS
 template <class T>
 constexpr cudaDataType_t kCudaType = CUDA_R_32F;
 template <>
-inline constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
+constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
 template <>
-inline constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
+constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
 
 // The stream that all work goes to, and cuBLAS on it.
 class Queue {
  public:
-  Queue() : workspace_(std::size_t{32} << 20) {
+  Queue() : workspace_(size_t{32} << 20) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     CUBLAS_CHECK(cublasCreate(&cublas_));
     CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
@@ -3662,8 +3637,8 @@ class Queue {
 
   // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
   template <class T, class Out>
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W, std::int64_t rows,
-              std::int64_t cols, Out* y, std::int64_t y_stride, float beta = 0.f) const {
+  void linear(const T* x, int64_t L, int64_t x_stride, const T* W, int64_t rows, int64_t cols,
+              Out* y, int64_t y_stride, float beta = 0.f) const {
     const float one = 1.f;
     if (L == 0) return;
     CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L), int(cols), &one,
@@ -3690,11 +3665,11 @@ struct Activations {
   float *dt_B_C_step = nullptr, *g = nullptr,
         *squares = nullptr;  // where few sequences take one token
 
-  Activations(const Config& c, std::int64_t rows, DeviceBuffer<std::byte>& room) {
-    std::size_t used = 0;
+  Activations(const Config& c, int64_t rows, DeviceBuffer<std::byte>& room) {
+    size_t used = 0;
     for (const bool measure : {true, false}) {
       used = 0;
-      const auto take = [&](auto*& p, std::int64_t per_row) {
+      const auto take = [&](auto*& p, int64_t per_row) {
         using Number = std::remove_reference_t<decltype(*p)>;
         p = measure ? nullptr : reinterpret_cast<Number*>(room.data() + used);
         used += (sizeof(Number) * rows * per_row + 255) / 256 * 256;
@@ -3728,22 +3703,20 @@ struct Compute {
 
   const T* head() const { return (model.tied ? model.embedding : model.lm_head).template as<T>(); }
 
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const DeviceMatrix& W,
-              T* y) const {
+  void linear(const T* x, int64_t L, int64_t x_stride, const DeviceMatrix& W, T* y) const {
     queue.linear(x, L, x_stride, W.as<T>(), W.rows, W.cols, y, W.rows);
   }
-  void rms_norm(const Activations<T>& a, const DeviceRow& weight, std::int64_t L) const {
+  void rms_norm(const Activations<T>& a, const DeviceRow& weight, int64_t L) const {
     mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), float(config.norm_eps), L,
                           int(config.d_model), a.u, config.d_model, queue.stream());
   }
-  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y,
-                    std::int64_t L) const {
+  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y, int64_t L) const {
     queue.linear(y, L, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
                  a.residual, config.d_model, 1.f);
     add_bias(a.residual, w.out_proj_bias, L, config.d_model, queue.stream());
   }
 
-  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, std::int64_t first,
+  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, int64_t first,
                         T* state) const {
     ConvArgs<T> conv;
     conv.d = config.conv_width(), conv.width = int(config.d_conv);
@@ -3763,18 +3736,18 @@ struct Compute {
     scan.B = a.dt_B_C + config.dt_rank, scan.C = scan.B + config.d_state;
     scan.B_stride = scan.C_stride = config.dt_rank + 2 * config.d_state;
     scan.z = a.projected + config.d_inner, scan.z_stride = config.in_proj_width();
-    scan.h0 = h, scan.h_T = h;
+    scan.h0 = h, scan.hT = h;
     scan.out = a.y, scan.out_stride = config.d_inner;
     scan.delta_ratio = delta_ratio;
     return scan;
   }
 
   SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
-    const std::int64_t GN = config.n_groups * config.d_state;
+    const int64_t GN = config.n_groups * config.d_state;
     SsdArgs<T> in;
-    in.heads = int(config.n_heads), in.head_dim = int(config.head_dim),
+    in.n_heads = int(config.n_heads), in.head_dim = int(config.head_dim),
     in.d_state = int(config.d_state);
-    in.groups = int(config.n_groups);
+    in.n_groups = int(config.n_groups);
     in.x = a.x, in.B = a.x + config.d_inner, in.C = in.B + GN;
     in.x_stride = in.B_stride = in.C_stride = config.conv_width();
     in.dt = a.projected + config.d_inner + config.conv_width(),
@@ -3789,7 +3762,7 @@ struct Compute {
 
   // x: after the convolution, its rows x_stride apart.
   ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
-                                     const T* x, std::int64_t x_stride, float* h,
+                                     const T* x, int64_t x_stride, float* h,
                                      const int* done) const {
     return {batch,
             int(config.d_inner),
@@ -3810,10 +3783,9 @@ struct Compute {
             done};
   }
   SsdDecodeArgs<T> ssd_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
-                                   const T* x, std::int64_t x_stride, float* h,
-                                   const int* done) const {
+                                   const T* x, int64_t x_stride, float* h, const int* done) const {
     const Config& c = config;
-    const std::int64_t width = c.in_proj_width();
+    const int64_t width = c.in_proj_width();
     return {batch,
             int(c.n_heads),
             int(c.head_dim),
@@ -3839,9 +3811,9 @@ struct Compute {
 
   // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
   // 1, and the step functions do it; done as in ConvArgs.
-  void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
-                   std::int64_t L, T* conv_state, float* h, bool step, const int* done) const {
-    const std::int64_t rows = batch * L;
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, int64_t batch, int64_t L,
+                   T* conv_state, float* h, bool step, const int* done) const {
+    const int64_t rows = batch * L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
@@ -3859,9 +3831,9 @@ struct Compute {
   }
 
   // The same for Mamba-2.
-  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
-                    std::int64_t L, T* conv_state, float* h, bool step, const int* done) const {
-    const std::int64_t rows = batch * L;
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, int64_t batch, int64_t L,
+                    T* conv_state, float* h, bool step, const int* done) const {
+    const int64_t rows = batch * L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
@@ -3880,7 +3852,7 @@ struct Compute {
   }
 
   // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
-  Activations<T> backbone(const Token* ids, std::int64_t L, DeviceState& state) const {
+  Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
     embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids,
                                                               config.d_model, a.residual);
@@ -3894,8 +3866,7 @@ struct Compute {
   }
 
   // rows [first, first + count) of a.residual -> logits (count, vocab_size); a.u is overwritten.
-  void lm_head(const Activations<T>& a, std::int64_t first, std::int64_t count,
-               float* logits) const {
+  void lm_head(const Activations<T>& a, int64_t first, int64_t count, float* logits) const {
     Activations<T> rows = a;
     rows.residual += first * config.d_model;
     rms_norm(rows, model.norm_f, count);
@@ -3904,8 +3875,8 @@ struct Compute {
   }
 
   // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C four numbers.
-  bool takes_few(std::int64_t batch) const {
-    const std::int64_t n = 16 / sizeof(T);
+  bool takes_few(int64_t batch) const {
+    const int64_t n = 16 / sizeof(T);
     return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&
            config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
            (batch == 1 || config.in_proj_width() % 4 == 0) &&
@@ -3941,7 +3912,7 @@ struct Compute {
                                     c.conv_width(),        int(c.d_conv)};
       linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
       if (c.version == 1) {
-        const std::int64_t width = c.dt_rank + 2 * c.d_state;
+        const int64_t width = c.dt_rank + 2 * c.d_state;
         linear_step(w.x_proj.as<T>(), width, c.d_inner, batch,
                     PlainInput<T>{a.projected, c.in_proj_width()},
                     PlainOutput{a.dt_B_C_step, width}, stream);
@@ -4000,9 +3971,9 @@ inline void use_device(int device) {
 /// Numbers that the GPU writes and the host reads without asking for a copy.
 class HostTokens {
  public:
-  explicit HostTokens(std::size_t size) {
+  explicit HostTokens(size_t size) {
     CUDA_CHECK(
-        cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
+        cudaHostAlloc(&data_, std::max<size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
   }
   HostTokens(const HostTokens&) = delete;
   HostTokens& operator=(const HostTokens&) = delete;
@@ -4021,9 +3992,9 @@ class CudaEngine {
       "decode, prefill, bandwidth, matmul, causal_conv1d, selective_scan, ssd, rms_norm, "
       "gated_rms_norm or sample";
   static constexpr bool kHasDevice = true;
-  static constexpr Index kPiece = 16384;              // tokens that the parallel form takes at once
-  static constexpr std::size_t kBatch = 256;          // texts that are generated together
-  static constexpr std::size_t kMostSequences = 256;  // that are continued together
+  static constexpr Index kPiece = 16384;         // tokens that the parallel form takes at once
+  static constexpr size_t kBatch = 256;          // texts that are generated together
+  static constexpr size_t kMostSequences = 256;  // that are continued together
 
   using State = DeviceState;
 
@@ -4052,10 +4023,10 @@ class CudaEngine {
  private:
   CudaEngine(const Config& config, const EngineOptions& options, DType dtype)
       : config_(config), dtype_(dtype), delta_ratio_(options.delta_ratio) {
-    std::size_t bytes = 0;
-    for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-      std::size_t size = shape.size() == 2 ? dtype_size(dtype) : sizeof(float);
-      for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
+    size_t bytes = 0;
+    for_each_shape(config, [&](const std::string&, const std::vector<int64_t>& shape) {
+      size_t size = shape.size() == 2 ? dtype_size(dtype) : sizeof(float);
+      for (const int64_t extent : shape) size *= static_cast<size_t>(extent);
       bytes += size;
     });
     use_device(options.device);
@@ -4076,7 +4047,7 @@ class CudaEngine {
     return {config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
   }
   const Token* upload(const Token* ids, Index L) {
-    ids_.grow(static_cast<std::size_t>(L));
+    ids_.grow(static_cast<size_t>(L));
     CUDA_CHECK(cudaMemcpyAsync(ids_.data(), ids, L * sizeof(Token), cudaMemcpyHostToDevice,
                                queue_->stream()));
     return ids_.data();
@@ -4092,7 +4063,7 @@ class CudaEngine {
   template <class T>
   void prefill_on_device(State& state, const Token* ids, Index L, Index row);
   template <class T>
-  void generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
+  void generate_together(Sequence<State>* sequences, size_t first, size_t batch,
                          const GenerateOptions& options, const OnToken& on_token);
 
   Config config_;
@@ -4115,7 +4086,7 @@ inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
     conv.insert(conv.end(), layer.conv.data(), layer.conv.data() + layer.conv.size());
     h.insert(h.end(), rows.data(), rows.data() + rows.size());
   }
-  const auto n = static_cast<std::int64_t>(conv.size());
+  const auto n = static_cast<int64_t>(conv.size());
   const Tensor plain = tensor_view("conv", {n}, conv.data());
   const Tensor stored = dtype_ == DType::F32 ? plain : to_dtype(plain, dtype_);
   if (n > 0) state.conv.copy_from(static_cast<const std::byte*>(stored.data));
@@ -4133,7 +4104,7 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
   const std::byte* next_conv = conv.data();
   const float* next_h = h.data();
   for (auto& layer : host.layers) {
-    const std::size_t bytes = layer.conv.size() * dtype_size(dtype_);
+    const size_t bytes = layer.conv.size() * dtype_size(dtype_);
     convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
     layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
     next_conv += bytes;
@@ -4155,7 +4126,7 @@ void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Inde
 }
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
-  logits_.grow(static_cast<std::size_t>(config_.vocab_size));
+  logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     prefill_on_device<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
   });
@@ -4164,7 +4135,7 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
 
 inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
-  logits_.grow(static_cast<std::size_t>(std::min(L, kRows) * config_.vocab_size));
+  logits_.grow(static_cast<size_t>(std::min(L, kRows) * config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (Index t = 0; t < L; t += kPiece) {
@@ -4180,7 +4151,7 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
 }
 
 inline Matrix<float> CudaEngine::step(State& state, Token id) {
-  logits_.grow(static_cast<std::size_t>(config_.vocab_size));
+  logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Activations<T> a(config_, 1, activation_room_);
@@ -4201,8 +4172,8 @@ inline Matrix<float> CudaEngine::step(State& state, Token id) {
 /// What is copied between the layers of one sequence's state and those of a batch.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
                        const DeviceState& to, Index to_row, cudaStream_t stream) {
-  const auto copy = [&](auto* to_data, const auto* from_data, std::size_t bytes_of_layer_and_row) {
-    const std::size_t bytes = bytes_of_layer_and_row;
+  const auto copy = [&](auto* to_data, const auto* from_data, size_t bytes_of_layer_and_row) {
+    const size_t bytes = bytes_of_layer_and_row;
     if (bytes == 0) return;
     CUDA_CHECK(
         cudaMemcpy2DAsync(reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
@@ -4214,18 +4185,17 @@ inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
 }
 
 template <class T>
-void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
+void CudaEngine::generate_together(Sequence<State>* sequences, size_t first, size_t batch,
                                    const GenerateOptions& options, const OnToken& on_token) {
   const cudaStream_t stream = queue_->stream();
   const Index V = config_.vocab_size;
   logits_.grow(batch * V);
   const bool penalty = options.sampler.repetition_penalty != 1;
-  std::vector<std::uint64_t> numbers(batch), positions(batch);
+  std::vector<uint64_t> numbers(batch), positions(batch);
   std::vector<unsigned char> seen(penalty ? batch * V : 0);
-  for (std::size_t i = 0; i < batch; ++i) {
+  for (size_t i = 0; i < batch; ++i) {
     auto& s = sequences[i];
-    const std::size_t end = s.ids.size() - (options.n == 0 ? 1 : 0),
-                      begin = std::exchange(s.taken, end);
+    const size_t end = s.ids.size() - (options.n == 0 ? 1 : 0), begin = std::exchange(s.taken, end);
     prefill_on_device<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin),
                          static_cast<Index>(i));
     queue_->wait();  // before the pieces' ids are replaced
@@ -4236,14 +4206,13 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   if (options.n == 0) return;
 
   State state(config_, dtype_, batch);
-  for (std::size_t i = 0; i < batch; ++i)
-    copy_state(config_, sequences[i].state, 0, state, i, stream);
+  for (size_t i = 0; i < batch; ++i) copy_state(config_, sequences[i].state, 0, state, i, stream);
   const Activations<T> a(config_, batch, activation_room_);
   const bool greedy = options.sampler.temperature == 0;
-  const DeviceBuffer<std::uint64_t> sequence_d(numbers.data(), batch),
+  const DeviceBuffer<uint64_t> sequence_d(numbers.data(), batch),
       position_d(positions.data(), batch);
   const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
-  DeviceBuffer<std::int64_t> made_d(batch);
+  DeviceBuffer<int64_t> made_d(batch);
   DeviceBuffer<int> done_d(batch);
   const DeviceBuffer<Best> best_d(batch * kBestStretches);
   const DeviceBuffer<Token> next_d(batch), candidates_d(greedy ? 0 : batch * V);
@@ -4254,7 +4223,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   const SamplerOptions& o = options.sampler;
   const SampleArgs args{logits_.data(),
                         V,
-                        static_cast<std::int64_t>(batch),
+                        static_cast<int64_t>(batch),
                         o.temperature,
                         o.top_p,
                         o.min_p,
@@ -4284,10 +4253,9 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
   constexpr Index kAhead = 8;  // tokens that the GPU may be ahead of the host
   std::vector<Event> drawn(kAhead);
   std::vector<char> finished(batch, 0);
-  std::size_t turn =
-      0;  // the first unfinished sequence; tokens of later ones are told in their turn
-  std::vector<std::size_t> told(batch);
-  for (std::size_t i = 0; i < batch; ++i) told[i] = sequences[i].ids.size();
+  size_t turn = 0;  // the first unfinished sequence; tokens of later ones are told in their turn
+  std::vector<size_t> told(batch);
+  for (size_t i = 0; i < batch; ++i) told[i] = sequences[i].ids.size();
   const auto tell = [&] {
     for (; turn < batch; ++turn) {
       auto& ids = sequences[turn].ids;
@@ -4305,7 +4273,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
       drawn[launched % kAhead].record(stream);
     }
     drawn[made % kAhead].wait();
-    for (std::size_t i = 0; i < batch; ++i) {
+    for (size_t i = 0; i < batch; ++i) {
       if (finished[i]) continue;
       const Token token = log.data()[made * batch + i];
       if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
@@ -4315,7 +4283,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
     tell();
   }
   queue_->wait();
-  for (std::size_t i = 0; i < batch; ++i) {
+  for (size_t i = 0; i < batch; ++i) {
     copy_state(config_, state, i, sequences[i].state, 0, stream);
     sequences[i].taken = sequences[i].ids.size() - 1;
   }
@@ -4327,7 +4295,7 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
   check(options.sampler);
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (std::size_t first = 0; first < sequences.size(); first += kMostSequences)
+    for (size_t first = 0; first < sequences.size(); first += kMostSequences)
       generate_together<T>(sequences.data() + first, first,
                            std::min(kMostSequences, sequences.size() - first), options, on_token);
   });
@@ -4339,11 +4307,10 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
 
 // Uniform numbers in [-scale, scale) plus `offset`, by hashing the index (splitmix64).
 template <class T>
-__global__ void random_kernel(T* out, std::int64_t size, float scale, float offset,
-                              std::uint64_t seed) {
-  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
-       i += std::int64_t(gridDim.x) * blockDim.x) {
-    std::uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
+__global__ void random_kernel(T* out, int64_t size, float scale, float offset, uint64_t seed) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
+       i += int64_t(gridDim.x) * blockDim.x) {
+    uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
     v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
     v = (v ^ v >> 27) * 0x94D049BB133111EBull;
     out[i] = from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
@@ -4353,16 +4320,16 @@ __global__ void random_kernel(T* out, std::int64_t size, float scale, float offs
 // Spread as at the start of training, so that nothing overflows.
 inline void CudaEngine::fill_random() {
   model_.sizes = config_;
-  model_.layers.resize(static_cast<std::size_t>(config_.n_layer));
-  std::uint64_t seed = 1;
-  const auto fill = [&](auto* data, std::size_t size, float scale, float offset) {
-    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset, ++seed);
+  model_.layers.resize(static_cast<size_t>(config_.n_layer));
+  uint64_t seed = 1;
+  const auto fill = [&](auto* data, size_t size, float scale, float offset) {
+    random_kernel<<<1024, 256>>>(data, static_cast<int64_t>(size), scale, offset, ++seed);
     CUDA_CHECK(cudaGetLastError());
   };
   for_each_weight(config_, model_, [&](const std::string& name, const auto& shape, auto& to) {
     using To = std::remove_reference_t<decltype(to)>;
-    std::size_t size = 1;
-    for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
+    size_t size = 1;
+    for (const int64_t extent : shape) size *= static_cast<size_t>(extent);
     if constexpr (std::is_same_v<To, DeviceMatrix>) {
       to.rows = shape[0], to.cols = shape[1];
       to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
@@ -4410,9 +4377,9 @@ double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
 
 /// Bytes a second, read and written, that a large copy reaches.
 inline double copy_bandwidth(cudaStream_t stream) {
-  const DeviceBuffer<std::byte> from(std::size_t{1} << 30), to(std::size_t{1} << 30);
-  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()),
-                                          std::int64_t{1} << 28, 1.f, 0.f, 7);
+  const DeviceBuffer<std::byte> from(size_t{1} << 30), to(size_t{1} << 30);
+  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()), int64_t{1} << 28,
+                                          1.f, 0.f, 7);
   const double ms = median_ms(stream, 10, [&] {
     CUDA_CHECK(
         cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
@@ -4423,7 +4390,7 @@ inline double copy_bandwidth(cudaStream_t stream) {
 /// Multiply-adds a second, times two, that a large product of this type reaches on random numbers.
 template <class T>
 double matmul_peak(const Queue& queue) {
-  constexpr std::int64_t n = 8192;
+  constexpr int64_t n = 8192;
   const DeviceBuffer<T> x(n * n), W(n * n), y(n * n);
   for (const T* p : {x.data(), W.data()})
     random_kernel<<<1024, 256, 0, queue.stream()>>>(const_cast<T*>(p), n * n, 1.f, 0.f,
@@ -4444,7 +4411,7 @@ class KernelBench {
         rows_(options.batch * options.length),
         stream_(stream),
         bandwidth_(copy_bandwidth(stream)),
-        cold_(std::size_t{256} << 20) {}
+        cold_(size_t{256} << 20) {}
 
   /// False if there is no such operation.
   bool run() {
@@ -4463,15 +4430,15 @@ class KernelBench {
 
  private:
   template <class V>
-  DeviceBuffer<V> random(std::int64_t size, float scale = 1, float offset = 0) {
-    DeviceBuffer<V> buffer(static_cast<std::size_t>(size));
+  DeviceBuffer<V> random(int64_t size, float scale = 1, float offset = 0) {
+    DeviceBuffer<V> buffer(static_cast<size_t>(size));
     random_kernel<<<1024, 256, 0, stream_>>>(buffer.data(), size, scale, offset, ++seed_);
     CUDA_CHECK(cudaGetLastError());
     return buffer;
   }
 
   template <class Launch>
-  void report(const char* kernel, std::int64_t length, double bytes, double flops,
+  void report(const char* kernel, int64_t length, double bytes, double flops,
               const Launch& launch) {
     const double floor = bytes / bandwidth_ * 1e3;
     const double ms = median_ms(stream_, o_.repeat, launch, [&] {
@@ -4487,16 +4454,16 @@ class KernelBench {
   }
 
   void conv() {
-    const std::int64_t d = c_.conv_width(), width = c_.d_conv;
+    const int64_t d = c_.conv_width(), width = c_.d_conv;
     const auto x = random<T>(rows_ * d), state = random<T>(o_.batch * (width - 1) * d);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
     const auto weight = random<float>(d * width), bias = random<float>(d);
     ConvArgs<T> a;
     a.batch = o_.batch, a.L = o_.length, a.d = d, a.width = int(width);
     a.x = x.data(), a.weight = weight.data(), a.bias = bias.data();
     a.state = a.state_out = state.data(), a.out = out.data();
     a.x_stride = a.out_stride = d;
-    const auto bytes = [&](std::int64_t rows) {
+    const auto bytes = [&](int64_t rows) {
       return double(2 * rows * d + 2 * o_.batch * (width - 1) * d) * sizeof(T);
     };
     const double flops = 2. * double(width * d);
@@ -4510,21 +4477,21 @@ class KernelBench {
   }
 
   void scan() {
-    const std::int64_t d = c_.d_inner, N = c_.d_state;
+    const int64_t d = c_.d_inner, N = c_.d_state;
     const auto x = random<T>(rows_ * d), delta = random<T>(rows_ * d), z = random<T>(rows_ * d),
                B = random<T>(rows_ * N), C = random<T>(rows_ * N);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
     const auto A = random<float>(d * N, 7.f, -8.f), D = random<float>(d),
                bias = random<float>(d, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
     ScanArgs<T> a;
     a.batch = o_.batch, a.L = o_.length, a.d_inner = d, a.d_state = N;
     a.x = x.data(), a.delta = delta.data(), a.A = A.data(), a.B = B.data();
     a.C = C.data(), a.D = D.data(), a.z = z.data(), a.delta_bias = bias.data();
-    a.h_T = h.data(), a.out = out.data();
+    a.hT = h.data(), a.out = out.data();
     a.x_stride = a.delta_stride = a.z_stride = a.out_stride = d;
     a.B_stride = a.C_stride = N;
     const DeviceBuffer<std::byte> workspace(selective_scan_workspace(a));
-    const auto bytes = [&](std::int64_t rows, int states) {
+    const auto bytes = [&](int64_t rows, int states) {
       return double(rows * (4 * d + 2 * N)) * sizeof(T) +
              double(states * o_.batch * d * N) * sizeof(float);
     };
@@ -4539,19 +4506,19 @@ class KernelBench {
   }
 
   void ssd() {
-    const std::int64_t d = c_.d_inner, H = c_.n_heads, N = c_.d_state, GN = c_.n_groups * N;
+    const int64_t d = c_.d_inner, H = c_.n_heads, N = c_.d_state, GN = c_.n_groups * N;
     const auto x = random<T>(rows_ * d), dt = random<T>(rows_ * H), B = random<T>(rows_ * GN),
                C = random<T>(rows_ * GN);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
     const auto A = random<float>(H, 7.f, -8.f), D = random<float>(H),
                bias = random<float>(H, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
     SsdArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.heads = int(H), a.head_dim = int(c_.head_dim);
-    a.d_state = int(N), a.groups = int(c_.n_groups);
+    a.batch = o_.batch, a.L = o_.length, a.n_heads = int(H), a.head_dim = int(c_.head_dim);
+    a.d_state = int(N), a.n_groups = int(c_.n_groups);
     a.x = x.data(), a.dt = dt.data(), a.B = B.data(), a.C = C.data(), a.A = A.data();
     a.D = D.data(), a.dt_bias = bias.data(), a.hT = h.data(), a.out = out.data();
     a.x_stride = a.out_stride = d, a.dt_stride = H, a.B_stride = a.C_stride = GN;
-    const auto bytes = [&](std::int64_t rows, int states) {
+    const auto bytes = [&](int64_t rows, int states) {
       return double(rows * (2 * d + H + 2 * GN)) * sizeof(T) +
              double(states * o_.batch * d * N) * sizeof(float);
     };
@@ -4576,10 +4543,10 @@ class KernelBench {
   }
 
   void norm() {
-    const std::int64_t d = c_.d_model;
+    const int64_t d = c_.d_model;
     const auto x = random<T>(rows_ * d);
     const auto residual = random<float>(rows_ * d), weight = random<float>(d);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
     report("rms_norm_kernel", o_.length, double(rows_ * d) * (2 * sizeof(T) + 8),
            5. * double(rows_ * d), [&] {
              rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows_, int(d), out.data(),
@@ -4588,10 +4555,10 @@ class KernelBench {
   }
 
   void gated_norm() {
-    const std::int64_t d = c_.d_inner;
+    const int64_t d = c_.d_inner;
     const auto y = random<T>(rows_ * d), z = random<T>(rows_ * d);
     const auto weight = random<float>(d);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
+    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
     report("gated_rms_norm_kernel", o_.length, double(3 * rows_ * d) * sizeof(T),
            8. * double(rows_ * d), [&] {
              gated_rms_norm(y.data(), d, z.data(), d, weight.data(), 1e-5f, rows_, int(d),
@@ -4601,15 +4568,15 @@ class KernelBench {
 
   // Greedy, and with a filter.
   void sample() {
-    const std::int64_t V = c_.vocab_size, batch = o_.batch;
-    const auto count = static_cast<std::size_t>(batch);
+    const int64_t V = c_.vocab_size, batch = o_.batch;
+    const auto count = static_cast<size_t>(batch);
     const auto logits = random<float>(batch * V, 10.f), residual = random<float>(batch);
     const auto embedding = random<float>(V);
-    DeviceBuffer<std::uint64_t> numbers(count), positions(count);
-    DeviceBuffer<std::int64_t> made(count);
+    DeviceBuffer<uint64_t> numbers(count), positions(count);
+    DeviceBuffer<int64_t> made(count);
     DeviceBuffer<int> done(count);
     const DeviceBuffer<Token> next(count), candidates(count * V),
-        log(count * static_cast<std::size_t>(o_.repeat + 8));
+        log(count * static_cast<size_t>(o_.repeat + 8));
     const DeviceBuffer<Best> best(count * kBestStretches);
     const DeviceBuffer<double> weights(count * V);
     for (const double temperature : {0., 0.8}) {
@@ -4631,11 +4598,11 @@ class KernelBench {
 
   const BenchOptions& o_;
   const Config c_;
-  const std::int64_t rows_;
+  const int64_t rows_;
   const cudaStream_t stream_;
   const double bandwidth_;
   const DeviceBuffer<std::byte> cold_;  // larger than the L2 cache: written before each run
-  std::uint64_t seed_ = 0;
+  uint64_t seed_ = 0;
 };
 
 inline void CudaEngine::bench(const BenchOptions& options) {
@@ -4674,9 +4641,9 @@ inline void CudaEngine::bench(const BenchOptions& options) {
   const cudaStream_t stream = engine.queue_->stream();
   double parameters = 0,
          small = 0;  // of matrices: each is read once and costs a multiply-add a token
-  for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
+  for_each_shape(config, [&](const std::string&, const std::vector<int64_t>& shape) {
     double size = 1;
-    for (const std::int64_t extent : shape) size *= double(extent);
+    for (const int64_t extent : shape) size *= double(extent);
     (shape.size() == 2 && shape[1] != config.d_state ? parameters : small) += size;
   });
   const double head = double(config.vocab_size * config.d_model), batch = double(options.batch),
@@ -4691,10 +4658,10 @@ inline void CudaEngine::bench(const BenchOptions& options) {
     if (decode) {
       engine.logits_.grow(options.batch * config.vocab_size);
       const Activations<T> a(config, options.batch, engine.activation_room_);
-      std::vector<std::uint64_t> zeros(options.batch);
-      const DeviceBuffer<std::uint64_t> numbers(zeros.data(), options.batch),
+      std::vector<uint64_t> zeros(options.batch);
+      const DeviceBuffer<uint64_t> numbers(zeros.data(), options.batch),
           positions(zeros.data(), options.batch);
-      DeviceBuffer<std::int64_t> made(options.batch);
+      DeviceBuffer<int64_t> made(options.batch);
       DeviceBuffer<int> done(options.batch);
       const DeviceBuffer<Token> next(options.batch);
       const DeviceBuffer<Best> best(options.batch * kBestStretches);

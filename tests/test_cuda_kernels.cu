@@ -168,13 +168,13 @@ struct ScanProblem {
     return a;
   }
 
-  // run(args): the operation. Checks out and h_T.
+  // run(args): the operation. Checks out and hT.
   template <class Run>
   void check(const char* rung, Worst& worst, const Run& run) const {
     const DeviceBuffer<T> out_d = poisoned<T>(c.batch * c.L * c.d);
     const DeviceBuffer<float> hT_d = poisoned<float>(c.batch * c.d * c.N);
     ScanArgs<T> a = args();
-    a.out = out_d.data(), a.h_T = hT_d.data();
+    a.out = out_d.data(), a.hT = hT_d.data();
     run(a);
     INFO(rung << ": batch " << c.batch << ", L " << c.L << ", d " << c.d << ", N " << c.N
               << ", groups " << c.groups << ", options " << c.options << ", bytes of a number "
@@ -260,8 +260,8 @@ TEST_CASE("cuda selective_scan: cut anywhere, empty pieces included, nothing cha
   for (Index cut = 0; cut <= 70; cut += 7)
     p.check("fused", worst, [&](ScanArgs<float> a) {
       const DeviceBuffer<float> h = up<float>(p.h0);
-      float* const hT = a.h_T;
-      a.h0 = h.data(), a.h_T = h.data(), a.L = cut;
+      float* const hT = a.hT;
+      a.h0 = h.data(), a.hT = h.data(), a.L = cut;
       run_scan(a);
       for (const float** q : {&a.x, &a.delta, &a.z}) *q += cut * 24;
       a.B += cut * 16, a.C += cut * 16, a.out += cut * 24, a.L = 70 - cut;
@@ -276,7 +276,7 @@ TEST_CASE("cuda selective_scan_step: one token after another is the whole sequen
        {ScanCase{1, 9, 40, 16, 1, 31}, {1, 9, 7, 5, 1, 29}, {1, 9, 6, 64, 2, 31}}) {
     const ScanProblem<float> p(c, 7);
     p.check("step", worst, [&](ScanArgs<float> a) {
-      CUDA_CHECK(cudaMemcpy(a.h_T, a.h0, p.h0_d.bytes(), cudaMemcpyDeviceToDevice));
+      CUDA_CHECK(cudaMemcpy(a.hT, a.h0, p.h0_d.bytes(), cudaMemcpyDeviceToDevice));
       a.L = 1;
       for (Index t = 0; t < c.L; ++t) {
         selective_scan_step(a, nullptr);
@@ -487,8 +487,8 @@ void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fuse
     const DeviceBuffer<T> out_d = poisoned<T>(rows * d);
     const DeviceBuffer<float> h_d = up<float>(h0);
     SsdArgs<T> a;
-    a.batch = c.batch, a.L = c.L, a.heads = int(c.H), a.head_dim = int(c.P), a.d_state = int(c.N),
-    a.groups = int(c.groups);
+    a.batch = c.batch, a.L = c.L, a.n_heads = int(c.H), a.head_dim = int(c.P), a.d_state = int(c.N),
+    a.n_groups = int(c.groups);
     a.x = x_d.data(), a.dt = dt_d.data(), a.B = B_d.data(), a.C = C_d.data(), a.A = A_d.data(),
     a.D = optional(D_d);
     a.dt_bias = optional(bias_d), a.dt_min = dt_min, a.dt_max = dt_max;
