@@ -2064,7 +2064,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     int stage = 0, parity = 1, previous = -1;
 #pragma unroll 1
     for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
-      const int rows = min(end - t0, int64_t{kSsdChunk});
+      const int valid = min(end - t0, int64_t{kSsdChunk});
       dt[0] = next_dt[0], dt[1] = next_dt[1];
       load_dt(t0 + kSsdChunk);
       barrier_wait(empty + 8 * stage, parity);  // passes at once in the first round
@@ -2078,7 +2078,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
         const int limit = is_x ? group_rows - row0 : N;
         from += (rows.first + t0 + lane / 8) * stride +
                 (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
-        const int left = col < limit ? rows - lane / 8 : 0;
+        const int left = col < limit ? valid - lane / 8 : 0;
         const uint32_t to = base + stage * Tiles::kStage + 8192 * c;
 #pragma unroll
         for (int i = 0; i < kSsdChunk / 4; ++i, from += 4 * stride)
@@ -2087,7 +2087,7 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       copy_async_commit();
       if (decaying)
         ssd_decays(decays[stage * kSsdWarpgroups + warp], a,
-                   {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, rows);
+                   {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, valid);
       if (previous >= 0) {  // the copies of the chunk before have arrived
         copy_async_wait_but<1>();
         publish_to_wgmma();
