@@ -57,7 +57,7 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 	else echo "GPU program against CPU program: skipped, no GPU here"; \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
-build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+build/%.cuda.o: tests/%.cu tests/support_cuda.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
@@ -86,8 +86,8 @@ build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
 	@mkdir -p build/emulated
 	python3 tests/emulate.py $< $@
 
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support.hpp $(HEADERS) | setup
-	$(CXX) -std=c++17 -O1 -g1 -w -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/support.hpp $(HEADERS) | setup
+	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
 	@mkdir -p build/emulated

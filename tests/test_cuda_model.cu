@@ -1,9 +1,7 @@
-// Claims: whole models on the GPU agree with outsiders' logits in every mode and with the double reference;
-// sequences generated together are each as if alone; the same text is the same bits on every run.
-#include "support.hpp"
-
-#define MAMBA_NO_MAIN
-#include "../mamba.cu"
+// Claims: whole models on the GPU agree with outsiders' logits in every mode and with the double
+// reference; sequences generated together are each as if alone; the same text is the same bits on
+// every run.
+#include "support_cuda.hpp"
 
 using namespace test;
 using mamba::CudaEngine;
@@ -263,8 +261,8 @@ std::size_t free_memory() {
   return free;
 }
 
-// A million tokens in one prefill, in pieces of 3,000, and the first `steps` of them one by one: the same
-// final states up to the rounding of bf16, the same memory as for a short prompt.
+// A million tokens in one prefill, in pieces of 3,000, and the first `steps` of them one by one:
+// the same final states up to the rounding of bf16, the same memory as for a short prompt.
 void a_million_tokens(CudaEngine& engine, Index steps) {
   constexpr Index kMillion = 1000000;
   std::vector<Token> ids;
