@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 PROGRAM = os.path.abspath(sys.argv[1])
 STORIES = "weights/stories"
@@ -43,6 +44,29 @@ def read_safetensors(path):
         (n,) = struct.unpack("<Q", f.read(8))
         header, data = json.loads(f.read(n)), f.read()
     return header, data
+
+
+def read_png(path):
+    """Width, height and pixel(x, y) of a PNG of 8-bit RGB."""
+    data, at, idat = open(path, "rb").read(), 8, b""
+    while at < len(data):
+        n, kind = struct.unpack(">I4s", data[at:at + 8])
+        if kind == b"IHDR":
+            width, height, *kinds = struct.unpack(">IIBBBBB", data[at + 8:at + 21])
+        if kind == b"IDAT":
+            idat += data[at + 8:at + 8 + n]
+        at += 12 + n
+    raw, stride, above = zlib.decompress(idat), 3 * width, bytes(3 * width)
+    rows = []
+    for y in range(height):
+        filter, line = raw[y * (stride + 1)], bytearray(raw[y * (stride + 1) + 1:(y + 1) * (stride + 1)])
+        for i in range(stride):
+            a, b, c = (line[i - 3], above[i], above[i - 3]) if i >= 3 else (0, above[i], 0)
+            paeth = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
+            line[i] = (line[i] + (0, a, b, (a + b) // 2, paeth)[filter]) % 256
+        rows.append(above := bytes(line))
+    assert kinds[:2] == [8, 2] and data[:8] == b"\x89PNG\r\n\x1a\n"
+    return width, height, lambda x, y: tuple(rows[y][3 * x:3 * x + 3])
 
 
 GREEDY = ("-n", 30, "--temperature", 0)
@@ -104,17 +128,16 @@ with tempfile.TemporaryDirectory() as folder:
         f.write(" ".join(str(i % 90) for i in range(100)))
     code, table, _ = run("perplexity", "--ids-file", at("ids"))
     claim("perplexity scores ids 2 to n", code == 0 and table.splitlines()[1].split()[:2] == ["100", "99"], table)
-    code, table, _ = run("perplexity", "--ids-file", at("ids"), "--lengths", "10,100", "--csv", at("csv"), "--png", at("png"))
+    code, table, _ = run("perplexity", "--ids-file", at("ids"), "--lengths", "10,100", "--csv", at("csv"))
     claim("perplexity by length", code == 0 and [r.split()[1] for r in table.splitlines()[1:]] == ["90", "99"], table)
     claim("perplexity writes csv", open(at("csv")).read().startswith("length,tokens,nll,perplexity,delta_ratio\n10,90,"))
-    claim("perplexity draws a png", open(at("png"), "rb").read(8) == b"\x89PNG\r\n\x1a\n")
     whole = run("perplexity", "--ids-file", at("ids"))[1]
     claim("a length of the whole text is the whole text", run("perplexity", "--ids-file", at("ids"), "--lengths", 100)[1] == whole, whole)
     text = open(STORIES + "/README.md").read()
     for name, part in (("one", text[:1500]), ("two", text[500:2500]), ("short", text[:40])):
         with open(at(name), "w") as f:
             f.write(part)
-    code, table, err = run("perplexity", "--text", at("one"), at("two"), at("short"), "--lengths", "64,128", "--truncate", "--delta-ratio", "1,0.5", "--png", at("png"))
+    code, table, err = run("perplexity", "--text", at("one"), at("two"), at("short"), "--lengths", "64,128", "--truncate", "--delta-ratio", "1,0.5")
     rows = [r.split() for r in table.splitlines()[1:]]
     claim("perplexity --truncate scores one window of each long document, for every ratio", code == 0
           and [r[:2] + r[4:] for r in rows] == [["64", "126", "1"], ["128", "254", "1"], ["64", "126", "0.5"], ["128", "254", "0.5"]], table)
@@ -122,40 +145,56 @@ with tempfile.TemporaryDirectory() as folder:
     alone = [float(run("perplexity", "--text", at(n), "--lengths", 64, "--truncate")[1].split()[-3]) for n in ("one", "two")]
     claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
 
-    # --- the study ---
-    examples = ["Tom and Lily went to the park to play with the big red ball", "Once upon a time there was a little girl"]
-    with open(at("examples"), "w") as f:
-        f.write("".join(json.dumps({"text": e}) + "\n" for e in examples))
-    total = right = 0
-    for e in examples:
-        ids = run("tokenize", stdin=e + "\n")[1].split()
-        n = len(run("tokenize", stdin=e.rsplit(" ", 1)[0] + "\n")[1].split())
+    # --- score ---
+    def by_hand(context, continuation):
+        """log p(continuation | context) and greediness from `logits`, texts encoded together."""
+        ids = run("tokenize", stdin=context + continuation + "\n")[1].split()
+        n = len(run("tokenize", stdin=context + "\n")[1].split())
         run("logits", "--ids", " ".join(ids), "--out", at("l"))
-        logits = read_safetensors(at("l"))[1][4 * len(ids):]
-        likeliest = True
+        logits, total, greedy = read_safetensors(at("l"))[1][4 * len(ids):], 0, True
         for t in range(n, len(ids)):
             row = struct.unpack("<4096f", logits[(t - 1) * 16384:t * 16384])
             total += row[int(ids[t])] - max(row) - math.log(sum(math.exp(v - max(row)) for v in row))
-            likeliest = likeliest and row[int(ids[t])] == max(row)
-        right += likeliest
-    code, table, _ = run("lambada", "--data", at("examples"))
+            greedy = greedy and row[int(ids[t])] == max(row)
+        return total, len(ids) - n, greedy
+    pairs = [("Tom and Lily went to the park to play with the big red", " ball"), ("Once upon a time", ", there was a little girl"),
+             ("Lily had a", " caf\u00e9")]
+    with open(at("requests"), "w") as f:
+        f.write("\n".join(json.dumps({"context": c, "continuation": t}) for c, t in pairs) + "\n\n")
+    code, table, err = run("score", "--requests", at("requests"), "--out", at("scores"))
+    answers = [json.loads(line) for line in open(at("scores"))]
+    want = [by_hand(*pair) for pair in pairs]
+    claim("score gives log-probability, tokens and greediness, a line each", code == 0 and len(answers) == 3 and all(
+        abs(a["logprob"] - w[0]) < 1e-3 and a["tokens"] == w[1] and a["greedy"] is w[2] for a, w in zip(answers, want)), (answers, want, err))
     found = table.splitlines()[1].split()
-    claim("lambada scores the last word", code == 0 and found[:2] == ["2", f"{right / 2:.4f}"]
-          and abs(math.log(float(found[2])) + total / 2) < 1e-3, (table, right, total))
-    claim("lambada --limit", run("lambada", "--data", at("examples"), "--limit", 1)[1].split()[3] == "1")
-    code, table, _ = run("passkey", "--lengths", "128,200", "--depths", "0,1", "--tests", 2, "--csv", at("csv"), "--png", at("png"))
-    claim("passkey has a row for each length and depth", code == 0 and [r.split()[:3] for r in table.splitlines()[1:]]
-          == [["128", "0", "2"], ["128", "1", "2"], ["200", "0", "2"], ["200", "1", "2"]], table)
-    claim("passkey writes csv", open(at("csv")).read().startswith("length,depth,tests,tokens,accuracy\n128,0,2,"))
-    claim("passkey draws a png", open(at("png"), "rb").read(8) == b"\x89PNG\r\n\x1a\n")
+    claim("the summary has greedy accuracy and perplexity", found[:2] == ["3", f"{sum(w[2] for w in want) / 3:.4f}"]
+          and abs(math.log(float(found[2])) + sum(w[0] for w in want) / 3) < 1e-3, table)
+    code, lines, err = run("score", "--requests", "-", stdin=open(at("requests")).read())
+    claim("without --out the answers are on standard output alone", [json.loads(l) for l in lines.splitlines()] == answers and "perplexity" in err, (lines, err))
+    score = lambda *requests: [json.loads(l) for l in run("score", "--requests", "-", stdin="".join(json.dumps(r) + "\n" for r in requests))[1].splitlines()]
+    one, *same = score({"context": "Lily had a", "continuation": " ball"}, {"prompt": "Lily had a", "answer": " ball"}, {"context": "Lily had a ", "continuation": "ball"},
+                       {"context": [int(i) for i in run("tokenize", stdin="Lily had a")[1].split()], "continuation": [int(i) for i in run("tokenize", stdin=" ball")[1].split()]})
+    claim("prompt and answer, spaces at the context's end, and ids are the same request", same == [one] * 3, (one, same))
+    empty, end, ended = score({"context": "", "continuation": "Lily"}, {"context": "<|endoftext|>", "continuation": "Lily"}, {"context": "", "continuation": "<|endoftext|>Lily"})
+    claim("an empty context is the end token", empty == end == ended, (empty, end, ended))
+    # one question's choices: 0 is likelier, 1 per character
+    long = ", there was a little girl named Lily"
+    (a, _, _), (b, _, _) = by_hand("Once upon a time", "!"), by_hand("Once upon a time", long)
+    choices = [{"context": "Once upon a time", "continuation": c, "doc": d, "label": l} for d, l in ((7, 0), ("x", 1)) for c in ("!", long)]
+    code, _, err = run("score", "--requests", "-", stdin="\n".join(map(json.dumps, choices)))
+    found = err.splitlines()[-1].split()
+    right = lambda x, y: f"{((x > y) + (y > x)) / 2:.4f}"  # one label of each kind: always one half
+    claim("choices of a question are counted", code == 0 and found[3] == "2" and found[4:] == [right(a, b), right(a, b / len(long)), right(a, b / len(long))], err)
+    code, _, err = run("score", "--requests", "-", stdin="\n".join(map(json.dumps, choices[2:])))
+    claim("acc and acc_norm choose each in its way", code == 0 and err.splitlines()[-1].split()[3:] == ["1", f"{a < b:d}.0000", f"{a < b / len(long):d}.0000", f"{a < b / len(long):d}.0000"], (a, b, err))
 
     # --- inspect ---
     for model, heads in ((STORIES, 1), ("tests/golden/mamba2-hf", 8)):
         shutil.copytree(model, at("model"))
         shutil.copy(STORIES + "/tokenizer.json", at("model"))
         code, _, err = run("inspect", "--model", at("model"), "--prompt", "x!z", "--layer", 1, "--out", at("seen"))
-        claim(f"inspect {model} writes four pictures with their numbers", code == 0 and sorted(os.listdir(at("seen"))) ==
-              sorted(f"{n}.{e}" for n in ("attention", "delta", "memory", "state_norm") for e in ("png", "safetensors")), err)
+        claim(f"inspect {model} writes numbers and heat maps", code == 0 and set(os.listdir(at("seen"))) ==
+              {n + ".safetensors" for n in ("attention", "delta", "memory", "state_norm")} | {n + ".png" for n in ("attention", "delta", "memory")}, err)
         header, data = read_safetensors(at("seen/attention.safetensors"))
         numbers = lambda n: struct.unpack(f"<{(header[n]['data_offsets'][1] - header[n]['data_offsets'][0]) // 4}f", data[slice(*header[n]["data_offsets"])])
         M, x, y, mean = numbers("M"), numbers("x"), numbers("y"), numbers("attention")
@@ -165,6 +204,16 @@ with tempfile.TemporaryDirectory() as folder:
         claim(f"inspect {model}: y = M x", L == len(run("tokenize", stdin="x!z\n")[1].split()) and width == channels * heads
               and worst < 1e-5 * max(map(abs, y)), (worst, header))
         claim("inspect: attention is the mean of |M|", abs(mean[L] - sum(abs(M[c * L * L + L]) for c in range(channels)) / channels) < 1e-6)
+        header, data = read_safetensors(at("seen/delta.safetensors"))
+        rows, columns = header["delta"]["shape"]
+        delta = struct.unpack(f"<{rows * columns}f", data[slice(*header["delta"]["data_offsets"])])
+        width, height, pixel = read_png(at("seen/delta.png"))
+        cell = width // rows
+        shades = [[pixel(cell * t + cell // 2, cell * c + cell // 2) for c in range(columns)] for t in range(rows)]
+        flat = [shade for row in shades for shade in row]
+        claim(f"inspect {model}: a heat map shows its numbers", (width, height) == (cell * rows, cell * columns)
+              and flat[delta.index(max(delta))] == (253, 231, 37) and flat[delta.index(min(delta))] == (68, 1, 84)
+              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(delta, flat))))), (width, height))
         shutil.rmtree(at("model"))
         shutil.rmtree(at("seen"))
 
@@ -193,12 +242,12 @@ with tempfile.TemporaryDirectory() as folder:
         (("perplexity",), "--text"),
         (("perplexity", "--text", "f", "--lengths", "0"), "lengths"),
         (("perplexity", "--text", "f", "--truncate"), "--lengths"),
-        (("passkey",), "--lengths"),
-        (("passkey", "--lengths", "128", "--tests", "0"), "tests"),
-        (("lambada",), "--data"),
+        (("score",), "--requests"),
+        (("Lily", "--batch", "100000000"), "batch"),
+        (("Lily", "--prompt-ids", "1"), "--prompt"),
+        (("Lily", "--threads", "-1"), "--threads"),
         (("inspect", "Lily"), "--out"),
         (("inspect", "--out", "x"), "prompt"),
-        (("bench",), "op"),
         (("info", "extra"), "extra"),
     ]:
         refuses(f"usage: {' '.join(arguments) or 'nothing'}", 2, fragment, *arguments)
@@ -210,19 +259,14 @@ with tempfile.TemporaryDirectory() as folder:
         ("a penalty of zero", "penalty", ("Lily", "--repetition-penalty", 0), ""),
         ("a delta ratio of zero", "--delta-ratio", ("Lily", "--delta-ratio", 0), ""),
         ("one of several delta ratios below zero", "--delta-ratio", ("perplexity", "--ids-file", at("ids"), "--delta-ratio=1,-1", "--csv", at("x")), ""),
-        ("a depth beyond the end", "--depths", ("passkey", "--lengths", 128, "--depths", "0,1.5"), ""),
         ("a dtype nobody knows", "--dtype", ("Lily", "--dtype", "f8"), ""),
         ("a mode nobody knows", "--mode", ("logits", "--ids", "1", "--mode", "fast", "--out", at("x")), ""),
         ("a chunk of zero", "--mode", ("logits", "--ids", "1", "--mode", "chunked=0", "--out", at("x")), ""),
         ("a chunk that is no number", "--mode", ("logits", "--ids", "1", "--mode", "chunked=7x", "--out", at("x")), ""),
         ("states of several prompts", "one prompt", ("generate", "--prompt-file", at("prompts"), "--save-state", at("x")), ""),
-        ("a bench of nothing", "bench", ("bench", "nothing"), ""),
-        ("a shape nobody published", "shape", ("bench", "decode", "--shape", "7t"), ""),
         ("a seed below zero", "--seed", ("Lily", "--seed", "-1"), ""),
     ]:
         refuses(name, 2, fragment, *arguments, stdin=stdin)
-    if os.path.basename(PROGRAM) == "mamba":
-        refuses("a bench of several texts on the CPU", 2, "--batch", "bench", "decode", "--batch", 3)
     code, out, _ = run("--help")
     claim("--help prints the subcommands and exits 0", code == 0 and "generate" in out and "perplexity" in out)
 
@@ -254,12 +298,17 @@ with tempfile.TemporaryDirectory() as folder:
         ("a folder as text", "directory", ("perplexity", "--text", folder), ""),
         ("a text of one token", "at least 2 tokens", ("perplexity", "--text", "-"), "a"),
         ("lengths beyond the text", "at most the", ("perplexity", "--ids-file", at("ids"), "--lengths", 101), ""),
-        ("a prompt too short for a pass key", "at least", ("passkey", "--lengths", 20, "--csv", at("x")), ""),
-        ("examples that are no JSON", "example 2", ("lambada", "--data", "-"), '{"text": "a b"}\n{'),
-        ("examples without text", "text", ("lambada", "--data", "-"), '{"words": "a b"}\n'),
-        ("an example that is no object", "text", ("lambada", "--data", "-"), "[1]\n"),
-        ("an example of one word", "two words", ("lambada", "--data", "-"), '{"text": "word"}\n'),
-        ("no examples", "none", ("lambada", "--data", "-"), " \n"),
+        ("requests that are no JSON", "line 2", ("score", "--requests", "-"), '{"context": "a", "continuation": " b"}\n{'),
+        ("a request without continuation", "line 1: continuation: expected a string", ("score", "--requests", "-"), '{"context": "a b"}\n'),
+        ("a request that is no object", "expected an object", ("score", "--requests", "-"), "[1]\n"),
+        ("a continuation of nothing", "continuation: expected at least one token", ("score", "--requests", "-"), '{"context": "a", "continuation": ""}\n'),
+        ("a text and ids", "one of each", ("score", "--requests", "-"), '{"context": "a", "continuation": [5]}\n'),
+        ("ids that are none", "expected token ids, found '1.5'", ("score", "--requests", "-"), '{"context": [1.5], "continuation": [5]}\n'),
+        ("ids beyond the vocabulary", "below 4096", ("score", "--requests", "-"), '{"context": [1], "continuation": [4096]}\n'),
+        ("a doc without label", "doc and label", ("score", "--requests", "-"), '{"context": "a", "continuation": " b", "doc": 1}\n'),
+        ("a label that is no number", "label", ("score", "--requests", "-"), '{"context": "a", "continuation": " b", "doc": 1, "label": "b"}\n'),
+        ("a label without choice", "below its 1 choices", ("score", "--requests", "-"), '{"context": "a", "continuation": " b", "doc": 1, "label": 1}\n'),
+        ("no requests", "none", ("score", "--requests", "-"), " \n"),
         ("a layer beyond the last", "--layer", ("inspect", "Lily", "--layer", 8, "--out", at("x")), ""),
         ("inspecting a book", "1 GiB", ("inspect", "-", "--out", at("x")), "word " * 800),
         ("inspecting nothing", "at least one token", ("inspect", "", "--out", at("x")), ""),
@@ -278,8 +327,9 @@ with tempfile.TemporaryDirectory() as folder:
     claim("failures leave no file behind", set(os.listdir(folder)) == before, set(os.listdir(folder)) - before)
     if os.path.exists("/dev/full"):
         with open("/dev/full", "w") as full:
-            code = subprocess.run([PROGRAM, "Lily", "-n", "3"], stdout=full, stderr=subprocess.DEVNULL).returncode
-        claim("a full disk is an error", code == 1, code)
+            codes = [subprocess.run([PROGRAM, *a], stdout=full, stderr=subprocess.DEVNULL).returncode
+                     for a in (("Lily", "-n", "3"), ("info",), ("--help",), ("generate", "--help"))]
+        claim("a full disk is an error", codes == [1] * 4, codes)
 
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)
