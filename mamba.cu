@@ -4013,6 +4013,13 @@ class HostTokens {
   Token* data_ = nullptr;
 };
 
+struct BenchOptions {
+  std::string op, shape = "130m", mode = "parallel";
+  Index batch = 1, length = 512, repeat = 20;
+  DType dtype = DType::F32;
+  int device = 0;
+};
+
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
@@ -4155,6 +4162,7 @@ void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Inde
 }
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
+  if (L == 1) return step(state, ids[0]);
   logits_.grow(static_cast<std::size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     prefill_on_device<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
@@ -4269,7 +4277,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
                         candidates_d.data(),
                         best_d.data(),
                         done_d.data(),
-                        options.stop,
+                        options.end_tokens.empty() ? -1 : options.end_tokens[0],
                         next_d.data(),
                         log.data()};
   const auto sample = [&] {
@@ -4310,7 +4318,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
       const Token token = log.data()[made * batch + i];
       if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
       sequences[i].ids.push_back(token);
-      finished[i] = token == options.stop || made + 1 == options.n;
+      finished[i] = contains(options.end_tokens, token) || made + 1 == options.n;
     }
     tell();
   }

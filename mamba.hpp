@@ -80,9 +80,10 @@ struct Config : ssm::Sizes {
   bool tie_embeddings = true;  // the head is the embedding, transposed
   bool use_bias = false;       // in in_proj and out_proj
   bool use_conv_bias = true;
-  bool residual_in_fp32 = true;  // what the file says; the stream is float32 here
-  Token bos_token_id = 0;        // -1: none
-  Token eos_token_id = 0;        // -1: none
+  bool residual_in_fp32 = true;            // what the file says; the stream is float32 here
+  Token bos_token_id = 0;                  // -1: none
+  std::vector<Token> eos_token_ids = {0};  // each ends a text
+  Json token_ids = Json::object();         // what the file says of bos, eos and pad, for convert
 };
 
 // No size may exceed its limit, so that products of sizes stay far below 2^63.
@@ -156,12 +157,17 @@ struct Fields {
     const Json* value = find(key);
     return value == nullptr ? absent : number(key, *value);
   }
-  /// A token id, of a list of ids the first; -1 is none.
-  Token token(const char* key, Token absent) const {
-    const Json* value = find(key);
-    if (value == nullptr) return object.contains(key) ? -1 : absent;
-    const Json one = {{key, value->is_array() && !value->empty() ? value->front() : *value}};
-    return static_cast<Token>(Fields{one, where}.integer(key, -1, -1, kMaxVocab));
+  /// A token id or a list of them; null and -1 are none.
+  std::vector<Token> tokens(const char* key, const std::vector<Token>& absent) const {
+    if (!object.contains(key)) return absent;
+    const Json list = object[key].is_array() ? object[key] : Json::array({object[key]});
+    std::vector<Token> ids;
+    for (const Json& each : list) {
+      const Json one = {{key, each}};
+      const std::int64_t id = Fields{one, where}.integer(key, -1, -1, kMaxVocab);
+      if (id >= 0) ids.push_back(static_cast<Token>(id));
+    }
+    return ids;
   }
 };
 
@@ -196,8 +202,11 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
   c.vocab_size = fields.integer("vocab_size", by_layout(50280, 32768, 50277), 1, kMaxVocab);
   c.tie_embeddings = fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
   c.residual_in_fp32 = fields.flag("residual_in_fp32", true);
-  c.bos_token_id = fields.token("bos_token_id", 0);
-  c.eos_token_id = fields.token("eos_token_id", static_cast<Token>(by_layout(0, 2, 0)));
+  const std::vector<Token> bos = fields.tokens("bos_token_id", {0});
+  c.bos_token_id = bos.empty() ? -1 : bos[0];
+  c.eos_token_ids = fields.tokens("eos_token_id", {static_cast<Token>(by_layout(0, 2, 0))});
+  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
+    if (json.contains(key)) c.token_ids[key] = json[key];
   c.norm_eps = original ? c.norm_eps : fields.number("layer_norm_epsilon", c.norm_eps);
   c.d_state = size(name("state_size", "d_state"), two ? 128 : 16);
   c.d_conv = size(name("conv_kernel", "d_conv"), 4);
@@ -244,12 +253,17 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
   return c;
 }
 
+/// A file of settings, as Python writes them: one object.
+inline Json read_settings(const std::string& path) {
+  const Json json = parse_json(quote_bare_floats(MappedFile(path).bytes()), path);
+  if (!json.is_object()) fail("bad config: ", path, ": expected an object");
+  return json;
+}
+
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
   const std::string path = directory + "/config.json";
-  const MappedFile file(path);
-  const Json json = parse_json(quote_bare_floats(file.bytes()), path);
-  if (!json.is_object()) fail("bad config: ", path, ": expected an object");
+  const Json json = read_settings(path);
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
   if (!original && !json.contains("model_type"))
     fail("bad config: ", path, ": expected model_type (Hugging Face) or d_model (original), ",
@@ -265,6 +279,12 @@ inline Config read_config(const std::string& directory) {
     fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads, " heads, found ",
          c.n_groups);
   return c;
+}
+
+inline void write_file(const std::string& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
 }
 
 /// Writes DIR/config.json in the Hugging Face layout.
@@ -302,13 +322,12 @@ inline void write_config(const std::string& directory, const Config& c) {
     json["intermediate_size"] = c.d_inner;
     json["time_step_rank"] = c.dt_rank;
   }
-  for (const auto& [key, id] :
-       {std::pair("bos_token_id", c.bos_token_id), std::pair("eos_token_id", c.eos_token_id),
-        std::pair("pad_token_id", c.eos_token_id)})
-    json[key] = id < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(id);
-  AtomicFile file(directory + "/config.json");
-  file.write(json.dump(2) + "\n");
-  file.commit();
+  const auto& ends = c.eos_token_ids;
+  json["bos_token_id"] = c.bos_token_id < 0 ? Json() : Json(c.bos_token_id);
+  json["eos_token_id"] = ends.empty() ? Json() : ends.size() == 1 ? Json(ends[0]) : Json(ends);
+  json["pad_token_id"] = ends.empty() ? Json() : Json(ends[0]);
+  for (const auto& [key, ids] : c.token_ids.items()) json[key] = ids;
+  write_file(directory + "/config.json", json.dump(2) + "\n");
 }
 
 // =======================================================================================
@@ -389,6 +408,29 @@ inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& nam
   return tensor;
 }
 
+/// Bytes of the state of one sequence, in float32.
+inline double state_bytes(const Config& c) {
+  const auto conv = static_cast<double>(c.d_conv - 1) * static_cast<double>(c.conv_width());
+  const auto h = static_cast<double>(c.d_inner) * static_cast<double>(c.d_state);
+  return 4 * static_cast<double>(c.n_layer) * (conv + h);
+}
+
+inline std::size_t stored_bytes(const Checkpoint& checkpoint) {
+  std::size_t bytes = 0;
+  for (const auto& [name, tensor] : checkpoint.tensors) bytes += tensor.byte_size();
+  return bytes;
+}
+
+/// How many tokens have a row in both embedding and head.
+inline Index embedding_rows(const Checkpoint& checkpoint) {
+  Index rows = kMaxVocab;
+  for (const char* name :
+       {"backbone.embeddings.weight", "backbone.embedding.weight", "lm_head.weight"})
+    if (const Tensor* tensor = checkpoint.find(name); tensor && !tensor->shape.empty())
+      rows = std::min<Index>(rows, tensor->shape[0]);
+  return rows;
+}
+
 // How a tensor becomes a member of ssm::Model. A program with its own matrix type adds its own.
 // storage is what --dtype asks for; it concerns matrices that are kept as stored only.
 template <class Scalar>
@@ -417,12 +459,6 @@ inline bool same_values(const Tensor& a, const Tensor& b) {
 }
 
 inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
-
-inline void write_text(const std::string& path, std::string_view text) {
-  AtomicFile file(path);
-  file.write(text);
-  file.commit();
-}
 
 /// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
 /// if not given. Warnings go to stderr.
@@ -727,10 +763,16 @@ struct Sequence {
 struct GenerateOptions {
   Index n = 256;  // tokens to add at most
   SamplerOptions sampler;
-  Token stop = -1;  // ends a sequence; -1: none
+  std::vector<Token> end_tokens;  // each ends a sequence
+  std::vector<Token> never;       // ids that are not drawn: rows of the embedding without a token
 };
 
+/// Called with the tokens of the first sequence, then with those of the second, and so on.
 using OnToken = std::function<void(std::size_t sequence, Token token)>;
+
+inline bool contains(const std::vector<Token>& ids, Token id) {
+  return std::find(ids.begin(), ids.end(), id) != ids.end();
+}
 
 /// Prefill, then token by token, one sequence after the other.
 template <class Engine>
@@ -749,10 +791,11 @@ void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::Stat
     Matrix<float> logits = take(s.ids.size());
     for (Index made = 0; made < options.n; ++made) {
       if (made > 0) logits = engine.prefill(s.state, &s.ids[s.taken++], 1);
+      for (const Token id : options.never) logits(id) = -std::numeric_limits<float>::infinity();
       s.ids.push_back(sample(logits.data(), static_cast<std::size_t>(logits.cols()), s.ids,
                              options.sampler, s.index, s.ids.size()));
       on_token(i, s.ids.back());
-      if (s.ids.back() == options.stop) break;
+      if (contains(options.end_tokens, s.ids.back())) break;
     }
   }
 }
@@ -831,8 +874,9 @@ void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode,
   file.commit();
 }
 
-/// -log softmax(logits)[target], in nats.
+/// -log softmax(logits)[target], in nats. Weights that are not numbers end here.
 inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
+  if (!logits.row(row).allFinite()) fail("logits: expected numbers, found NaN or infinity");
   const auto scores = logits.row(row).array().template cast<double>();
   const double largest = scores.maxCoeff();
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
@@ -967,9 +1011,10 @@ inline Request encode_request(const Tokenizer& tokenizer, std::string context,
   const std::size_t size = stripped_size(context);
   continuation.insert(0, context, size);
   context.resize(size);
-  request.continuation = tokenizer.encode(context + continuation);
+  const std::string text = context + continuation;
+  request.continuation = context.empty() ? tokenizer.encode(text) : tokenizer.encode_prompt(text);
   const auto cut = static_cast<std::ptrdiff_t>(std::min(
-      context.empty() ? 0 : tokenizer.encode(context).size(), request.continuation.size()));
+      context.empty() ? 0 : tokenizer.encode_prompt(context).size(), request.continuation.size()));
   const auto begin = request.continuation.begin();
   request.context.assign(begin, begin + cut);
   request.continuation.erase(begin, begin + cut);
@@ -979,9 +1024,10 @@ inline Request encode_request(const Tokenizer& tokenizer, std::string context,
 /// What comes first in a text follows the end token, which may be written out.
 inline void begin_text(Request& request, const Config& config, const std::string& where) {
   if (!request.context.empty()) return;
-  if (config.eos_token_id < 0) fail(where, ": expected a context: this model has no end token");
-  request.context = {config.eos_token_id};
-  if (!request.continuation.empty() && request.continuation[0] == config.eos_token_id)
+  if (config.eos_token_ids.empty())
+    fail(where, ": expected a context: this model has no end token");
+  request.context = {config.eos_token_ids[0]};
+  if (!request.continuation.empty() && request.continuation[0] == request.context[0])
     request.continuation.erase(request.continuation.begin());
 }
 
@@ -1141,7 +1187,7 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
   if (!stbi_write_png_to_func(append, &png, static_cast<int>(width), static_cast<int>(height), 3,
                               pixels.data(), static_cast<int>(3 * width)))
     fail("cannot write: ", path, ": out of memory");
-  write_text(path, png);
+  write_file(path, png);
 }
 
 // =======================================================================================
@@ -1153,7 +1199,7 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
 // Exit status 0: done, 1: failed, 2: wrong usage.
 
 /// A file whole, or standard input for "-".
-inline std::string read_text(const std::string& path) {
+inline std::string read_file(const std::string& path) {
   if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
   if (std::filesystem::is_directory(path))
     fail("cannot read: ", path, ": expected a file, found a directory");
@@ -1256,9 +1302,14 @@ struct ModelFlags {
   void add_engine(CLI::App* sub, bool has_device) {
     add_model(sub);
     add_dtype(sub);
-    sub->add_option("--threads", engine.threads,
-                    "CPU threads, at most as many as there are cores; 0: all")
-        ->check(CLI::NonNegativeNumber);
+    sub->add_option_function<int>(
+           "--threads",
+           [this](const int& n) {
+             const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+             engine.threads = std::min(n, static_cast<int>(cores));
+           },
+           "CPU threads, at most as many as there are cores (default: all)")
+        ->check(CLI::PositiveNumber);
     if (has_device) sub->add_option("--device", engine.device, "which GPU");
   }
 };
@@ -1268,34 +1319,79 @@ inline std::string tokenizer_path(const ModelFlags& flags) {
   return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
 }
 
-/// What lies in a model's folder.
+inline Tokenizer open_tokenizer(const ModelFlags& flags) {
+  const std::string path = tokenizer_path(flags);
+  if (!std::filesystem::exists(path))
+    fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
+         "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
+         "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
+  return Tokenizer::from_file(path);
+}
+
+/// What lies in a model's folder. The tokenizer is read when it is needed.
 class ModelFiles {
  public:
+  Config config;
+  Checkpoint checkpoint;
+
   explicit ModelFiles(const ModelFlags& flags) : flags_(flags) {
     if (!std::filesystem::is_directory(flags.folder))
       fail("no model: ", flags.folder,
            ": expected a directory with config.json and weights (--model)");
     config = read_config(flags.folder);
     checkpoint = read_checkpoint(flags.folder);
+    const double state = state_bytes(config), least = 1 << 26;
+    if (state > std::max(least, 64 * static_cast<double>(stored_bytes(checkpoint))))
+      fail("bad config: ", flags.folder, "/config.json: expected a state that is not 64 times as ",
+           "large as the weights, found ", state, " bytes");
+    // A token that has a row in embedding and head exists, whatever vocab_size says.
+    const Index rows = embedding_rows(checkpoint);
+    if (rows > config.vocab_size && has_tokenizer())
+      config.vocab_size =
+          std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
   }
 
-  Config config;
-  Checkpoint checkpoint;
-
+  bool has_tokenizer() const { return std::filesystem::exists(tokenizer_path(flags_)); }
   const Tokenizer& tokenizer() {
-    if (!tokenizer_) tokenizer_.emplace(Tokenizer::from_file(tokenizer_path(flags_)));
-    return *tokenizer_;
+    return tokenizer_ ? *tokenizer_ : tokenizer_.emplace(open_tokenizer(flags_));
   }
-  std::vector<Token> encode(const std::string& text, const std::string& where) {
-    std::vector<Token> ids = tokenizer().encode(text);
-    check_ids(ids, config, where + ": tokenizer and model do not match");
+  /// The rows of the embedding that no token has.
+  std::vector<Token> rows_without_token() {
+    std::vector<Token> ids;
+    for (Token id = 0; has_tokenizer() && id < config.vocab_size; ++id)
+      if (!tokenizer().text_of(id)) ids.push_back(id);
     return ids;
   }
+  std::map<Token, std::string> end_tokens();
 
  private:
   const ModelFlags& flags_;
   std::optional<Tokenizer> tokenizer_;
 };
+
+/// The tokens that end a text, each with the files that say so: config.json and
+/// generation_config.json have ids, tokenizer_config.json a name.
+inline std::map<Token, std::string> ModelFiles::end_tokens() {
+  std::map<Token, std::string> ends;
+  const auto add = [&](const std::vector<Token>& ids, const char* file) {
+    for (const Token id : ids) ends[id] += (ends[id].empty() ? "" : ", ") + std::string(file);
+  };
+  add(config.eos_token_ids, "config.json");
+  const std::string path = flags_.folder + "/generation_config.json";
+  if (std::filesystem::exists(path)) {
+    const Json json = read_settings(path);
+    add(Fields{json, path}.tokens("eos_token_id", {}), "generation_config.json");
+  }
+  const auto beside = std::filesystem::path(tokenizer_path(flags_)).parent_path();
+  const std::string names = beside / "tokenizer_config.json";
+  if (has_tokenizer() && std::filesystem::exists(names)) {
+    const Json token = read_settings(names).value("eos_token", Json());  // or {"content": ...}
+    const Json name = token.is_object() ? token.value("content", Json()) : token;
+    if (const auto id = tokenizer().id_of(name.is_string() ? name.get<std::string>() : ""))
+      add({*id}, "tokenizer_config.json");
+  }
+  return ends;
+}
 
 // --- generate ---
 
@@ -1305,12 +1401,25 @@ struct GenerateFlags : ModelFlags, GenerateOptions {
   bool ids = false, ignore_eos = false;
 };
 
+/// A prompt, or what standard input has, without the newline at its end.
+inline std::string read_prompt(const std::string& prompt) {
+  if (prompt != "-") return prompt;
+  std::string text = read_file("-");
+  for (const char c : {'\n', '\r'})
+    if (!text.empty() && text.back() == c) text.pop_back();
+  return text;
+}
+
 /// The prompts, one a sequence: --prompt, or the lines of --prompt-file.
 inline std::vector<std::string> read_prompts(const GenerateFlags& f) {
-  if (f.prompt_file.empty()) return {f.prompt == "-" ? read_text("-") : f.prompt};
+  if (f.prompt_file.empty()) return {read_prompt(f.prompt)};
   std::vector<std::string> prompts;
-  std::istringstream lines(read_text(f.prompt_file));
-  for (std::string line; std::getline(lines, line);) prompts.push_back(line);
+  const std::string text = read_file(f.prompt_file), mark = "\xef\xbb\xbf";  // byte order mark
+  std::istringstream lines(text.compare(0, 3, mark) == 0 ? text.substr(3) : text);
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    prompts.push_back(line);
+  }
   if (prompts.empty())
     fail("--prompt-file: ", f.prompt_file, ": expected a prompt a line, found none");
   return prompts;
@@ -1326,8 +1435,9 @@ Sequence<typename Engine::State> begin_sequence(const GenerateFlags& f, const En
     s.state = engine.from_host(load_state(f.load_state, files.config, s.ids));
     s.taken = s.ids.size() - 1;
   }
-  const std::vector<Token> ids = f.prompt_ids.empty() ? files.tokenizer().encode(prompt)
-                                                      : parse_ids(f.prompt_ids, "--prompt-ids");
+  const std::vector<Token> ids = !f.prompt_ids.empty()  ? parse_ids(f.prompt_ids, "--prompt-ids")
+                                 : f.load_state.empty() ? files.tokenizer().encode_prompt(prompt)
+                                                        : files.tokenizer().encode(prompt);
   s.ids.insert(s.ids.end(), ids.begin(), ids.end());
   if (s.ids.empty() && files.config.bos_token_id >= 0) s.ids.push_back(files.config.bos_token_id);
   check_ids(s.ids, files.config, f.prompt_ids.empty() ? "--prompt" : "--prompt-ids");
@@ -1338,7 +1448,8 @@ Sequence<typename Engine::State> begin_sequence(const GenerateFlags& f, const En
 template <class Engine>
 void generate_and_print(const GenerateFlags& f, Engine& engine, ModelFiles& files,
                         std::vector<Sequence<typename Engine::State>>& sequences,
-                        const std::vector<std::string>& prompts, const OnToken& on_token) {
+                        const std::vector<std::string>& prompts,
+                        const std::map<Token, std::string>& ends, const OnToken& on_token) {
   if (f.ids) {
     engine.generate(sequences, f, on_token);
     for (const auto& s : sequences) print_ids(s.ids);
@@ -1362,7 +1473,7 @@ void generate_and_print(const GenerateFlags& f, Engine& engine, ModelFiles& file
   engine.generate(sequences, f, [&](std::size_t i, Token token) {
     on_token(i, token);
     show(i + 1);
-    if (token != files.config.eos_token_id) std::cout << decoder->push(token) << std::flush;
+    if (ends.count(token) == 0) std::cout << decoder->push(token) << std::flush;
   });
   show(sequences.size());
   // bytes of a character that the saved state will complete are not printed yet
@@ -1379,7 +1490,10 @@ void run_generate(GenerateFlags& f) {
   check_writable(f.save_state);
   ModelFiles files(f);
   Engine engine(files.checkpoint, files.config, f.engine);
-  if (!f.ignore_eos) f.stop = files.config.eos_token_id;
+  const std::map<Token, std::string> ends = files.end_tokens();
+  for (const auto& end : ends)
+    if (!f.ignore_eos) f.end_tokens.push_back(end.first);
+  f.never = files.rows_without_token();
   std::size_t taken = 0, made = 0;
   double to_first = 0, to_rest = 0;  // seconds
   for (std::size_t begin = 0; begin < texts; begin += Engine::kBatch) {
@@ -1392,7 +1506,7 @@ void run_generate(GenerateFlags& f) {
     }
     const double start = now();
     double first = 0;
-    generate_and_print(f, engine, files, sequences, some, [&](std::size_t, Token) {
+    generate_and_print(f, engine, files, sequences, some, ends, [&](std::size_t, Token) {
       if (first == 0) first = now();
       ++made;
     });
@@ -1416,9 +1530,13 @@ void generate_command(CLI::App& app) {
   f->add_delta_ratio(sub);
   SamplerOptions& sampler = f->sampler;
   auto* text =
-      sub->add_option("prompt,--prompt", f->prompt, "the text to continue, - for standard input");
-  auto* lines = sub->add_option("--prompt-file", f->prompt_file,
-                                "several prompts, one a line, - for standard input");
+      sub->add_option("prompt,--prompt", f->prompt,
+                      "the text to continue, - for standard input (one newline at its end is "
+                      "dropped)");
+  auto* lines =
+      sub->add_option("--prompt-file", f->prompt_file,
+                      "several prompts, one a line (Windows' line ends and a byte order mark "
+                      "are no part of them), - for standard input");
   sub->add_option("--prompt-ids", f->prompt_ids, "token ids to continue")
       ->excludes(text)
       ->excludes(lines);
@@ -1463,9 +1581,9 @@ struct TextFlags {
   std::vector<Document> read(ModelFiles& files) const {
     std::vector<Document> all;
     for (const std::string& text : texts)
-      all.push_back({"--text: " + text, files.tokenizer().encode(read_text(text))});
+      all.push_back({"--text: " + text, files.tokenizer().encode(read_file(text))});
     if (!ids_file.empty())
-      all.push_back({"--ids-file: " + ids_file, parse_ids(read_text(ids_file), "--ids-file")});
+      all.push_back({"--ids-file: " + ids_file, parse_ids(read_file(ids_file), "--ids-file")});
     if (all.empty()) all.push_back({"--ids", parse_ids(ids, "--ids")});
     for (const auto& [where, ids] : all) check_ids(ids, files.config, where);
     return all;
@@ -1568,7 +1686,7 @@ void run_perplexity(PerplexityFlags& f) {
           << ',' << ratio << '\n';
     }
   }
-  if (!f.csv.empty()) write_text(f.csv, csv.str());
+  if (!f.csv.empty()) write_file(f.csv, csv.str());
 }
 
 template <class Engine>
@@ -1663,7 +1781,7 @@ template <class Engine>
 void run_score(const ScoreFlags& f) {
   ModelFiles files(f);
   std::vector<Request> requests;
-  std::istringstream file(read_text(f.requests));
+  std::istringstream file(read_file(f.requests));
   std::size_t number = 0;
   for (std::string line; std::getline(file, line);) {
     const std::string where = "--requests: " + f.requests + ": line " + std::to_string(++number);
@@ -1730,8 +1848,8 @@ inline void run_inspect(const InspectFlags& f) {
   const Config& config = files.config;
   if (f.layer >= config.n_layer)
     fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", f.layer);
-  const std::vector<Token> ids =
-      files.encode(f.prompt == "-" ? read_text("-") : f.prompt, "--prompt");
+  const std::vector<Token> ids = files.tokenizer().encode_prompt(read_prompt(f.prompt));
+  check_ids(ids, config, "--prompt");
   const auto L = static_cast<std::int64_t>(ids.size());
   const std::int64_t channels = config.version == 1 ? config.d_inner : config.n_heads;
   const auto most = static_cast<std::int64_t>(std::sqrt((1 << 28) / channels));
@@ -1791,7 +1909,7 @@ inline void inspect_command(CLI::App& app) {
 // --- tokenize, info, convert ---
 
 inline void run_tokenize(const ModelFlags& f, bool decode) {
-  const Tokenizer tokenizer = Tokenizer::from_file(tokenizer_path(f));
+  const Tokenizer tokenizer = open_tokenizer(f);
   for (std::string line; std::getline(std::cin, line);) {
     if (!line.empty() && line.back() == '\r') line.pop_back();
     if (!decode) {
@@ -1815,13 +1933,12 @@ inline void tokenize_command(CLI::App& app) {
 }
 
 inline void run_info(const ModelFlags& f) {
-  const ModelFiles files(f);
+  ModelFiles files(f);
   const Config& c = files.config;
   std::map<std::string, std::size_t> dtypes;
-  std::size_t parameters = 0, bytes = 0;
+  std::size_t parameters = 0;
   for (const auto& [name, tensor] : files.checkpoint.tensors) {
     parameters += tensor.size();
-    bytes += tensor.byte_size();
     dtypes[dtype_name(tensor.dtype)] += tensor.size();
   }
   const auto row = [](const char* name, const auto&... values) {
@@ -1835,14 +1952,17 @@ inline void run_info(const ModelFlags& f) {
     row("dt_rank", c.dt_rank);
   else
     row("n_heads", c.n_heads), row("head_dim", c.head_dim), row("n_groups", c.n_groups);
+  std::string ends;
+  for (const auto& [id, source] : files.end_tokens())
+    ends += (ends.empty() ? "" : "; ") + std::to_string(id) + " (" + source + ")";
+  row("end tokens", ends.empty() ? "none" : ends);
   row("head", c.tie_embeddings ? "tied to the embedding" : "its own");
-  row("parameters", parameters), row("bytes", bytes);
+  row("parameters", parameters), row("bytes", stored_bytes(files.checkpoint));
   std::string stored;
   for (const auto& [name, count] : dtypes)
     stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
   row("dtypes", stored);
-  const Index state = c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state);
-  row("state", state * 4, " bytes a sequence, at any length");
+  row("state", static_cast<Index>(state_bytes(c)), " bytes a sequence, at any length");
 }
 
 inline void info_command(CLI::App& app) {
@@ -1852,7 +1972,7 @@ inline void info_command(CLI::App& app) {
   sub->callback([f] { run_info(*f); });
 }
 
-/// Writes the model in the Hugging Face layout, with its tokenizer if there is one.
+/// Writes the model in the Hugging Face layout, with the small files that belong to it.
 inline void run_convert(const ModelFlags& f, const std::string& folder) {
   ModelFiles files(f);
   Config& config = files.config;
@@ -1872,8 +1992,12 @@ inline void run_convert(const ModelFlags& f, const std::string& folder) {
   const std::string out = make_folder(folder);
   write_safetensors(out + "model.safetensors", tensors, {{"format", "pt"}});
   write_config(folder, config);
+  for (const char* name : {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+                           "chat_template.json", "special_tokens_map.json"})
+    if (const std::string path = f.folder + "/" + name; std::filesystem::exists(path))
+      write_file(out + name, MappedFile(path).bytes());
   if (const std::string path = tokenizer_path(f); std::filesystem::exists(path))
-    write_text(out + "tokenizer.json", MappedFile(path).bytes());
+    write_file(out + "tokenizer.json", MappedFile(path).bytes());
 }
 
 inline void convert_command(CLI::App& app) {
@@ -1928,6 +2052,8 @@ int run(int argc, char** argv, const std::vector<Command>& more = {}) {
     return say(error.what(), 2);
   } catch (const std::bad_alloc&) {
     return say("out of memory", 1);
+  } catch (const std::length_error&) {
+    return say("out of memory: more was asked for than there can be", 1);
   } catch (const std::exception& error) {
     return say(error.what(), 1);
   }

@@ -599,6 +599,13 @@ class Tokenizer {
     return id < 0 ? std::nullopt : std::optional<Token>(id);
   }
 
+  std::vector<Token> encode_prompt(std::string_view text) const { return encode(text); }
+  std::optional<Token> id_of(std::string_view text) const { return find(text); }
+  std::optional<std::string> text_of(Token id) const {
+    const std::string_view bytes = bytes_of(id);
+    return bytes.empty() ? std::nullopt : std::optional<std::string>(bytes);
+  }
+
   // All ids are smaller than this.
   std::size_t vocab_size() const { return bytes_.size(); }
 

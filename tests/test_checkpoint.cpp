@@ -368,7 +368,7 @@ TEST_CASE("config: what a file does not say has the default of its layout") {
   CHECK(c.vocab_size == 50280);
   CHECK(c.dt_rank == 48);
   CHECK((c.tie_embeddings && !c.use_bias && c.use_conv_bias));
-  CHECK((c.bos_token_id == 0 && c.eos_token_id == 0));
+  CHECK((c.bos_token_id == 0 && c.eos_token_ids == std::vector<mamba::Token>{0}));
   c = config_of(R"({"model_type": "mamba2"})");  // Mamba2Config
   CHECK(c.version == 2);
   CHECK(c.d_model == 4096);
@@ -377,7 +377,8 @@ TEST_CASE("config: what a file does not say has the default of its layout") {
   CHECK(c.n_layer == 64);
   CHECK(c.vocab_size == 32768);
   CHECK((c.n_heads == 128 && c.head_dim == 64 && c.n_groups == 8 && c.chunk == 256));
-  CHECK((c.dt_min == 0 && c.dt_max == kInf && !c.tie_embeddings && c.eos_token_id == 2));
+  CHECK((c.dt_min == 0 && c.dt_max == kInf && !c.tie_embeddings &&
+         c.eos_token_ids == std::vector<mamba::Token>{2}));
   c = config_of(R"({"d_model": 100, "ssm_cfg": {}})");  // the original package, Mamba
   CHECK((c.version == 1 && c.d_inner == 200 && c.d_state == 16 && c.d_conv == 4));
   CHECK((c.n_layer == 64 && c.vocab_size == 50277 && c.dt_rank == 7 && c.tie_embeddings));
@@ -418,7 +419,7 @@ TEST_CASE("config: Infinity in any spelling, and words that only look like it") 
 TEST_CASE("config: what published files carry along does not disturb") {
   const Config c = config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
       "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16", "quantization": {}})");
-  CHECK((c.eos_token_id == 7 && c.bos_token_id == -1));
+  CHECK((c.eos_token_ids == std::vector<mamba::Token>{7, 8} && c.bos_token_id == -1));
   // Converted models keep the original's names beside the new ones; the new ones count.
   CHECK(config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
       "num_hidden_layers": 3, "time_step_rank": "auto"})")

@@ -115,7 +115,7 @@ TEST_CASE(
 
 TEST_CASE("score: what comes first in a text follows the end token") {
   mamba::Config config = mamba::read_config(root("weights/stories"));
-  config.eos_token_id = 3;
+  config.eos_token_ids = {3, 5};
   const auto begun = [&](Ids context, Ids continuation) {
     Request request{context, continuation, 0, 0, {}, 0};
     mamba::begin_text(request, config, "here");
@@ -124,7 +124,7 @@ TEST_CASE("score: what comes first in a text follows the end token") {
   CHECK(begun({}, {7, 8}) == std::pair(Ids{3}, Ids{7, 8}));
   CHECK(begun({}, {3, 8}) == std::pair(Ids{3}, Ids{8}));
   CHECK(begun({5}, {3, 8}) == std::pair(Ids{5}, Ids{3, 8}));
-  config.eos_token_id = -1;
+  config.eos_token_ids = {};
   CHECK_THROWS_WITH(begun({}, {7}), Catch::Contains("no end token"));
 }
 
