@@ -1135,4 +1135,17 @@ inline Checkpoint read_checkpoint(const std::string& directory) {
 }
 
 
+/// A file whole, or standard input for "-".
+inline std::string read_file(const std::string& path) {
+  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
+  if (std::filesystem::is_directory(path))
+    fail("cannot read: ", path, ": expected a file, found a directory");
+  std::ifstream file(path, std::ios::binary);  // may be a pipe
+  if (!file) fail("cannot open: ", path, ": ", std::strerror(errno));
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+inline void take_standard_numbers() {}
+inline std::string what_folder_is(const std::string&) { return ""; }
+
 }  // namespace mamba

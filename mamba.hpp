@@ -262,7 +262,9 @@ inline Json read_settings(const std::string& path) {
 
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
-  const std::string path = directory + "/config.json";
+  const std::string path = directory + "/config.json", what = what_folder_is(directory);
+  if (!std::filesystem::exists(path) && !what.empty())
+    fail("no model: ", directory, ": found ", what);
   const Json json = read_settings(path);
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
   if (!original && !json.contains("model_type"))
@@ -406,29 +408,6 @@ inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& nam
     fail("wrong shape: ", checkpoint.where, ": ", quote(tensor.name), ": expected ",
          shape_text(shape), by_token ? " or more rows" : "", ", found ", shape_text(tensor.shape));
   return tensor;
-}
-
-/// Bytes of the state of one sequence, in float32.
-inline double state_bytes(const Config& c) {
-  const auto conv = static_cast<double>(c.d_conv - 1) * static_cast<double>(c.conv_width());
-  const auto h = static_cast<double>(c.d_inner) * static_cast<double>(c.d_state);
-  return 4 * static_cast<double>(c.n_layer) * (conv + h);
-}
-
-inline std::size_t stored_bytes(const Checkpoint& checkpoint) {
-  std::size_t bytes = 0;
-  for (const auto& [name, tensor] : checkpoint.tensors) bytes += tensor.byte_size();
-  return bytes;
-}
-
-/// How many tokens have a row in both embedding and head.
-inline Index embedding_rows(const Checkpoint& checkpoint) {
-  Index rows = kMaxVocab;
-  for (const char* name :
-       {"backbone.embeddings.weight", "backbone.embedding.weight", "lm_head.weight"})
-    if (const Tensor* tensor = checkpoint.find(name); tensor && !tensor->shape.empty())
-      rows = std::min<Index>(rows, tensor->shape[0]);
-  return rows;
 }
 
 // How a tensor becomes a member of ssm::Model. A program with its own matrix type adds its own.
@@ -1054,34 +1033,33 @@ inline Questions questions_of(const std::vector<Request>& requests) {
   return questions;
 }
 
-/// What a file of requests comes to: counts, and log-probability in all.
-struct ScoreSummary {
-  double requests = 0, greedy = 0, logprob = 0;
-  double questions = 0, acc = 0, acc_norm = 0, acc_bytes = 0;
-  double perplexity() const { return std::exp(-logprob / requests); }
-};
-
-/// A question is answered right if its right choice has the highest log-probability: acc; per
-/// character: acc_norm; per byte: acc_bytes. Of equals the first counts.
-inline ScoreSummary summarize(const std::vector<Likelihood>& found, const Questions& questions,
-                              const std::vector<Request>& requests) {
-  ScoreSummary sum;
-  for (const Likelihood& each : found)
-    sum.requests += 1, sum.greedy += each.greedy, sum.logprob += each.logprob;
+/// What a file of requests comes to. A question is answered right if its right choice has the highest
+/// log-probability: acc; per character: acc_norm; per byte: acc_bytes. Of equals the first counts.
+inline nlohmann::ordered_json summary(const std::vector<Likelihood>& found,
+                                      const Questions& questions,
+                                      const std::vector<Request>& requests) {
+  double greedy = 0, logprob = 0, acc = 0, acc_norm = 0, acc_bytes = 0;
+  for (const Likelihood& each : found) greedy += each.greedy, logprob += each.logprob;
   for (const auto& question : questions) {
-    const std::vector<std::size_t>& choices = question.second;
-    const auto right = [&](double Request::*length) {
+    const auto right = [&, &choices = question.second](double Request::*length) {
       std::vector<double> scores;
       for (const std::size_t i : choices)
         scores.push_back(length ? found[i].logprob / requests[i].*length : found[i].logprob);
       const auto best = std::max_element(scores.begin(), scores.end()) - scores.begin();
       return static_cast<std::size_t>(best) == requests[choices[0]].label;
     };
-    sum.questions += 1;
-    sum.acc += right(nullptr);
-    sum.acc_norm += right(&Request::characters);
-    sum.acc_bytes += right(&Request::bytes);
+    acc += right(nullptr);
+    acc_norm += right(&Request::characters);
+    acc_bytes += right(&Request::bytes);
   }
+  const auto n = static_cast<double>(found.size()), q = static_cast<double>(questions.size());
+  nlohmann::ordered_json sum = {
+      {"requests", found.size()}, {"greedy", greedy / n}, {"perplexity", std::exp(-logprob / n)}};
+  if (q > 0)
+    sum.update({{"questions", questions.size()},
+                {"acc", acc / q},
+                {"acc_norm", acc_norm / q},
+                {"acc_bytes", acc_bytes / q}});
   return sum;
 }
 
@@ -1198,16 +1176,6 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
 // Results go to stdout, progress and statistics to stderr.
 // Exit status 0: done, 1: failed, 2: wrong usage.
 
-/// A file whole, or standard input for "-".
-inline std::string read_file(const std::string& path) {
-  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-  if (std::filesystem::is_directory(path))
-    fail("cannot read: ", path, ": expected a file, found a directory");
-  std::ifstream file(path, std::ios::binary);  // may be a pipe
-  if (!file) fail("cannot open: ", path, ": ", std::strerror(errno));
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 /// A folder to write into.
 inline std::string make_folder(const std::string& path) {
   std::error_code error;
@@ -1270,13 +1238,7 @@ inline void show_progress(Index done, Index all) {
 
 // --- the model, which almost every subcommand opens ---
 
-/// A delta ratio is one float above zero.
-inline const CLI::Validator kRatio(
-    [](const std::string& text) {
-      const float ratio = std::strtof(text.c_str(), nullptr);
-      return ratio > 0 && std::isfinite(ratio) ? "" : "expected a number above 0, found " + text;
-    },
-    "");
+inline const CLI::Range kRatio(1e-6f, 1e6f);
 
 struct ModelFlags {
   std::string folder = "weights/stories", tokenizer;
@@ -1319,6 +1281,16 @@ inline std::string tokenizer_path(const ModelFlags& flags) {
   return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
 }
 
+/// How many tokens have a row in both embedding and head.
+inline Index embedding_rows(const Checkpoint& checkpoint) {
+  Index rows = kMaxVocab;
+  for (const char* name : {"backbone.embeddings.weight", "backbone.embedding.weight",
+                           "embeddings.weight", "embedding.weight", "lm_head.weight"})
+    if (const Tensor* tensor = checkpoint.find(name); tensor && !tensor->shape.empty())
+      rows = std::min<Index>(rows, tensor->shape[0]);
+  return rows;
+}
+
 inline Tokenizer open_tokenizer(const ModelFlags& flags) {
   const std::string path = tokenizer_path(flags);
   if (!std::filesystem::exists(path))
@@ -1340,10 +1312,6 @@ class ModelFiles {
            ": expected a directory with config.json and weights (--model)");
     config = read_config(flags.folder);
     checkpoint = read_checkpoint(flags.folder);
-    const double state = state_bytes(config), least = 1 << 26;
-    if (state > std::max(least, 64 * static_cast<double>(stored_bytes(checkpoint))))
-      fail("bad config: ", flags.folder, "/config.json: expected a state that is not 64 times as ",
-           "large as the weights, found ", state, " bytes");
     // A token that has a row in embedding and head exists, whatever vocab_size says.
     const Index rows = embedding_rows(checkpoint);
     if (rows > config.vocab_size && has_tokenizer())
@@ -1529,14 +1497,10 @@ void generate_command(CLI::App& app) {
   f->add_engine(sub, Engine::kHasDevice);
   f->add_delta_ratio(sub);
   SamplerOptions& sampler = f->sampler;
-  auto* text =
-      sub->add_option("prompt,--prompt", f->prompt,
-                      "the text to continue, - for standard input (one newline at its end is "
-                      "dropped)");
-  auto* lines =
-      sub->add_option("--prompt-file", f->prompt_file,
-                      "several prompts, one a line (Windows' line ends and a byte order mark "
-                      "are no part of them), - for standard input");
+  auto* text = sub->add_option("prompt,--prompt", f->prompt,
+                               "the text to continue, - for standard input less a final newline");
+  auto* lines = sub->add_option("--prompt-file", f->prompt_file,
+                                "prompts, one a line, less Windows' line ends and byte order mark");
   sub->add_option("--prompt-ids", f->prompt_ids, "token ids to continue")
       ->excludes(text)
       ->excludes(lines);
@@ -1758,24 +1722,6 @@ inline Request parse_request(const std::string& line, const std::string& where, 
   return request;
 }
 
-inline void print_summary(std::ostream& out, const ScoreSummary& sum) {
-  const auto share = [&](double part, double all) {
-    out << std::setw(10) << std::setprecision(4) << part / all;
-  };
-  const bool choices = sum.questions > 0;
-  out << " requests    greedy  perplexity" << (choices ? "  questions" : "")
-      << (choices ? "       acc  acc_norm  acc_bytes\n" : "\n");
-  out << std::fixed << std::setw(9) << std::setprecision(0) << sum.requests;
-  share(sum.greedy, sum.requests);
-  out << std::setw(12) << std::setprecision(3) << sum.perplexity();
-  if (choices) {
-    out << std::setw(11) << std::setprecision(0) << sum.questions;
-    share(sum.acc, sum.questions), share(sum.acc_norm, sum.questions);
-    out << ' ', share(sum.acc_bytes, sum.questions);
-  }
-  out << std::endl;
-}
-
 /// A line of JSON for each request: into --out, or to stdout; the summary then goes to stderr.
 template <class Engine>
 void run_score(const ScoreFlags& f) {
@@ -1804,7 +1750,7 @@ void run_score(const ScoreFlags& f) {
     show_progress(static_cast<Index>(found.size()), static_cast<Index>(requests.size()));
   }
   if (out) out->commit();
-  print_summary(out ? std::cout : std::cerr, summarize(found, questions, requests));
+  (out ? std::cout : std::cerr) << summary(found, questions, requests) << std::endl;
 }
 
 template <class Engine>
@@ -1830,14 +1776,13 @@ struct InspectFlags : ModelFlags {
   Index layer = 0;
 };
 
-/// The layers up to this one and no other: those above do not matter to it.
+/// Forgets the layers above this one: they do not matter to it.
 inline void keep_layers(ModelFiles& files, Index last) {
-  for (Index l = last + 1; l < files.config.n_layer; ++l) {
-    auto& tensors = files.checkpoint.tensors;
-    const std::string start = "backbone.layers." + std::to_string(l) + ".";
-    auto tensor = tensors.lower_bound(start);
-    while (tensor != tensors.end() && tensor->first.compare(0, start.size(), start) == 0)
-      tensor = tensors.erase(tensor);
+  auto& tensors = files.checkpoint.tensors;
+  for (auto tensor = tensors.begin(); tensor != tensors.end();) {
+    const std::size_t at = tensor->first.find("layers.");
+    const bool above = at != std::string::npos && std::atoll(tensor->first.c_str() + at + 7) > last;
+    tensor = above ? tensors.erase(tensor) : std::next(tensor);
   }
   files.config.n_layer = last + 1;
 }
@@ -1908,37 +1853,40 @@ inline void inspect_command(CLI::App& app) {
 
 // --- tokenize, info, convert ---
 
-inline void run_tokenize(const ModelFlags& f, bool decode) {
-  const Tokenizer tokenizer = open_tokenizer(f);
-  for (std::string line; std::getline(std::cin, line);) {
-    if (!line.empty() && line.back() == '\r') line.pop_back();
-    if (!decode) {
-      print_ids(tokenizer.encode(line));
-      continue;
-    }
-    const std::vector<Token> ids = parse_ids(line, "standard input");
-    for (const Token id : ids)
-      if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
-        fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
-    std::cout << tokenizer.decode(ids) << "\n";
-  }
-}
-
 inline void tokenize_command(CLI::App& app) {
-  const auto f = std::make_shared<std::pair<ModelFlags, bool>>();
+  struct Flags : ModelFlags {
+    bool decode = false;
+  };
+  const auto f = std::make_shared<Flags>();
   CLI::App* sub = app.add_subcommand("tokenize", "standard input to token ids, line by line");
-  f->first.add_model(sub);
-  sub->add_flag("--decode", f->second, "token ids to text");
-  sub->callback([f] { run_tokenize(f->first, f->second); });
+  f->add_model(sub);
+  sub->add_flag("--decode", f->decode, "token ids to text");
+  sub->callback([f] {
+    const Tokenizer tokenizer = open_tokenizer(*f);
+    for (std::string line; std::getline(std::cin, line);) {
+      if (!line.empty() && line.back() == '\r') line.pop_back();
+      if (!f->decode) {
+        print_ids(tokenizer.encode(line));
+        continue;
+      }
+      const std::vector<Token> ids = parse_ids(line, "standard input");
+      for (const Token id : ids)
+        if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
+          fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
+      std::cout << tokenizer.decode(ids) << "\n";
+    }
+    if (std::cin.bad()) fail("cannot read: standard input");
+  });
 }
 
 inline void run_info(const ModelFlags& f) {
   ModelFiles files(f);
   const Config& c = files.config;
   std::map<std::string, std::size_t> dtypes;
-  std::size_t parameters = 0;
+  std::size_t parameters = 0, bytes = 0;
   for (const auto& [name, tensor] : files.checkpoint.tensors) {
     parameters += tensor.size();
+    bytes += tensor.byte_size();
     dtypes[dtype_name(tensor.dtype)] += tensor.size();
   }
   const auto row = [](const char* name, const auto&... values) {
@@ -1952,17 +1900,17 @@ inline void run_info(const ModelFlags& f) {
     row("dt_rank", c.dt_rank);
   else
     row("n_heads", c.n_heads), row("head_dim", c.head_dim), row("n_groups", c.n_groups);
-  std::string ends;
+  std::string ends, stored;
   for (const auto& [id, source] : files.end_tokens())
     ends += (ends.empty() ? "" : "; ") + std::to_string(id) + " (" + source + ")";
   row("end tokens", ends.empty() ? "none" : ends);
   row("head", c.tie_embeddings ? "tied to the embedding" : "its own");
-  row("parameters", parameters), row("bytes", stored_bytes(files.checkpoint));
-  std::string stored;
+  row("parameters", parameters), row("bytes", bytes);
   for (const auto& [name, count] : dtypes)
     stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
   row("dtypes", stored);
-  row("state", static_cast<Index>(state_bytes(c)), " bytes a sequence, at any length");
+  row("state", 4 * c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state),
+      " bytes a sequence, at any length");
 }
 
 inline void info_command(CLI::App& app) {
@@ -2015,6 +1963,7 @@ using Command = void (*)(CLI::App&);
 /// The whole of main: `mamba "Once upon a time"` is short for `mamba generate "Once upon a time"`.
 template <class Engine>
 int run(int argc, char** argv, const std::vector<Command>& more = {}) {
+  take_standard_numbers();
   std::ios::sync_with_stdio(false);
   CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
   app.require_subcommand(1);

@@ -166,9 +166,9 @@ with tempfile.TemporaryDirectory() as folder:
     want = [by_hand(*pair) for pair in pairs]
     claim("score gives log-probability, tokens and greediness, a line each", code == 0 and len(answers) == 3 and all(
         abs(a["logprob"] - w[0]) < 1e-3 and a["tokens"] == w[1] and a["greedy"] is w[2] for a, w in zip(answers, want)), (answers, want, err))
-    found = table.splitlines()[1].split()
-    claim("the summary has greedy accuracy and perplexity", found[:2] == ["3", f"{sum(w[2] for w in want) / 3:.4f}"]
-          and abs(math.log(float(found[2])) + sum(w[0] for w in want) / 3) < 1e-3, table)
+    found = json.loads(table)
+    claim("the summary has greedy accuracy and perplexity", list(found) == ["requests", "greedy", "perplexity"] and found["greedy"] == sum(w[2] for w in want) / 3
+          and abs(math.log(found["perplexity"]) + sum(w[0] for w in want) / 3) < 1e-3, table)
     code, lines, err = run("score", "--requests", "-", stdin=open(at("requests")).read())
     claim("without --out the answers are on standard output alone", [json.loads(l) for l in lines.splitlines()] == answers and "perplexity" in err, (lines, err))
     score = lambda *requests: [json.loads(l) for l in run("score", "--requests", "-", stdin="".join(json.dumps(r) + "\n" for r in requests))[1].splitlines()]
@@ -181,12 +181,10 @@ with tempfile.TemporaryDirectory() as folder:
     long = ", there was a little girl named Lily"
     (a, _, _), (b, _, _) = by_hand("Once upon a time", "!"), by_hand("Once upon a time", long)
     choices = [{"context": "Once upon a time", "continuation": c, "doc": d, "label": l} for d, l in ((7, 0), ("x", 1)) for c in ("!", long)]
-    code, _, err = run("score", "--requests", "-", stdin="\n".join(map(json.dumps, choices)))
-    found = err.splitlines()[-1].split()
-    right = lambda x, y: f"{((x > y) + (y > x)) / 2:.4f}"  # one label of each kind: always one half
-    claim("choices of a question are counted", code == 0 and found[3] == "2" and found[4:] == [right(a, b), right(a, b / len(long)), right(a, b / len(long))], err)
-    code, _, err = run("score", "--requests", "-", stdin="\n".join(map(json.dumps, choices[2:])))
-    claim("acc and acc_norm choose each in its way", code == 0 and err.splitlines()[-1].split()[3:] == ["1", f"{a < b:d}.0000", f"{a < b / len(long):d}.0000", f"{a < b / len(long):d}.0000"], (a, b, err))
+    answers = lambda lines: [json.loads(run("score", "--requests", "-", stdin="\n".join(map(json.dumps, lines)))[2])[k] for k in ("questions", "acc", "acc_norm", "acc_bytes")]
+    claim("choices of a question are counted, both labels once", answers(choices) == [2, 0.5, 0.5, 0.5], answers(choices))
+    want = [1, float(a < b), *[float(a < b / len(long))] * 2]
+    claim("acc and acc_norm choose each in its way", answers(choices[2:]) == want, (a, b, answers(choices[2:])))
 
     # --- inspect ---
     for model, heads in ((STORIES, 1), ("tests/golden/mamba2-hf", 8)):
@@ -226,6 +224,95 @@ with tempfile.TemporaryDirectory() as folder:
     claim("convert keeps the logits of an original checkpoint", code == 0 and same(at("hf")) == same("tests/golden/mamba1-original"), err)
 
     shutil.copy(STORIES + "/tokenizer.json", at("hf"))
+
+    # --- people's own checkpoints: end tokens, vocabulary, tokenizers, prompts ---
+    def variant(name, config={}, **files):
+        """A copy of the shipped model with some of its config changed, and small files beside it."""
+        shutil.copytree(STORIES, at(name))
+        whole = json.load(open(at(name + "/config.json")))
+        whole.update(config)
+        for file, content in {"config": whole, **files}.items():
+            with open(at(f"{name}/{file}.json"), "w") as f:
+                json.dump(content, f)
+        return at(name)
+    greedy = lambda model, *more: run("Once upon a time", "--model", model, "-n", 40, "--temperature", 0, "--ids", *more)[1].split()
+    tale = greedy(STORIES)
+    ends = lambda model: next(line[13:] for line in run("info", "--model", model)[1].splitlines() if line.startswith("end tokens"))
+    stop = tale[12]  # ends the first sentence; not among the tokens before it
+    cut = tale[:tale.index(stop, 5) + 1]
+    claim("the test's own story goes on after its first sentence", 10 < len(cut) < 20 and len(tale) == 44, tale)
+    dot = run("tokenize", "--decode", stdin=stop + "\n")[1][:-1]
+    for name, source, model in (
+            ("a list in config.json", "config.json", variant("ends1", {"eos_token_id": [0, int(stop)]})),
+            ("generation_config.json", "generation_config.json", variant("ends2", generation_config={"eos_token_id": int(stop)})),
+            ("a list in generation_config.json", "generation_config.json", variant("ends3", generation_config={"eos_token_id": [4095, int(stop)]})),
+            ("a name in tokenizer_config.json", "tokenizer_config.json", variant("ends4", tokenizer_config={"eos_token": dot})),
+            ("a described name in tokenizer_config.json", "tokenizer_config.json", variant("ends5", tokenizer_config={"eos_token": {"content": dot, "lstrip": False}}))):
+        claim(f"end tokens: {name}", greedy(model) == cut, (greedy(model), cut))
+        claim(f"info: where an end token comes from: {name}", f"{stop} ({source})" in ends(model) and "0 (config.json)" in ends(model), ends(model))
+        claim(f"--ignore-eos ignores {name}", greedy(model, "--ignore-eos") == tale)
+    text = run("Once upon a time", "--model", at("ends1"), "-n", 40, "--temperature", 0)[1]
+    claim("an end token is not printed", text == run("tokenize", "--decode", stdin=" ".join(cut[:-1]))[1], text)
+    claim("null is no end token", ends(variant("ends6", {"eos_token_id": None})) == "none" and greedy(at("ends6")) == tale, ends(at("ends6")))
+    claim("an end token named twice is one", ends(variant("ends7", generation_config={"eos_token_id": [0]})) == "0 (config.json, generation_config.json)", ends(at("ends7")))
+    small = {"generation_config": {"eos_token_id": [0, 5]}, "tokenizer_config": {"eos_token": dot, "chat_template": "{{ messages }}"}, "special_tokens_map": {"eos_token": dot}}
+    variant("full", {"eos_token_id": [0, 7], "pad_token_id": 3, "bos_token_id": 2}, **small)
+    with open(at("full/chat_template.jinja"), "w") as f:
+        f.write("{% for m in messages %}{{ m }}{% endfor %}\n")
+    run("convert", "--model", at("full"), "--out", at("full2"))
+    old, new = (json.load(open(at(f"{d}/config.json"))) for d in ("full", "full2"))
+    claim("convert writes the token ids of config.json as they were", all(old[k] == new[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")), new)
+    claim("convert copies the small files unchanged", all(open(at("full/" + n), "rb").read() == open(at("full2/" + n), "rb").read() for n in
+          ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.json")), os.listdir(at("full2")))
+
+    # the first 4,000 rows by config.json, the others by the tokenizer that has them
+    last = run("tokenize", "--decode", stdin="4095\n")[1][:-1]
+    variant("narrow", {"vocab_size": 4000})
+    claim("a token of the tokenizer that has a row exists", run(last, "--model", at("narrow"), "-n", 0, "--ids")[1] == "4095\n" and greedy(at("narrow")) == tale, last)
+    shutil.copytree(at("narrow"), at("bare"))
+    os.remove(at("bare/tokenizer.json"))
+    refuses("a row that no tokenizer names", 1, "below 4000, found 4095", "logits", "--model", at("bare"), "--ids", 4095, "--out", at("x"))
+    run("convert", "--model", at("narrow"), "--out", at("wide"))
+    claim("convert keeps such rows", json.load(open(at("wide/config.json")))["vocab_size"] == 4096 and greedy(at("wide")) == tale)
+    # a tokenizer that lacks the token that the story takes next: it is never drawn
+    model = variant("holes")
+    words = json.load(open(at("holes/tokenizer.json")))
+    name = next(k for k, v in words["model"]["vocab"].items() if str(v) == tale[6])
+    del words["model"]["vocab"][name]
+    split = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
+    words["model"]["merges"] = [m for m in words["model"]["merges"] if name not in ("".join(split(m)), *split(m))]
+    json.dump(words, open(at("holes/tokenizer.json"), "w"))
+    for flags in (("--temperature", 0), ("--temperature", 1, "--top-p", 1, "--batch", 20)):
+        ids = run("generate", "--model", model, "--prompt-ids", " ".join(tale[:6]), "-n", 10, "--ids", *flags)[1]
+        claim("a row without a token is never drawn", len(ids.split()) >= 16 and all(tale[6] not in line.split()[6:] for line in ids.splitlines()), ids)
+
+    for command in (("generate", "--prompt", "Lily"), ("perplexity", "--text", at("prompts")), ("inspect", "Lily", "--out", at("x")),
+                    ("tokenize",), ("score", "--requests", at("requests"))):
+        refuses(f"{command[0]} without a tokenizer", 1, "EleutherAI/gpt-neox-20b", *command, "--model", at("bare"))
+    ids = run("generate", "--model", at("bare"), "--prompt-ids", " ".join(tale[:4]), "-n", 40, "--temperature", 0, "--ids")[1].split()
+    claim("--prompt-ids needs no tokenizer", ids == tale, ids)
+    story = run("Once upon a time", *GREEDY)[1]
+    claim("--prompt-ids prints text", run("generate", "--prompt-ids", " ".join(tale[:4]), *GREEDY)[1] == story)
+    for tokenizer in (STORIES, STORIES + "/tokenizer.json"):
+        claim("--tokenizer names a file or its folder", run("Once upon a time", "--model", at("bare"), "--tokenizer", tokenizer, *GREEDY)[1] == story)
+    for newline in ("\n", "\r\n"):
+        claim("one final newline of standard input is dropped", run("-", *GREEDY, stdin="Once upon a time" + newline)[1] == story)
+        claim("tokenize leaves the line's end out", run("tokenize", stdin="a b" + newline + "c")[1] == run("tokenize", stdin="a b\nc\n")[1])
+    claim("but one only", run("-", "-n", 0, stdin="Lily\n\n")[1] == "Lily\n\n")
+    with open(at("windows"), "wb") as f:
+        f.write(b"\xef\xbb\xbf" + open(at("prompts"), "rb").read().replace(b"\n", b"\r\n"))
+    claim("Windows' line ends and byte order mark are no part of a prompt", run("generate", "--prompt-file", at("windows"), *GREEDY)[1] == several)
+
+    # weights that are not numbers
+    shutil.copytree(STORIES, at("nan"))
+    header, data = read_safetensors(at("nan/model.safetensors"))
+    begin = header["backbone.norm_f.weight"]["data_offsets"][0]
+    with open(at("nan/model.safetensors"), "r+b") as f:
+        f.seek(os.path.getsize(at("nan/model.safetensors")) - len(data) + begin)
+        f.write(struct.pack("<H", 0x7fc0))
+    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",)):
+        code, out, err = run(*command, "--model", at("nan"))
+        claim(f"NaN weights end {command[0]}", code == 1 and "backbone.norm_f.weight" in err and "NaN" in err.splitlines()[-1].replace("nan", "NaN"), (code, out, err))
 
     # --- usage: status 2, one line ---
     for arguments, fragment in [

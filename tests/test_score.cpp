@@ -146,14 +146,15 @@ TEST_CASE("score: acc, acc_norm and acc_bytes choose by log-probability, per cha
                                                 {-4, true},  {-1, true}, {-1, true},  {-7, false},
                                                 {-9, false}, {-1, false}};
   const auto questions = mamba::questions_of(requests);
-  const auto sum = mamba::summarize(found, questions, requests);
-  CHECK(sum.requests == 10);
-  CHECK(sum.greedy == 4);
-  CHECK(sum.perplexity() == Approx(std::exp(38 / 10.0)));
-  CHECK(sum.questions == 4);
-  CHECK(sum.acc == 1);       // of the fourth
-  CHECK(sum.acc_norm == 2);  // and of the first
-  CHECK(sum.acc_bytes == 2);
+  const auto sum = mamba::summary(found, questions, requests);
+  CHECK(sum["requests"] == 10);
+  CHECK(sum["greedy"] == 0.4);
+  CHECK(sum["perplexity"].get<double>() == Approx(std::exp(38 / 10.0)));
+  CHECK(sum["questions"] == 4);
+  CHECK(sum["acc"] == 0.25);      // the fourth
+  CHECK(sum["acc_norm"] == 0.5);  // and the first
+  CHECK(sum["acc_bytes"] == 0.5);
+  CHECK(mamba::summary({{-1, true}}, {}, {requests[7]}).count("acc") == 0);  // no question
   auto wrong = requests;
   wrong[1].label = 0;
   CHECK_THROWS_WITH(mamba::questions_of(wrong), Catch::Contains("doc '1': label"));
