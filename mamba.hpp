@@ -261,7 +261,9 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
 
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
-  const std::string path = directory + "/config.json";
+  const std::string path = directory + "/config.json", what = what_folder_is(directory);
+  if (!std::filesystem::exists(path) && !what.empty())
+    fail("no model: ", directory, ": found ", what);
   const MappedFile file(path);
   const Json json = parse_json(quote_bare_floats(file.bytes()), path);
   if (!json.is_object()) fail("bad config: ", path, ": expected an object");
@@ -389,12 +391,24 @@ inline std::string original_name(const std::string& name) {
   return name == "backbone.embeddings.weight" ? "backbone.embedding.weight" : name;
 }
 
-/// The tensor of this name in either layout, its shape checked. A vocabulary may be padded: more
-/// rows than vocab_size.
+/// The tensor of this name in either layout, saved with the head or by the backbone alone. Where
+/// the two are tied, the head stands for an embedding that is not there.
+inline const Tensor& find_weight(const Checkpoint& checkpoint, const std::string& name, bool tied) {
+  const std::string_view backbone = "backbone.";
+  for (const std::string& known : {original_name(name), name}) {
+    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
+    if (known.rfind(backbone, 0) != 0) continue;
+    if (const Tensor* tensor = checkpoint.find(known.substr(backbone.size()))) return *tensor;
+  }
+  const bool embedding = name == "backbone.embeddings.weight";
+  const Tensor* head = tied && embedding ? checkpoint.find("lm_head.weight") : nullptr;
+  return head != nullptr ? *head : checkpoint.at(name);
+}
+
+/// The same, its shape checked. A vocabulary may be padded: more rows than vocab_size.
 inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& name,
-                            const std::vector<std::int64_t>& shape) {
-  const Tensor* original = checkpoint.find(original_name(name));
-  const Tensor& tensor = original ? *original : checkpoint.at(name);
+                            const std::vector<std::int64_t>& shape, bool tied = false) {
+  const Tensor& tensor = find_weight(checkpoint, name, tied);
   const bool by_token = name == "backbone.embeddings.weight" || name == "lm_head.weight";
   std::vector<std::int64_t> needed = tensor.shape;
   if (by_token && !needed.empty() && needed[0] > shape[0]) needed[0] = shape[0];
@@ -427,17 +441,30 @@ void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>&
   A = -log.array().exp();
 }
 
-inline bool same_values(const Tensor& a, const Tensor& b) {
-  return a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes();
+/// Fails if weights and state would be out of all proportion to the file: in a pickle, many tensors
+/// may be one storage, and the state grows with products of sizes that weights have the sums of.
+inline void check_size(const Checkpoint& checkpoint, const Config& c) {
+  const auto product = [](std::initializer_list<Index> sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), 4.0,  // bytes of a float
+                           [](double n, Index size) { return n * static_cast<double>(size); });
+  };
+  double bytes = product({c.n_layer, c.d_inner, c.d_state}) +
+                 product({c.n_layer, c.conv_width(), c.d_conv - 1});
+  for_each_shape(c, [&](const std::string&, const std::vector<std::int64_t>& shape) {
+    bytes += std::accumulate(shape.begin(), shape.end(), 4.0, std::multiplies<double>());
+  });
+  const double most = std::max(64 * static_cast<double>(checkpoint.file_size), 0x1p26);
+  if (checkpoint.file_size > 0 && bytes > most)
+    fail("too large: ", checkpoint.where, ": config.json asks for ", bytes / 0x1p20,
+         " MiB of weights and state, expected at most ", most / 0x1p20, " for a file of this size");
 }
-
-inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
 
 /// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
 /// if not given. Warnings go to stderr.
 template <class Model>
 Model load_model(const Checkpoint& checkpoint, const Config& config,
                  std::optional<DType> storage = {}) {
+  check_size(checkpoint, config);
   Model model;
   model.sizes = config;
   model.layers.resize(static_cast<std::size_t>(config.n_layer));
@@ -445,22 +472,25 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   model.tied = config.tie_embeddings;
   if (model.tied && checkpoint.find("lm_head.weight")) {
     model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
-                             weight(checkpoint, "backbone.embeddings.weight", by_token));
+                             weight(checkpoint, "backbone.embeddings.weight", by_token, true));
     if (!model.tied)
       warn(checkpoint.where +
            ": lm_head.weight differs from the embedding that config.json ties"
            " it to: used as it is");
   }
-  std::set<std::string> used = {"lm_head.weight"};
+  std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
-    const Tensor& tensor = weight(checkpoint, name, shape);
+    const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
     assign(tensor, storage, to);
-    used.insert(tensor.name);
+    used.insert(&tensor);
   });
+  std::vector<std::string> ignored;
   for (const auto& [name, tensor] : checkpoint.tensors)
-    if (!used.count(name))
-      warn(checkpoint.where + ": " + quote(name) + " is not a weight of this model: ignored");
-  for (const std::string& line : non_finite(checkpoint)) warn(line);
+    if (!used.count(&tensor))
+      ignored.push_back(checkpoint.where + ": " + quote(tensor.name) +
+                        " is not a weight of this model: ignored");
+  warn(ignored);
+  warn(non_finite(checkpoint));
   return model;
 }
 
@@ -1715,16 +1745,6 @@ inline DType parse_dtype(const std::string& text) {
   fail_usage("--dtype: expected f32, bf16 or f16, found ", quote(text));
 }
 
-/// A file whole, or standard input for "-".
-inline std::string read_text(const std::string& path) {
-  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-  if (std::filesystem::is_directory(path))
-    fail("cannot read: ", path, ": expected a file, found a directory");
-  std::ifstream file(path, std::ios::binary);  // may be a pipe
-  if (!file) fail("cannot open: ", path, ": ", std::strerror(errno));
-  return {std::istreambuf_iterator<char>(file), {}};
-}
-
 inline std::vector<Token> parse_ids(const std::string& text, const std::string& where) {
   std::vector<Token> ids;
   std::istringstream words(text);
@@ -1799,11 +1819,11 @@ inline std::vector<Document> documents(const Arguments& arguments, const Config&
   std::vector<Document> all;
   if (!arguments.ids_file.empty()) {
     all.push_back({"--ids-file: " + arguments.ids_file, {}});
-    all[0].ids = parse_ids(read_text(arguments.ids_file), all[0].where);
+    all[0].ids = parse_ids(read_file(arguments.ids_file), all[0].where);
   } else if (!arguments.texts.empty()) {
     const Tokenizer tokenizer = open_tokenizer(arguments);
     for (const std::string& text : arguments.texts)
-      all.push_back({"--text: " + text, tokenizer.encode(read_text(text))});
+      all.push_back({"--text: " + text, tokenizer.encode(read_file(text))});
   } else {
     all.push_back({"--ids", parse_ids(arguments.ids, "--ids")});
   }
@@ -1818,9 +1838,9 @@ inline std::vector<Document> documents(const Arguments& arguments, const Config&
 inline std::vector<std::string> prompts(const Arguments& arguments) {
   std::vector<std::string> texts;
   if (arguments.prompt_file.empty()) {
-    texts = {arguments.prompt == "-" ? read_text("-") : arguments.prompt};
+    texts = {arguments.prompt == "-" ? read_file("-") : arguments.prompt};
   } else {
-    std::istringstream lines(read_text(arguments.prompt_file));
+    std::istringstream lines(read_file(arguments.prompt_file));
     for (std::string line; std::getline(lines, line);) texts.push_back(line);
     if (texts.empty())
       fail("--prompt-file: ", arguments.prompt_file, ": expected a prompt a line, found none");
@@ -2061,7 +2081,7 @@ void run_lambada(const Arguments& arguments) {
   Engine engine = open_engine<Engine>(arguments);
   const Tokenizer tokenizer = open_tokenizer(arguments);
   std::vector<std::string> lines;
-  std::istringstream file(read_text(arguments.data));
+  std::istringstream file(read_file(arguments.data));
   for (std::string line; std::getline(file, line);)
     if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);
   if (lines.empty())
@@ -2095,7 +2115,7 @@ inline void run_inspect(const Arguments& arguments) {
   if (arguments.layer >= config.n_layer)
     fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", arguments.layer);
   const Tokenizer tokenizer = open_tokenizer(arguments);
-  const std::string prompt = arguments.prompt == "-" ? read_text("-") : arguments.prompt;
+  const std::string prompt = arguments.prompt == "-" ? read_file("-") : arguments.prompt;
   const std::vector<Token> ids = tokenizer.encode(prompt);
   if (ids.empty()) fail("--prompt: expected at least one token, found none");
   check_ids(ids, config, "--prompt: tokenizer and model do not match");
@@ -2165,6 +2185,7 @@ inline void run_tokenize(const Arguments& arguments) {
       std::cout << "\n";
     }
   }
+  if (std::cin.bad()) fail("cannot read: standard input");
 }
 
 inline void run_info(const Arguments& arguments) {
@@ -2199,14 +2220,15 @@ inline void run_convert(const Arguments& arguments) {
   namespace fs = std::filesystem;
   Config config = read_config(arguments.model);
   const Checkpoint checkpoint = read_checkpoint(arguments.model);
+  check_size(checkpoint, config);
   std::vector<Tensor> tensors;
   const Tensor* head = checkpoint.find("lm_head.weight");
   config.tie_embeddings =
       config.tie_embeddings &&
       (!head || same_values(*head, weight(checkpoint, "backbone.embeddings.weight",
-                                          {config.vocab_size, config.d_model})));
+                                          {config.vocab_size, config.d_model}, true)));
   for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-    Tensor tensor = weight(checkpoint, name, shape);
+    Tensor tensor = weight(checkpoint, name, shape, config.tie_embeddings);
     if (!arguments.dtype.empty()) tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
     tensor.name = name;
     if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
@@ -2415,6 +2437,7 @@ void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action
 /// The whole of main: `mamba "Once upon a time"` is short for `mamba generate "Once upon a time"`.
 template <class Engine>
 int run(int argc, char** argv) {
+  take_standard_numbers();
   std::ios::sync_with_stdio(false);
   CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
   app.require_subcommand(1);
