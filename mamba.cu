@@ -4072,7 +4072,7 @@ class CudaEngine {
   static DType storage(const Checkpoint& checkpoint, const Config& config,
                        const EngineOptions& options) {
     const DType file =
-        weight(checkpoint, "backbone.embeddings.weight", {config.vocab_size, config.d_model}).dtype;
+        find_weight(checkpoint, "backbone.embeddings.weight", config.tie_embeddings).dtype;
     const bool stored = file == DType::BF16 || file == DType::F16;
     return options.dtype.value_or(stored ? file : DType::F32);
   }

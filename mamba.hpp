@@ -395,12 +395,24 @@ inline std::string original_name(const std::string& name) {
   return name == "backbone.embeddings.weight" ? "backbone.embedding.weight" : name;
 }
 
-/// The tensor of this name in either layout, its shape checked. A vocabulary may be padded: more
-/// rows than vocab_size.
+/// The tensor of this name in either layout, saved with the head or by the backbone alone. Where
+/// the two are tied, the head stands for an embedding that is not there.
+inline const Tensor& find_weight(const Checkpoint& checkpoint, const std::string& name, bool tied) {
+  const std::string_view backbone = "backbone.";
+  for (const std::string& known : {original_name(name), name}) {
+    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
+    if (known.rfind(backbone, 0) != 0) continue;
+    if (const Tensor* tensor = checkpoint.find(known.substr(backbone.size()))) return *tensor;
+  }
+  const bool embedding = name == "backbone.embeddings.weight";
+  const Tensor* head = tied && embedding ? checkpoint.find("lm_head.weight") : nullptr;
+  return head != nullptr ? *head : checkpoint.at(name);
+}
+
+/// The same, its shape checked. A vocabulary may be padded: more rows than vocab_size.
 inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& name,
-                            const std::vector<std::int64_t>& shape) {
-  const Tensor* original = checkpoint.find(original_name(name));
-  const Tensor& tensor = original ? *original : checkpoint.at(name);
+                            const std::vector<std::int64_t>& shape, bool tied = false) {
+  const Tensor& tensor = find_weight(checkpoint, name, tied);
   const bool by_token = name == "backbone.embeddings.weight" || name == "lm_head.weight";
   std::vector<std::int64_t> needed = tensor.shape;
   if (by_token && !needed.empty() && needed[0] > shape[0]) needed[0] = shape[0];
@@ -433,17 +445,30 @@ void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>&
   A = -log.array().exp();
 }
 
-inline bool same_values(const Tensor& a, const Tensor& b) {
-  return a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes();
+/// Fails if weights and state would be out of all proportion to the file: in a pickle, many tensors
+/// may be one storage, and the state grows with products of sizes that weights have the sums of.
+inline void check_size(const Checkpoint& checkpoint, const Config& c) {
+  const auto product = [](std::initializer_list<Index> sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), 4.0,  // bytes of a float
+                           [](double n, Index size) { return n * static_cast<double>(size); });
+  };
+  double bytes = product({c.n_layer, c.d_inner, c.d_state}) +
+                 product({c.n_layer, c.conv_width(), c.d_conv - 1});
+  for_each_shape(c, [&](const std::string&, const std::vector<std::int64_t>& shape) {
+    bytes += std::accumulate(shape.begin(), shape.end(), 4.0, std::multiplies<double>());
+  });
+  const double most = std::max(64 * static_cast<double>(checkpoint.file_size), 0x1p26);
+  if (checkpoint.file_size > 0 && bytes > most)
+    fail("too large: ", checkpoint.where, ": config.json asks for ", bytes / 0x1p20,
+         " MiB of weights and state, expected at most ", most / 0x1p20, " for a file of this size");
 }
-
-inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
 
 /// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
 /// if not given. Warnings go to stderr.
 template <class Model>
 Model load_model(const Checkpoint& checkpoint, const Config& config,
                  std::optional<DType> storage = {}) {
+  check_size(checkpoint, config);
   Model model;
   model.sizes = config;
   model.layers.resize(static_cast<std::size_t>(config.n_layer));
@@ -451,22 +476,25 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   model.tied = config.tie_embeddings;
   if (model.tied && checkpoint.find("lm_head.weight")) {
     model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
-                             weight(checkpoint, "backbone.embeddings.weight", by_token));
+                             weight(checkpoint, "backbone.embeddings.weight", by_token, true));
     if (!model.tied)
       warn(checkpoint.where +
            ": lm_head.weight differs from the embedding that config.json ties"
            " it to: used as it is");
   }
-  std::set<std::string> used = {"lm_head.weight"};
+  std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
-    const Tensor& tensor = weight(checkpoint, name, shape);
+    const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
     assign(tensor, storage, to);
-    used.insert(tensor.name);
+    used.insert(&tensor);
   });
+  std::vector<std::string> ignored;
   for (const auto& [name, tensor] : checkpoint.tensors)
-    if (!used.count(name))
-      warn(checkpoint.where + ": " + quote(name) + " is not a weight of this model: ignored");
-  for (const std::string& line : non_finite(checkpoint)) warn(line);
+    if (!used.count(&tensor))
+      ignored.push_back(checkpoint.where + ": " + quote(tensor.name) +
+                        " is not a weight of this model: ignored");
+  warn(ignored);
+  warn(non_finite(checkpoint));
   return model;
 }
 
@@ -1281,16 +1309,6 @@ inline std::string tokenizer_path(const ModelFlags& flags) {
   return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
 }
 
-/// How many tokens have a row in both embedding and head.
-inline Index embedding_rows(const Checkpoint& checkpoint) {
-  Index rows = kMaxVocab;
-  for (const char* name : {"backbone.embeddings.weight", "backbone.embedding.weight",
-                           "embeddings.weight", "embedding.weight", "lm_head.weight"})
-    if (const Tensor* tensor = checkpoint.find(name); tensor && !tensor->shape.empty())
-      rows = std::min<Index>(rows, tensor->shape[0]);
-  return rows;
-}
-
 inline Tokenizer open_tokenizer(const ModelFlags& flags) {
   const std::string path = tokenizer_path(flags);
   if (!std::filesystem::exists(path))
@@ -1313,7 +1331,10 @@ class ModelFiles {
     config = read_config(flags.folder);
     checkpoint = read_checkpoint(flags.folder);
     // A token that has a row in embedding and head exists, whatever vocab_size says.
-    const Index rows = embedding_rows(checkpoint);
+    Index rows = kMaxVocab;
+    for (const Tensor* each : {&find_weight(checkpoint, "backbone.embeddings.weight", true),
+                               checkpoint.find("lm_head.weight")})
+      if (each && !each->shape.empty()) rows = std::min<Index>(rows, each->shape[0]);
     if (rows > config.vocab_size && has_tokenizer())
       config.vocab_size =
           std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
@@ -1924,14 +1945,15 @@ inline void info_command(CLI::App& app) {
 inline void run_convert(const ModelFlags& f, const std::string& folder) {
   ModelFiles files(f);
   Config& config = files.config;
+  check_size(files.checkpoint, config);
   const Tensor* head = files.checkpoint.find("lm_head.weight");
   config.tie_embeddings =
       config.tie_embeddings &&
       (!head || same_values(*head, weight(files.checkpoint, "backbone.embeddings.weight",
-                                          {config.vocab_size, config.d_model})));
+                                          {config.vocab_size, config.d_model}, true)));
   std::vector<Tensor> tensors;
   for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-    Tensor tensor = weight(files.checkpoint, name, shape);
+    Tensor tensor = weight(files.checkpoint, name, shape, config.tie_embeddings);
     if (f.engine.dtype) tensor = to_dtype(tensor, *f.engine.dtype);
     tensor.name = name;
     if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
