@@ -3,8 +3,8 @@
 CXX      ?= g++
 NVCC     ?= nvcc
 CXXFLAGS ?= -std=c++17 -O3 -march=native -fopenmp
-LIBS     ?= -isystem /usr/include/eigen3 -lutf8proc
-PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libutf8proc-dev libstb-dev catch2 python3 curl jq
+LIBS     ?= -isystem /usr/include/eigen3 -lpcre2-8 -lutf8proc
+PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libpcre2-dev libutf8proc-dev libstb-dev catch2 python3 curl jq
 
 # GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
 WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
