@@ -459,7 +459,10 @@ class WordEncoder {
     const Token whole = model_.ignore_merges ? model_.id_or_none(word) : -1;
     if (whole >= 0) return ids.push_back(whole);
     to_characters(word);
-    merge_by_windows(ids);
+    const std::size_t before = ids.size();
+    for (std::size_t window = window_; !merge_by_windows(window, ids); window *= 2) {
+      ids.resize(before);  // tokens are too long for it
+    }
   }
 
   // Step 4 of the head of this file.
@@ -495,33 +498,24 @@ class WordEncoder {
   // encoding of the whole just when all neighbours among them stand (encoding the characters of
   // both gives them again): the first merge across a border would happen in a pair alone as well.
   // So a window can be left at any token that stands beside the first of the next window.
-  void merge_by_windows(std::vector<Token>& ids) {
+  bool merge_by_windows(std::size_t window, std::vector<Token>& ids) {
     const std::size_t end = characters_.size();
-    std::size_t begin = 0, window = window_;
     std::vector<Placed> tokens = merge(0, std::min(end, window)), next;
-    while (end - begin > window) {
-      const std::size_t kept = place_to_leave(tokens, window, next);
+    for (std::size_t border = 0; end - border > window; tokens.swap(next)) {
+      bool stands = false;
+      std::size_t kept = tokens.size() - tokens.size() / 8;
+      for (int tries = 8; !stands && tries > 0 && --kept > 0; --tries) {
+        border = tokens[kept].second;
+        const std::size_t stop = std::min(end, border + window);
+        next = merge(border, stop);
+        const auto pair = merge(tokens[kept - 1].second, next.size() > 1 ? next[1].second : stop);
+        stands = pair == std::vector<Placed>{tokens[kept - 1], next[0]};
+      }
+      if (!stands) return false;
       for (std::size_t i = 0; i < kept; ++i) ids.push_back(tokens[i].first);
-      begin = tokens[kept].second;
-      if (kept == 0) window *= 2;
-      if (kept == 0) next = merge(begin, std::min(end, begin + window));
-      tokens.swap(next);
     }
     for (const Placed& token : tokens) ids.push_back(token.first);
-  }
-
-  // How many of the window's tokens surely stand, with the tokens of the window behind them.
-  std::size_t place_to_leave(const std::vector<Placed>& tokens, std::size_t window,
-                             std::vector<Placed>& next) {
-    std::size_t kept = tokens.size() - 1 - tokens.size() / 8;
-    for (int tries = 8; tries > 0 && kept > 0; --tries, --kept) {
-      const std::size_t border = tokens[kept].second;
-      const std::size_t stop = std::min(characters_.size(), border + window);
-      next = merge(border, stop);
-      const auto pair = merge(tokens[kept - 1].second, next.size() > 1 ? next[1].second : stop);
-      if (pair == std::vector<Placed>{tokens[kept - 1], next[0]}) return kept;
-    }
-    return 0;
+    return true;
   }
 
   // Step 5, in O(n log n): a queue holds the pairs, best rank first, then leftmost; one that
@@ -780,11 +774,14 @@ inline const Json::array_t& get_list(const Json& object, const char* key) {
   return value.get_ref<const Json::array_t&>();
 }
 
-inline Token to_number(const Json& value, const std::string& name = "id") {
-  constexpr std::uint64_t kMost = 1 << 22;  // published vocabularies stay below 2^18
-  check(value.is_number_unsigned() && value.get<std::uint64_t>() < kMost, name,
-        ": expected a number from 0 to ", kMost - 1, ", found ", kind_of(value));
+inline Token to_number(const Json& value, const std::string& name, std::uint64_t most) {
+  check(value.is_number_unsigned() && value.get<std::uint64_t>() <= most, name,
+        ": expected a number from 0 to ", most, ", found ", kind_of(value));
   return value.get<Token>();
+}
+
+inline Token to_id(const Json& value) {
+  return to_number(value, "id", (1 << 22) - 1);  // published vocabularies stay below 2^18
 }
 
 inline std::string get_character(const Json& object, const char* key) {
@@ -943,7 +940,6 @@ class Tokenizer {
   }
 
   void read(const Json& file) {
-    bpe::member(file, "model");
     where_ = "model: ";
     read_model(bpe::member(file, "model"));
     where_ = "model.merges: ";
@@ -990,7 +986,7 @@ class Tokenizer {
     bpe::check(vocab.is_object(), "expected an object, found ", bpe::kind_of(vocab));
     model_.vocab.reserve(vocab.size());
     for (const auto& [token, value] : vocab.get_ref<const Json::object_t&>()) {
-      const Token id = bpe::to_number(value);
+      const Token id = bpe::to_id(value);
       bpe::check(!text_of(id), "two tokens have the id ", id);
       model_.vocab.emplace(token, id);
       set_text(id, token);
@@ -1090,7 +1086,9 @@ class Tokenizer {
   void read_decoder(const Json& step, const std::string& type) {
     using Bytes = bpe::Decoder::Bytes;
     auto& steps = decoder_.bytes == Bytes::None ? decoder_.before : decoder_.after;
-    const auto count = [&](const char* key) { return bpe::to_number(bpe::member(step, key), key); };
+    const auto count = [&](const char* key) {
+      return bpe::to_number(bpe::member(step, key), key, 65535);
+    };
     if (type == "Fuse") {
       decoder_.fused = true;
     } else if (type == "Strip" && decoder_.fused) {
@@ -1103,7 +1101,7 @@ class Tokenizer {
     } else if (type == "Replace") {
       steps.push_back({bpe::get_pattern(step), bpe::get<std::string>(step, "content")});
     } else if (type == "Strip") {
-      const std::string one = "(?:\\Q" + bpe::get_character(step, "content") + "\\E){0,";
+      const std::string one = "\\Q" + bpe::get_character(step, "content") + "\\E{0,";
       steps.push_back({bpe::Regex("\\A" + one + std::to_string(count("start")) + "}"), ""});
       steps.push_back({bpe::Regex(one + std::to_string(count("stop")) + "}\\z"), ""});
     } else if (decoder_.bytes != Bytes::None) {
@@ -1127,7 +1125,7 @@ class Tokenizer {
       for (auto& [key, ids] : {std::pair("cls", &prefix_), std::pair("sep", &suffix_)}) {
         const Json::array_t& token = bpe::get_list(step, key);  // text and id
         bpe::check(token.size() == 2, key, ": expected a token and its id");
-        *ids = {bpe::to_number(token[1])};
+        *ids = {bpe::to_id(token[1])};
       }
       return;
     }
@@ -1143,7 +1141,7 @@ class Tokenizer {
       const auto id = bpe::get<std::string>(special, "id");
       const Json& token = bpe::member(bpe::member(step, "special_tokens"), id.c_str());
       for (const Json& each : bpe::get_list(token, "ids")) {
-        (texts == 0 ? prefix_ : suffix_).push_back(bpe::to_number(each));
+        (texts == 0 ? prefix_ : suffix_).push_back(bpe::to_id(each));
       }
     }
     bpe::check(texts == 1, "single: expected one Sequence, A");
@@ -1151,7 +1149,7 @@ class Tokenizer {
 
   void read_added_token(const Json& entry) {
     const auto flag = [&](const char* key) { return bpe::get<bool>(entry, key); };
-    const Token id = bpe::to_number(bpe::member(entry, "id"));
+    const Token id = bpe::to_id(bpe::member(entry, "id"));
     const auto content = bpe::get<std::string>(entry, "content");
     const bool normalized = flag("normalized");
     if (flag("special")) special_.insert(id);
