@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated debug bench notebook check-readme format lint clean setup
+.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -110,6 +110,15 @@ build/debug/mamba: mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) mamba.cpp -o $@ $(LIBS)
 
+# Readers under random bytes, some minutes each: make fuzz SECONDS=600
+SECONDS ?= 60
+fuzz: $(patsubst tests/%.cpp,build/%,$(wildcard tests/fuzz_*.cpp))  ## libFuzzer on every reader (needs clang++)
+	for f in $^; do mkdir -p $$f.corpus && ./$$f -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=2000 $$f.corpus || exit; done
+
+build/fuzz_%: tests/fuzz_%.cpp $(HEADERS) | setup
+	@mkdir -p build
+	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -I. $< -o $@ $(LIBS)
+
 bench: build/bench  ## decode, prefill and, where there is a GPU, every kernel, against this machine's limits
 	for op in bandwidth matmul; do ./build/bench $$op || exit; done
 	for dtype in f32 bf16 f16; do for op in decode prefill; do ./build/bench $$op --dtype $$dtype || exit; done; done
@@ -123,10 +132,10 @@ build/bench_cuda: tests/bench.cu mamba.cu $(HEADERS) | setup
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) tests/bench.cu -o $@ $(LIBS) -lcublas
 
-notebook: mamba build/venv/ready  ## run notebook/mamba.ipynb from top to bottom, in place (its timings become this machine's)
-	build/venv/bin/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False notebook/mamba.ipynb
-	jq --indent 1 'del(.metadata.language_info.version)' notebook/mamba.ipynb >build/mamba.ipynb
-	mv build/mamba.ipynb notebook/mamba.ipynb
+notebook: mamba build/venv/ready  ## run the notebooks from top to bottom, in place (their timings become this machine's)
+	for n in notebook/*.ipynb; do \
+	  build/venv/bin/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False $$n && \
+	  jq --indent 1 'del(.metadata.language_info.version)' $$n >build/notebook.json && mv build/notebook.json $$n || exit; done
 
 # To read it in a browser: build/venv/bin/jupyter notebook notebook/mamba.ipynb
 build/venv/ready: | setup

@@ -498,36 +498,24 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   return model;
 }
 
-/// Sizes of the published models, by the names they are known by.
+/// Sizes of the published models, by the names they are known by; the rest is the package's default.
 inline Config published_config(const std::string& name) {
-  struct Known {
-    const char* name;
-    int version;
-    Index d_model, n_layer;
-  };
-  static constexpr Known kKnown[] = {{"130m", 1, 768, 24},         {"370m", 1, 1024, 48},
-                                     {"790m", 1, 1536, 48},        {"1.4b", 1, 2048, 48},
-                                     {"2.8b", 1, 2560, 64},        {"mamba2-130m", 2, 768, 24},
-                                     {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48},
-                                     {"mamba2-1.3b", 2, 2048, 48}, {"mamba2-2.7b", 2, 2560, 64}};
+  static const std::map<std::string, std::pair<Index, Index>> kSizes = {
+      // d_model, n_layer
+      {"130m", {768, 24}},         {"370m", {1024, 48}},        {"790m", {1536, 48}},
+      {"1.4b", {2048, 48}},        {"2.8b", {2560, 64}},        {"mamba2-130m", {768, 24}},
+      {"mamba2-370m", {1024, 48}}, {"mamba2-780m", {1536, 48}}, {"mamba2-1.3b", {2048, 48}},
+      {"mamba2-2.7b", {2560, 64}}};
+  const auto found = kSizes.find(name);
   std::string names;
-  for (const Known& known : kKnown) {
-    names += std::string(names.empty() ? "" : ", ") + known.name;
-    if (name != known.name) continue;
-    Config c;
-    c.version = known.version;
-    c.d_model = known.d_model;
-    c.n_layer = known.n_layer;
-    c.d_inner = 2 * c.d_model;
-    c.d_state = c.version == 1 ? 16 : 128;
-    c.d_conv = 4;
-    c.vocab_size = 50280;
-    c.dt_rank = c.version == 1 ? (c.d_model + 15) / 16 : 0;
-    c.head_dim = 64;
-    c.n_heads = c.version == 1 ? 0 : c.d_inner / c.head_dim;
-    return c;
-  }
-  fail_usage("--shape: expected one of ", names, ", found ", quote(name));
+  for (const auto& known : kSizes) names += (names.empty() ? "" : ", ") + known.first;
+  if (found == kSizes.end())
+    fail_usage("--shape: expected one of ", names, ", found ", quote(name));
+  const Json json = {{"d_model", found->second.first},
+                     {"n_layer", found->second.second},
+                     {"vocab_size", 50280},
+                     {"ssm_cfg", {{"layer", name.find("mamba2") == 0 ? "Mamba2" : "Mamba1"}}}};
+  return config_from_json(json, true, name);
 }
 
 // =======================================================================================
@@ -1734,8 +1722,10 @@ inline Request parse_request(const std::string& line, const std::string& where, 
   if (json.contains("doc") != json.contains("label"))
     fail(where, ": expected doc and label, found only one of them");
   if (!json.contains("doc")) return request;
-  measure(request, context.is_string() ? continuation.get<std::string>()
-                                       : files.tokenizer().decode(request.continuation));
+  const std::size_t tokens = request.continuation.size();
+  measure(request, continuation.is_string() ? continuation.get<std::string>()
+                   : files.has_tokenizer()  ? files.tokenizer().decode(request.continuation)
+                                            : std::string(tokens, 'x'));  // their number stands in
   request.question = json["doc"].dump();
   if (!json["label"].is_number_unsigned())
     fail(where, ": label: expected the number of the right choice, from 0");
