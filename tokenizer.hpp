@@ -43,6 +43,7 @@
 #include <limits>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -184,8 +185,8 @@ inline std::string to_pcre2(std::string_view pattern) {
   bool in_set = false;  // [...]
   for (std::size_t i = 0; i < pattern.size(); ++i) {
     const auto next = [&](std::string_view text) { return pattern.substr(i, text.size()) == text; };
-    const bool repeats =
-        next("}+") && i > 0 && (std::isdigit(pattern[i - 1]) || pattern[i - 1] == ',');
+    const char before = i > 0 ? pattern[i - 1] : ' ';
+    const bool repeats = next("}+") && ((before >= '0' && before <= '9') || before == ',');
     bool refused =
         in_set ? next("[") || next("&&") : repeats || next("{,") || next("(?m") || next("(*");
     if (next("[") || next("]")) in_set = next("[");
@@ -304,6 +305,7 @@ struct Replacement {
     regex.for_each_part(text, [&](std::size_t begin, std::size_t end, bool is_match) {
       out += is_match ? in_place : text.substr(begin, end - begin);
       if (is_match && in_place.empty() && begin == 0 && end > 0) first = false;
+      check(out.size() < 1 << 30, "replacing makes a text of 1 GiB or more");
     });
     return out;
   }
@@ -591,44 +593,29 @@ struct AddedToken {
 class AddedTokens {
  public:
   void add(const AddedToken& token) {
-    patterns_.emplace_back(std::string(token.pattern.rbegin(), token.pattern.rend()),
-                           tokens_.size());
+    std::uint32_t node = 0;
+    for (auto c = token.pattern.rbegin(); c != token.pattern.rend(); ++c) {
+      const auto next = static_cast<std::uint32_t>(nodes_.size());
+      const auto [edge, is_new] = edges_.try_emplace(key(node, *c), next);
+      if (is_new) nodes_.push_back({node, nodes_[node].depth + 1, *c});
+      node = edge->second;
+    }
+    check(nodes_[node].token < 0, "the same token again: ", token.pattern);
+    is_last_byte_[static_cast<std::uint8_t>(token.pattern.back())] = true;
+    nodes_[node].token = static_cast<std::int32_t>(tokens_.size());
     tokens_.push_back(token);
   }
 
-  // Makes the automaton when all are added: a trie, level after level, in which `shorter` leads
-  // from each node to the longest other one that its string ends with.
+  // To be called when all are added.
   void build() {
-    struct Range {
-      std::size_t begin, end, depth;  // the patterns that go through a node
-    };
-    std::sort(patterns_.begin(), patterns_.end());
-    for (std::size_t i = 1; i < patterns_.size(); ++i) {
-      check(patterns_[i - 1].first != patterns_[i].first,
-            "the same token again: ", tokens_[patterns_[i].second].pattern);
-    }
-    std::vector<Range> ranges = {{0, patterns_.size(), 0}};
-    for (std::size_t v = 0; v < nodes_.size(); ++v) {
-      auto [i, end, depth] = ranges[v];
-      if (i < end && patterns_[i].first.size() == depth) ++i;  // it ends at this node
-      nodes_[v].first = nodes_[v].last = static_cast<std::uint32_t>(nodes_.size());
-      while (i < end) {
-        const char c = patterns_[i].first[depth];
-        const std::size_t begin = i;
-        while (i < end && patterns_[i].first[depth] == c) ++i;
-        Node node;
-        node.shorter = v == 0 ? 0 : next(nodes_[v].shorter, c);
-        node.token = patterns_[begin].first.size() == depth + 1
-                         ? static_cast<std::int32_t>(patterns_[begin].second)
-                         : nodes_[node.shorter].token;
-        nodes_.push_back(node);
-        bytes_ += c;
-        ranges.push_back({begin, i, depth + 1});
-        nodes_[v].last = static_cast<std::uint32_t>(nodes_.size());
-      }
-    }
-    for (std::size_t v = nodes_[0].first; v < nodes_[0].last; ++v) {
-      is_last_byte_[static_cast<std::uint8_t>(bytes_[v])] = true;
+    std::vector<std::uint32_t> order(nodes_.size());
+    std::iota(order.begin(), order.end(), 0);
+    const auto is_above = [&](auto a, auto b) { return nodes_[a].depth < nodes_[b].depth; };
+    std::stable_sort(order.begin(), order.end(), is_above);
+    for (const std::uint32_t v : order) {
+      Node& node = nodes_[v];
+      node.shorter = node.depth < 2 ? 0 : next(nodes_[node.parent].shorter, node.byte);
+      if (node.token < 0) node.token = nodes_[node.shorter].token;
     }
   }
 
@@ -656,10 +643,11 @@ class AddedTokens {
   }
 
  private:
-  struct Node {
-    std::uint32_t first = 0, last = 0;  // its children
-    std::uint32_t shorter = 0;
-    std::int32_t token = -1;  // the longest with which its string ends: index in tokens_
+  struct Node {  // of a trie of the tokens, each written backwards
+    std::uint32_t parent, depth;
+    char byte;                  // that leads to it from its parent
+    std::uint32_t shorter = 0;  // the longest other node that its string ends with
+    std::int32_t token = -1;    // the longest that its string ends with: index in tokens_
   };
   struct Match {
     std::uint32_t begin, token;
@@ -678,11 +666,14 @@ class AddedTokens {
            (end == text.size() || !is_word(text.substr(end, character_at(text, end).size)));
   }
 
+  static std::uint64_t key(std::uint32_t node, char c) {
+    return static_cast<std::uint64_t>(node) << 8 | static_cast<std::uint8_t>(c);
+  }
+
   std::uint32_t next(std::uint32_t node, char c) const {
     for (;; node = nodes_[node].shorter) {
-      const auto end = bytes_.begin() + nodes_[node].last;
-      const auto found = std::find(bytes_.begin() + nodes_[node].first, end, c);
-      if (found != end) return static_cast<std::uint32_t>(found - bytes_.begin());
+      const auto edge = edges_.find(key(node, c));
+      if (edge != edges_.end()) return edge->second;
       if (node == 0) return 0;
     }
   }
@@ -702,9 +693,8 @@ class AddedTokens {
   }
 
   std::vector<AddedToken> tokens_;
-  std::vector<std::pair<std::string, std::size_t>> patterns_;  // written backwards; token
-  std::vector<Node> nodes_ = {Node()};
-  std::string bytes_ = std::string(1, '\0');  // node -> the byte that leads to it
+  std::vector<Node> nodes_ = {{0, 0, '\0'}};
+  std::unordered_map<std::uint64_t, std::uint32_t> edges_;  // (node, byte) -> node; the root is 0
   std::array<bool, 256> is_last_byte_{};
 };
 
@@ -1054,11 +1044,10 @@ class Tokenizer {
                                    return bpe::byte_alphabet().to_characters(text);
                                  }});
     } else if (type == "Split") {
+      static const std::unordered_set<std::string> known = {"Isolated", "Removed", "Contiguous",
+                                                            "MergedWithPrevious", "MergedWithNext"};
       const auto behavior = bpe::get<std::string>(step, "behavior");
-      const bool known = behavior == "Isolated" || behavior == "Removed" ||
-                         behavior == "Contiguous" || behavior == "MergedWithPrevious" ||
-                         behavior == "MergedWithNext";
-      bpe::check(known, "the behavior ", behavior, " is not supported");
+      bpe::check(known.count(behavior) != 0, "the behavior ", behavior, " is not supported");
       split(bpe::get_pattern(step), behavior, bpe::get<bool>(step, "invert"));
     } else if (type == "Digits") {
       const bool each = bpe::get<bool>(step, "individual_digits");
@@ -1176,7 +1165,7 @@ class Tokenizer {
     texts_[i] = text;
   }
 
-  std::string where_;  // reading has come to, for messages
+  std::string where_;  // the part of the file being read, for messages
   bpe::Model model_;
   std::vector<bpe::TextStep> normalizers_;
   std::vector<bpe::PreTokenizer> pre_tokenizers_;

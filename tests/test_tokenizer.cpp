@@ -257,6 +257,17 @@ TEST_CASE("tokenizer: a pattern that would not end is given up with one line") {
   CHECK_THROWS_AS(made(file).encode(std::string(1 << 24, 'x') + "z"), std::runtime_error);
 }
 
+TEST_CASE("tokenizer: a text that the file makes ever longer is given up with one line") {
+  Json file = bytes_only();
+  const Json twice = {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}};
+  file["normalizer"] = {{"type", "Sequence"}, {"normalizers", Json(4, twice)}};
+  CHECK(made(file).encode("a") == ids_of(std::string(16, 'a')));
+  file["normalizer"]["normalizers"] = Json(1, twice);
+  file["normalizer"]["normalizers"][0]["content"] = std::string(1 << 20, 'a');
+  CHECK_THROWS_WITH(made(file).encode(std::string(1 << 11, 'a')),
+                    "replacing makes a text of 1 GiB or more");
+}
+
 TEST_CASE("tokenizer: pre-tokenizers split and put a space in front as the file says") {
   Json file = with_merges({{"a", "Ġ"}, {"Ġ", "b"}, {"Ġ", "a"}});
   Json& pre_tokenizer = file["pre_tokenizer"];
