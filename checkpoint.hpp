@@ -1203,8 +1203,8 @@ inline std::string what_folder_is(const std::string& folder) {
 /// Reads a model's weights, whichever of the four published forms the folder holds.
 inline Checkpoint read_checkpoint(const std::string& folder) {
   const auto exists = [](const std::string& path) { return ::access(path.c_str(), F_OK) == 0; };
-  for (const auto& [name, read] : {std::pair("/model.safetensors", read_safetensors),
-                                   std::pair("/pytorch_model.bin", read_pytorch_bin)}) {
+  for (const auto& [name, read] : {std::pair("/model.safetensors", &read_safetensors),
+                                   std::pair("/pytorch_model.bin", &read_pytorch_bin)}) {
     const std::string path = folder + name, index = path + ".index.json";
     if (exists(path)) return unwrapped(read(path));
     if (exists(index)) return unwrapped(read_shards(folder, index, read));

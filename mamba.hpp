@@ -591,9 +591,7 @@ inline void keep_top_k(std::vector<double>& scores, std::size_t k) {
 }
 
 // Zeroes the weights of the least scores, as many as together make no more than 1 - top_p
-// of the total. No full sort: a weight < (1 - top_p) * total / size goes whatever the
-// order, and the last that stays is found by bisection over ever smaller partial orders,
-// O(size) in all.
+// of the total. A weight < (1 - top_p) * total / size goes whatever the order: few are sorted.
 inline void keep_top_p(const std::vector<double>& scores, std::vector<double>& weights,
                        double top_p) {
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
@@ -602,24 +600,13 @@ inline void keep_top_p(const std::vector<double>& scores, std::vector<double>& w
   std::vector<Entry> entries;
   for (std::size_t id = 0; id < weights.size(); ++id)
     if (weights[id] >= certain) entries.emplace_back(scores[id], id);
-
-  // Descending, an entry stays when the weights before it make less than top_p of the
-  // total. Before `first` lie entries that stay and weigh `above`; from `last` on, those
-  // that go.
-  auto first = entries.begin(), last = entries.end();
-  for (double above = 0; last - first > 1;) {
-    const auto middle = first + (last - first) / 2;
-    std::nth_element(first, middle, last, std::greater<Entry>());
-    double upto = above;
-    for (auto entry = first; entry != middle; ++entry) upto += weights[entry->second];
-    if (upto < top_p * total) {
-      first = middle;
-      above = upto;
-    } else {
-      last = middle;
-    }
+  std::sort(entries.begin(), entries.end(), std::greater<>());
+  Entry least(HUGE_VAL, 0);  // the last that stays: those before it make less than top_p
+  double above = 0;
+  for (auto entry = entries.begin(); entry != entries.end() && above < top_p * total; ++entry) {
+    least = *entry;
+    above += weights[entry->second];
   }
-  const Entry least = *first;
   for (std::size_t id = 0; id < weights.size(); ++id)
     if (Entry(scores[id], id) < least) weights[id] = 0;
 }
@@ -1412,9 +1399,10 @@ Sequence<typename Engine::State> begin_sequence(const GenerateFlags& f, const En
     s.state = engine.from_host(load_state(f.load_state, files.config, s.ids));
     s.taken = s.ids.size() - 1;
   }
-  const std::vector<Token> ids = !f.prompt_ids.empty()  ? parse_ids(f.prompt_ids, "--prompt-ids")
-                                 : f.load_state.empty() ? files.tokenizer().encode_prompt(prompt)
-                                                        : files.tokenizer().encode(prompt);
+  std::vector<Token> ids = parse_ids(f.prompt_ids, "--prompt-ids");
+  if (!prompt.empty() || (f.prompt_ids.empty() && files.has_tokenizer()))
+    ids = f.load_state.empty() ? files.tokenizer().encode_prompt(prompt)
+                               : files.tokenizer().encode(prompt);
   s.ids.insert(s.ids.end(), ids.begin(), ids.end());
   if (s.ids.empty() && files.config.bos_token_id >= 0) s.ids.push_back(files.config.bos_token_id);
   check_ids(s.ids, files.config, f.prompt_ids.empty() ? "--prompt" : "--prompt-ids");
