@@ -283,7 +283,7 @@ inline Config read_config(const std::string& directory) {
   return c;
 }
 
-inline void write_file(const std::string& path, std::string_view text) {
+inline void write_text(const std::string& path, std::string_view text) {
   AtomicFile file(path);
   file.write(text);
   file.commit();
@@ -329,7 +329,7 @@ inline void write_config(const std::string& directory, const Config& c) {
   json["eos_token_id"] = ends.empty() ? Json() : ends.size() == 1 ? Json(ends[0]) : Json(ends);
   json["pad_token_id"] = ends.empty() ? Json() : Json(ends[0]);
   for (const auto& [key, ids] : c.token_ids.items()) json[key] = ids;
-  write_file(directory + "/config.json", json.dump(2) + "\n");
+  write_text(directory + "/config.json", json.dump(2) + "\n");
 }
 
 // =======================================================================================
@@ -1168,7 +1168,7 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
   if (!stbi_write_png_to_func(append, &png, static_cast<int>(width), static_cast<int>(height), 3,
                               pixels.data(), static_cast<int>(3 * width)))
     fail("cannot write: ", path, ": out of memory");
-  write_file(path, png);
+  write_text(path, png);
 }
 
 // =======================================================================================
@@ -1647,7 +1647,7 @@ void run_perplexity(PerplexityFlags& f) {
           << ',' << ratio << '\n';
     }
   }
-  if (!f.csv.empty()) write_file(f.csv, csv.str());
+  if (!f.csv.empty()) write_text(f.csv, csv.str());
 }
 
 template <class Engine>
@@ -1943,9 +1943,9 @@ inline void run_convert(const ModelFlags& f, const std::string& folder) {
   for (const char* name : {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
                            "chat_template.json", "special_tokens_map.json"})
     if (const std::string path = f.folder + "/" + name; std::filesystem::exists(path))
-      write_file(out + name, MappedFile(path).bytes());
+      write_text(out + name, MappedFile(path).bytes());
   if (const std::string path = tokenizer_path(f); std::filesystem::exists(path))
-    write_file(out + "tokenizer.json", MappedFile(path).bytes());
+    write_text(out + "tokenizer.json", MappedFile(path).bytes());
 }
 
 inline void convert_command(CLI::App& app) {

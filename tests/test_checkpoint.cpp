@@ -719,7 +719,7 @@ TEST_CASE("config: what is written is read back") {
     const Config read = read_config(folder.path);
     require_same(read, config);
     CHECK(read.bos_token_id == config.bos_token_id);
-    CHECK(read.eos_token_id == config.eos_token_id);
+    CHECK(read.eos_token_ids == config.eos_token_ids);
   }
 }
 
