@@ -3984,6 +3984,13 @@ class HostTokens {
   Token* data_ = nullptr;
 };
 
+struct BenchOptions {
+  std::string op, shape = "130m", mode = "parallel";
+  Index batch = 1, length = 512, repeat = 20;
+  DType dtype = DType::F32;
+  int device = 0;
+};
+
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
@@ -4036,7 +4043,7 @@ class CudaEngine {
   static DType storage(const Checkpoint& checkpoint, const Config& config,
                        const EngineOptions& options) {
     const DType file =
-        weight(checkpoint, "backbone.embeddings.weight", {config.vocab_size, config.d_model}).dtype;
+        find_weight(checkpoint, "backbone.embeddings.weight", config.tie_embeddings).dtype;
     const bool stored = file == DType::BF16 || file == DType::F16;
     return options.dtype.value_or(stored ? file : DType::F32);
   }
@@ -4126,6 +4133,7 @@ void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Inde
 }
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
+  if (L == 1) return step(state, ids[0]);
   logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     prefill_on_device<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
@@ -4238,7 +4246,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, size_t first, siz
                         candidates_d.data(),
                         best_d.data(),
                         done_d.data(),
-                        options.stop,
+                        options.end_tokens.empty() ? -1 : options.end_tokens[0],
                         next_d.data(),
                         log.data()};
   const auto sample = [&] {
@@ -4278,7 +4286,7 @@ void CudaEngine::generate_together(Sequence<State>* sequences, size_t first, siz
       const Token token = log.data()[made * batch + i];
       if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
       sequences[i].ids.push_back(token);
-      finished[i] = token == options.stop || made + 1 == options.n;
+      finished[i] = contains(options.end_tokens, token) || made + 1 == options.n;
     }
     tell();
   }
