@@ -1805,7 +1805,11 @@ Engine open_engine(const Arguments& arguments) {
 }
 
 inline Tokenizer open_tokenizer(const Arguments& arguments) {
-  return Tokenizer::from_file(arguments.model + "/tokenizer.json");
+  const std::string path = arguments.model + "/tokenizer.json";
+  const MappedFile file(path);
+  const std::string what = what_it_is(file.bytes());
+  if (!what.empty()) fail("no tokenizer: ", path, ": found ", what);
+  return Tokenizer::from_text(file.bytes(), path);
 }
 
 /// A text as token ids, and where it came from.
