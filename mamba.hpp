@@ -261,8 +261,9 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
 
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
-  const std::string path = directory + "/config.json", what = what_folder_is(directory);
-  if (!std::filesystem::exists(path) && !what.empty())
+  const std::string path = directory + "/config.json";
+  const bool there = ::access(path.c_str(), F_OK) == 0;
+  if (const std::string what = there ? "" : what_folder_is(directory); !what.empty())
     fail("no model: ", directory, ": found ", what);
   const MappedFile file(path);
   const Json json = parse_json(quote_bare_floats(file.bytes()), path);
