@@ -57,18 +57,18 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 	else echo "GPU program against CPU program: skipped, no GPU here"; \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
-build/%.cuda.o: tests/%.cu tests/support_cuda.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+build/%.cuda.o: tests/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
-build/tests_cuda: $(patsubst tests/%.cu,build/%.cuda.o,$(wildcard tests/*.cu)) build/main.o
+build/tests_cuda: $(patsubst tests/%.cu,build/%.cuda.o,$(wildcard tests/test_*.cu)) build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
 
 # A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly, and all but wgmma. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
 EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda rms_norm*,cuda models: float32*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
-EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/*.cu)) build/emulated/emulate_runtime.o
+EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
 
 test-emulated: build/emulated/tests  ## GPU tests where there is no GPU: kernels run on the CPU, thread by thread
 	@echo "emulated GPU: $(EMULATE)"
@@ -86,7 +86,7 @@ build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
 	@mkdir -p build/emulated
 	python3 tests/emulate.py $< $@
 
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/support.hpp $(HEADERS) | setup
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
 	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp

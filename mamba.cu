@@ -23,15 +23,16 @@
 //   ssd_fused_kernel                   ssd_chunked             chunks on tensor cores     batch, rows of h, pieces of t
 //   ssd_warpgroup_kernel               ssd_chunked             the same on Hopper's       batch, rows of h, pieces of t
 //                                                              wgmma, a warpgroup feeds
-//   ssd_step_kernel                    ssd_step                one token, h in place      batch, H, P
+//   ssd_step_kernel                    ssd_step                one token, h in place,     batch, H, P
+//                                                              with or without the gate
 //   rms_norm_kernel                    rms_norm                a row stays on chip        rows
 //   gated_rms_norm_kernel              gated_rms_norm          the same                   rows, groups
 //   linear_step_kernel                 linear, rms_norm,       W read once, with what     rows of W, pieces of rows
 //                                      causal_conv1d_step      surrounds the product
 //   scan_decode_kernel                 selective_scan_step     with dt_proj before        batch, d, quarters of N
-//   ssd_decode_kernel                  ssd_step                with the gate after        batch, H, P
 //   embedding_kernel                   backbone                a row of the table         tokens
-//   best_kernel, sample_kernel         sample (mamba.hpp)      bisection, no sort         batch, vocabulary
+//   best_kernel, weight_kernel,        sample (mamba.hpp)      CUB's radix sort, sums     batch, vocabulary
+//     sample_kernel                                            of 32 stretches
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
@@ -2296,7 +2297,8 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 // moves: it is requested before the wait for the kernel before (which cannot change it) and read
 // and written exactly once. A block owns kSsdStepRows rows (head, p) of one head; a row of h is
 // spread over `lanes` lanes (a power of two), four neighbouring states each. a.h0 is the state
-// before, a.hT after; they are normally the same buffer. Grid: x = heads, blocks of rows; y = batch.
+// before, a.hT after; they are normally the same buffer. Grid: x = heads, blocks of rows; y =
+// batch.
 
 constexpr int kSsdStepRows = 16, kSsdStepThreads = 256;
 constexpr int kSsdStepFlight = 2;  // rows that a lane holds at once
@@ -2331,7 +2333,8 @@ __global__ void __launch_bounds__(kSsdStepThreads)
   const int P = a.head_dim, N = a.d_state, blocks = gridDim.x / a.n_heads;
   const int b = blockIdx.y, head = blockIdx.x / blocks, group = head / (a.n_heads / a.n_groups);
   const int p0 = blockIdx.x % blocks * kSsdStepRows, rows = min(kSsdStepRows, P - p0);
-  const int lane = threadIdx.x % lanes, first = threadIdx.x / lanes, step = blockDim.x / lanes;
+  const int lane = threadIdx.x % lanes;
+  const auto p_of = [&](int i) { return int(threadIdx.x) / lanes + i * (int(blockDim.x) / lanes); };
   const int64_t channel = int64_t{head} * P + p0, row = int64_t{b} * a.n_heads * P + channel;
   const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
   const bool done = a.done && a.done[b];
@@ -2339,7 +2342,7 @@ __global__ void __launch_bounds__(kSsdStepThreads)
   const auto load_h = [&](int n) {
 #pragma unroll
     for (int i = 0; i < kSsdStepFlight; ++i) {
-      const int p = first + i * step;
+      const int p = p_of(i);
       unpack(load<4>(a.h0 + (row + p) * N + n, a.h0 && p < rows && n < N), h[i]);
     }
   };
@@ -2353,7 +2356,7 @@ __global__ void __launch_bounds__(kSsdStepThreads)
   float y[kSsdStepFlight] = {}, x[kSsdStepFlight], z[kSsdStepFlight];
 #pragma unroll
   for (int i = 0; i < kSsdStepFlight; ++i) {
-    const int p = first + i * step;
+    const int p = p_of(i);
     x[i] = p < rows ? to_float(a.x[b * a.x_stride + channel + p]) : 0.f;
     z[i] = gate.z && p < rows ? to_float(gate.z[b * gate.z_stride + channel + p]) : 0.f;
   }
@@ -2370,14 +2373,14 @@ __global__ void __launch_bounds__(kSsdStepThreads)
         h[i][k] = fmaf(decay, h[i][k], delta * B_n[k] * x[i]);
         y[i] = fmaf(C_n[k], h[i][k], y[i]);
       }
-      const int p = first + i * step;
+      const int p = p_of(i);
       if (a.hT && p < rows) store(a.hT + (row + p) * N + n, pack<float>(h[i]));
     }
   }
   float squares = 0.f;
 #pragma unroll
   for (int i = 0; i < kSsdStepFlight; ++i) {
-    const int p = first + i * step;
+    const int p = p_of(i);
     for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
     if (lane != 0 || p >= rows) continue;
     const float out = fmaf(D, x[i], y[i]), gated = out * silu(z[i]);
@@ -3189,7 +3192,8 @@ __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
 }
 
 // An unsigned integer in the order of (b, score): the sequence in 8 bits, then the 56 upper bits of
-// the score. They are all that a float has; scores with a penalty that agree in them count as equal.
+// the score. A float has no more; scores with a penalty that agree in them (44 bits of the
+// fraction) count as equal.
 constexpr int kScoreBits = 56, kFloatBits = 35;
 __device__ inline uint64_t sort_key(int64_t b, double score) {
   const uint64_t bits = __double_as_longlong(score + 0.);  // no -0
@@ -3928,7 +3932,8 @@ struct Compute {
 // The engine
 // ============================================================================================
 
-/// Makes GPU `device` the current one; fails in one line where there is none that can run this program.
+/// Makes GPU `device` the current one; fails in one line where there is none that can run this
+/// program.
 inline void use_device(int device) {
   int count = 0, driver = 0, runtime = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

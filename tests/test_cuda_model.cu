@@ -1,8 +1,9 @@
 // Claims: whole models on the GPU agree with outsiders' logits in every mode and with the double
 // reference; sequences generated together are each as if alone; the same text is the same bits on
 // every run.
-#include "random_model.hpp"
 #include "support_cuda.hpp"
+
+#include "random_model.hpp"
 
 using namespace test;
 using mamba::CudaEngine;
