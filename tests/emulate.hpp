@@ -13,7 +13,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -21,6 +20,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <type_traits>
 #include <vector>
 
@@ -295,6 +295,29 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
+
+// CUB's stable sort of pairs by the bits [begin, end) of their keys.
+namespace cub {
+struct DeviceRadixSort {
+  template <class Key, class Value>
+  static cudaError_t SortPairs(void* room, std::size_t& bytes, const Key* keys, Key* sorted_keys,
+                               const Value* values, Value* sorted_values, std::int64_t count,
+                               int begin, int end, cudaStream_t) {
+    bytes = 1;
+    if (!room) return cudaSuccess;
+    emulated::submit([=] {
+      std::multimap<Key, std::int64_t> order;
+      for (std::int64_t i = 0; i < count; ++i)
+        order.emplace(keys[i] << (64 - end) >> (64 - end + begin), i);
+      std::int64_t next = 0;
+      for (const auto& [bits, i] : order)
+        sorted_keys[next] = keys[i], sorted_values[next++] = values[i];
+    });
+    return cudaSuccess;
+  }
+};
+}  // namespace cub
+
 inline float __log2f(float x) { return std::log2(x); }
 inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 inline long long __double_as_longlong(double v) {
@@ -320,28 +343,6 @@ std::common_type_t<A, B> max(A a, B b) {
   using C = std::common_type_t<A, B>;
   return C(a) < C(b) ? C(b) : C(a);
 }
-// CUB's stable sort of pairs by the bits [begin, end) of their keys.
-namespace cub {
-struct DeviceRadixSort {
-  template <class Key, class Value>
-  static cudaError_t SortPairs(void* room, std::size_t& bytes, const Key* keys, Key* sorted_keys,
-                               const Value* values, Value* sorted_values, std::int64_t count,
-                               int begin, int end, cudaStream_t) {
-    bytes = 1;
-    if (!room) return cudaSuccess;
-    emulated::submit([=] {
-      std::vector<std::int64_t> order(count);
-      for (std::int64_t i = 0; i < count; ++i) order[i] = i;
-      const auto bits = [&](std::int64_t i) { return keys[i] << (64 - end) >> (64 - end + begin); };
-      std::stable_sort(order.begin(), order.end(),
-                       [&](auto a, auto b) { return bits(a) < bits(b); });
-      for (std::int64_t i = 0; i < count; ++i)
-        sorted_keys[i] = keys[order[i]], sorted_values[i] = values[order[i]];
-    });
-    return cudaSuccess;
-  }
-};
-}  // namespace cub
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
   *attributes = {};  // 0 registers, like a kernel that was not compiled for this GPU
