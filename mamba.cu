@@ -3778,48 +3778,62 @@ struct Compute {
     }
   };
 
-  // Mamba: x -> delta, B, C -> selective_scan with the gate -> a.y
-  void mamba_mixer(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
-                   float* h) const {
+  // residual -> rms_norm, in_proj -> a.projected, causal_conv1d and silu -> a.x
+  void project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                  T* conv_state) const {
     const int64_t rows = tokens.batch * tokens.L;
+    rms_norm(a, w.norm, rows);
+    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
+    add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
+    ConvArgs<T> conv = conv_args(a, w, conv_state);
+    tokens.to(conv);
+    tokens.step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+  }
+  // residual += out_proj(y)
+  void project_out(const DeviceLayer& w, const Activations<T>& a, const T* y, int64_t rows) const {
+    queue.linear(y, rows, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
+                 a.residual, config.d_model, 1.f);
+    add_bias(a.residual, w.out_proj_bias, rows, config.d_model, queue.stream());
+  }
+
+  // residual += the Mamba block of rms_norm(residual)
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                   T* conv_state, float* h) const {
+    const int64_t rows = tokens.batch * tokens.L;
+    project_in(w, a, tokens, conv_state);
     linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
     linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
     ScanArgs<T> scan = scan_args(a, w, a.x, config.d_inner, h);
     tokens.to(scan);
-    if (tokens.step) return selective_scan_step(scan, queue.stream());
-    scan_room.grow(selective_scan_workspace(scan));
-    selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
+    scan_room.grow(tokens.step ? 0 : selective_scan_workspace(scan));
+    tokens.step ? selective_scan_step(scan, queue.stream())
+                : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
+    project_out(w, a, a.y, rows);
   }
 
-  // Mamba-2: x, B, C -> ssd -> gated_rms_norm -> a.delta
-  void mamba2_mixer(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
-                    float* h) const {
+  // The same for Mamba-2.
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                    T* conv_state, float* h) const {
+    const int64_t rows = tokens.batch * tokens.L;
+    project_in(w, a, tokens, conv_state);
     SsdArgs<T> in = ssd_args(a, w, a.x, config.conv_width(), h);
     tokens.to(in);
-    if (!tokens.step) scan_room.grow(ssd_workspace_bytes(in));
+    scan_room.grow(tokens.step ? 0 : ssd_workspace_bytes(in));
     in.workspace = scan_room.data();
     tokens.step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
     gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
-                   eps(), tokens.batch * tokens.L, int(config.d_inner), int(config.n_groups),
-                   a.delta, config.d_inner, queue.stream());
+                   eps(), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
+                   queue.stream());
+    project_out(w, a, a.delta, rows);
   }
 
-  // residual += block(rms_norm(residual))
-  void block(Index l, const Activations<T>& a, const Tokens& tokens, DeviceState& state) const {
-    const DeviceLayer& w = model.layers[l];
-    const cudaStream_t stream = queue.stream();
-    const int64_t rows = tokens.batch * tokens.L;
-    rms_norm(a, w.norm, rows);
-    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
-    add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), stream);
-    ConvArgs<T> conv = conv_args(a, w, state.layer_conv<T>(config, l));
-    tokens.to(conv);
-    tokens.step ? causal_conv1d_step(conv, stream) : causal_conv1d(conv, stream);
-    float* h = state.layer_h(config, l);
-    config.version == 1 ? mamba_mixer(w, a, tokens, h) : mamba2_mixer(w, a, tokens, h);
-    queue.linear(config.version == 1 ? a.y : a.delta, rows, config.d_inner, w.out_proj.as<T>(),
-                 config.d_model, config.d_inner, a.residual, config.d_model, 1.f);
-    add_bias(a.residual, w.out_proj_bias, rows, config.d_model, stream);
+  using Block = void (Compute::*)(const DeviceLayer&, const Activations<T>&, const Tokens&, T*,
+                                  float*) const;
+  void all_layers(Block block, const Activations<T>& a, const Tokens& tokens,
+                  DeviceState& state) const {
+    for (Index l = 0; l < config.n_layer; ++l)
+      (this->*block)(model.layers[l], a, tokens, state.layer_conv<T>(config, l),
+                     state.layer_h(config, l));
   }
 
   // a.residual = embedding[ids], ids (L) on the GPU.
@@ -3833,7 +3847,8 @@ struct Compute {
   Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
     embed(a, ids, L);
-    for (Index l = 0; l < config.n_layer; ++l) block(l, a, {1, L, false, nullptr}, state);
+    all_layers(config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block, a,
+               {1, L, false, nullptr}, state);
     return a;
   }
 
@@ -3860,40 +3875,40 @@ struct Compute {
   // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch,
   // vocab_size).
   void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
-    const bool fused = can_fuse(state.batch);
-    for (Index l = 0; l < config.n_layer; ++l)
-      fused ? fused_block(l, a, state, done) : block(l, a, {state.batch, 1, true, done}, state);
-    if (!fused) return lm_head(a, 0, state.batch, logits);
-    LinearStep<T, Norm::rms, Store::plain> lm_head{
+    const bool one = config.version == 1;
+    const Tokens tokens{state.batch, 1, true, done};
+    if (!can_fuse(state.batch)) {
+      all_layers(one ? &Compute::mamba_block : &Compute::mamba2_block, a, tokens, state);
+      return lm_head(a, 0, state.batch, logits);
+    }
+    all_layers(one ? &Compute::fused_mamba_block : &Compute::fused_mamba2_block, a, tokens, state);
+    LinearStep<T, Norm::rms, Store::plain> last{
         head(),     config.vocab_size, config.d_model, int(state.batch),
         a.residual, config.d_model,    logits};
-    lm_head.norm = {model.norm_f.data(), eps()};
-    linear_step(lm_head, queue.stream());
+    last.norm = {model.norm_f.data(), eps()};
+    linear_step(last, queue.stream());
   }
 
-  // The block for one token of a few sequences. All of in_proj's rows are in a.projected, those
-  // that pass the convolution after it.
-  void fused_block(Index l, const Activations<T>& a, DeviceState& state, const int* done) const {
+  // project_in, fused: all rows of in_proj in a.projected, those of the convolution after it.
+  void fused_project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                        T* conv_state) const {
     const Config& c = config;
-    const DeviceLayer& w = model.layers[l];
-    const int batch = int(state.batch);
     LinearStep<T, Norm::rms, Store::conv> in_proj{
-        w.in_proj.as<T>(), c.in_proj_width(), c.d_model,   batch,
+        w.in_proj.as<T>(), c.in_proj_width(), c.d_model,   int(tokens.batch),
         a.residual,        c.d_model,         a.projected, w.in_proj_bias.data()};
     in_proj.norm = {w.norm.data(), eps()};
-    in_proj.conv = {state.layer_conv<T>(c, l),      w.conv_weight.data(), w.conv_bias.data(), done,
-                    c.version == 1 ? 0 : c.d_inner, c.conv_width(),       int(c.d_conv)};
+    in_proj.conv = {conv_state,   w.conv_weight.data(),           w.conv_bias.data(),
+                    tokens.done,  c.version == 1 ? 0 : c.d_inner, c.conv_width(),
+                    int(c.d_conv)};
     linear_step(in_proj, queue.stream());
-    const typename Compute::Tokens tokens{batch, 1, true, done};
-    float* h = state.layer_h(c, l);
-    c.version == 1 ? fused_mamba_mixer(w, a, tokens, h) : fused_mamba2_mixer(w, a, tokens, h);
   }
 
-  void fused_mamba_mixer(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
-                         float* h) const {
+  void fused_mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                         T* conv_state, float* h) const {
     const Config& c = config;
     const int batch = int(tokens.batch);
     const int64_t width = c.dt_rank + 2 * c.d_state;
+    fused_project_in(w, a, tokens, conv_state);
     linear_step(
         LinearStep<T, Norm::none, Store::plain>{w.x_proj.as<T>(), width, c.d_inner, batch,
                                                 a.projected, c.in_proj_width(), a.dt_B_C_step},
@@ -3907,9 +3922,10 @@ struct Compute {
                 queue.stream());
   }
 
-  void fused_mamba2_mixer(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
-                          float* h) const {
+  void fused_mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                          T* conv_state, float* h) const {
     const Config& c = config;
+    fused_project_in(w, a, tokens, conv_state);
     SsdArgs<T> in = ssd_args(a, w, a.projected + c.d_inner, c.in_proj_width(), h);
     tokens.to(in);
     float* squares = c.n_groups > 1 ? a.squares : nullptr;
