@@ -67,7 +67,7 @@ build/kernels.cu build/models.cu:
 	@mkdir -p build
 	printf '#include "%s"\n' $^ >$@
 
-build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
 build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/main.o
@@ -95,7 +95,7 @@ build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
 	@mkdir -p build/emulated
 	python3 tests/emulate.py $< $@
 
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/support.hpp $(HEADERS) | setup
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
 	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp

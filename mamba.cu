@@ -23,21 +23,24 @@
 //   ssd_fused_kernel                   ssd_chunked             chunks on tensor cores     batch, rows of h, pieces of t
 //   ssd_warpgroup_kernel               ssd_chunked             the same on Hopper's       batch, rows of h, pieces of t
 //                                                              wgmma, a warpgroup feeds
-//   ssd_step_kernel                    ssd_step                one token, h in place      batch, H, P
+//   ssd_step_kernel                    ssd_step                one token, h in place,     batch, H, P
+//                                                              with or without the gate
 //   rms_norm_kernel                    rms_norm                a row stays on chip        rows
 //   gated_rms_norm_kernel              gated_rms_norm          the same                   rows, groups
 //   linear_step_kernel                 linear, rms_norm,       W read once, with what     rows of W, pieces of rows
 //                                      causal_conv1d_step      surrounds the product
 //   scan_decode_kernel                 selective_scan_step     with dt_proj before        batch, d, quarters of N
-//   ssd_decode_kernel                  ssd_step                with the gate after        batch, H, P
 //   embedding_kernel                   backbone                a row of the table         tokens
-//   best_kernel, sample_kernel         sample (mamba.hpp)      bisection, no sort         batch, vocabulary
+//   best_kernel, weight_kernel,        sample (mamba.hpp)      CUB's radix sort, sums     batch, vocabulary
+//     sample_kernel                                            of 32 stretches
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cub/device/device_radix_sort.cuh>
 
 namespace mamba {
 
@@ -2290,61 +2293,104 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 #endif
 }
 
-// --- step: one token for every sequence of a batch (a.L = 1). The state of a large batch is
-// most of what a step moves, so it is read and written exactly once, 16 bytes a lane: a row of h
-// is spread over `lanes` lanes (a power of two), B and C stay in registers for all its rows.
-// a.h0 is the state before, a.hT after; they are normally the same buffer.
+// --- step: one token for every sequence of a batch (a.L = 1). The state is most of what a step
+// moves: it is requested before the wait for the kernel before (which cannot change it) and read
+// and written exactly once. A block owns kSsdStepRows rows (head, p) of one head; a row of h is
+// spread over `lanes` lanes (a power of two), four neighbouring states each. a.h0 is the state
+// before, a.hT after; they are normally the same buffer. Grid: x = heads, blocks of rows; y =
+// batch.
 
-constexpr int kSsdStepRows = 4;  // loads in flight per lane
+constexpr int kSsdStepRows = 16, kSsdStepThreads = 256;
+constexpr int kSsdStepFlight = 2;  // rows that a lane holds at once
+static_assert(kSsdStepFlight * kSsdStepThreads / 32 >= kSsdStepRows, "a lane holds all its rows");
+
+inline int ssd_step_blocks(int64_t head_dim) { return int(ceil_div(head_dim, kSsdStepRows)); }
+
+// What decode asks for in place of a.out: the gated output in float, and what its norm needs.
+template <class T>
+struct SsdGate {
+  const T* z = nullptr;  // (batch, d_inner)
+  int64_t z_stride = 0;
+  float* gated = nullptr;    // (batch, d_inner): y silu(z)
+  float* squares = nullptr;  // (batch, n_heads * ssd_step_blocks): sums of their squares, or null
+};
+
+// The sum of v over the block goes to *to.
+__device__ inline void store_block_sum(float v, float* to) {
+  __shared__ float of_warp[kSsdStepThreads / 32];
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x > 0) return;
+  v = 0.f;
+  for (const float sum : of_warp) v += sum;
+  *to = v;
+}
 
 template <class T>
-__global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> a, int lanes) {
-  const int64_t b = blockIdx.x / a.n_heads;
-  if (a.done && a.done[b]) return;
-  const int head = blockIdx.x % a.n_heads, group = head / (a.n_heads / a.n_groups);
-  const int P = a.head_dim, N = a.d_state;
-  const int lane = threadIdx.x % lanes, rows = blockDim.x / lanes, n0 = 4 * lane;
-  const float dt = to_float(a.dt[b * a.dt_stride + head]);
-  const float dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
-  const float delta = ssd_delta(a, dt + dt_bias);
-  const float decay = expf(delta * a.A[head]), D = a.D ? a.D[head] : 0.f;
+__global__ void __launch_bounds__(kSsdStepThreads)
+    ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
+  const int P = a.head_dim, N = a.d_state, blocks = gridDim.x / a.n_heads;
+  const int b = blockIdx.y, head = blockIdx.x / blocks, group = head / (a.n_heads / a.n_groups);
+  const int p0 = blockIdx.x % blocks * kSsdStepRows, rows = min(kSsdStepRows, P - p0);
+  const int lane = threadIdx.x % lanes;
+  const auto p_of = [&](int i) { return int(threadIdx.x) / lanes + i * (int(blockDim.x) / lanes); };
+  const int64_t channel = int64_t{head} * P + p0, row = int64_t{b} * a.n_heads * P + channel;
+  const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
+  const bool done = a.done && a.done[b];
+  float h[kSsdStepFlight][4];
+  const auto load_h = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < kSsdStepFlight; ++i) {
+      const int p = p_of(i);
+      unpack(load<4>(a.h0 + (row + p) * N + n, a.h0 && p < rows && n < N), h[i]);
+    }
+  };
+  load_h(4 * lane);
+  launch_next();
+  wait_for_previous();
+  if (done) return;
+
   const T* B = a.B + b * a.B_stride + group * N;
   const T* C = a.C + b * a.C_stride + group * N;
-  const int64_t base = (b * a.n_heads + head) * P * N;
-
-  for (int first = threadIdx.x / lanes; first - int(threadIdx.x) / lanes < P;
-       first += kSsdStepRows * rows) {
-    float y[kSsdStepRows] = {}, x[kSsdStepRows];
-    for (int i = 0; i < kSsdStepRows; ++i) {
-      const int p = first + i * rows;
-      x[i] = p < P ? to_float(a.x[b * a.x_stride + int64_t{head} * P + p]) : 0.f;
-    }
-    for (int n = n0; n < N; n += 4 * lanes) {
-      float4 h[kSsdStepRows];
+  float y[kSsdStepFlight] = {}, x[kSsdStepFlight], z[kSsdStepFlight];
 #pragma unroll
-      for (int i = 0; i < kSsdStepRows; ++i) {
-        const int p = first + i * rows;
-        h[i] = a.h0 && p < P ? *reinterpret_cast<const float4*>(a.h0 + base + int64_t{p} * N + n)
-                             : float4{0, 0, 0, 0};
-      }
-      float dB[4], c[4];
-      for (int k = 0; k < 4; ++k) dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
+  for (int i = 0; i < kSsdStepFlight; ++i) {
+    const int p = p_of(i);
+    x[i] = p < rows ? to_float(a.x[b * a.x_stride + channel + p]) : 0.f;
+    z[i] = gate.z && p < rows ? to_float(gate.z[b * gate.z_stride + channel + p]) : 0.f;
+  }
+  const float delta = ssd_delta(a, to_float(a.dt[b * a.dt_stride + head]) + dt_bias);
+  const float decay = exp2_approx(delta * (kLog2e * A));
+  for (int n = 4 * lane; n < N; n += 4 * lanes) {
+    if (n >= 4 * lanes) load_h(n);
+    float B_n[4], C_n[4];
+    unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
 #pragma unroll
-      for (int i = 0; i < kSsdStepRows; ++i) {
-        const int p = first + i * rows;
-        h[i] = {decay * h[i].x + dB[0] * x[i], decay * h[i].y + dB[1] * x[i],
-                decay * h[i].z + dB[2] * x[i], decay * h[i].w + dB[3] * x[i]};
-        y[i] += h[i].x * c[0] + h[i].y * c[1] + h[i].z * c[2] + h[i].w * c[3];
-        if (a.hT && p < P) *reinterpret_cast<float4*>(a.hT + base + int64_t{p} * N + n) = h[i];
+    for (int i = 0; i < kSsdStepFlight; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        h[i][k] = fmaf(decay, h[i][k], delta * B_n[k] * x[i]);
+        y[i] = fmaf(C_n[k], h[i][k], y[i]);
       }
-    }
-    for (int i = 0; i < kSsdStepRows; ++i) {
-      const int p = first + i * rows;
-      for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
-      if (lane == 0 && p < P)
-        a.out[b * a.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
+      const int p = p_of(i);
+      if (a.hT && p < rows) store(a.hT + (row + p) * N + n, pack<float>(h[i]));
     }
   }
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kSsdStepFlight; ++i) {
+    const int p = p_of(i);
+    for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
+    if (lane != 0 || p >= rows) continue;
+    const float out = fmaf(D, x[i], y[i]), gated = out * silu(z[i]);
+    squares = fmaf(gated, gated, squares);
+    if (gate.gated)
+      gate.gated[row + p] = gated;
+    else
+      a.out[b * a.out_stride + channel + p] = from_float<T>(out);
+  }
+  if (gate.squares) store_block_sum(squares, gate.squares + int64_t{b} * gridDim.x + blockIdx.x);
 }
 
 // --- launchers
@@ -2492,14 +2538,32 @@ void ssd(const SsdArgs<T>& a, cudaStream_t stream) {
   ssd_naive(a, stream);
 }
 
+inline int ssd_step_lanes(int d_state) {
+  int lanes = 1;
+  while (lanes < 32 && 4 * lanes < d_state) lanes *= 2;
+  return lanes;
+}
+template <class T>
+dim3 ssd_step_grid(const SsdArgs<T>& a) {
+  return dim3(unsigned(a.n_heads * ssd_step_blocks(a.head_dim)), unsigned(a.batch));
+}
+
 template <class T>
 void ssd_step(const SsdArgs<T>& a, cudaStream_t stream) {
   if (a.batch == 0 || a.n_heads == 0) return;
-  if (a.d_state % 4 != 0) return ssd_naive(a, stream);
-  int lanes = 1;
-  while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
-  ssd_step_kernel<<<a.batch * a.n_heads, 128, 0, stream>>>(a, lanes);
+  if (a.d_state % 4 || !aligned4(a.B, a.B_stride) || !aligned4(a.C, a.C_stride))
+    return ssd_naive(a, stream);
+  // not launched early: the kernel before may be the step before, whose state is read at once
+  ssd_step_kernel<<<ssd_step_grid(a), kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{},
+                                                                    ssd_step_lanes(a.d_state));
   CUDA_CHECK(cudaGetLastError());
+}
+
+// The same with the gate, launched early: the kernel before must not be a step of the same state.
+template <class T>
+void ssd_gated_step(const SsdArgs<T>& a, const SsdGate<T>& gate, cudaStream_t stream) {
+  launch_early(ssd_step_kernel<T>, ssd_step_grid(a), kSsdStepThreads, 0, stream, a, gate,
+               ssd_step_lanes(a.d_state));
 }
 
 // ---------------------------------------------------------------------------------------
@@ -2623,20 +2687,71 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 // One token: matrix-vector products fused with what stands around them
 // ============================================================================================
 //
-// For a few sequences at a time a layer costs the reading of its weights, if nothing else is in the
-// way: four kernels a layer for Mamba, three for Mamba-2, each a product with what precedes and
-// follows it, one CUDA graph for the whole token, and every kernel requests its first weights while
-// the one before it is still at work (programmatic dependent launch). What a kernel may touch before
-// wait_for_previous() are weights, which never change, and what changes once a token: its own states and
-// `done`. A token's first kernel starts when all of the token before is done.
+// For a few sequences at a time a layer costs the reading of its weights, if nothing else is in
+// the way: four kernels a layer for Mamba, three for Mamba-2, each a product with what precedes
+// and follows it, one CUDA graph for the whole token, and every kernel requests its first weights
+// while the one before it is still at work (programmatic dependent launch). Before
+// wait_for_previous() a kernel may read weights, which never change, and what changes once a
+// token: its own states and `done`. A token's first kernel starts when all of the token before is
+// done.
 //
-//   Mamba     linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> x, z
-//             linear_step_kernel   x -> x_proj -> dt, B, C
-//             scan_decode_kernel   dt_proj, selective_scan_step, gate -> y
-//             linear_step_kernel   y -> out_proj, added to the residual
-//   Mamba-2   linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> z x B C dt
-//             ssd_decode_kernel    ssd_step, gate -> y (with several groups, its sums of squares)
-//             linear_step_kernel   y -> gated_rms_norm, out_proj, added to the residual
+//   Mamba     linear_step_kernel  residual -> rms_norm, in_proj, causal_conv1d_step, silu -> x, z
+//             linear_step_kernel  x -> x_proj -> dt, B, C
+//             scan_decode_kernel  dt_proj, selective_scan_step, gate -> y
+//             linear_step_kernel  y -> out_proj, added to the residual
+//   Mamba-2   linear_step_kernel  residual -> rms_norm, in_proj, causal_conv1d_step, silu
+//                                 -> z, x, B, C, dt
+//             ssd_step_kernel     ssd_step, gate -> y (with several groups, its sums of squares)
+//             linear_step_kernel  y -> gated_rms_norm, out_proj, added to the residual
+
+constexpr int kFewSequences = 4;  // that one launch takes
+constexpr int kMostGroups = 8;    // of Mamba-2's norm
+constexpr int kStepTaps = 4;      // of the convolution; missing ones are zero
+
+// What is read: x, or in its place
+//   rms      x weight / rms(x). W (x weight / rms) = W (x weight) / rms, so nobody waits for the
+//            sum of squares: each warp gathers it on its way along the row, and divides at the end
+//   grouped  the same with one rms for each group of columns; with several groups from the sums of
+//            squares that ssd_step_kernel left
+enum class Norm { none, rms, grouped };
+
+// What becomes of v = W[row] . x:
+//   plain     out = v
+//   residual  out += v + bias
+//   conv      out = v + bias; the rows [first, first + count) then take causal_conv1d_step and silu
+enum class Store { plain, residual, conv };
+
+struct NormStep {
+  const float* weight = nullptr;  // (cols)
+  float eps = 0;
+  int n_groups = 1, slots = 0;     // slots: sums of squares per group
+  const float* squares = nullptr;  // (batch, n_groups slots)
+};
+template <class T>
+struct ConvStep {
+  T* state = nullptr;             // (batch, width - 1, count)
+  const float* weight = nullptr;  // (count, width)
+  const float* bias = nullptr;    // (count) or null
+  const int* done = nullptr;      // (batch) or null: where not 0 the state stays
+  int64_t first = 0, count = 0;
+  int width = 0;
+};
+
+// out[b, row] = store(W[row] . norm(x[b])) for b < batch <= kFewSequences.
+template <class T, Norm kNorm, Store kStore>
+struct LinearStep {
+  using In = std::conditional_t<kNorm == Norm::none, T, float>;
+  using Out = std::conditional_t<kStore == Store::conv, T, float>;
+  const T* W = nullptr;  // (rows, cols), cols a multiple of 16 bytes
+  int64_t rows = 0, cols = 0;
+  int batch = 0;
+  const In* x = nullptr;  // (batch, cols)
+  int64_t x_stride = 0;
+  Out* out = nullptr;           // (batch, rows)
+  const float* bias = nullptr;  // (rows) or null
+  NormStep norm = {};
+  ConvStep<T> conv = {};
+};
 
 // Asks for the cache lines (128 bytes) of p[0, size).
 __device__ inline void prefetch_row(const float* p, int64_t size) {
@@ -2644,306 +2759,245 @@ __device__ inline void prefetch_row(const float* p, int64_t size) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
 }
 
-constexpr int kMostGroups = 8,
-              kMostFewRows = 4;  // of Mamba-2's norm; sequences that count as few
-
-// --- what a product reads: x (batch, cols), n neighbouring columns at a time ---
-
-template <class T>
-struct PlainInput {
-  const T* x;  // rows `stride` apart
-  int64_t stride;
-  static constexpr bool kNormed = false;
-  template <int n>
-  struct Weights {};
-  __device__ void ahead() const {}
-  __device__ void begin(int, float*) const {}
-  template <int n>
-  __device__ void weights(int64_t, Weights<n>&) const {}
-  template <int n>
-  __device__ void load(int b, int64_t column, const Weights<n>&, const float*, float (&to)[n],
-                       float&) const {
-    unpack(mamba::load<n>(x + b * stride + column, true), to);
+// scales[b n_groups + group] = 1 / rms of the group, for several groups.
+__device__ inline void scales_of_groups(const NormStep& norm, int batch, int64_t cols,
+                                        float* scales) {
+  if (norm.n_groups == 1) return;
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < batch * norm.n_groups; i += blockDim.x / 32) {
+    float sum = 0.f;
+    for (int s = lane; s < norm.slots; s += 32) sum += norm.squares[i * norm.slots + s];
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    if (lane == 0) scales[i] = rsqrtf(sum * norm.n_groups / cols + norm.eps);
   }
-  __device__ float scale(float) const { return 1.f; }
-};
+  __syncthreads();  // scales are written before anybody reads them
+}
 
-// rms_norm: W (r * weight / rms) = W (r * weight) / rms, so nobody waits for the sum of squares: each
-// warp gathers it on its way along the row, and divides once, at the end.
-struct NormedInput {
-  const float *residual, *weight;
-  int64_t cols;
-  float eps;
-  static constexpr bool kNormed = true;
-  template <int n>
-  struct Weights {
-    float of[n];
-  };
-  __device__ void ahead() const { prefetch_row(weight, cols); }
-  __device__ void begin(int, float*) const {}
-  template <int n>
-  __device__ void weights(int64_t column, Weights<n>& w) const {
-    unpack(mamba::load<n>(weight + column, true), w.of);
-  }
-  template <int n>
-  __device__ void load(int b, int64_t column, const Weights<n>& w, const float*, float (&to)[n],
-                       float& squares) const {
-    unpack(mamba::load<n>(residual + b * cols + column, true), to);
+// x[b, column ..], times what the norm asks for but the scale of a row; its squares are added.
+template <int n, class T, Norm kNorm, Store kStore>
+__device__ inline void load_input(const LinearStep<T, kNorm, kStore>& a, int b, int64_t column,
+                                  const float (&weight)[n], const float* scales, float (&x)[n],
+                                  float& squares) {
+  unpack(load<n>(a.x + b * a.x_stride + column, true), x);
+  if constexpr (kNorm != Norm::none) {
+    float scale = 1.f;
+    if (kNorm == Norm::grouped && a.norm.n_groups > 1)  // n columns lie in one group
+      scale = scales[b * a.norm.n_groups + int(column) / int(a.cols / a.norm.n_groups)];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      squares = fmaf(to[k], to[k], squares);
-      to[k] *= w.of[k];
+      squares = fmaf(x[k], x[k], squares);
+      x[k] *= kNorm == Norm::grouped ? weight[k] * scale : weight[k];
     }
   }
-  __device__ float scale(float squares) const { return rsqrtf(squares / cols + eps); }
-};
+}
 
-// gated_rms_norm of g = y silu(z). With one group it is the rms_norm above. With more, a scale belongs to each
-// group of columns, and is made before the product from the sums of squares that ssd_decode_kernel left.
-struct GatedNormInput {
-  const float *g, *squares, *weight;  // (batch, cols), (batch, n_groups slots), (cols)
-  int64_t cols;
-  int n_groups, slots;  // slots: sums of squares per group
-  float eps;
-  static constexpr bool kNormed = true;
-  template <int n>
-  struct Weights {
-    float of[n];
-  };
-  __device__ void ahead() const { prefetch_row(weight, cols); }
-  __device__ void begin(int batch, float* scales) const {  // scales[b n_groups + group]
-    if (n_groups == 1) return;
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < batch * n_groups; i += blockDim.x / 32) {
-      float sum = 0.f;
-      for (int s = lane; s < slots; s += 32) sum += squares[i * slots + s];
-      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      if (lane == 0) scales[i] = rsqrtf(sum * n_groups / cols + eps);
-    }
-    __syncthreads();  // scales are written before anybody reads them
-  }
-  template <int n>
-  __device__ void weights(int64_t column, Weights<n>& w) const {
-    unpack(mamba::load<n>(weight + column, true), w.of);
-  }
-  template <int n>
-  __device__ void load(int b, int64_t column, const Weights<n>& w, const float* scales,
-                       float (&to)[n], float& squares) const {
-    unpack(mamba::load<n>(g + b * cols + column, true), to);
-    const int group = int(column) / int(cols / n_groups);  // a piece lies in one
-    const float scale = n_groups == 1 ? 1.f : scales[b * n_groups + group];
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      squares = fmaf(to[k], to[k], squares);
-      to[k] *= w.of[k] * scale;
-    }
-  }
-  __device__ float scale(float squares) const {
-    return n_groups == 1 ? rsqrtf(squares / cols + eps) : 1.f;
-  }
-};
-
-// --- where a product goes: one number, row `row` for sequence b. What it will be combined with is
-// requested before the product is made: ahead() before the wait, past() after it. ---
-
-struct PlainOutput {
-  float* out;  // (batch, stride)
-  int64_t stride;
-  struct Operands {};
-  __device__ void ahead(int64_t, int, Operands&) const {}
-  __device__ void past(int64_t, int, Operands&) const {}
-  __device__ void operator()(int64_t row, int b, float v, const Operands&) const {
-    out[b * stride + row] = v;
-  }
-};
-
-struct ResidualOutput {
-  float* residual;    // (batch, d_model)
-  const float* bias;  // (d_model) or null
-  int64_t d_model;
-  struct Operands {
-    float bias, residual;
-  };
-  __device__ void ahead(int64_t row, int, Operands& o) const { o.bias = bias ? bias[row] : 0.f; }
-  __device__ void past(int64_t row, int b, Operands& o) const {
-    o.residual = residual[b * d_model + row];
-  }
-  __device__ void operator()(int64_t row, int b, float v, const Operands& o) const {
-    residual[b * d_model + row] = o.residual + (v + o.bias);
-  }
-};
-
-// causal_conv1d_step and silu for the rows [first, first + count), as they are for the others.
-constexpr int kStepTaps = 4;  // at most; missing ones are zero
-
+// What one output is combined with, requested before the product is made.
 template <class T>
-struct ConvOutput {
-  T* out;    // (batch, stride)
-  T* state;  // (batch, width - 1, count)
-  const float *bias, *weight,
-      *conv_bias;   // (stride) or null; (count, width); (count) or null
-  const int* done;  // (batch) or null: where not 0 the state stays
-  int64_t stride, first, count;
-  int width;
-  struct Operands {
-    float bias, conv_bias, weight[kStepTaps];  // of the newest input first
-    T past[kStepTaps];                         // past[k]: k tokens ago
-    int keep;
-  };
-  __device__ bool passes(int64_t row) const { return row >= first && row < first + count; }
-  __device__ void ahead(int64_t row, int b, Operands& o) const {
-    o.keep = done ? done[b] : 0;
-    o.bias = bias ? bias[row] : 0.f;
-    const int64_t d = passes(row) ? row - first : 0;
-    o.conv_bias = conv_bias ? conv_bias[d] : 0.f;
-    const T* rows = state + b * (width - 1) * count + d;
+struct StoreOperands {
+  float bias, residual, conv_bias, taps[kStepTaps];  // taps: of the newest input first
+  T past[kStepTaps];                                 // past[k]: k tokens ago
+  int keep;
+};
+
+// What the kernel before does not change.
+template <class T, Norm kNorm, Store kStore>
+__device__ inline void load_operands(const LinearStep<T, kNorm, kStore>& a, int64_t row, int b,
+                                     StoreOperands<T>& o) {
+  if constexpr (kStore != Store::plain) o.bias = a.bias ? a.bias[row] : 0.f;
+  if constexpr (kStore == Store::conv) {
+    const ConvStep<T>& conv = a.conv;
+    const bool convolved = row >= conv.first && row < conv.first + conv.count;
+    const int64_t d = convolved ? row - conv.first : 0;
+    o.keep = conv.done ? conv.done[b] : 0;
+    o.conv_bias = conv.bias ? conv.bias[d] : 0.f;
+    const T* state = conv.state + b * (conv.width - 1) * conv.count + d;
 #pragma unroll
     for (int k = 0; k < kStepTaps; ++k) {
-      o.weight[k] = k < width ? weight[d * width + width - 1 - k] : 0.f;
-      if (k > 0) o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
+      const bool there = k < conv.width;
+      o.taps[k] = there ? conv.weight[d * conv.width + conv.width - 1 - k] : 0.f;
+      if (k > 0) o.past[k] = there ? state[(conv.width - 1 - k) * conv.count] : from_float<T>(0.f);
     }
   }
-  __device__ void past(int64_t, int, Operands&) const {}
-  __device__ void operator()(int64_t row, int b, float v, Operands& o) const {
-    v += o.bias;
-    if (passes(row)) {
-      o.past[0] = from_float<T>(v);
-      v = o.conv_bias;
-#pragma unroll
-      for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.weight[k], to_float(o.past[k]), v);
-      v = silu(v);
-      T* rows = state + b * (width - 1) * count + row - first;
-#pragma unroll
-      for (int k = 0; k + 1 < kStepTaps; ++k)
-        if (k + 1 < width && !o.keep) rows[(width - 2 - k) * count] = o.past[k];
-    }
-    out[b * stride + row] = from_float<T>(v);
-  }
-};
+}
 
-// output(row, b) = W[row] . input(b).  W (rows, cols), cols a multiple of 16 bytes; b < batch <= kBatch.
-// `split` warps of a block share a group of kLinearRows rows of W: each lane takes every 32 split-th piece of
-// 16 bytes and multiplies in float32. Pieces pass through a ring in shared memory, kLinearDepth of each row in
-// flight, across the end of a group too: while its sums are finished the next group's weights arrive. A
-// thread reads only what it has copied itself, so none waits for another. x comes through the L1 cache, in
-// which all warps of the SM find it.
-//
-// Where all that a warp has to read fits its ring, nothing is left to stream: such a product is as long as
-// its way from the wait to the last store. It takes blocks of 12 warps, over which a row can be split in
-// more ways, and no more of the ring than it fills, so that blocks of the next kernel find room beside it.
+// The convolution's new output from its new input; its state moves on by one token.
+template <class T>
+__device__ inline float conv_step(const ConvStep<T>& conv, int64_t d, int b, float v,
+                                  StoreOperands<T>& o) {
+  o.past[0] = from_float<T>(v);
+  v = o.conv_bias;
+#pragma unroll
+  for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.taps[k], to_float(o.past[k]), v);
+  T* state = conv.state + b * (conv.width - 1) * conv.count + d;
+#pragma unroll
+  for (int k = 0; k + 1 < kStepTaps; ++k)
+    if (k + 1 < conv.width && !o.keep) state[(conv.width - 2 - k) * conv.count] = o.past[k];
+  return silu(v);
+}
+
+template <class T, Norm kNorm, Store kStore>
+__device__ inline void store_output(const LinearStep<T, kNorm, kStore>& a, int64_t row, int b,
+                                    float v, StoreOperands<T>& o) {
+  if constexpr (kStore == Store::plain) a.out[b * a.rows + row] = v;
+  if constexpr (kStore == Store::residual) a.out[b * a.rows + row] = o.residual + (v + o.bias);
+  if constexpr (kStore == Store::conv) {
+    v += o.bias;
+    const int64_t d = row - a.conv.first;
+    if (d >= 0 && d < a.conv.count) v = conv_step(a.conv, d, b, v, o);
+    a.out[b * a.rows + row] = from_float<T>(v);
+  }
+}
+
+// Where all that a warp has to read fits its ring (below), nothing is left to stream: such a
+// product is as long as its way from the wait to the last store. It takes blocks of 12 warps, over
+// which a row can be split in more ways, and no more of the ring than it fills, so that blocks of
+// the next kernel find room beside it.
 constexpr int kLinearRows = 4, kLinearDepth = 4;
 struct LinearShape {
   int warps, blocks;  // of a block; on an SM at once
 };
 constexpr LinearShape kBriefShape{12, 2}, kStreamShape{8, 3}, kFewShape{8, 2};
 
-template <int kBatch, int kWarps, int kBlocks, class T, class Input, class Output>
-__global__ void __launch_bounds__(32 * kWarps, kBlocks)
-    linear_step_kernel(const T* W, int64_t rows, int64_t cols, int batch, int split, Input input,
-                       Output output) {
-  constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch, kThreads = 32 * kWarps;
-  static_assert(kSums <= 32, "a lane finishes one sum");
-  __shared__ float scales[kBatch * kMostGroups], partial[kWarps][kSums + kBatch];
-  extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kThreads)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
-  const int pieces = cols / n, steps = ceil_div(pieces, 32 * split);
-  const int groups = ceil_div(rows, kLinearRows), at_once = gridDim.x * (kWarps / split);
-  int group = warp / split * gridDim.x + blockIdx.x;  // dealt out to all blocks in turn
-  const int rounds = ceil_div(groups, at_once);  // the same for all warps: they meet at barriers
-  const auto piece_of = [&](int step) { return (step * split + part) * 32 + lane; };
+// W on its way: `split` warps share a group of kLinearRows rows, each lane takes every 32 split-th
+// piece of 16 bytes. Pieces pass through a ring in shared memory, kLinearDepth of each row in
+// flight, across the end of a group too: while its sums are finished the next group's weights
+// arrive. A thread reads only what it has copied itself, so none waits for another.
+template <class T, int kWarps>
+struct WeightStream {
+  static constexpr int n = 16 / sizeof(T);
+  const T* W;
+  int64_t rows, cols;
+  int split, part, pieces, steps, groups, at_once;
+  int next_group, next_step = 0;
 
-  const auto place = [&](int slot, int r) {  // of this thread in the ring
-    return linear_ring + (slot * kLinearRows + r) * kThreads + threadIdx.x;
-  };
-  int next_group = group, next_step = 0;
-  const auto fetch = [&](int slot) {
-    const int piece = piece_of(next_step);
-    if (piece < pieces && next_group < groups) {
+  __device__ WeightStream(const T* W, int64_t rows, int64_t cols, int split)
+      : W(W), rows(rows), cols(cols), split(split), part(threadIdx.x / 32 % split) {
+    pieces = cols / n, steps = ceil_div(pieces, 32 * split);
+    groups = ceil_div(rows, kLinearRows), at_once = gridDim.x * (kWarps / split);
+    next_group = threadIdx.x / 32 / split * gridDim.x + blockIdx.x;  // spread over all blocks
+  }
+  __device__ int piece(int step) const {
+    return (step * split + part) * 32 + int(threadIdx.x % 32);
+  }
+  __device__ Vector<T, n>* place(int slot, int r) const {
+    extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, threads)
+    return reinterpret_cast<Vector<T, n>*>(linear_ring) + (slot * kLinearRows + r) * (32 * kWarps) +
+           threadIdx.x;
+  }
+  __device__ void fetch(int slot) {
+    if (piece(next_step) < pieces && next_group < groups) {
 #pragma unroll
       for (int r = 0; r < kLinearRows; ++r) {
         const int64_t row = min(int64_t(next_group) * kLinearRows + r, rows - 1);
-        copy_async(uint32_t(__cvta_generic_to_shared(place(slot, r))),
-                   W + row * cols + int64_t(piece) * n, true);
+        copy_async(place(slot, r), W + row * cols + int64_t(piece(next_step)) * n, true);
       }
     }
     copy_async_commit();
     if (++next_step == steps) next_step = 0, next_group += at_once;
-  };
+  }
+};
+
+// This lane's part of sum[r kBatch + b] = W[4 group + r] . x[b], for the rows of a group. x comes
+// through the L1 cache, in which all warps of the SM find it.
+template <int kBatch, int kWarps, class T, Norm kNorm, Store kStore>
+__device__ inline void multiply(const LinearStep<T, kNorm, kStore>& a, WeightStream<T, kWarps>& W,
+                                int group, int& slot, const float* scales,
+                                float (&sum)[kLinearRows * kBatch], float (&squares)[kBatch]) {
+  constexpr int n = WeightStream<T, kWarps>::n;
+  for (int step = 0; step < W.steps; ++step) {
+    copy_async_wait_but<kLinearDepth - 1>();
+    const int64_t column = int64_t(W.piece(step)) * n;
+    if (W.piece(step) < W.pieces && group < W.groups) {
+      float norm_weight[n], w[kLinearRows][n];
+      if constexpr (kNorm != Norm::none) unpack(load<n>(a.norm.weight + column, true), norm_weight);
+#pragma unroll
+      for (int r = 0; r < kLinearRows; ++r) unpack(*W.place(slot, r), w[r]);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (b >= a.batch) break;
+        float x[n];
+        load_input(a, b, column, norm_weight, scales, x, squares[b]);
+#pragma unroll
+        for (int r = 0; r < kLinearRows; ++r)
+#pragma unroll
+          for (int k = 0; k < n; ++k)
+            sum[r * kBatch + b] = fmaf(w[r][k], x[k], sum[r * kBatch + b]);
+      }
+    }
+    W.fetch(slot);  // into the place just read
+    slot = slot + 1 < kLinearDepth ? slot + 1 : 0;
+  }
+}
+
+// Sums over the lanes of a warp and the warps of a group: lane i of its first warp gets number i,
+// and the squares of sequence i % kBatch.
+template <bool kSquares, int kWarps, int kSums, int kBatch>
+__device__ inline float2 add_up(float (&sum)[kSums], float (&squares)[kBatch], int split,
+                                bool again) {
+  __shared__ float partial[kWarps][kSums + kBatch];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
+  float mine = 0.f, my_squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+    if (lane == i) mine = sum[i];
+  }
+#pragma unroll
+  for (int b = 0; b < kBatch && kSquares; ++b) {
+    for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
+    if (lane % kBatch == b) my_squares = squares[b];
+  }
+  if (split == 1) return {mine, my_squares};
+  if (again) __syncthreads();  // the partial sums of the round before have been read
+  if (lane < kSums) partial[warp][lane] = mine;
+  if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
+  __syncthreads();  // partial sums are written before the first warp of each group adds them
+#pragma unroll
+  for (int p = 1; p < kWarps; ++p) {
+    if (part != 0 || p >= split) continue;
+    if (lane < kSums) mine += partial[warp + p][lane];
+    my_squares += partial[warp + p][kSums + lane % kBatch];
+  }
+  return {mine, my_squares};
+}
+
+template <int kBatch, int kWarps, int kBlocks, class T, Norm kNorm, Store kStore>
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
+    linear_step_kernel(LinearStep<T, kNorm, kStore> a, int split) {
+  constexpr int kSums = kLinearRows * kBatch;
+  static_assert(kSums <= 32, "a lane finishes one sum");
+  __shared__ float scales[kBatch * kMostGroups];
+  WeightStream<T, kWarps> W(a.W, a.rows, a.cols, split);
+  int group = W.next_group;
+  const int rounds = ceil_div(W.groups, W.at_once);  // all warps: they share barriers
   // Lane i finishes the sum of row i / kBatch of the group for sequence i % kBatch.
-  const int b_mine = lane % kBatch;
-  const auto row_mine = [&] { return int64_t(group) * kLinearRows + lane / kBatch; };
+  const int lane = threadIdx.x % 32, b = lane % kBatch;
+  const auto row = [&] { return int64_t(group) * kLinearRows + lane / kBatch; };
   const auto finishes = [&] {
-    return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch;
+    return W.part == 0 && lane < kSums && row() < a.rows && b < a.batch;
   };
 
 #pragma unroll 1
-  for (int slot = 0; slot < kLinearDepth; ++slot) fetch(slot);
-  typename Output::Operands operands;
-  input.ahead();
-  if (finishes()) output.ahead(row_mine(), b_mine, operands);
+  for (int slot = 0; slot < kLinearDepth; ++slot) W.fetch(slot);
+  StoreOperands<T> operands;
+  if constexpr (kNorm != Norm::none) prefetch_row(a.norm.weight, a.cols);
+  if (finishes()) load_operands(a, row(), b, operands);
   launch_next();
   wait_for_previous();
-  input.begin(batch, scales);
+  if constexpr (kNorm == Norm::grouped) scales_of_groups(a.norm, a.batch, a.cols, scales);
 
   int slot = 0;
-  for (int round = 0; round < rounds; ++round, group += at_once) {
+  for (int round = 0; round < rounds; ++round, group += W.at_once) {
     if (finishes()) {
-      if (round > 0) output.ahead(row_mine(), b_mine, operands);
-      output.past(row_mine(), b_mine, operands);
+      if (round > 0) load_operands(a, row(), b, operands);
+      if constexpr (kStore == Store::residual) operands.residual = a.out[b * a.rows + row()];
     }
     float sum[kSums] = {}, squares[kBatch] = {};
-    for (int step = 0; step < steps; ++step) {
-      copy_async_wait_but<kLinearDepth - 1>();
-      const int piece = piece_of(step);
-      if (piece < pieces && group < groups) {
-        typename Input::template Weights<n> weights;
-        input.weights(int64_t(piece) * n, weights);
-        float w[kLinearRows][n];
-#pragma unroll
-        for (int r = 0; r < kLinearRows; ++r)
-          unpack(*reinterpret_cast<const Vector<T, n>*>(place(slot, r)), w[r]);
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          if (b >= batch) break;
-          float x[n];
-          input.load(b, int64_t(piece) * n, weights, scales, x, squares[b]);
-#pragma unroll
-          for (int r = 0; r < kLinearRows; ++r)
-#pragma unroll
-            for (int k = 0; k < n; ++k)
-              sum[r * kBatch + b] = fmaf(w[r][k], x[k], sum[r * kBatch + b]);
-        }
-      }
-      fetch(slot);  // into the place just read
-      slot = slot + 1 < kLinearDepth ? slot + 1 : 0;
-    }
-
-    float mine = 0.f, my_squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
-      if (lane == i) mine = sum[i];
-    }
-    if (Input::kNormed) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
-        if (b_mine == b) my_squares = squares[b];
-      }
-    }
-    if (split > 1) {
-      if (round > 0) __syncthreads();  // the partial sums of the round before have been read
-      if (lane < kSums) partial[warp][lane] = mine;
-      if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
-      __syncthreads();  // partial sums are written before the first warp of each group adds them
-#pragma unroll
-      for (int p = 1; p < kWarps; ++p) {
-        if (part != 0 || p >= split) continue;
-        if (lane < kSums) mine += partial[warp + p][lane];
-        my_squares += partial[warp + p][kSums + b_mine];
-      }
-    }
-    if (finishes()) output(row_mine(), b_mine, mine * input.scale(my_squares), operands);
+    multiply<kBatch>(a, W, group, slot, scales, sum, squares);
+    float2 v = add_up<kNorm != Norm::none, kWarps>(sum, squares, split, round > 0);
+    if (kNorm == Norm::rms || (kNorm == Norm::grouped && a.norm.n_groups == 1))
+      v.x *= rsqrtf(v.y / a.cols + a.norm.eps);
+    if (finishes()) store_output(a, row(), b, v.x, operands);
   }
 }
 
@@ -2951,9 +3005,9 @@ struct LinearPlan {
   int warps, split, steps, rounds, blocks;
 };
 
-// As few steps along a row as the warps that fit the GPU can make of it, and no more warps than that takes;
-// as few rounds as fit it, and all of one length. What streams takes as many blocks on every multiprocessor, so
-// that all have the same to read.
+// As few steps along a row as the warps that fit the GPU can make of it, and no more warps than
+// that takes; as few rounds as fit it, and all of one length. What streams takes as many blocks on
+// every multiprocessor, so that all have the same to read.
 inline LinearPlan linear_plan(const LinearShape& shape, int64_t groups, int64_t pieces) {
   const int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
   const auto steps = [&](int split) { return ceil_div(pieces, 32 * split); };
@@ -2966,95 +3020,97 @@ inline LinearPlan linear_plan(const LinearShape& shape, int64_t groups, int64_t 
   return {shape.warps, split, int(steps(split)), int(rounds), int(blocks)};
 }
 
-template <class T, class Input, class Output>
-void linear_step(const T* W, int64_t rows, int64_t cols, int batch, const Input& input,
-                 const Output& output, cudaStream_t stream) {
-  const int64_t groups = ceil_div(rows, kLinearRows), pieces = cols * sizeof(T) / 16;
+template <class T, Norm kNorm, Store kStore>
+void linear_step(const LinearStep<T, kNorm, kStore>& a, cudaStream_t stream) {
+  const int64_t groups = ceil_div(a.rows, kLinearRows), pieces = a.cols * sizeof(T) / 16;
   const auto launch = [&](auto* kernel, const LinearPlan& plan) {
     const int slot = kLinearRows * plan.warps * 32 * 16,           // bytes of the ring
         slots = std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     kLinearDepth * slot));
-    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream, W,
-                 rows, cols, batch, plan.split, input, output);
+    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream, a,
+                 plan.split);
   };
   const LinearPlan brief = linear_plan(kBriefShape, groups, pieces);
-  if (batch > 1)
-    launch(linear_step_kernel<kMostFewRows, kFewShape.warps, kFewShape.blocks, T, Input, Output>,
+  if (a.batch > 1)
+    launch(linear_step_kernel<kFewSequences, kFewShape.warps, kFewShape.blocks, T, kNorm, kStore>,
            linear_plan(kFewShape, groups, pieces));
   else if (brief.steps * brief.rounds > kLinearDepth)
-    launch(linear_step_kernel<1, kStreamShape.warps, kStreamShape.blocks, T, Input, Output>,
+    launch(linear_step_kernel<1, kStreamShape.warps, kStreamShape.blocks, T, kNorm, kStore>,
            linear_plan(kStreamShape, groups, pieces));
   else
-    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, Input, Output>, brief);
+    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, kNorm, kStore>, brief);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
 
 template <class T>
-struct ScanDecodeArgs {
-  int batch, d_inner, d_state, dt_rank;
-  const float* dt_B_C;           // (batch, dt_rank + 2 d_state)
-  const T *x, *z, *dt_proj;      // (batch, d_inner) twice, (d_inner, dt_rank)
-  int64_t x_stride, z_stride;    // from row to row
-  const float *dt_bias, *A, *D;  // (d_inner), (d_inner, d_state), (d_inner)
-  float* h;                      // (batch, d_inner, d_state)
-  T* out;                        // (batch, d_inner)
-  float delta_ratio;
-  const int* done;  // (batch) or null: where not 0 the state stays
+struct DtProjection {
+  const float* dt_B_C;  // (batch, rank + 2 d_state), in place of ScanArgs' delta, B and C
+  const T* weight;      // (d_inner, rank)
+  int rank;
 };
 
-// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and of the states, four
-// numbers a piece, both in registers before the wait. dt, B and C pass through shared memory.
-// Grid: x = channels in blocks of 32, y = sequences.
-constexpr int kScanDecodePieces = 10;           // of dt_proj in registers: dt_rank 160
+constexpr int kScanDecodePieces = 10;           // of dt_proj in registers: rank 160
 constexpr int kMostStepInputs = 48 * 1024 / 4;  // numbers of dt, B and C in shared memory
 
+// A quarter of a row of dt_proj, one lane's of four: every fourth piece of four numbers in
+// registers, what does not fit or is not aligned from memory.
 template <class T>
-__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
-  const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state;
-  const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
-  const int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
-  const int width = a.dt_rank + 2 * N;
-  const bool aligned = a.dt_rank % 4 == 0;  // otherwise all of the row is `rest`
-  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0, rest = 4 * pieces;
-  const T* row = a.dt_proj + d * a.dt_rank;
-  const int done = a.done ? a.done[b] : 0;
-  float* h = a.h + (int64_t(b) * a.d_inner + d) * N;
-  float h_n[4];
-  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+struct DtProjectionRow {
+  const T* row;
+  int rank, lane, pieces;
   Vector<T, 4> w[kScanDecodePieces];
+
+  __device__ DtProjectionRow(const T* row, int rank, int lane) : row(row), rank(rank), lane(lane) {
+    pieces = rank % 4 == 0 ? min(rank / 4, 4 * kScanDecodePieces) : 0;
 #pragma unroll
-  for (int i = 0; i < kScanDecodePieces; ++i)
-    w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
-  const float bias = a.dt_bias[d], D = a.D[d];
-  float A[4];
+    for (int i = 0; i < kScanDecodePieces; ++i)
+      w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
+  }
+  __device__ float dot(const float* dt) const {  // the sum over the four lanes
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kScanDecodePieces; ++i) {
+      const int piece = 4 * i + lane;
+      if (piece >= pieces) break;
+      float w_i[4];
+      unpack(w[i], w_i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum = fmaf(w_i[k], dt[4 * piece + k], sum);
+    }
+    for (int k = 4 * pieces + lane; k < rank; k += 4) sum = fmaf(to_float(row[k]), dt[k], sum);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    return sum + __shfl_xor_sync(~0u, sum, 2);
+  }
+};
+
+// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and of the
+// states, four numbers a piece, both in registers before the wait. dt, B and C pass through shared
+// memory. Grid: x = channels in blocks of 32, y = sequences.
+template <class T>
+__global__ void __launch_bounds__(128) scan_decode_kernel(ScanArgs<T> a, DtProjection<T> p) {
+  const int lane = threadIdx.x % 4, b = blockIdx.y, N = int(a.d_state);
+  const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
+  const int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // else nothing is stored
+  const int width = p.rank + 2 * N;
+  const int done = a.done ? a.done[b] : 0;
+  float* h = a.hT + (int64_t(b) * a.d_inner + d) * N;
+  float h_n[4], A[4];
+  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+  const DtProjectionRow<T> dt_proj(p.weight + d * p.rank, p.rank, lane);
+  const float bias = a.delta_bias[d], D = a.D[d];
   unpack(load<4>(a.A + d * N + 4 * lane, 4 * lane < N), A);
   launch_next();
   wait_for_previous();
 
   extern __shared__ float dt[];  // (width): dt, B, C
-  const float *B = dt + a.dt_rank, *C = B + N;
-  const float x = to_float(a.x[int64_t(b) * a.x_stride + d]),
-              z = to_float(a.z[int64_t(b) * a.z_stride + d]);
-  for (int i = threadIdx.x; i < width; i += blockDim.x) dt[i] = a.dt_B_C[int64_t(b) * width + i];
+  const float *B = dt + p.rank, *C = B + N;
+  const float x = to_float(a.x[b * a.x_stride + d]), z = to_float(a.z[b * a.z_stride + d]);
+  for (int i = threadIdx.x; i < width; i += blockDim.x) dt[i] = p.dt_B_C[int64_t(b) * width + i];
   __syncthreads();  // dt, B and C are written before anybody reads them
 
-  float delta = 0.f;
-#pragma unroll
-  for (int i = 0; i < kScanDecodePieces; ++i) {
-    const int piece = 4 * i + lane;
-    if (piece >= pieces) break;
-    float w_i[4];
-    unpack(w[i], w_i);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt[4 * piece + k], delta);
-  }
-  for (int k = rest + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
-  delta += __shfl_xor_sync(~0u, delta, 1);
-  delta += __shfl_xor_sync(~0u, delta, 2);
-  delta = a.delta_ratio * softplus(delta + bias);
-
+  const float delta = a.delta_ratio * softplus(dt_proj.dot(dt) + bias);
   float y = 0.f;
   for (int n = 4 * lane; n < N; n += 16) {
     if (n >= 16) unpack(load<4>(h + n, true), h_n);
@@ -3068,121 +3124,13 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   }
   y += __shfl_xor_sync(~0u, y, 1);
   y += __shfl_xor_sync(~0u, y, 2);
-  if (lane == 0 && exists)
-    a.out[b * int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
+  if (lane == 0 && exists) a.out[b * a.out_stride + d] = from_float<T>(fmaf(D, x, y) * silu(z));
 }
 
 template <class T>
-void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
+void scan_decode(const ScanArgs<T>& a, const DtProjection<T>& p, cudaStream_t stream) {
   launch_early(scan_decode_kernel<T>, dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)),
-               128, int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
-}
-
-// --- Mamba-2: ssd_step and the gate ---
-
-template <class T>
-struct SsdDecodeArgs {
-  int batch, n_heads, head_dim, d_state, n_groups;
-  const T *z, *x, *dt;  // (batch, d_inner), (batch, conv_width): x B C, (batch, n_heads)
-  int64_t z_stride, x_stride, dt_stride;  // from row to row
-  const float *A, *D, *dt_bias;           // (n_heads)
-  float dt_min, dt_max, delta_ratio;
-  float* h;         // (batch, n_heads, head_dim, d_state)
-  float* g;         // (batch, d_inner): y silu(z)
-  float* squares;   // (batch, blocks of a sequence): sums of g^2, for several groups only
-  const int* done;  // (batch) or null: where not 0 the state stays
-};
-
-// A block owns kSsdDecodeRows rows (head, p) of one head; a row of h is spread over `lanes` lanes, four
-// neighbouring states each, and read, before the wait, and written once. Grid: x = heads times blocks of
-// rows, y = batch.
-constexpr int kSsdDecodeRows = 16, kSsdDecodeThreads = 256,
-              kSsdDecodeFlight = 2;  // rows in flight per lane
-
-template <class T>
-__global__ void __launch_bounds__(kSsdDecodeThreads)
-    ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
-  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P, blocks = gridDim.x / a.n_heads;
-  const int head = blockIdx.x / blocks, b = blockIdx.y, group = head / (a.n_heads / a.n_groups);
-  const int p0 = blockIdx.x % blocks * kSsdDecodeRows;
-  const int lane = threadIdx.x % lanes, step = blockDim.x / lanes,
-            rows = min(kSsdDecodeRows, P - p0);
-  const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
-  float* h = a.h + ((int64_t(b) * a.n_heads + head) * P + p0) * N;
-  const int done = a.done ? a.done[b] : 0;
-  static_assert(kSsdDecodeFlight * kSsdDecodeThreads / 32 >= kSsdDecodeRows,
-                "a lane holds all its rows");
-  const int first = threadIdx.x / lanes;
-  float h_n[kSsdDecodeFlight][4];
-  const auto load_h = [&](int n) {
-#pragma unroll
-    for (int i = 0; i < kSsdDecodeFlight; ++i) {
-      const int p = first + i * step;
-      unpack(load<4>(h + int64_t(p) * N + n, p < rows && n < N), h_n[i]);
-    }
-  };
-  load_h(4 * lane);
-  launch_next();
-  wait_for_previous();
-
-  const T *x = a.x + b * a.x_stride, *B = x + d_inner + group * N, *C = B + a.n_groups * N;
-  const T *z = a.z + b * a.z_stride, *dt = a.dt + b * a.dt_stride;
-  float y[kSsdDecodeFlight] = {}, x_p[kSsdDecodeFlight], z_p[kSsdDecodeFlight];
-#pragma unroll
-  for (int i = 0; i < kSsdDecodeFlight; ++i) {
-    const int p = first + i * step, column = head * P + p0 + p;
-    x_p[i] = p < rows ? to_float(x[column]) : 0.f;
-    z_p[i] = p < rows ? to_float(z[column]) : 0.f;
-  }
-  const float delta =
-      a.delta_ratio * fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
-  const float decay = exp2_approx(delta * (kLog2e * A));
-  for (int n = 4 * lane; n < N; n += 4 * lanes) {
-    if (n >= 4 * lanes) load_h(n);
-    float B_n[4], C_n[4];
-    unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
-#pragma unroll
-    for (int i = 0; i < kSsdDecodeFlight; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        h_n[i][k] = fmaf(decay, h_n[i][k], delta * B_n[k] * x_p[i]);
-        y[i] = fmaf(C_n[k], h_n[i][k], y[i]);
-      }
-      const int p = first + i * step;
-      if (p < rows && !done) store(h + int64_t(p) * N + n, pack<float>(h_n[i]));
-    }
-  }
-  float squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < kSsdDecodeFlight; ++i) {
-    const int p = first + i * step;
-    for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
-    if (lane != 0 || p >= rows) continue;
-    const float g = fmaf(D, x_p[i], y[i]) * silu(z_p[i]);
-    a.g[int64_t(b) * d_inner + head * P + p0 + p] = g;
-    squares = fmaf(g, g, squares);
-  }
-  if (a.n_groups == 1) return;  // nobody wants the squares
-  __shared__ float partial[kSsdDecodeThreads / 32];
-  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-  __syncthreads();  // the warps' sums are written before they are added
-  if (threadIdx.x > 0) return;
-  squares = 0.f;
-  for (const float of_warp : partial) squares += of_warp;
-  a.squares[int64_t(b) * gridDim.x + blockIdx.x] = squares;
-}
-
-inline int ssd_decode_blocks(int head_dim) {
-  return ceil_div(head_dim, kSsdDecodeRows);
-}  // per head
-
-template <class T>
-void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
-  int lanes = 1;
-  while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
-  launch_early(ssd_decode_kernel<T>, dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch),
-               kSsdDecodeThreads, 0, stream, a, lanes);
+               128, int((p.rank + 2 * a.d_state) * sizeof(float)), stream, a, p);
 }
 
 // ============================================================================================
@@ -3197,10 +3145,20 @@ __global__ void embedding_kernel(const T* embedding, const Token* ids, int64_t d
     residual[blockIdx.x * d_model + i] = to_float(row[i]);
 }
 
-// Section 5 of mamba.hpp on the GPU, in double and in its order: best_kernel finds the best id of each
-// stretch of them on many multiprocessors, then a block draws the next token of one sequence. Nothing is
-// sorted. "The entries that stay, from the best one down, until they make up the limit" is a threshold, and
-// the sum above a threshold only grows as it falls: it is found by bisection over the bits of the score.
+// Section 5 of mamba.hpp on the GPU, in double and in its order:
+//
+//   best_kernel    the best id of each stretch of ids, and every id's key for the sort
+//   CUB            the ids of each sequence in the order of their scores, for top-k and top-p
+//   weight_kernel  exp((score - best) / temperature), 0 for what top-k drops
+//   sample_kernel  top-p, min-p, the draw, and the embedding of the token for the next step
+//
+// Greedy takes the first and the last. The kernels are static: they are no templates, and several
+// tests include this file.
+
+constexpr int kSampleThreads = 1024, kSampleWarps = 32;
+constexpr int kStretches = kSampleWarps;  // of a vocabulary: each a block's, or a warp's
+constexpr int64_t kMostSequences = 256;   // that draw together
+
 struct Best {  // of some ids: the largest score and the first id that has it
   double score;
   Token id;
@@ -3212,84 +3170,154 @@ struct SampleArgs {
   double temperature, top_p, min_p, penalty;
   int64_t top_k;
   uint64_t seed;
-  const uint64_t* sequence;  // (batch) numbers of the sequences
-  uint64_t* position;        // (batch) of the token to be drawn; moves on by one
-  int64_t* made;             // (batch) tokens drawn so far
-  unsigned char* seen;       // (batch, vocab_size) tokens of the history, or null: no penalty
-  double* weights;           // (batch, vocab_size) room for what stays, null if greedy
-  Token* candidates;         // (batch, vocab_size) and for its ids
-  Best* best;                // (batch, kBestStretches)
-  int* done;                 // (batch) set when the stop token was drawn
-  Token stop;
-  Token* next;  // (batch) the tokens drawn
-  Token* log;   // (longest, batch) the same for the host, -1: no number among logits
+  const uint64_t* sequence;    // (batch) numbers of the sequences
+  const uint64_t* start;       // (batch) positions of the first tokens drawn
+  int64_t* made;               // (batch) tokens drawn so far
+  unsigned char* seen;         // (batch, vocab_size) tokens of the history, or null: no penalty
+  const unsigned char* never;  // (vocab_size) tokens that are not drawn, or null: all may be
+  const Token* stops;          // (n_stops) tokens that end a sequence
+  int64_t n_stops;
+  int* done;                      // (batch) set when one of them was drawn
+  Best* best;                     // (batch, kStretches)
+  uint64_t *keys, *sorted_keys;   // (batch, vocab_size) twice, and the ids that belong to them;
+  Token *ids, *sorted_ids;        // null where nothing is sorted
+  double *weights, *weight_sums;  // (batch, vocab_size), (batch, kStretches); null if greedy
+  Token* log;  // (longest, batch) the tokens for the host, -1: no number among logits
 };
 
 // A logit of sequence b, and what the penalty makes of it.
 __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
-  const double s = a.logits[b * a.vocab_size + id];
+  const double s = a.never && a.never[id] ? -INFINITY : a.logits[b * a.vocab_size + id];
   if (!a.seen || !a.seen[b * a.vocab_size + id]) return s;
   return s < 0 ? s * a.penalty : s / a.penalty;
 }
 
-constexpr int kSampleThreads = 1024, kSampleWarps = kSampleThreads / 32;
+// An unsigned integer in the order of (b, score): the sequence in 8 bits, then the 56 upper bits of
+// the score. A float has no more; scores with a penalty that agree in them (44 bits of the
+// fraction) count as equal.
+constexpr int kScoreBits = 56, kFloatBits = 35;
+__device__ inline uint64_t sort_key(int64_t b, double score) {
+  const uint64_t bits = __double_as_longlong(score + 0.);  // no -0
+  return uint64_t(b) << kScoreBits | (bits >> 63 ? ~bits : bits | 1ull << 63) >> (64 - kScoreBits);
+}
+
+// CUB's sort is stable: of equal scores the lower id comes first. Without room: the bytes it needs.
+inline void sort_by_score(const SampleArgs& a, void* room, size_t& bytes, cudaStream_t stream) {
+  int end = kScoreBits;
+  while ((a.batch - 1) >> (end - kScoreBits)) ++end;
+  CUDA_CHECK(cub::DeviceRadixSort::SortPairs(room, bytes, a.keys, a.sorted_keys, a.ids,
+                                             a.sorted_ids, a.batch * a.vocab_size,
+                                             a.seen ? 0 : kScoreBits - kFloatBits, end, stream));
+}
 
 template <class V>
 __device__ inline V warp_sum(V v) {
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
   return v;
 }
-template <int n>  // the sums over all threads: the same bits in all of them, on every run
-__device__ inline void sample_sums(double (&v)[n]) {
-  __shared__ double partial[n][kSampleWarps];
-#pragma unroll
-  for (int j = 0; j < n; ++j) v[j] = warp_sum(v[j]);
-  __syncthreads();  // the sums of the call before have been read
-#pragma unroll
-  for (int j = 0; j < n; ++j)
-    if (threadIdx.x % 32 == 0) partial[j][threadIdx.x / 32] = v[j];
-  __syncthreads();  // the warps' sums are written before they are added
-#pragma unroll
-  for (int j = 0; j < n; ++j) v[j] = warp_sum(partial[j][threadIdx.x % 32]);
-}
-__device__ inline double sample_sum(double v) {
-  double sums[1] = {v};
-  sample_sums(sums);
-  return sums[0];
-}
-
-// Unsigned integers in the order of the doubles.
-__device__ inline uint64_t order_key(double v) {
-  const uint64_t bits = __double_as_longlong(v);
-  return bits >> 63 ? ~bits : bits | 1ull << 63;
-}
-
-// The least key from low to high with: the sum of weight(i) over all i < count with key(i) > it is below
-// limit. Every pass divides the range by eight.
-template <class Key, class Weight>
-__device__ inline uint64_t least_key(int64_t count, double limit, uint64_t low, uint64_t high,
-                                     const Key& key, const Weight& weight) {
-  constexpr int kCuts = 7;
-  while (low < high) {
-    const uint64_t step = (high - low) / (kCuts + 1);
-    double above[kCuts] = {};
-#pragma unroll 4
-    for (int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const uint64_t key_i = key(i);
-      const double w = weight(i);
-#pragma unroll
-      for (int j = 0; j < kCuts; ++j) above[j] += key_i > low + (j + 1) * step ? w : 0.;
-    }
-    sample_sums(above);
-    // The sums fall from cut to cut: the answer is at most the first cut whose sum is below the limit.
-    int cut = 0;
-#pragma unroll
-    for (int j = 0; j < kCuts; ++j) cut += !(above[j] < limit);
-    const uint64_t from = low;
-    if (cut < kCuts) high = from + (cut + 1) * step;
-    if (cut > 0) low = from + cut * step + 1;
+__device__ inline Best warp_best(Best best) {
+  for (int d = 16; d > 0; d /= 2) {
+    const double score = __shfl_xor_sync(~0u, best.score, d);
+    const Token id = __shfl_xor_sync(~0u, best.id, d);
+    best.wrong |= __shfl_xor_sync(~0u, best.wrong, d);
+    if (score > best.score || (score == best.score && id < best.id))
+      best.score = score, best.id = id;
   }
-  return low;
+  return best;
+}
+__device__ inline Best best_of_sequence(const SampleArgs& a, int64_t b) {
+  return warp_best(a.best[b * kStretches + threadIdx.x % 32]);
+}
+
+// Grid of this kernel and the next: x = stretches of ids, y = sequences.
+static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs a) {
+  launch_next();
+  wait_for_previous();
+  const int64_t b = blockIdx.y, V = a.vocab_size, stretch = ceil_div(V, kStretches),
+                end = min(V, (blockIdx.x + 1) * stretch);
+  Best best{-INFINITY, 0, 0};
+#pragma unroll 2
+  for (int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
+    const double s = score_of(a, b, i);
+    if (!(s < INFINITY)) best.wrong = 1;
+    if (s > best.score) best.score = s, best.id = Token(i);
+    if (a.keys) a.keys[b * V + i] = sort_key(b, s), a.ids[b * V + i] = Token(i);
+  }
+  __shared__ Best of_warp[kSampleWarps];
+  best = warp_best(best);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = best;
+  __syncthreads();  // the warps' best are written before they are read
+  if (threadIdx.x >= 32) return;
+  best = warp_best(of_warp[threadIdx.x]);
+  if (threadIdx.x == 0) a.best[b * kStretches + blockIdx.x] = best;
+}
+
+// Weights of the ids, and their sum over a stretch of the sorted ids, or of all in order.
+static __global__ void __launch_bounds__(kSampleThreads) weight_kernel(SampleArgs a) {
+  launch_next();
+  wait_for_previous();
+  const int64_t b = blockIdx.y, V = a.vocab_size, stretch = ceil_div(V, kStretches),
+                end = min(V, (blockIdx.x + 1) * stretch);
+  const double largest = best_of_sequence(a, b).score;
+  const uint64_t least_key =  // of those that top-k keeps
+      a.top_k > 0 && a.top_k < V ? a.sorted_keys[(b + 1) * V - a.top_k] : 0;
+  double sum = 0.;
+  for (int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
+    const int64_t id = a.sorted_ids ? a.sorted_ids[b * V + i] : i;
+    const bool dropped = a.sorted_keys && a.sorted_keys[b * V + i] < least_key;
+    const double s = score_of(a, b, id);
+    const double weight = dropped ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
+    a.weights[b * V + id] = weight;
+    sum += weight;
+  }
+  __shared__ double of_warp[kSampleWarps];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x >= 32) return;
+  sum = warp_sum(of_warp[threadIdx.x]);
+  if (threadIdx.x == 0) a.weight_sums[b * kStretches + blockIdx.x] = sum;
+}
+
+// The first i < count at which the running sum of weight(i) exceeds `part` of the whole, or, should
+// rounding leave it below, the last one with a weight. Each round sums 32 stretches, a warp each,
+// and goes on with the one in which the sum passes the limit, until that is a single i: 50,280
+// numbers, then 1,572, 50, 2. The same bits in all threads, on every run. `sums`: of the first
+// round's stretches, or null.
+template <class Weight>
+__device__ inline int64_t first_above(int64_t count, double part, const double* sums,
+                                      const Weight& weight) {
+  __shared__ double of_warp[kSampleWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t first = 0;
+  double before = 0., limit = -1.;
+  for (;; sums = nullptr) {
+    const int64_t stretch = ceil_div(count, kStretches);
+    if (!sums) {
+      double sum = 0.;
+#pragma unroll 4
+      for (int64_t i = warp * stretch + lane; i < min(count, (warp + 1) * stretch); i += 32)
+        sum += weight(first + i);
+      sum = warp_sum(sum);
+      __syncthreads();  // the sums of the round before have been read
+      if (lane == 0) of_warp[warp] = sum;
+      __syncthreads();  // the warps' sums are written before they are read
+    }
+    const double mine = sums ? sums[lane] : of_warp[lane];
+    double upto = mine;  // the sum over the stretches up to this lane's
+    for (int d = 1; d < 32; d *= 2) {
+      const double left = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += left;
+    }
+    if (limit < 0) limit = part * __shfl_sync(~0u, upto, 31);
+    const unsigned any = __ballot_sync(~0u, mine > 0.),
+                   past = __ballot_sync(~0u, mine > 0. && before + upto > limit);
+    const int pick = past ? __ffs(past) - 1 : any ? 31 - __clz(any) : 0;
+    const double left = __shfl_sync(~0u, upto, pick > 0 ? pick - 1 : 0);
+    if (pick > 0) before += left;
+    first += pick * stretch, count = min(stretch, count - pick * stretch);
+    if (stretch == 1) return first;
+  }
 }
 
 // uniform() of mamba.hpp: 53 bits of the Philox4x32-10 block of (position, sequence) under seed.
@@ -3306,151 +3334,28 @@ __device__ inline double draw_uniform(uint64_t seed, uint64_t sequence, uint64_t
   return double((uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
 }
 
-__device__ inline Best warp_best(Best best) {
-  for (int d = 16; d > 0; d /= 2) {
-    const double score = __shfl_xor_sync(~0u, best.score, d);
-    const Token id = __shfl_xor_sync(~0u, best.id, d);
-    best.wrong |= __shfl_xor_sync(~0u, best.wrong, d);
-    if (score > best.score || (score == best.score && id < best.id))
-      best.score = score, best.id = id;
-  }
-  return best;
-}
-
-// The best of each stretch of ids. Grid: x = stretches, y = sequences. static: as sample_kernel.
-constexpr int kBestStretches = 32;  // a lane each
-static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs a) {
-  launch_next();
-  wait_for_previous();
-  const int64_t b = blockIdx.y, V = a.vocab_size, stretch = ceil_div(V, kBestStretches),
-                end = min(V, (blockIdx.x + 1) * stretch);
-  Best best{-INFINITY, 0, 0};
-#pragma unroll 2
-  for (int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
-    const double s = score_of(a, b, i);
-    if (!(s < INFINITY)) best.wrong = 1;
-    if (s > best.score) best.score = s, best.id = Token(i);
-  }
-  __shared__ Best of_warp[kSampleWarps];
-  best = warp_best(best);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = best;
-  __syncthreads();  // the warps' best are written before they are read
-  if (threadIdx.x >= 32) return;
-  best = warp_best(of_warp[threadIdx.x]);
-  if (threadIdx.x == 0) a.best[b * kBestStretches + blockIdx.x] = best;
-}
-
-// Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: its best token.
-template <class Score>
-__device__ inline Token draw(const SampleArgs& a, int64_t b, Token best, const Score& score) {
+// Draws, in order of ids, from what top-p and min-p leave. Top-p drops the least scores as long as
+// all that it drops weigh no more than 1 - top_p of the whole.
+__device__ inline Token draw(const SampleArgs& a, int64_t b) {
   const int64_t V = a.vocab_size;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  double* weights = a.weights + b * V;
-  Token* candidates = a.candidates + b * V;
-  const auto score_key = [&](int64_t id) { return order_key(score(id)); };
-  const auto one = [](int64_t) { return 1.; };
-  const uint64_t least_score =
-      a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, 0, order_key(score(best)), score_key, one)
-                                 : 0;
-
-  const double largest = score(best);
-  const auto weight = [&](int64_t id) {
-    const double s = score(id);
-    return order_key(s) < least_score ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
-  };
-  // Each warp looks through its own stretch of ids, so that candidates keep the order of ids.
-  const int64_t stretch = ceil_div(V, kSampleWarps);
-  const int64_t begin = min(V, warp * stretch), end = min(V, begin + stretch);
-  double total = 0.;
-  for (int64_t i = begin + lane; i < end; i += 32) total += weights[i] = weight(i);
-  total = sample_sum(total);
-
-  // Weights below this go whatever the order: all of them together are below 1 - top_p.
-  const double certain = a.top_p < 1 ? (1 - a.top_p) * total / double(V) : 0.;
-  const auto may_stay = [&](int64_t i) { return i < end && weights[i] >= fmax(certain, 1e-300); };
-  __shared__ int64_t counts[kSampleWarps];
-  int64_t count = 0;
-  for (int64_t i = begin; i < end; i += 32) count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
-  if (lane == 0) counts[warp] = count;
-  __syncthreads();  // counts are written before they are added
-  int64_t first = 0;
-  count = 0;
-  for (int w = 0; w < kSampleWarps; ++w) first += w < warp ? counts[w] : 0, count += counts[w];
-  for (int64_t i = begin; i < end; i += 32) {
-    const bool stays = may_stay(i + lane);
-    const unsigned staying = __ballot_sync(~0u, stays);
-    if (stays) candidates[first + __popc(staying & ((1u << lane) - 1))] = Token(i + lane);
-    first += __popc(staying);
-  }
-  __syncthreads();  // candidates are written before others read them
-
+  const double* weights = a.weights + b * V;
+  const uint64_t* keys = a.keys + b * V;
+  Token least = 0;  // the last that stays
   if (a.top_p < 1) {
-    const double limit = a.top_p * total;
-    const auto weight_of = [&](int64_t i) { return weights[candidates[i]]; };
-    const uint64_t least = least_key(
-        count, limit, 0, order_key(largest), [&](int64_t i) { return score_key(candidates[i]); },
-        weight_of);
-    // Of equal scores the higher ids stay: where there are such, the same search among them, by id.
-    double sums[2] = {};  // of weights above, and the number of equals
-    for (int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const uint64_t key = score_key(candidates[i]);
-      sums[0] += key > least ? weight_of(i) : 0.;
-      sums[1] += key == least ? 1. : 0.;
-    }
-    sample_sums(sums);
-    const uint64_t least_id =
-        sums[1] < 2
-            ? 0
-            : least_key(
-                  count, limit - sums[0], 0, uint64_t(V),
-                  [&](int64_t i) { return uint64_t(candidates[i]); },
-                  [&](int64_t i) { return score_key(candidates[i]) == least ? weight_of(i) : 0.; });
-    __syncthreads();  // all weights have been read before some are erased
-    for (int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const uint64_t key = score_key(candidates[i]);
-      if (key < least || (key == least && uint64_t(candidates[i]) < least_id))
-        weights[candidates[i]] = 0.;
-    }
-    __syncthreads();  // weights are erased before they are added
+    const Token* sorted = a.sorted_ids + b * V;
+    least = sorted[first_above(V, 1 - a.top_p, a.weight_sums + b * kStretches,
+                               [&](int64_t i) { return weights[sorted[i]]; })];
   }
-  const auto kept = [&](int64_t i) {
-    const double w = i < count ? weights[candidates[i]] : 0.;
-    return w < fmax(a.min_p, 1e-300) ? 0. : w;
+  const double cut = a.top_p < 1 ? weights[least] : 0., least_weight = fmax(a.min_p, 1e-300);
+  const uint64_t cut_key = a.top_p < 1 ? keys[least] : 0;
+  const auto kept = [&](int64_t id) {
+    const double w = weights[id];
+    if (w < cut || w < least_weight) return 0.;
+    if (w > cut) return w;  // else by the score, and of equal ones by the id
+    return keys[id] > cut_key || (keys[id] == cut_key && id >= least) ? w : 0.;
   };
-
-  // The first candidate, in order of ids, at which the sum exceeds u; or the last one with a weight.
-  __shared__ double sums[kSampleWarps];
-  __shared__ Token drawn;
-  const int64_t share = ceil_div(count, kSampleThreads) * 32;  // of a warp
-  double sum = 0.;
-  for (int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32) sum += kept(i);
-  sum = warp_sum(sum);
-  if (lane == 0) sums[warp] = sum;
-  __syncthreads();  // the warps' sums are written before they are read
-  if (warp == 0) {
-    double all = 0., before = 0.;
-    for (int w = 0; w < kSampleWarps; ++w) all += sums[w];
-    const double u = draw_uniform(a.seed, a.sequence[b], a.position[b]) * all;
-    int w = 0;
-    while (w + 1 < kSampleWarps && before + sums[w] <= u) before += sums[w++];
-    Token token = best;
-    for (int64_t i = w * share; i < count; i += 32) {
-      const double w_i = kept(i + lane);
-      double upto = w_i;  // sum over the lanes up to this one
-      for (int d = 1; d < 32; d *= 2) {
-        const double left = __shfl_up_sync(~0u, upto, d);
-        if (lane >= d) upto += left;
-      }
-      const unsigned any = __ballot_sync(~0u, w_i > 0.),
-                     past = __ballot_sync(~0u, w_i > 0. && before + upto > u);
-      if (any) token = candidates[i + (past ? __ffs(past) - 1 : 31 - __clz(any))];
-      if (past) break;
-      before += __shfl_sync(~0u, upto, 31);
-    }
-    if (lane == 0) drawn = token;
-  }
-  __syncthreads();  // the token is written before it is read
-  return drawn;
+  const double u = draw_uniform(a.seed, a.sequence[b], a.start[b] + uint64_t(a.made[b]));
+  return Token(first_above(V, u, nullptr, kept));
 }
 
 // A matrix whose type is known only at run time: not a reason to compile the sampler three times.
@@ -3464,40 +3369,132 @@ struct StoredMatrix {
   }
 };
 
-// Draws the next token, notes it, and looks up its embedding for the next step. Grid: one block a sequence.
-// static: it is no template, and several tests include this file.
+// Draws the next token, notes it, and looks up its embedding for the next step: residual (batch,
+// d_model). Grid: one block a sequence.
 static __global__ void __launch_bounds__(kSampleThreads)
     sample_kernel(SampleArgs a, StoredMatrix embedding, int64_t d_model, float* residual) {
   launch_next();
   wait_for_previous();
-  const int64_t b = blockIdx.x, V = a.vocab_size;
-  unsigned char* seen = a.seen ? a.seen + b * V : nullptr;
-  const auto score = [&](int64_t id) { return score_of(a, b, id); };
-  const Best best = warp_best(a.best[b * kBestStretches + threadIdx.x % 32]);
+  const int64_t b = blockIdx.x;
+  const Best best = best_of_sequence(a, b);
   if (a.done[b]) return;
   Token token = best.wrong || best.score == -INFINITY ? -1 : best.id;
-  if (token >= 0 && a.temperature > 0) token = draw(a, b, token, score);
-  __syncthreads();  // all have read seen, made and position before they change
+  if (token >= 0 && a.temperature > 0) token = draw(a, b);
+  __syncthreads();  // all have read seen and made before they change
   if (threadIdx.x == 0) {
-    a.next[b] = token;
     a.log[a.made[b] * a.batch + b] = token;
     a.made[b] += 1;
-    a.position[b] += 1;
-    if (seen && token >= 0) seen[token] = 1;
-    if (token == a.stop || token < 0) a.done[b] = 1;
+    if (a.seen && token >= 0) a.seen[b * a.vocab_size + token] = 1;
+    if (token < 0) a.done[b] = 1;
+    for (int64_t i = 0; i < a.n_stops; ++i)
+      if (token == a.stops[i]) a.done[b] = 1;
   }
   const int64_t row = int64_t(max(token, 0)) * d_model;
   for (int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
     residual[b * d_model + i] = embedding[row + i];
 }
 
-// embedding (vocab_size, d_model), residual (batch, d_model).
-inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, int64_t d_model,
-                        float* residual, cudaStream_t stream) {
-  launch_early(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0, stream, a);
-  launch_early(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a, embedding,
-               d_model, residual);
-}
+/// Numbers that the GPU writes and the host reads without asking for a copy.
+class HostTokens {
+ public:
+  explicit HostTokens(size_t size) {
+    CUDA_CHECK(
+        cudaHostAlloc(&data_, std::max<size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
+  }
+  HostTokens(const HostTokens&) = delete;
+  HostTokens& operator=(const HostTokens&) = delete;
+  ~HostTokens() { cudaFreeHost(data_); }
+  Token* data() const { return data_; }
+
+ private:
+  Token* data_ = nullptr;
+};
+
+/// Draws the next tokens of a batch of texts, up to `longest` each, and keeps what that needs.
+class Sampler {
+ public:
+  struct Text {
+    uint64_t number;  // with the seed it fixes the random numbers
+    const std::vector<Token>& ids;
+  };
+  /// logits (batch, vocab_size): where they will be before each draw.
+  Sampler(const SamplerOptions& options, const std::vector<Token>& stops,
+          const std::vector<Text>& texts, int64_t vocab_size, int64_t longest, const float* logits,
+          const std::vector<Token>& never = {})
+      : log_(texts.size() * static_cast<size_t>(longest)) {
+    const size_t batch = texts.size(), all = batch * static_cast<size_t>(vocab_size);
+    if (batch > kMostSequences) fail("sampler: expected at most ", kMostSequences, " sequences");
+    args_.logits = logits, args_.vocab_size = vocab_size, args_.batch = int64_t(batch);
+    args_.temperature = options.temperature, args_.top_p = options.top_p;
+    args_.min_p = options.min_p, args_.penalty = options.repetition_penalty;
+    args_.top_k = options.top_k, args_.seed = options.seed;
+    set_texts(texts);
+    std::vector<unsigned char> is_never(never.empty() ? 0 : static_cast<size_t>(vocab_size));
+    for (const Token id : never) is_never[static_cast<size_t>(id)] = 1;
+    never_ = {is_never.data(), is_never.size()}, args_.never = never_.data();
+    stops_ = {stops.data(), stops.size()};
+    args_.stops = stops_.data(), args_.n_stops = int64_t(stops.size());
+    args_.made = zeros(made_, batch), args_.done = zeros(done_, batch);
+    args_.best = zeros(best_, batch * kStretches), args_.log = log_.data();
+    if (options.temperature == 0) return;
+    args_.weights = zeros(weights_, all),
+    args_.weight_sums = zeros(weight_sums_, batch * kStretches);
+    if (options.top_p == 1 && (options.top_k == 0 || options.top_k >= vocab_size)) return;
+    args_.keys = zeros(keys_, all), args_.sorted_keys = zeros(sorted_keys_, all);
+    args_.ids = zeros(ids_, all), args_.sorted_ids = zeros(sorted_ids_, all);
+    sort_by_score(args_, nullptr, sort_bytes_, nullptr);
+    zeros(sort_room_, sort_bytes_);
+  }
+
+  /// residual (batch, d_model): the embeddings of the tokens drawn.
+  void draw(const StoredMatrix& embedding, int64_t d_model, float* residual, cudaStream_t stream) {
+    const dim3 stretches(kStretches, unsigned(args_.batch));
+    launch_early(best_kernel, stretches, kSampleThreads, 0, stream, args_);
+    if (args_.keys) sort_by_score(args_, sort_room_.data(), sort_bytes_, stream);
+    if (args_.weights) launch_early(weight_kernel, stretches, kSampleThreads, 0, stream, args_);
+    launch_early(sample_kernel, dim3(unsigned(args_.batch)), kSampleThreads, 0, stream, args_,
+                 embedding, d_model, residual);
+  }
+  const int* done() const { return args_.done; }  // (batch) not 0: the text is finished
+  /// The i-th token drawn for text b, once the GPU has done it.
+  Token drawn(int64_t i, size_t b) const { return log_.data()[i * args_.batch + int64_t(b)]; }
+
+ private:
+  void set_texts(const std::vector<Text>& texts) {
+    const auto V = static_cast<size_t>(args_.vocab_size);
+    std::vector<uint64_t> numbers, starts;
+    std::vector<unsigned char> seen(args_.penalty == 1 ? 0 : texts.size() * V);
+    for (const Text& text : texts) {
+      if (!seen.empty())
+        for (const Token id : text.ids) seen[numbers.size() * V + static_cast<size_t>(id)] = 1;
+      numbers.push_back(text.number), starts.push_back(text.ids.size());
+    }
+    numbers_ = {numbers.data(), numbers.size()}, starts_ = {starts.data(), starts.size()};
+    seen_ = {seen.data(), seen.size()};
+    args_.sequence = numbers_.data(), args_.start = starts_.data(), args_.seen = seen_.data();
+  }
+
+  template <class V>
+  static V* zeros(DeviceBuffer<V>& buffer, size_t size) {
+    buffer = DeviceBuffer<V>(size);
+    buffer.zero();
+    return buffer.data();
+  }
+
+  SampleArgs args_ = {};
+  DeviceBuffer<uint64_t> numbers_, starts_;
+  DeviceBuffer<unsigned char> seen_, never_;
+  DeviceBuffer<Token> stops_;
+  DeviceBuffer<int64_t> made_;
+  DeviceBuffer<int> done_;
+  DeviceBuffer<Best> best_;
+  DeviceBuffer<uint64_t> keys_, sorted_keys_;
+  DeviceBuffer<Token> ids_, sorted_ids_;
+  DeviceBuffer<double> weights_, weight_sums_;
+  DeviceBuffer<std::byte> sort_room_;
+  size_t sort_bytes_ = 0;
+  HostTokens log_;
+};
 
 // ============================================================================================
 // The model on the GPU
@@ -3539,6 +3536,21 @@ struct DeviceModel {
   DeviceMatrix lm_head;
   bool tied = true;
 };
+
+/// What all weights take on the GPU: matrices as stored, the rest in float32.
+inline size_t weight_bytes(const Config& config, DType dtype) {
+  DeviceModel model;
+  model.layers.resize(static_cast<size_t>(config.n_layer));
+  model.tied = config.tie_embeddings;
+  size_t bytes = 0;
+  for_each_weight(config, model, [&](const std::string&, const auto& shape, const auto& to) {
+    const bool matrix = std::is_same_v<decltype(to), const DeviceMatrix&>;
+    size_t size = matrix ? dtype_size(dtype) : sizeof(float);
+    for (const int64_t extent : shape) size *= static_cast<size_t>(extent);
+    bytes += size;
+  });
+  return bytes;
+}
 
 inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMatrix& matrix) {
   const Tensor stored = tensor.dtype == *storage ? tensor : to_dtype(tensor, *storage);
@@ -3660,10 +3672,12 @@ struct Activations {
   T* u;             // (rows, d_model)     rms_norm of it
   T* projected;     // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt
   T* x;             // (rows, conv_width)  Mamba: x;  Mamba-2: x B C
-  T *dt_B_C, *delta,
-      *y;  // (rows, dt_rank + 2 d_state), (rows, d_inner) twice; normed: in delta
-  float *dt_B_C_step = nullptr, *g = nullptr,
-        *squares = nullptr;  // where few sequences take one token
+  T* dt_B_C;        // (rows, dt_rank + 2 d_state)
+  T *delta, *y;     // (rows, d_inner) twice; Mamba-2's normed y: in delta
+  // for the fused step of a few sequences:
+  float* dt_B_C_step = nullptr;  // (rows, dt_rank + 2 d_state)
+  float* gated = nullptr;        // (rows, d_inner)
+  float* squares = nullptr;      // (rows, n_heads ssd_step_blocks)
 
   Activations(const Config& c, int64_t rows, DeviceBuffer<std::byte>& room) {
     size_t used = 0;
@@ -3681,18 +3695,19 @@ struct Activations {
       take(dt_B_C, c.dt_rank + 2 * c.d_state);
       take(delta, c.d_inner);
       take(y, c.d_inner);
-      if (rows <= kMostFewRows) {
+      if (rows <= kFewSequences) {
         take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
-        take(g, c.d_inner);
-        take(squares, c.n_heads * ssd_decode_blocks(std::max<Index>(1, c.head_dim)));
+        take(gated, c.d_inner);
+        take(squares, c.n_heads * ssd_step_blocks(c.head_dim));
       }
       if (measure) room.grow(used);
     }
   }
 };
 
-// All operations of ssm_reference.hpp's blocks and model, on the GPU. T: what matrices are stored in,
-// and what is handed from operation to operation; the residual stream and the states are float32.
+// All operations of ssm_reference.hpp's blocks and model, on the GPU. T: what matrices are stored
+// in, and what is handed from operation to operation; the residual stream and the states are
+// float32.
 template <class T>
 struct Compute {
   const Config& config;
@@ -3702,35 +3717,33 @@ struct Compute {
   float delta_ratio;
 
   const T* head() const { return (model.tied ? model.embedding : model.lm_head).template as<T>(); }
+  float eps() const { return float(config.norm_eps); }
 
   void linear(const T* x, int64_t L, int64_t x_stride, const DeviceMatrix& W, T* y) const {
     queue.linear(x, L, x_stride, W.as<T>(), W.rows, W.cols, y, W.rows);
   }
   void rms_norm(const Activations<T>& a, const DeviceRow& weight, int64_t L) const {
-    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), float(config.norm_eps), L,
-                          int(config.d_model), a.u, config.d_model, queue.stream());
-  }
-  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y, int64_t L) const {
-    queue.linear(y, L, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
-                 a.residual, config.d_model, 1.f);
-    add_bias(a.residual, w.out_proj_bias, L, config.d_model, queue.stream());
+    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), eps(), L, int(config.d_model), a.u,
+                          config.d_model, queue.stream());
   }
 
-  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, int64_t first,
-                        T* state) const {
+  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, T* state) const {
     ConvArgs<T> conv;
     conv.d = config.conv_width(), conv.width = int(config.d_conv);
-    conv.x = a.projected + first, conv.x_stride = config.in_proj_width();
+    conv.x = a.projected + (config.version == 1 ? 0 : config.d_inner);
+    conv.x_stride = config.in_proj_width();
     conv.weight = w.conv_weight.data(), conv.bias = w.conv_bias.data();
     conv.state = state, conv.state_out = state;
     conv.out = a.x, conv.out_stride = config.conv_width();
     return conv;
   }
 
-  ScanArgs<T> scan_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
+  // x: after the convolution, its rows x_stride apart.
+  ScanArgs<T> scan_args(const Activations<T>& a, const DeviceLayer& w, const T* x, int64_t x_stride,
+                        float* h) const {
     ScanArgs<T> scan;
     scan.d_inner = config.d_inner, scan.d_state = config.d_state;
-    scan.x = a.x, scan.x_stride = config.d_inner;
+    scan.x = x, scan.x_stride = x_stride;
     scan.delta = a.delta, scan.delta_stride = config.d_inner;
     scan.A = w.A.data(), scan.D = w.D.data(), scan.delta_bias = w.dt_bias.data();
     scan.B = a.dt_B_C + config.dt_rank, scan.C = scan.B + config.d_state;
@@ -3741,16 +3754,14 @@ struct Compute {
     scan.delta_ratio = delta_ratio;
     return scan;
   }
-
-  SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
-    const int64_t GN = config.n_groups * config.d_state;
+  SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, const T* x, int64_t x_stride,
+                      float* h) const {
     SsdArgs<T> in;
-    in.n_heads = int(config.n_heads), in.head_dim = int(config.head_dim),
-    in.d_state = int(config.d_state);
-    in.n_groups = int(config.n_groups);
-    in.x = a.x, in.B = a.x + config.d_inner, in.C = in.B + GN;
-    in.x_stride = in.B_stride = in.C_stride = config.conv_width();
-    in.dt = a.projected + config.d_inner + config.conv_width(),
+    in.n_heads = int(config.n_heads), in.head_dim = int(config.head_dim);
+    in.d_state = int(config.d_state), in.n_groups = int(config.n_groups);
+    in.x = x, in.B = x + config.d_inner, in.C = in.B + config.n_groups * config.d_state;
+    in.x_stride = in.B_stride = in.C_stride = x_stride;
+    in.dt = a.projected + config.d_inner + config.conv_width();
     in.dt_stride = config.in_proj_width();
     in.A = w.A.data(), in.D = w.D.data(), in.dt_bias = w.dt_bias.data();
     in.dt_min = float(config.dt_min), in.dt_max = float(config.dt_max);
@@ -3760,108 +3771,89 @@ struct Compute {
     return in;
   }
 
-  // x: after the convolution, its rows x_stride apart.
-  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
-                                     const T* x, int64_t x_stride, float* h,
-                                     const int* done) const {
-    return {batch,
-            int(config.d_inner),
-            int(config.d_state),
-            int(config.dt_rank),
-            a.dt_B_C_step,
-            x,
-            a.projected + config.d_inner,
-            w.dt_proj.as<T>(),
-            x_stride,
-            config.in_proj_width(),
-            w.dt_bias.data(),
-            w.A.data(),
-            w.D.data(),
-            h,
-            a.y,
-            delta_ratio,
-            done};
-  }
-  SsdDecodeArgs<T> ssd_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
-                                   const T* x, int64_t x_stride, float* h, const int* done) const {
-    const Config& c = config;
-    const int64_t width = c.in_proj_width();
-    return {batch,
-            int(c.n_heads),
-            int(c.head_dim),
-            int(c.d_state),
-            int(c.n_groups),
-            a.projected,
-            x,
-            a.projected + width - c.n_heads,
-            width,
-            x_stride,
-            width,
-            w.A.data(),
-            w.D.data(),
-            w.dt_bias.data(),
-            float(c.dt_min),
-            float(c.dt_max),
-            delta_ratio,
-            h,
-            a.g,
-            a.squares,
-            done};
-  }
+  // The tokens that a layer takes: L of each of `batch` sequences. step: L is 1, and the step
+  // functions do it; done as in ConvArgs.
+  struct Tokens {
+    int64_t batch, L;
+    bool step;
+    const int* done;
+    template <class Args>
+    void to(Args& args) const {
+      args.batch = batch, args.L = L, args.done = done;
+    }
+  };
 
-  // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
-  // 1, and the step functions do it; done as in ConvArgs.
-  void mamba_block(const DeviceLayer& w, const Activations<T>& a, int64_t batch, int64_t L,
-                   T* conv_state, float* h, bool step, const int* done) const {
-    const int64_t rows = batch * L;
+  // residual -> rms_norm, in_proj -> a.projected, causal_conv1d and silu -> a.x
+  void project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                  T* conv_state) const {
+    const int64_t rows = tokens.batch * tokens.L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
-    ConvArgs<T> conv = conv_args(a, w, 0, conv_state);
-    conv.batch = batch, conv.L = L, conv.done = done;
-    step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+    ConvArgs<T> conv = conv_args(a, w, conv_state);
+    tokens.to(conv);
+    tokens.step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+  }
+  // residual += out_proj(y)
+  void project_out(const DeviceLayer& w, const Activations<T>& a, const T* y, int64_t rows) const {
+    queue.linear(y, rows, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
+                 a.residual, config.d_model, 1.f);
+    add_bias(a.residual, w.out_proj_bias, rows, config.d_model, queue.stream());
+  }
+
+  // residual += the Mamba block of rms_norm(residual)
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                   T* conv_state, float* h) const {
+    const int64_t rows = tokens.batch * tokens.L;
+    project_in(w, a, tokens, conv_state);
     linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
     linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
-    ScanArgs<T> scan = scan_args(a, w, h);
-    scan.batch = batch, scan.L = L, scan.done = done;
-    scan_room.grow(step ? 0 : selective_scan_workspace(scan));
-    step ? selective_scan_step(scan, queue.stream())
-         : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
-    add_out_proj(a, w, a.y, rows);
+    ScanArgs<T> scan = scan_args(a, w, a.x, config.d_inner, h);
+    tokens.to(scan);
+    scan_room.grow(tokens.step ? 0 : selective_scan_workspace(scan));
+    tokens.step ? selective_scan_step(scan, queue.stream())
+                : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
+    project_out(w, a, a.y, rows);
   }
 
   // The same for Mamba-2.
-  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, int64_t batch, int64_t L,
-                    T* conv_state, float* h, bool step, const int* done) const {
-    const int64_t rows = batch * L;
-    rms_norm(a, w.norm, rows);
-    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
-    add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
-    ConvArgs<T> conv = conv_args(a, w, config.d_inner, conv_state);
-    conv.batch = batch, conv.L = L, conv.done = done;
-    step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
-    SsdArgs<T> in = ssd_args(a, w, h);
-    in.batch = batch, in.L = L, in.done = done;
-    scan_room.grow(step ? 0 : ssd_workspace_bytes(in));
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                    T* conv_state, float* h) const {
+    const int64_t rows = tokens.batch * tokens.L;
+    project_in(w, a, tokens, conv_state);
+    SsdArgs<T> in = ssd_args(a, w, a.x, config.conv_width(), h);
+    tokens.to(in);
+    scan_room.grow(tokens.step ? 0 : ssd_workspace_bytes(in));
     in.workspace = scan_room.data();
-    step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
+    tokens.step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
     gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
-                   float(config.norm_eps), rows, int(config.d_inner), int(config.n_groups), a.delta,
-                   config.d_inner, queue.stream());
-    add_out_proj(a, w, a.delta, rows);
+                   eps(), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
+                   queue.stream());
+    project_out(w, a, a.delta, rows);
+  }
+
+  using Block = void (Compute::*)(const DeviceLayer&, const Activations<T>&, const Tokens&, T*,
+                                  float*) const;
+  void all_layers(Block block, const Activations<T>& a, const Tokens& tokens,
+                  DeviceState& state) const {
+    for (Index l = 0; l < config.n_layer; ++l)
+      (this->*block)(model.layers[l], a, tokens, state.layer_conv<T>(config, l),
+                     state.layer_h(config, l));
+  }
+
+  // a.residual = embedding[ids], ids (L) on the GPU.
+  void embed(const Activations<T>& a, const Token* ids, int64_t L) const {
+    embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids,
+                                                              config.d_model, a.residual);
+    CUDA_CHECK(cudaGetLastError());
   }
 
   // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
   Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
-    embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids,
-                                                              config.d_model, a.residual);
-    CUDA_CHECK(cudaGetLastError());
-    for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
-      (this->*block)(model.layers[l], a, 1, L, state.layer_conv<T>(config, l),
-                     state.layer_h(config, l), false, nullptr);
-    }
+    embed(a, ids, L);
+    all_layers(config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block, a,
+               {1, L, false, nullptr}, state);
     return a;
   }
 
@@ -3874,67 +3866,86 @@ struct Compute {
                  config.vocab_size);
   }
 
-  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C four numbers.
-  bool takes_few(int64_t batch) const {
+  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C
+  // four numbers.
+  bool can_fuse(int64_t batch) const {
     const int64_t n = 16 / sizeof(T);
-    return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&
+    return batch <= kFewSequences && config.d_model % n == 0 && config.d_inner % n == 0 &&
            config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
            (batch == 1 || config.in_proj_width() % 4 == 0) &&
            config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps &&
            config.dt_rank + 2 * config.d_state <= kMostStepInputs;
   }
 
-  // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
+  // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch,
+  // vocab_size).
   void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
-    if (takes_few(state.batch)) return step_few(a, state, done, logits);
-    for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
-      (this->*block)(model.layers[l], a, state.batch, 1, state.layer_conv<T>(config, l),
-                     state.layer_h(config, l), true, done);
+    const bool one = config.version == 1;
+    const Tokens tokens{state.batch, 1, true, done};
+    if (!can_fuse(state.batch)) {
+      all_layers(one ? &Compute::mamba_block : &Compute::mamba2_block, a, tokens, state);
+      return lm_head(a, 0, state.batch, logits);
     }
-    lm_head(a, 0, state.batch, logits);
+    all_layers(one ? &Compute::fused_mamba_block : &Compute::fused_mamba2_block, a, tokens, state);
+    LinearStep<T, Norm::rms, Store::plain> last{
+        head(),     config.vocab_size, config.d_model, int(state.batch),
+        a.residual, config.d_model,    logits};
+    last.norm = {model.norm_f.data(), eps()};
+    linear_step(last, queue.stream());
   }
 
-  // The same by the fused kernels.
-  void step_few(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
+  // project_in, fused: all rows of in_proj in a.projected, those of the convolution after it.
+  void fused_project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                        T* conv_state) const {
     const Config& c = config;
-    const int batch = int(state.batch);
-    const cudaStream_t stream = queue.stream();
-    const float eps = float(c.norm_eps);
-    for (Index l = 0; l < c.n_layer; ++l) {
-      const DeviceLayer& w = model.layers[l];
-      const NormedInput u{a.residual, w.norm.data(), c.d_model, eps};
-      const ResidualOutput residual{a.residual, w.out_proj_bias.data(), c.d_model};
-      const ConvOutput<T> projected{a.projected,           state.layer_conv<T>(c, l),
-                                    w.in_proj_bias.data(), w.conv_weight.data(),
-                                    w.conv_bias.data(),    done,
-                                    c.in_proj_width(),     c.version == 1 ? 0 : c.d_inner,
-                                    c.conv_width(),        int(c.d_conv)};
-      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
-      if (c.version == 1) {
-        const int64_t width = c.dt_rank + 2 * c.d_state;
-        linear_step(w.x_proj.as<T>(), width, c.d_inner, batch,
-                    PlainInput<T>{a.projected, c.in_proj_width()},
-                    PlainOutput{a.dt_B_C_step, width}, stream);
-        scan_decode(scan_decode_args(a, w, batch, a.projected, c.in_proj_width(),
-                                     state.layer_h(c, l), done),
-                    stream);
-        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner},
-                    residual, stream);
-      } else {
-        ssd_decode(ssd_decode_args(a, w, batch, a.projected + c.d_inner, c.in_proj_width(),
-                                   state.layer_h(c, l), done),
-                   stream);
-        const int slots = int(c.n_heads / c.n_groups) * ssd_decode_blocks(int(c.head_dim));
-        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
-                    GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner, int(c.n_groups),
-                                   slots, eps},
-                    residual, stream);
-      }
-    }
-    linear_step(head(), c.vocab_size, c.d_model, batch,
-                NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
-                PlainOutput{logits, c.vocab_size}, stream);
+    LinearStep<T, Norm::rms, Store::conv> in_proj{
+        w.in_proj.as<T>(), c.in_proj_width(), c.d_model,   int(tokens.batch),
+        a.residual,        c.d_model,         a.projected, w.in_proj_bias.data()};
+    in_proj.norm = {w.norm.data(), eps()};
+    in_proj.conv = {conv_state,   w.conv_weight.data(),           w.conv_bias.data(),
+                    tokens.done,  c.version == 1 ? 0 : c.d_inner, c.conv_width(),
+                    int(c.d_conv)};
+    linear_step(in_proj, queue.stream());
+  }
+
+  void fused_mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                         T* conv_state, float* h) const {
+    const Config& c = config;
+    const int batch = int(tokens.batch);
+    const int64_t width = c.dt_rank + 2 * c.d_state;
+    fused_project_in(w, a, tokens, conv_state);
+    linear_step(
+        LinearStep<T, Norm::none, Store::plain>{w.x_proj.as<T>(), width, c.d_inner, batch,
+                                                a.projected, c.in_proj_width(), a.dt_B_C_step},
+        queue.stream());
+    ScanArgs<T> scan = scan_args(a, w, a.projected, c.in_proj_width(), h);
+    tokens.to(scan);
+    scan_decode(scan, {a.dt_B_C_step, w.dt_proj.as<T>(), int(c.dt_rank)}, queue.stream());
+    linear_step(LinearStep<T, Norm::none, Store::residual>{w.out_proj.as<T>(), c.d_model, c.d_inner,
+                                                           batch, a.y, c.d_inner, a.residual,
+                                                           w.out_proj_bias.data()},
+                queue.stream());
+  }
+
+  void fused_mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                          T* conv_state, float* h) const {
+    const Config& c = config;
+    fused_project_in(w, a, tokens, conv_state);
+    SsdArgs<T> in = ssd_args(a, w, a.projected + c.d_inner, c.in_proj_width(), h);
+    tokens.to(in);
+    float* squares = c.n_groups > 1 ? a.squares : nullptr;
+    ssd_gated_step(in, {a.projected, c.in_proj_width(), a.gated, squares}, queue.stream());
+    LinearStep<T, Norm::grouped, Store::residual> out_proj{w.out_proj.as<T>(),
+                                                           c.d_model,
+                                                           c.d_inner,
+                                                           int(tokens.batch),
+                                                           a.gated,
+                                                           c.d_inner,
+                                                           a.residual,
+                                                           w.out_proj_bias.data()};
+    out_proj.norm = {w.gated_norm.data(), eps(), int(c.n_groups),
+                     int(c.n_heads / c.n_groups) * ssd_step_blocks(c.head_dim), squares};
+    linear_step(out_proj, queue.stream());
   }
 };
 
@@ -3942,7 +3953,8 @@ struct Compute {
 // The engine
 // ============================================================================================
 
-/// Makes GPU `device` the current one; fails in one line where there is none that can run this program.
+/// Makes GPU `device` the current one; fails in one line where there is none that can run this
+/// program.
 inline void use_device(int device) {
   int count = 0, driver = 0, runtime = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -3968,51 +3980,26 @@ inline void use_device(int device) {
   }
 }
 
-/// Numbers that the GPU writes and the host reads without asking for a copy.
-class HostTokens {
- public:
-  explicit HostTokens(size_t size) {
-    CUDA_CHECK(
-        cudaHostAlloc(&data_, std::max<size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
-  }
-  HostTokens(const HostTokens&) = delete;
-  HostTokens& operator=(const HostTokens&) = delete;
-  ~HostTokens() { cudaFreeHost(data_); }
-  Token* data() const { return data_; }
-
- private:
-  Token* data_ = nullptr;
-};
-
-struct BenchOptions {
-  std::string op, shape = "130m", mode = "parallel";
-  Index batch = 1, length = 512, repeat = 20;
-  DType dtype = DType::F32;
-  int device = 0;
-};
-
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
   static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
-  static constexpr const char* kBenchOps =
-      "decode, prefill, bandwidth, matmul, causal_conv1d, selective_scan, ssd, rms_norm, "
-      "gated_rms_norm or sample";
+  static constexpr const char* kBenchOps = "";
   static constexpr bool kHasDevice = true;
-  static constexpr Index kPiece = 16384;         // tokens that the parallel form takes at once
-  static constexpr size_t kBatch = 256;          // texts that are generated together
-  static constexpr size_t kMostSequences = 256;  // that are continued together
+  static constexpr Index kPiece = 16384;                    // tokens that forward takes at once
+  static constexpr size_t kBatch = size_t(kMostSequences);  // texts that are generated together
 
   using State = DeviceState;
 
   CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
+    need_memory(weight_bytes(config, dtype_), "weights");
     model_ = load_model<DeviceModel>(checkpoint, config, dtype_);
   }
-  /// Random weights, as wide and as large as config says: for measurements.
-  CudaEngine(const Config& config, const EngineOptions& options)
+  /// A model that is on the GPU already, its matrices stored as *options.dtype.
+  CudaEngine(DeviceModel model, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, *options.dtype) {
-    fill_random();
+    model_ = std::move(model);
   }
 
   const Config& config() const { return config_; }
@@ -4020,24 +4007,23 @@ class CudaEngine {
   State from_host(const ssm::State<float>& host) const;
   ssm::State<float> to_host(const State& state) const;
 
+  /// A single token takes the step functions.
   Matrix<float> prefill(State& state, const Token* ids, Index L);
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
-  Matrix<float> step(State& state, Token id);
+  Matrix<float> step(State& state, Token id) { return prefill(state, &id, 1); }
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
-  static void bench(const BenchOptions& options);
+  template <class Options>
+  static void bench(const Options&) {
+    fail("bench: the measurements are a program of their own, tests/bench.cu");
+  }
 
  private:
+  friend struct ModelBench;  // tests/bench.cu
+
   CudaEngine(const Config& config, const EngineOptions& options, DType dtype)
       : config_(config), dtype_(dtype), delta_ratio_(options.delta_ratio) {
-    size_t bytes = 0;
-    for_each_shape(config, [&](const std::string&, const std::vector<int64_t>& shape) {
-      size_t size = shape.size() == 2 ? dtype_size(dtype) : sizeof(float);
-      for (const int64_t extent : shape) size *= static_cast<size_t>(extent);
-      bytes += size;
-    });
     use_device(options.device);
-    need_memory(bytes, "weights");
     queue_ = std::make_unique<Queue>();
   }
   static DType storage(const Checkpoint& checkpoint, const Config& config,
@@ -4047,7 +4033,6 @@ class CudaEngine {
     const bool stored = file == DType::BF16 || file == DType::F16;
     return options.dtype.value_or(stored ? file : DType::F32);
   }
-  void fill_random();
 
   template <class T>
   Compute<T> compute() {
@@ -4066,12 +4051,14 @@ class CudaEngine {
     queue_->wait();
     return host;
   }
-  /// After this, logits_ holds the logits after the last of L > 0 tokens in row `row`.
+  /// After this, row `row` of logits_ holds the logits after the last of L > 0 tokens.
   template <class T>
-  void prefill_on_device(State& state, const Token* ids, Index L, Index row);
+  void prefill_as(State& state, const Token* ids, Index L, Index row);
   template <class T>
-  void generate_together(Sequence<State>* sequences, size_t first, size_t batch,
-                         const GenerateOptions& options, const OnToken& on_token);
+  void take_prompts(std::vector<Sequence<State>>& sequences, Index left_out);
+  template <class T>
+  void generate_as(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
+                   const OnToken& on_token);
 
   Config config_;
   DType dtype_;
@@ -4123,12 +4110,17 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
 // --- whole texts ---
 
 template <class T>
-void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Index row) {
+void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) {
+  float* logits = logits_.data() + row * config_.vocab_size;
+  if (L == 1) {
+    const Activations<T> a(config_, 1, activation_room_);
+    compute<T>().embed(a, upload(ids, 1), 1);
+    return compute<T>().step(a, state, nullptr, logits);
+  }
   for (Index t = 0; t < L; t += kPiece) {
     const Index count = std::min(kPiece, L - t);
     const auto a = compute<T>().backbone(upload(ids + t, count), count, state);
-    if (t + count == L)
-      compute<T>().lm_head(a, count - 1, 1, logits_.data() + row * config_.vocab_size);
+    if (t + count == L) compute<T>().lm_head(a, count - 1, 1, logits);
   }
 }
 
@@ -4136,7 +4128,7 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
   if (L == 1) return step(state, ids[0]);
   logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
-    prefill_on_device<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
+    prefill_as<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
   });
   return download_logits(std::min<Index>(L, 1));
 }
@@ -4158,24 +4150,12 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
   });
 }
 
-inline Matrix<float> CudaEngine::step(State& state, Token id) {
-  logits_.grow(static_cast<size_t>(config_.vocab_size));
-  with_type(dtype_, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Activations<T> a(config_, 1, activation_room_);
-    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(model_.embedding.as<T>(), upload(&id, 1),
-                                                      config_.d_model, a.residual);
-    CUDA_CHECK(cudaGetLastError());
-    compute<T>().step(a, state, nullptr, logits_.data());
-  });
-  return download_logits(1);
-}
-
 // --- generation ---
 //
-// Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One step,
-// from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches it a few
-// tokens ahead and only reads along: a sequence that has drawn the stop token stands still on the GPU.
+// Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One
+// step, from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches
+// it a few tokens ahead and only reads along: a sequence that has drawn a stop token stands still
+// on the GPU.
 
 /// What is copied between the layers of one sequence's state and those of a batch.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
@@ -4192,106 +4172,98 @@ inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
   copy(to.h.data(), from.h.data(), from.h.bytes() / (c.n_layer * from.batch));
 }
 
-template <class T>
-void CudaEngine::generate_together(Sequence<State>* sequences, size_t first, size_t batch,
-                                   const GenerateOptions& options, const OnToken& on_token) {
-  const cudaStream_t stream = queue_->stream();
-  const Index V = config_.vocab_size;
-  logits_.grow(batch * V);
-  const bool penalty = options.sampler.repetition_penalty != 1;
-  std::vector<uint64_t> numbers(batch), positions(batch);
-  std::vector<unsigned char> seen(penalty ? batch * V : 0);
-  for (size_t i = 0; i < batch; ++i) {
-    auto& s = sequences[i];
-    const size_t end = s.ids.size() - (options.n == 0 ? 1 : 0), begin = std::exchange(s.taken, end);
-    prefill_on_device<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin),
-                         static_cast<Index>(i));
-    queue_->wait();  // before the pieces' ids are replaced
-    numbers[i] = s.index, positions[i] = s.ids.size();
-    for (const Token id : s.ids)
-      if (penalty) seen[i * V + id] = 1;
+/// Reads along: appends drawn tokens to their sequences, and hands them on sequence by sequence:
+/// those of a later one wait until the earlier ones are finished.
+class TokenReader {
+ public:
+  TokenReader(std::vector<Sequence<DeviceState>>& sequences, const GenerateOptions& options,
+              const OnToken& on_token)
+      : sequences_(sequences), options_(options), on_token_(on_token), stops_(options.end_tokens) {
+    finished_.resize(sequences.size());
+    for (const auto& s : sequences) handed_on_.push_back(s.ids.size());
   }
+  bool all_finished() const { return current_ == sequences_.size(); }
+
+  /// The i-th token of every sequence.
+  void read(const Sampler& sampler, Index i) {
+    for (size_t b = 0; b < sequences_.size(); ++b) {
+      if (finished_[b]) continue;
+      const Token token = sampler.drawn(i, b);
+      if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
+      sequences_[b].ids.push_back(token);
+      finished_[b] =
+          i + 1 == options_.n || std::find(stops_.begin(), stops_.end(), token) != stops_.end();
+    }
+    for (; !all_finished(); ++current_) {
+      const auto& ids = sequences_[current_].ids;
+      size_t& next = handed_on_[current_];
+      while (next < ids.size()) on_token_(current_, ids[next++]);
+      if (!finished_[current_]) return;
+    }
+  }
+
+ private:
+  std::vector<Sequence<DeviceState>>& sequences_;
+  const GenerateOptions& options_;
+  const OnToken& on_token_;
+  const std::vector<Token> stops_;
+  std::vector<char> finished_;
+  std::vector<size_t> handed_on_;  // ids of each sequence that were handed on, or are its prompt
+  size_t current_ = 0;             // the first unfinished sequence
+};
+
+/// All ids but the last `left_out`; row i of logits_ then holds the logits after sequence i.
+template <class T>
+void CudaEngine::take_prompts(std::vector<Sequence<State>>& sequences, Index left_out) {
+  logits_.grow(sequences.size() * config_.vocab_size);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    auto& s = sequences[i];
+    const size_t end = s.ids.size() - left_out, begin = std::exchange(s.taken, end);
+    prefill_as<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin),
+                  static_cast<Index>(i));
+    queue_->wait();  // before the pieces' ids are replaced
+  }
+}
+
+template <class T>
+void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
+                             const GenerateOptions& options, const OnToken& on_token) {
+  take_prompts<T>(sequences, options.n == 0);
   if (options.n == 0) return;
-
+  const cudaStream_t stream = queue_->stream();
+  const auto batch = static_cast<Index>(sequences.size());
   State state(config_, dtype_, batch);
-  for (size_t i = 0; i < batch; ++i) copy_state(config_, sequences[i].state, 0, state, i, stream);
+  std::vector<Sampler::Text> texts;
+  for (Index i = 0; i < batch; ++i) {
+    copy_state(config_, sequences[i].state, 0, state, i, stream);
+    texts.push_back({sequences[i].index, sequences[i].ids});
+  }
+  Sampler sampler(options.sampler, options.end_tokens, texts, config_.vocab_size, options.n,
+                  logits_.data(), options.never);
   const Activations<T> a(config_, batch, activation_room_);
-  const bool greedy = options.sampler.temperature == 0;
-  const DeviceBuffer<uint64_t> sequence_d(numbers.data(), batch),
-      position_d(positions.data(), batch);
-  const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
-  DeviceBuffer<int64_t> made_d(batch);
-  DeviceBuffer<int> done_d(batch);
-  const DeviceBuffer<Best> best_d(batch * kBestStretches);
-  const DeviceBuffer<Token> next_d(batch), candidates_d(greedy ? 0 : batch * V);
-  const DeviceBuffer<double> weights_d(greedy ? 0 : batch * V);
-  const HostTokens log(options.n * batch);
-  made_d.zero();
-  done_d.zero();
-  const SamplerOptions& o = options.sampler;
-  const SampleArgs args{logits_.data(),
-                        V,
-                        static_cast<int64_t>(batch),
-                        o.temperature,
-                        o.top_p,
-                        o.min_p,
-                        o.repetition_penalty,
-                        o.top_k,
-                        o.seed,
-                        sequence_d.data(),
-                        position_d.data(),
-                        made_d.data(),
-                        seen_d.data(),
-                        weights_d.data(),
-                        candidates_d.data(),
-                        best_d.data(),
-                        done_d.data(),
-                        options.end_tokens.empty() ? -1 : options.end_tokens[0],
-                        next_d.data(),
-                        log.data()};
-  const auto sample = [&] {
-    sample_step(args, {model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual, stream);
-  };
-
   CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
-  Graph graph(stream, [&] {
-    compute<T>().step(a, state, done_d.data(), logits_.data());
-    sample();
+  const auto draw = [&] {
+    sampler.draw({model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual, stream);
+  };
+  const Graph step(stream, [&] {
+    compute<T>().step(a, state, sampler.done(), logits_.data());
+    draw();
   });
+
   constexpr Index kAhead = 8;  // tokens that the GPU may be ahead of the host
   std::vector<Event> drawn(kAhead);
-  std::vector<char> finished(batch, 0);
-  size_t turn = 0;  // the first unfinished sequence; tokens of later ones are told in their turn
-  std::vector<size_t> told(batch);
-  for (size_t i = 0; i < batch; ++i) told[i] = sequences[i].ids.size();
-  const auto tell = [&] {
-    for (; turn < batch; ++turn) {
-      auto& ids = sequences[turn].ids;
-      while (told[turn] < ids.size()) on_token(first + turn, ids[told[turn]++]);
-      if (!finished[turn]) return;
-    }
-  };
+  TokenReader reader(sequences, options, on_token);
   Index launched = 0;
-  for (Index made = 0; made < options.n && turn < batch; ++made) {
-    for (; launched < std::min(options.n, made + kAhead); ++launched) {
-      if (launched == 0)
-        sample();
-      else
-        graph.launch(stream);
+  for (Index i = 0; i < options.n && !reader.all_finished(); ++i) {
+    for (; launched < std::min(options.n, i + kAhead); ++launched) {
+      launched == 0 ? draw() : step.launch(stream);
       drawn[launched % kAhead].record(stream);
     }
-    drawn[made % kAhead].wait();
-    for (size_t i = 0; i < batch; ++i) {
-      if (finished[i]) continue;
-      const Token token = log.data()[made * batch + i];
-      if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
-      sequences[i].ids.push_back(token);
-      finished[i] = contains(options.end_tokens, token) || made + 1 == options.n;
-    }
-    tell();
+    drawn[i % kAhead].wait();
+    reader.read(sampler, i);
   }
   queue_->wait();
-  for (size_t i = 0; i < batch; ++i) {
+  for (Index i = 0; i < batch; ++i) {
     copy_state(config_, state, i, sequences[i].state, 0, stream);
     sequences[i].taken = sequences[i].ids.size() - 1;
   }
@@ -4301,427 +4273,9 @@ void CudaEngine::generate_together(Sequence<State>* sequences, size_t first, siz
 inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
                                  const GenerateOptions& options, const OnToken& on_token) {
   check(options.sampler);
+  if (sequences.empty()) return;
   with_type(dtype_, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (size_t first = 0; first < sequences.size(); first += kMostSequences)
-      generate_together<T>(sequences.data() + first, first,
-                           std::min(kMostSequences, sequences.size() - first), options, on_token);
-  });
-}
-
-// ============================================================================================
-// Measurements: one JSON object a line, against this GPU's own limits measured in the same run
-// ============================================================================================
-
-// Uniform numbers in [-scale, scale) plus `offset`, by hashing the index (splitmix64).
-template <class T>
-__global__ void random_kernel(T* out, int64_t size, float scale, float offset, uint64_t seed) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
-    v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
-    v = (v ^ v >> 27) * 0x94D049BB133111EBull;
-    out[i] = from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
-  }
-}
-
-// Spread as at the start of training, so that nothing overflows.
-inline void CudaEngine::fill_random() {
-  model_.sizes = config_;
-  model_.layers.resize(static_cast<size_t>(config_.n_layer));
-  uint64_t seed = 1;
-  const auto fill = [&](auto* data, size_t size, float scale, float offset) {
-    random_kernel<<<1024, 256>>>(data, static_cast<int64_t>(size), scale, offset, ++seed);
-    CUDA_CHECK(cudaGetLastError());
-  };
-  for_each_weight(config_, model_, [&](const std::string& name, const auto& shape, auto& to) {
-    using To = std::remove_reference_t<decltype(to)>;
-    size_t size = 1;
-    for (const int64_t extent : shape) size *= static_cast<size_t>(extent);
-    if constexpr (std::is_same_v<To, DeviceMatrix>) {
-      to.rows = shape[0], to.cols = shape[1];
-      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
-      with_type(dtype_, [&](auto* type) {
-        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size,
-             std::sqrt(3.f / float(shape[1])), 0.f);
-      });
-    } else {
-      to = DeviceBuffer<float>(size);
-      const bool dt_bias = name.find("dt_") != std::string::npos;
-      const bool conv = name.find("conv1d.weight") != std::string::npos;
-      if (std::is_same_v<To, DeviceStateMatrix>)
-        fill(to.data(), size, 7.f, -8.f);
-      else if (dt_bias)
-        fill(to.data(), size, 2.f, -4.6f);
-      else
-        fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
-    }
-  });
-  CUDA_CHECK(cudaDeviceSynchronize());
-}
-
-/// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs. `before`
-/// comes ahead of each run and is not timed.
-template <class Function, class Before>
-double median_ms(cudaStream_t stream, Index repeat, const Function& f, const Before& before) {
-  std::vector<double> times;
-  for (Index i = -3; i < repeat; ++i) {  // three to warm up
-    Event start(true), end(true);
-    before();
-    start.record(stream);
-    f();
-    end.record(stream);
-    end.wait();
-    if (i >= 0) times.push_back(start.milliseconds_to(end));
-  }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
-
-template <class Function>
-double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
-  return median_ms(stream, repeat, f, [] {});
-}
-
-/// Bytes a second, read and written, that a large copy reaches.
-inline double copy_bandwidth(cudaStream_t stream) {
-  const DeviceBuffer<std::byte> from(size_t{1} << 30), to(size_t{1} << 30);
-  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()), int64_t{1} << 28,
-                                          1.f, 0.f, 7);
-  const double ms = median_ms(stream, 10, [&] {
-    CUDA_CHECK(
-        cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
-  });
-  return 2e3 * double(from.bytes()) / ms;
-}
-
-/// Multiply-adds a second, times two, that a large product of this type reaches on random numbers.
-template <class T>
-double matmul_peak(const Queue& queue) {
-  constexpr int64_t n = 8192;
-  const DeviceBuffer<T> x(n * n), W(n * n), y(n * n);
-  for (const T* p : {x.data(), W.data()})
-    random_kernel<<<1024, 256, 0, queue.stream()>>>(const_cast<T*>(p), n * n, 1.f, 0.f,
-                                                    p == W.data());
-  return 2e3 * double(n) * n * n / median_ms(queue.stream(), 10, [&] {
-           queue.linear(x.data(), n, n, W.data(), n, n, y.data(), n);
-         });
-}
-
-/// Every kernel of one operation, a line each: on random data, at the sizes of --shape, with a cold cache. The
-/// floor is the time to move each input and output once.
-template <class T>
-class KernelBench {
- public:
-  KernelBench(const BenchOptions& options, const Config& config, cudaStream_t stream)
-      : o_(options),
-        c_(config),
-        rows_(options.batch * options.length),
-        stream_(stream),
-        bandwidth_(copy_bandwidth(stream)),
-        cold_(size_t{256} << 20) {}
-
-  /// False if there is no such operation.
-  bool run() {
-    const bool ssd = c_.version == 2;
-    if (o_.op == "causal_conv1d") return conv(), true;
-    if (o_.op == "rms_norm") return norm(), true;
-    if (o_.op == "sample") return sample(), true;
-    if (o_.op == "selective_scan" || o_.op == "ssd" || o_.op == "gated_rms_norm") {
-      if (ssd == (o_.op == "selective_scan"))
-        fail_usage("bench ", o_.op, ": --shape: expected a Mamba", ssd ? "" : "-2",
-                   " shape, found ", quote(o_.shape));
-      return o_.op == "ssd" ? this->ssd() : ssd ? gated_norm() : scan(), true;
-    }
-    return false;
-  }
-
- private:
-  template <class V>
-  DeviceBuffer<V> random(int64_t size, float scale = 1, float offset = 0) {
-    DeviceBuffer<V> buffer(static_cast<size_t>(size));
-    random_kernel<<<1024, 256, 0, stream_>>>(buffer.data(), size, scale, offset, ++seed_);
-    CUDA_CHECK(cudaGetLastError());
-    return buffer;
-  }
-
-  template <class Launch>
-  void report(const char* kernel, int64_t length, double bytes, double flops,
-              const Launch& launch) {
-    const double floor = bytes / bandwidth_ * 1e3;
-    const double ms = median_ms(stream_, o_.repeat, launch, [&] {
-      CUDA_CHECK(cudaMemsetAsync(cold_.data(), 0, cold_.bytes(), stream_));
-    });
-    std::cout << Json{{"op", o_.op},       {"kernel", kernel},
-                      {"shape", o_.shape}, {"dtype", dtype_name(o_.dtype)},
-                      {"batch", o_.batch}, {"length", length},
-                      {"ms", ms},          {"bytes", bytes},
-                      {"flops", flops},    {"GB/s", bandwidth_ / 1e9},
-                      {"floor ms", floor}, {"% of floor", 100 * floor / ms}}
-              << std::endl;
-  }
-
-  void conv() {
-    const int64_t d = c_.conv_width(), width = c_.d_conv;
-    const auto x = random<T>(rows_ * d), state = random<T>(o_.batch * (width - 1) * d);
-    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
-    const auto weight = random<float>(d * width), bias = random<float>(d);
-    ConvArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.d = d, a.width = int(width);
-    a.x = x.data(), a.weight = weight.data(), a.bias = bias.data();
-    a.state = a.state_out = state.data(), a.out = out.data();
-    a.x_stride = a.out_stride = d;
-    const auto bytes = [&](int64_t rows) {
-      return double(2 * rows * d + 2 * o_.batch * (width - 1) * d) * sizeof(T);
-    };
-    const double flops = 2. * double(width * d);
-    report("causal_conv1d_naive_kernel", a.L, bytes(rows_), flops * double(rows_),
-           [&] { causal_conv1d_naive(a, stream_); });
-    report("causal_conv1d_fused_kernel", a.L, bytes(rows_), flops * double(rows_),
-           [&] { causal_conv1d(a, stream_); });
-    a.L = 1;
-    report("causal_conv1d_step_kernel", 1, bytes(o_.batch), flops * double(o_.batch),
-           [&] { causal_conv1d_step(a, stream_); });
-  }
-
-  void scan() {
-    const int64_t d = c_.d_inner, N = c_.d_state;
-    const auto x = random<T>(rows_ * d), delta = random<T>(rows_ * d), z = random<T>(rows_ * d),
-               B = random<T>(rows_ * N), C = random<T>(rows_ * N);
-    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
-    const auto A = random<float>(d * N, 7.f, -8.f), D = random<float>(d),
-               bias = random<float>(d, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
-    ScanArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.d_inner = d, a.d_state = N;
-    a.x = x.data(), a.delta = delta.data(), a.A = A.data(), a.B = B.data();
-    a.C = C.data(), a.D = D.data(), a.z = z.data(), a.delta_bias = bias.data();
-    a.hT = h.data(), a.out = out.data();
-    a.x_stride = a.delta_stride = a.z_stride = a.out_stride = d;
-    a.B_stride = a.C_stride = N;
-    const DeviceBuffer<std::byte> workspace(selective_scan_workspace(a));
-    const auto bytes = [&](int64_t rows, int states) {
-      return double(rows * (4 * d + 2 * N)) * sizeof(T) +
-             double(states * o_.batch * d * N) * sizeof(float);
-    };
-    const double flops = 7. * double(d * N);  // a product and exp for A_bar, two for B_bar x, ...
-    report("selective_scan_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
-           [&] { selective_scan_naive(a, stream_); });
-    report("selective_scan_fused_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
-           [&] { selective_scan(a, reinterpret_cast<float*>(workspace.data()), stream_); });
-    a.L = 1, a.h0 = h.data();
-    report("selective_scan_step_kernel", 1, bytes(o_.batch, 2), flops * double(o_.batch),
-           [&] { selective_scan_step(a, stream_); });
-  }
-
-  void ssd() {
-    const int64_t d = c_.d_inner, H = c_.n_heads, N = c_.d_state, GN = c_.n_groups * N;
-    const auto x = random<T>(rows_ * d), dt = random<T>(rows_ * H), B = random<T>(rows_ * GN),
-               C = random<T>(rows_ * GN);
-    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
-    const auto A = random<float>(H, 7.f, -8.f), D = random<float>(H),
-               bias = random<float>(H, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
-    SsdArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.n_heads = int(H), a.head_dim = int(c_.head_dim);
-    a.d_state = int(N), a.n_groups = int(c_.n_groups);
-    a.x = x.data(), a.dt = dt.data(), a.B = B.data(), a.C = C.data(), a.A = A.data();
-    a.D = D.data(), a.dt_bias = bias.data(), a.hT = h.data(), a.out = out.data();
-    a.x_stride = a.out_stride = d, a.dt_stride = H, a.B_stride = a.C_stride = GN;
-    const auto bytes = [&](int64_t rows, int states) {
-      return double(rows * (2 * d + H + 2 * GN)) * sizeof(T) +
-             double(states * o_.batch * d * N) * sizeof(float);
-    };
-    const double flops = 5. * double(d * N);  // of the recurrence
-    report("ssd_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
-           [&] { ssd_naive(a, stream_); });
-    for (const SsdRung rung : {SsdRung::kFused, SsdRung::kWarpgroup}) {
-      if constexpr (sizeof(T) == 2) {
-        if (rung == SsdRung::kWarpgroup && ssd_rung(a) != rung) continue;
-        const SsdSegments segments = ssd_segments(a, rung);
-        const DeviceBuffer<std::byte> workspace(ssd_workspace_bytes(a, rung));
-        a.workspace = workspace.data();
-        report(rung == SsdRung::kFused ? "ssd_fused_kernel" : "ssd_warpgroup_kernel", a.L,
-               bytes(rows_, 1), flops * double(rows_),
-               [&] { ssd_split(a, rung, segments, stream_); });
-        CUDA_CHECK(cudaStreamSynchronize(stream_));
-      }
-    }
-    a.L = 1, a.h0 = h.data();
-    report("ssd_step_kernel", 1, bytes(o_.batch, 2), flops * double(o_.batch),
-           [&] { ssd_step(a, stream_); });
-  }
-
-  void norm() {
-    const int64_t d = c_.d_model;
-    const auto x = random<T>(rows_ * d);
-    const auto residual = random<float>(rows_ * d), weight = random<float>(d);
-    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
-    report("rms_norm_kernel", o_.length, double(rows_ * d) * (2 * sizeof(T) + 8),
-           5. * double(rows_ * d), [&] {
-             rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows_, int(d), out.data(),
-                      d, stream_);
-           });
-  }
-
-  void gated_norm() {
-    const int64_t d = c_.d_inner;
-    const auto y = random<T>(rows_ * d), z = random<T>(rows_ * d);
-    const auto weight = random<float>(d);
-    const DeviceBuffer<T> out(static_cast<size_t>(rows_ * d));
-    report("gated_rms_norm_kernel", o_.length, double(3 * rows_ * d) * sizeof(T),
-           8. * double(rows_ * d), [&] {
-             gated_rms_norm(y.data(), d, z.data(), d, weight.data(), 1e-5f, rows_, int(d),
-                            int(c_.n_groups), out.data(), d, stream_);
-           });
-  }
-
-  // Greedy, and with a filter.
-  void sample() {
-    const int64_t V = c_.vocab_size, batch = o_.batch;
-    const auto count = static_cast<size_t>(batch);
-    const auto logits = random<float>(batch * V, 10.f), residual = random<float>(batch);
-    const auto embedding = random<float>(V);
-    DeviceBuffer<uint64_t> numbers(count), positions(count);
-    DeviceBuffer<int64_t> made(count);
-    DeviceBuffer<int> done(count);
-    const DeviceBuffer<Token> next(count), candidates(count * V),
-        log(count * static_cast<size_t>(o_.repeat + 8));
-    const DeviceBuffer<Best> best(count * kBestStretches);
-    const DeviceBuffer<double> weights(count * V);
-    for (const double temperature : {0., 0.8}) {
-      numbers.zero(), positions.zero(), made.zero(), done.zero();
-      SampleArgs a{};
-      a.logits = logits.data(), a.vocab_size = V, a.batch = batch;
-      a.temperature = temperature, a.top_p = 0.95, a.penalty = 1;
-      a.sequence = numbers.data(), a.position = positions.data(), a.made = made.data();
-      a.weights = weights.data(), a.candidates = candidates.data(), a.done = done.data();
-      a.best = best.data();
-      a.stop = -1, a.next = next.data(), a.log = log.data();
-      CUDA_CHECK(cudaDeviceSynchronize());
-      report(temperature == 0 ? "sample_kernel, greedy" : "sample_kernel, top-p 0.95", 1,
-             double(batch * V) * 4, 0, [&] {
-               sample_step(a, {embedding.data(), DType::F32}, 1, residual.data(), stream_);
-             });
-    }
-  }
-
-  const BenchOptions& o_;
-  const Config c_;
-  const int64_t rows_;
-  const cudaStream_t stream_;
-  const double bandwidth_;
-  const DeviceBuffer<std::byte> cold_;  // larger than the L2 cache: written before each run
-  uint64_t seed_ = 0;
-};
-
-inline void CudaEngine::bench(const BenchOptions& options) {
-  const bool decode = options.op == "decode";
-  if (options.op == "bandwidth" || options.op == "matmul") {
-    use_device(options.device);
-    Queue queue;
-    with_type(options.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      const Json figure =
-          options.op == "matmul"
-              ? Json{{"op", "matmul"},
-                     {"dtype", dtype_name(options.dtype)},
-                     {"TFLOP/s", matmul_peak<T>(queue) / 1e12}}
-              : Json{{"op", "bandwidth"}, {"GB/s", copy_bandwidth(queue.stream()) / 1e9}};
-      std::cout << figure << "\n";
-    });
-    return;
-  }
-  const Config config = published_config(options.shape);
-  if (!decode && options.op != "prefill") {
-    use_device(options.device);
-    Queue queue;
-    bool known = false;
-    with_type(options.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      known = KernelBench<T>(options, config, queue.stream()).run();
-    });
-    if (!known) fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
-    return;
-  }
-  EngineOptions engine_options;
-  engine_options.dtype = options.dtype;
-  engine_options.device = options.device;
-  CudaEngine engine(config, engine_options);
-  const cudaStream_t stream = engine.queue_->stream();
-  double parameters = 0,
-         small = 0;  // of matrices: each is read once and costs a multiply-add a token
-  for_each_shape(config, [&](const std::string&, const std::vector<int64_t>& shape) {
-    double size = 1;
-    for (const int64_t extent : shape) size *= double(extent);
-    (shape.size() == 2 && shape[1] != config.d_state ? parameters : small) += size;
-  });
-  const double head = double(config.vocab_size * config.d_model), batch = double(options.batch),
-               L = double(options.length);
-  const double weight_bytes = parameters * double(dtype_size(options.dtype)) + small * 4;
-  with_type(options.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const double bandwidth = copy_bandwidth(stream), peak = matmul_peak<T>(*engine.queue_);
-    State state(config, options.dtype, decode ? options.batch : 1);
-    const double state_bytes = 2 * double(state.h.bytes() + state.conv.bytes());
-    double ms = 0, bytes = weight_bytes, flops = 0;
-    if (decode) {
-      engine.logits_.grow(options.batch * config.vocab_size);
-      const Activations<T> a(config, options.batch, engine.activation_room_);
-      std::vector<uint64_t> zeros(options.batch);
-      const DeviceBuffer<uint64_t> numbers(zeros.data(), options.batch),
-          positions(zeros.data(), options.batch);
-      DeviceBuffer<int64_t> made(options.batch);
-      DeviceBuffer<int> done(options.batch);
-      const DeviceBuffer<Token> next(options.batch);
-      const DeviceBuffer<Best> best(options.batch * kBestStretches);
-      const Index kMost = 1 << 14;
-      const HostTokens log(kMost * options.batch);
-      made.zero(), done.zero();
-      CUDA_CHECK(cudaMemset(a.residual, 0, options.batch * config.d_model * sizeof(float)));
-      CUDA_CHECK(cudaDeviceSynchronize());
-      SampleArgs args{};
-      args.logits = engine.logits_.data(), args.vocab_size = config.vocab_size,
-      args.batch = options.batch;
-      args.sequence = numbers.data(), args.position = positions.data(), args.made = made.data();
-      args.best = best.data(), args.done = done.data(), args.stop = -1, args.next = next.data(),
-      args.log = log.data();
-      Graph graph(stream, [&] {
-        engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
-        sample_step(args, {engine.model_.embedding.bytes.data(), options.dtype}, config.d_model,
-                    a.residual, stream);
-      });
-      constexpr Index kSteps = 20;
-      const Index repeat = std::min<Index>(options.repeat, kMost / kSteps - 4);
-      ms = median_ms(stream, repeat,
-                     [&] {
-                       for (Index i = 0; i < kSteps; ++i) graph.launch(stream);
-                     }) /
-           kSteps;
-      bytes += state_bytes;
-      flops = 2 * parameters * batch;
-    } else {
-      engine.logits_.grow(config.vocab_size);
-      std::vector<Token> ids(options.length);
-      for (Index t = 0; t < options.length; ++t)
-        ids[t] = static_cast<Token>(t * 7919 % config.vocab_size);
-      ms = median_ms(stream, options.repeat,
-                     [&] { engine.prefill_on_device<T>(state, ids.data(), options.length, 0); });
-      bytes = weight_bytes;
-      flops = 2 * ((parameters - head) * L + head);
-    }
-    const double floor = std::max(bytes / bandwidth, flops / peak) * 1e3;
-    std::cout << Json{{"op", options.op},
-                      {"shape", options.shape},
-                      {"dtype", dtype_name(options.dtype)},
-                      {"batch", decode ? options.batch : 1},
-                      {"length", decode ? 1 : options.length},
-                      {"ms", ms},
-                      {"bytes", bytes},
-                      {"flops", flops},
-                      {"GB/s", bandwidth / 1e9},
-                      {"TFLOP/s", peak / 1e12},
-                      {"floor ms", floor},
-                      {"% of floor", 100 * floor / ms}}
-              << "\n";
+    generate_as<std::remove_pointer_t<decltype(type)>>(sequences, options, on_token);
   });
 }
 

@@ -20,6 +20,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <type_traits>
 #include <vector>
 
@@ -294,6 +295,29 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
+
+// CUB's stable sort of pairs by the bits [begin, end) of their keys.
+namespace cub {
+struct DeviceRadixSort {
+  template <class Key, class Value>
+  static cudaError_t SortPairs(void* room, std::size_t& bytes, const Key* keys, Key* sorted_keys,
+                               const Value* values, Value* sorted_values, std::int64_t count,
+                               int begin, int end, cudaStream_t) {
+    bytes = 1;
+    if (!room) return cudaSuccess;
+    emulated::submit([=] {
+      std::multimap<Key, std::int64_t> order;
+      for (std::int64_t i = 0; i < count; ++i)
+        order.emplace(keys[i] << (64 - end) >> (64 - end + begin), i);
+      std::int64_t next = 0;
+      for (const auto& [bits, i] : order)
+        sorted_keys[next] = keys[i], sorted_values[next++] = values[i];
+    });
+    return cudaSuccess;
+  }
+};
+}  // namespace cub
+
 inline float __log2f(float x) { return std::log2(x); }
 inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 inline long long __double_as_longlong(double v) {

@@ -93,7 +93,7 @@ def replace_launches(text):
 
 
 def translate(text):
-    text = re.sub(r"#include <(cuda_\w+|cublas_v2)\.h>", '#include "emulate.hpp"', text)
+    text = re.sub(r"#include <((cuda_\w+|cublas_v2)\.h|cub/[\w/]+\.cuh)>", '#include "emulate.hpp"', text)
     text = re.sub(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
                   r"\1* \2 = reinterpret_cast<\1*>(emulated::shared_memory);", text)
     return replace_launches(replace_assembly(text))
