@@ -1308,14 +1308,10 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
 //   Y  = a(-1, t) (C h^T)  +  M X          M[t,s] = a(s, t) delta_s (C_t . B_s) for s <= t
 //   h' = a(-1, Q-1) h      +  X^T diag(a(s, Q-1) delta_s) B
 //
-// kernel                idea                                         parallel over
-// ssd_naive_kernel      the recurrence as written                    batch, head, p
-// ssd_fused_kernel      the matrix form on tensor cores              batch, 64-128 rows (head, p)
-// ssd_warpgroup_kernel  the same on Hopper's asynchronous ones       batch, 192 rows (head, p)
-// ssd_step_kernel       one step: read h, write h                    batch, head
-//
-// Either fused kernel can cut a sequence into segments: first the states at their ends, then,
-// each segment from the state before it, the outputs (ssd_split). float32 takes the naive one.
+// The two kernels that do so, ssd_fused_kernel and on Hopper ssd_warpgroup_kernel, share their
+// parts. Either can cut a sequence into segments: first the states at their ends, then, each
+// segment from the state before it, the outputs (ssd_split). float32, and shapes that are not in
+// tiles (head_dim not a multiple of 64, or d_state above 256), take the naive one.
 // ---------------------------------------------------------------------------------------
 
 // A batch of sequences, time-major. A row (one token) of x holds heads * head_dim values, of B
@@ -1507,9 +1503,10 @@ __device__ inline void make_decays(SsdDecays& to, const SsdArgs<T>& a, const Ssd
                                               exp2_approx(total - source.y)};
 }
 
-// --- tiles in shared memory: 64 rows of 16-bit values, one row a step, in columns of 64 values (128
-// bytes), each column 64 x 128 bytes on its own. In a column, piece c (16 bytes) of row r lies at
-// c ^ (r % 8), so that eight rows of a piece, and one row, touch all banks once ("128-byte swizzle").
+// --- tiles in shared memory: 64 rows of 16-bit values, one row a step, in columns of 64 values
+// (128 bytes), each column 64 x 128 bytes on its own. In a column, piece c (16 bytes) of row r lies
+// at c ^ (r % 8), so that the eight rows of a matrix, and one row, touch all banks once ("128-byte
+// swizzle").
 
 constexpr int kSsdColumn = 64 * 128;
 
@@ -1517,10 +1514,13 @@ __device__ constexpr uint32_t tile_offset(uint32_t row, uint32_t piece) {
   return piece / 8 * kSsdColumn + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
-// The address `pieces` to the right in the same row, where that carries nothing: the piece that
-// `address` names has no bit in common with `pieces`.
+// The address `pieces` to the right in the same row. In binary, the piece that `address` names
+// must have no 1 where `pieces` has one; so with rows, downwards.
 __device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
   return (address ^ (pieces % 8 * 16)) + pieces / 8 * kSsdColumn;
+}
+__device__ inline uint32_t move_down(uint32_t address, uint32_t rows) {
+  return (address ^ (rows % 8 * 16)) + rows * 128;
 }
 
 // Where a lane points ldmatrix and stmatrix, for the four 8 x 8 matrices from a piece on: side by
@@ -1552,8 +1552,8 @@ struct SsdTiles {
 // Column c of the chunk at t to its place in a stage, by kThreads threads, 16 bytes each at a
 // time: of B, then of x, then of C. Zeros where the segment, the group or the states end.
 template <class Tiles, int kThreads, class T>
-__device__ inline void copy_column(uint32_t stage, int c, const SsdArgs<T>& a, const SsdBlock& block,
-                                   int64_t t) {
+__device__ inline void copy_column(uint32_t stage, int c, const SsdArgs<T>& a,
+                                   const SsdBlock& block, int64_t t) {
   constexpr int kBx = Tiles::kBColumns + Tiles::kXColumns, kRowStep = kThreads / 8;
   const bool is_B = c < Tiles::kBColumns, is_x = !is_B && c < kBx;
   const T* from = is_x ? a.x : is_B ? a.B : a.C;
@@ -1567,7 +1567,8 @@ __device__ inline void copy_column(uint32_t stage, int c, const SsdArgs<T>& a, c
   const uint32_t to = stage + c * kSsdColumn + tile_offset(row, piece);
 #pragma unroll
   for (int i = 0; i < kSsdChunk; i += kRowStep, from += kRowStep * stride)
-    copy_async((to ^ (i % 8 * 16)) + i * 128, from, i < left);
+    copy_async(static_cast<Vector<T, 8>*>(__cvta_shared_to_generic(move_down(to, i))), from,
+               i < left);
 }
 
 // --- tensor cores (PTX ISA, "mma.m16n8k16" and "ldmatrix"). In a warp, lane l is g = l / 4,
@@ -1582,19 +1583,20 @@ __device__ inline uint32_t pack_pair(float low, float high) {
 }
 __device__ inline float2 pair_at(const float* p) { return *reinterpret_cast<const float2*>(p); }
 
-// d (16 x 8) += a (16 x 16) b (16 x 8).
+// d (16 x 16, two tiles) += a (16 x 16) b (16 x 16).
 template <class T>
-__device__ inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define MAMBA_MMA(TYPE)                                                        \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                   \
-      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"             \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                         \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  if constexpr (std::is_same_v<T, __half>) {
-    MAMBA_MMA("f16")
-  } else {
-    MAMBA_MMA("bf16")
-  }
+__device__ inline void mma(float (*d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+#define MAMBA_MMA(TYPE, D, B0, B1)                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(B0), "r"(B1));
+  for (int i = 0; i < 2; ++i)
+    if constexpr (std::is_same_v<T, __half>) {
+      MAMBA_MMA("f16", d[i], b[2 * i], b[2 * i + 1])
+    } else {
+      MAMBA_MMA("bf16", d[i], b[2 * i], b[2 * i + 1])
+    }
 #undef MAMBA_MMA
 }
 
@@ -1611,13 +1613,27 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t addre
                : "r"(address)
                : "memory");
 }
+// Four to shared memory, likewise (Hopper).
+__device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
+                                      uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
+__device__ inline void store_matrices_transposed(uint32_t address, uint32_t r0, uint32_t r1,
+                                                 uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
+               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+               : "memory");
+}
 __device__ inline uint32_t transpose_matrix(uint32_t r) {  // one, in the registers of a warp
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
   return r;
 }
 
-// --- what both rungs do with their registers. A warp's rows of h, 16 kRowTiles rows (head, p), are
-// h[i][j]: rows p + 16i + g (+ 8 for elements 2 and 3), columns 8j + 2q, + 1.
+// --- what both kernels do with their registers. A warp's rows of h, 16 kRowTiles rows (head, p),
+// are h[i][j]: rows p + 16i + g (+ 8 for elements 2 and 3), columns 8j + 2q, + 1. All loops over
+// registers are unrolled, or they would be arrays in memory; the long ones say so.
 
 template <class T>
 __host__ __device__ int64_t ssd_state_size(const SsdArgs<T>& a) {  // of one sequence
@@ -1636,11 +1652,11 @@ __device__ inline void each_pair(Float* state, float (&h)[kRowTiles][kTiles][4],
     for (int k = 0; k < 4; k += 2, state += 8 * a.d_state)
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        if (rows.active && 8 * j + 2 * q < a.d_state)
-          f(state + 8 * j, h[i][j][k], h[i][j][k + 1]);
+        if (rows.active && 8 * j + 2 * q < a.d_state) f(state + 8 * j, h[i][j][k], h[i][j][k + 1]);
 }
 
-// h = h0 or 0, then past the segments before this one: h = decay h + (their state from zero).
+// h = h0, or 0. pass_segments: past the segments before this one, h = decay h + (their state from
+// zero).
 template <bool kOutputs, class T, int kRowTiles, int kTiles>
 __device__ inline void load_state(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
                                   const SsdBlock& block, const SsdRows& rows) {
@@ -1686,7 +1702,6 @@ __device__ inline void store_state(float (&h)[kRowTiles][kTiles][4], const SsdAr
 // Two tiles of h, rounded, as operand A of 16 columns.
 template <class T>
 __device__ inline void round_state(uint32_t (&A)[4], const float (*h)[4]) {
-#pragma unroll
   for (int r = 0; r < 4; ++r) A[r] = pack_pair<T>(h[r / 2][r % 2 * 2], h[r / 2][r % 2 * 2 + 1]);
 }
 
@@ -1713,7 +1728,6 @@ __device__ inline void make_M_tile(uint32_t (&m)[2][2], const float (*S)[4], con
       w.x = ahead < 0 ? w.x : ahead == 0 ? w.x + D : 0.f;
       w.y = ahead < -1 ? w.y : ahead == -1 ? w.y + D : 0.f;
     }
-#pragma unroll
   for (int k = 0; k < 4; ++k) m[k / 2][k % 2] = pack_pair<T>(v[k / 2][k % 2].x, v[k / 2][k % 2].y);
 }
 
@@ -1736,6 +1750,41 @@ __device__ inline void fade_X(uint32_t (&faded)[4], const uint32_t (&X)[4], cons
     float v[2];
     unpack(Vector<T, 2>{{X[r]}}, v);
     faded[r] = pack_pair<T>(v[0] * fade.x, v[1] * fade.y);
+  }
+}
+
+// Y^T -> out, kSteps steps at a time: transposed in the warp's own corner of shared memory, kSteps
+// rows of kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), as in a tile. A lane
+// then stores one piece of a row. kSteps = 16 is for Hopper, and for kRowTiles = 1.
+template <int kSteps, class T, int kRowTiles>
+__device__ inline void write_transposed(const SsdArgs<T>& a, const SsdBlock& block,
+                                        const SsdRows& rows, int64_t t,
+                                        const float (&Y)[kRowTiles][8][4], char* corner) {
+  constexpr int kPieces = 2 * kRowTiles, kRowsPerLine = 8 / kPieces;
+  const int lane = threadIdx.x % 32, row = lane / kPieces, piece = lane % kPieces;
+  const int left = rows.active && row < kSteps ? steps_from(block, t) - row : 0;
+  T* out = a.out + (block.row + t + row) * a.out_stride + int64_t{rows.head} * a.head_dim + rows.p +
+           8 * piece;
+  const auto place = [&](int row, int piece) {
+    return corner + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
+  };
+  const auto pair = [&](int i, int j) {  // rows p 8i + g, steps 8j + 2q, + 1
+    return pack_pair<T>(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]);
+  };
+#pragma unroll
+  for (int j = 0; j < 8; j += kSteps / 8, out += kSteps * a.out_stride) {
+    __syncwarp();  // the reads of the steps before, before these writes
+    if constexpr (kSteps == 16)
+      store_matrices_transposed(
+          __cvta_generic_to_shared(place(lane / 16 * 8 + lane % 8, lane / 8 % 2)), pair(0, j),
+          pair(1, j), pair(0, j + 1), pair(1, j + 1));
+    else
+      for (int i = 0; i < kPieces; ++i)
+        *reinterpret_cast<uint32_t*>(place(lane / 4, i) + lane % 4 * 4) =
+            transpose_matrix(pair(i, j));
+    __syncwarp();  // these writes before the reads
+    if (8 * j < left)
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(place(row, piece));
   }
 }
 
@@ -1766,8 +1815,9 @@ using SsdFusedTiles = SsdTiles<kStates, kSsdFusedRows<kStates>, 2, kSsdBytesOfM,
 
 // M of each head of the block; warp w makes tiles w, w + 4 and w + 8 of all.
 template <class T, int kStates>
-__device__ inline void make_M(uint4* M, uint32_t tile_B, uint32_t tile_C, const SsdDecays* now,
-                              int warp, int heads, const float* D, int head0) {
+__device__ inline void make_M(Vector<T, 8>* M, uint32_t tile_B, uint32_t tile_C,
+                              const SsdDecays* now, int warp, int heads, const float* D,
+                              int head0) {
   float S[3][2][4] = {};
   int t[3], s[3];  // a tile's first steps
 #pragma unroll
@@ -1780,8 +1830,7 @@ __device__ inline void make_M(uint4* M, uint32_t tile_B, uint32_t tile_C, const 
     uint32_t a[4], b[4];
     load_matrices(a, move_right(A + tile_offset(t[i], 0), 2 * k));
     load_matrices(b, move_right(B + tile_offset(s[i], 0), 2 * k));
-    mma<T>(S[i][0], a, b[0], b[1]);
-    mma<T>(S[i][1], a, b[2], b[3]);
+    mma<T>(S[i], a, b);
   };
 #pragma unroll
   for (int k = 0; k < kStates / 16; ++k) multiply(0, k), multiply(1, k);
@@ -1796,7 +1845,7 @@ __device__ inline void make_M(uint4* M, uint32_t tile_B, uint32_t tile_C, const 
       if (i < 2 || warp < 2) {
         uint32_t m[2][2];
         make_M_tile<T>(m, S[i], now[j], t[i], s[i], D_j);
-        M[(10 * j + warp + 4 * i) * 32 + threadIdx.x % 32] = {m[0][0], m[1][0], m[0][1], m[1][1]};
+        M[(10 * j + warp + 4 * i) * 32 + threadIdx.x % 32] = {{m[0][0], m[1][0], m[0][1], m[1][1]}};
       }
   }
 }
@@ -1814,34 +1863,25 @@ __device__ inline void from_start(float (&Y)[kRowTiles][8][4],
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       load_matrices(b, move_right(tile_C + beside(), 2 * k) + tile_offset(16 * j, 0));
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        mma<T>(Y[i][2 * j], a[i], b[0], b[1]);
-        mma<T>(Y[i][2 * j + 1], a[i], b[2], b[3]);
-      }
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&Y[i][2 * j], a[i], b);
     }
   }
-#pragma unroll
   for (int i = 0; i < kRowTiles; ++i) carry_start(Y[i], now);
 }
 
 // Y^T += X^T M^T. x: where this lane points ldmatrix for the warp's rows of X^T.
 template <class T, int kRowTiles>
-__device__ inline void within_chunk(float (&Y)[kRowTiles][8][4], uint32_t x, const uint4* M) {
+__device__ inline void within_chunk(float (&Y)[kRowTiles][8][4], uint32_t x,
+                                    const Vector<T, 8>* M) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {  // steps s
     uint32_t X[kRowTiles][4];
-#pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
       load_matrices_transposed(X[i], move_right(x, 2 * i) + tile_offset(16 * k, 0));
 #pragma unroll
     for (int j = k; j < 4; ++j) {  // steps t
-      const uint4 m = M[(j * (j + 1) / 2 + k) * 32 + threadIdx.x % 32];
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        mma<T>(Y[i][2 * j], X[i], m.x, m.y);
-        mma<T>(Y[i][2 * j + 1], X[i], m.z, m.w);
-      }
+      const Vector<T, 8> m = M[(j * (j + 1) / 2 + k) * 32 + threadIdx.x % 32];
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&Y[i][2 * j], X[i], m.word);
     }
   }
 }
@@ -1869,37 +1909,8 @@ __device__ inline void advance_state(float (&h)[kRowTiles][kTiles][4], uint32_t 
     for (int k = 0; k < 4; ++k) {
       uint32_t b[4];
       load_matrices_transposed(b, move_right(tile_B + above(), 2 * n) + tile_offset(16 * k, 0));
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        mma<T>(h[i][2 * n], X[k][i], b[0], b[1]);
-        mma<T>(h[i][2 * n + 1], X[k][i], b[2], b[3]);
-      }
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&h[i][2 * n], X[k][i], b);
     }
-  }
-}
-
-// Y^T -> out, 8 steps at a time: transposed in the warp's own corner of shared memory, 8 rows of
-// kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), as in a tile. Lane: one piece of
-// a row, `to` its place at the chunk's first step; `steps` of the chunk exist.
-template <class T, int kRowTiles>
-__device__ inline void write_transposed(T* out, int64_t stride, int steps,
-                                        const float (&Y)[kRowTiles][8][4], char* corner) {
-  constexpr int kPieces = 2 * kRowTiles, kRowsPerLine = 8 / kPieces;
-  const int lane = threadIdx.x % 32, row = lane / kPieces, piece = lane % kPieces;
-  const auto place = [&](int row, int piece) {
-    return corner + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
-  };
-  out += row * stride + piece * 8;
-#pragma unroll
-  for (int j = 0; j < 8; ++j, out += 8 * stride) {
-    __syncwarp();  // the reads of the 8 steps before, before these writes
-#pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      *reinterpret_cast<uint32_t*>(place(lane / 4, i) + lane % 4 * 4) = transpose_matrix(
-          pack_pair<T>(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
-    __syncwarp();  // these writes before the reads
-    if (row < 8 && 8 * j + row < steps)
-      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(place(row, piece));
   }
 }
 
@@ -1916,8 +1927,7 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
 
   extern __shared__ __align__(128) char shared[];
   const uint32_t base = __cvta_generic_to_shared(shared);
-  uint4* M = reinterpret_cast<uint4*>(shared + Tiles::kM);
-  char* corner = shared + Tiles::kCorners + warp * (4 * Tiles::kRows);
+  Vector<T, 8>* M = reinterpret_cast<Vector<T, 8>*>(shared + Tiles::kM);
   SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2][kHeads]
 
   // The last warps, which have the fewest tiles of M, each make the decays of one head.
@@ -1947,17 +1957,16 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
     // (its stage, decays and M) before the writes that follow.
     __syncthreads();
     if (t + kSsdChunk < block.end) fetch(t + kSsdChunk, parity ^ 1);
-    const uint32_t stage = base + parity * Tiles::kStage, tile_C = stage + Tiles::kC;
+    const uint32_t stage = base + parity * Tiles::kStage;
     const uint32_t x = stage + Tiles::kX + beside(warp * Tiles::kRows / 32);
     const SsdDecays* now = decays + parity * Tiles::kHeads;
     if constexpr (kOutputs) {
       float Y[Tiles::kRows / 64][8][4] = {};
-      make_M<T, kStates>(M, stage, tile_C, now, warp, heads, a.D, head0);
-      from_start<T>(Y, h, tile_C, now[slot]);
+      make_M<T, kStates>(M, stage, stage + Tiles::kC, now, warp, heads, a.D, head0);
+      from_start<T>(Y, h, stage + Tiles::kC, now[slot]);
       __syncthreads();  // M, by all warps, before its reads
-      within_chunk<T>(Y, x, M + slot * (kSsdBytesOfM / 16));
-      write_transposed(a.out + (block.row + t) * a.out_stride + int64_t{rows.head} * a.head_dim + rows.p,
-                       a.out_stride, rows.active ? steps_from(block, t) : 0, Y, corner);
+      within_chunk(Y, x, M + slot * (kSsdBytesOfM / 16));
+      write_transposed<8>(a, block, rows, t, Y, shared + Tiles::kCorners + warp * 4 * Tiles::kRows);
     }
     advance_state<T>(h, x, stage, now[slot]);
     segment_decay *= now[slot].carry[kSsdChunk - 1];
@@ -1988,22 +1997,19 @@ constexpr int kSsdWarpgroupBytes = Tiles::kBarriers + 16 * Tiles::kStages + 1024
 // along k in shared memory; B: along k in shared memory, or (kTransposed) along its other side.
 template <class T, int kTransposed = 0, class A>
 __device__ inline void multiply_async(float (*d)[4], const A& a, uint64_t b, int add) {
+#define MAMBA_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define MAMBA_WGMMA(TYPE, ADD, A_B, ...)                                                          \
-  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD ", 0; "                                       \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD                                               \
+               ", 0; "                                                                            \
                "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                        \
                " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
                "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " A_B ";}"                              \
-               : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]),       \
-                 "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]),       \
-                 "+f"(d[2][2]), "+f"(d[2][3]), "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]),       \
-                 "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), "+f"(d[4][2]), "+f"(d[4][3]),       \
-                 "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), "+f"(d[6][0]),       \
-                 "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]),       \
-                 "+f"(d[7][2]), "+f"(d[7][3])                                                     \
+               : MAMBA_D4(0), MAMBA_D4(1), MAMBA_D4(2), MAMBA_D4(3), MAMBA_D4(4), MAMBA_D4(5),    \
+                 MAMBA_D4(6), MAMBA_D4(7)                                                         \
                : __VA_ARGS__);
 #define MAMBA_WGMMA_SHARED(TYPE) \
   MAMBA_WGMMA(TYPE, "%34", "%32, %33, p, 1, 1, 0, 0", "l"(a), "l"(b), "r"(add))
-#define MAMBA_WGMMA_REGISTERS(TYPE)                                                          \
+#define MAMBA_WGMMA_REGISTERS(TYPE)                                                      \
   MAMBA_WGMMA(TYPE, "%37", "{%32,%33,%34,%35}, %36, p, 1, 1, %38", "r"(a[0]), "r"(a[1]), \
               "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed))
   constexpr bool kHalf = std::is_same_v<T, __half>, kShared = std::is_same_v<A, uint64_t>;
@@ -2019,6 +2025,7 @@ __device__ inline void multiply_async(float (*d)[4], const A& a, uint64_t b, int
 #undef MAMBA_WGMMA_REGISTERS
 #undef MAMBA_WGMMA_SHARED
 #undef MAMBA_WGMMA
+#undef MAMBA_D4
 }
 
 // Registers that wgmma will read or add to are written, before it starts.
@@ -2043,20 +2050,6 @@ __device__ inline uint64_t describe(uint32_t address) {
 }
 __device__ inline uint64_t describe_states(uint32_t tile, int k) {  // columns 16k.. of B or C
   return describe(tile + k / 4 * kSsdColumn + k % 4 * 32);
-}
-
-// Four 8 x 8 matrices to shared memory; lane l names the place of row l % 8 of matrix l / 8.
-__device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
-                                      uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
-}
-__device__ inline void store_matrices_transposed(uint32_t address, uint32_t r0, uint32_t r1,
-                                                 uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
-               "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
 }
 
 __device__ inline void wait_for(__mbarrier_t* barrier, bool parity) {  // the phase's end
@@ -2093,8 +2086,7 @@ __device__ inline void feed_chunks(char* shared, __mbarrier_t* full, __mbarrier_
     for (int c = (warp + 1) % 4; c < Tiles::kStage / kSsdColumn; c += 4)
       copy_column<Tiles, 32>(base + stage * Tiles::kStage, c, a, block, t);
     copy_async_commit();
-    if (decaying)
-      make_decays(decays[stage * Tiles::kHeads], a, head, dt, steps_from(block, t));
+    if (decaying) make_decays(decays[stage * Tiles::kHeads], a, head, dt, steps_from(block, t));
     if (previous >= 0) copy_async_wait_but<1>(), hand_over(previous);
     previous = stage;
     if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
@@ -2132,7 +2124,8 @@ __device__ inline void warpgroup_from_start(float (&Y)[8][4], const float (&h)[k
   for (int k = 0; k < kTiles / 2; ++k) round_state<T>(A[k], &h[2 * k]);
   multiply_start();
 #pragma unroll
-  for (int k = 0; k < kTiles / 2; ++k) multiply_async<T>(Y, A[k], describe_states(tile_C, k), k > 0);
+  for (int k = 0; k < kTiles / 2; ++k)
+    multiply_async<T>(Y, A[k], describe_states(tile_C, k), k > 0);
   multiply_commit();
   multiply_wait<0>();
   carry_start(Y, now);
@@ -2143,7 +2136,6 @@ template <class T>
 __device__ inline void warpgroup_within_chunk(float (&Y)[8][4], const uint32_t (&X)[4][4],
                                               uint32_t M) {
   multiply_start();
-#pragma unroll
   for (int k = 0; k < 4; ++k) multiply_async<T>(Y, X[k], describe(M + 32 * k), 1);
   multiply_commit();
 }
@@ -2153,12 +2145,10 @@ template <class T, int kTiles>
 __device__ inline void warpgroup_advance_state(float (&h)[kTiles][4], const uint32_t (&X)[4][4],
                                                uint32_t tile_B, const SsdDecays& now) {
   uint32_t faded[4][4];
-#pragma unroll
   for (int k = 0; k < 4; ++k) fade_X<T>(faded[k], X[k], now, 16 * k);
   const float decay = now.carry[kSsdChunk - 1];
 #pragma unroll
   for (int j = 0; j < kTiles; ++j)
-#pragma unroll
     for (int r = 0; r < 4; ++r) h[j][r] *= decay;
   multiply_start();
 #pragma unroll
@@ -2168,29 +2158,6 @@ __device__ inline void warpgroup_advance_state(float (&h)[kTiles][4], const uint
       multiply_async<T, 1>(&h[8 * c], faded[k],
                            describe(tile_B + c * kSsdColumn + tile_offset(16 * k, 0)), 1);
   multiply_commit();
-}
-
-// Y^T -> out, 16 steps at a time: transposed in the warp's own corner of shared memory, 16 rows of
-// 2 pieces; piece c of row r lies at c ^ (r / 4 % 2).
-template <class T>
-__device__ inline void warpgroup_write_transposed(T* out, int64_t stride, int steps,
-                                                  const float (&Y)[8][4], char* corner) {
-  const int lane = threadIdx.x % 32, row = lane / 2, piece = lane % 2;
-  const auto place = [&](int row, int piece) {
-    return corner + row * 32 + (piece ^ (row / 4 % 2)) * 16;
-  };
-  const uint32_t to = __cvta_generic_to_shared(place(lane / 16 * 8 + lane % 8, lane / 8 % 2));
-  out += row * stride + piece * 8;
-#pragma unroll
-  for (int j = 0; j < 8; j += 2, out += 16 * stride) {
-    __syncwarp();  // the reads of the 16 steps before, before these writes
-    store_matrices_transposed(
-        to, pack_pair<T>(Y[j][0], Y[j][1]), pack_pair<T>(Y[j][2], Y[j][3]),
-        pack_pair<T>(Y[j + 1][0], Y[j + 1][1]), pack_pair<T>(Y[j + 1][2], Y[j + 1][3]));
-    __syncwarp();  // these writes before the reads
-    if (8 * j + row < steps)
-      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(place(row, piece));
-  }
 }
 
 // The other warpgroups walk the segment, each with its 64 rows.
@@ -2214,27 +2181,24 @@ __device__ inline void walk_chunks(char* shared, __mbarrier_t* full, __mbarrier_
     const uint32_t stage = base + number * Tiles::kStage, tile_C = stage + Tiles::kC;
     const SsdDecays& now = decays[number * Tiles::kHeads];
     wait_for(full + number, parity);
-    float Y[8][4];  // Y^T: rows p, columns t in tiles of 8
+    float Y[1][8][4];  // Y^T: rows p, columns t in tiles of 8
     if (kOutputs) {
       warpgroup_make_M<T, kStates>(M, stage, tile_C, now, warp, D);
-      warpgroup_from_start<T>(Y, h[0], tile_C, now);
+      warpgroup_from_start<T>(Y[0], h[0], tile_C, now);
     }
     uint32_t X[4][4];  // X^T: rows p, steps s in tiles of 16
-#pragma unroll
     for (int k = 0; k < 4; ++k)
       load_matrices_transposed(
           X[k], stage + Tiles::kX + beside(8 * wg + 2 * warp) + tile_offset(16 * k, 0));
     if (kOutputs) {
       sync_warpgroup(wg);  // M, by the warps of the warpgroup, before its reads
-      warpgroup_within_chunk<T>(Y, X, M);
+      warpgroup_within_chunk<T>(Y[0], X, M);
     }
     warpgroup_advance_state<T>(h[0], X, stage, now);
     segment_decay *= now.carry[kSsdChunk - 1];
     if (kOutputs) {
       multiply_wait<1>();  // Y is done; h' goes on
-      warpgroup_write_transposed(
-          a.out + (block.row + t) * a.out_stride + int64_t{rows.head} * a.head_dim + rows.p,
-          a.out_stride, rows.active ? steps_from(block, t) : 0, Y, corner);
+      write_transposed<16>(a, block, rows, t, Y, corner);
     }
     multiply_wait<0>();
     sync_warpgroup(wg);  // reads of the stage and of M, before they are written again
@@ -2261,12 +2225,13 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
       __mbarrier_init(empty + i, kSsdWarpgroups);
     }
   __syncthreads();  // the barriers, before their use
-  const int warps = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int wg = warps / 4, warp = warps % 4;
-  if (wg == kSsdWarpgroups)
-    feed_chunks<Tiles>(shared, full, empty, a, block, warp);
+
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  if (warp / 4 == kSsdWarpgroups)
+    feed_chunks<Tiles>(shared, full, empty, a, block, warp % 4);
   else
-    walk_chunks<Tiles, kOutputs, kStates>(shared, full, empty, a, segments, block, wg, warp);
+    walk_chunks<Tiles, kOutputs, kStates>(shared, full, empty, a, segments, block, warp / 4,
+                                          warp % 4);
 #endif
 }
 

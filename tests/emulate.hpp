@@ -373,6 +373,9 @@ inline float __uint_as_float(unsigned v) {
 inline std::size_t __cvta_generic_to_shared(const void* p) {
   return static_cast<const unsigned char*>(p) - emulated::shared_memory;
 }
+inline void* __cvta_shared_to_generic(std::size_t address) {
+  return emulated::shared_memory + address;
+}
 template <class A, class B>
 std::common_type_t<A, B> min(A a, B b) {
   using C = std::common_type_t<A, B>;

@@ -18,7 +18,7 @@ INSTRUCTIONS = [
     ("bar.sync %0, 128", "emulated::named_barriers[1 + warpgroup].wait(128);"),
     ("wgmma.mma_async", "emulated::multiply_async<T>(d, a, b, add, kTransposed);"),
     ("wgmma.", ";"),
-    ("mma.sync", "emulated::mma<T>(d, a, b0, b1);"),
+    ("mma.sync", "emulated::mma<T>(D, a, B0, B1);"),
     ("ldmatrix.sync.aligned.m8n8.x4.trans", "emulated::load_matrices(r, address, true);"),
     ("ldmatrix.sync.aligned.m8n8.x4", "emulated::load_matrices(r, address, false);"),
     ("stmatrix.sync.aligned.m8n8.x4.trans", "emulated::store_matrices(address, {r0, r1, r2, r3}, true);"),
