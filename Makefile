@@ -73,7 +73,7 @@ build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/s
 build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
 
-# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly, and all but wgmma. Others than the quick ones:
+# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
 EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda rms_norm*,cuda models: float32*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
