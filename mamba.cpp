@@ -83,23 +83,28 @@ inline void to_floats(const Eigen::half* w, Index n, float* out) {
   for (; k < n; ++k) out[k] = static_cast<float>(w[k]);
 }
 
-// w . x over n numbers. Rows of 16 bits become floats a block at a time, which stays in registers.
-inline float dot(const float* w, const float* x, Index n) {
-  using Floats = Eigen::Map<const ssm::Row<float>>;
-  return Floats(w, n).dot(Floats(x, n));
-}
+// w[0..n) as floats: where they are, or at out.
+inline const float* as_floats(const float* w, Index, float*) { return w; }
 
 template <class Half>
-float dot(const Half* w, const float* x, Index n) {
-  using Block = Eigen::Array<float, 64, 1>;
-  Block sums = Block::Zero(), block;
+const float* as_floats(const Half* w, Index n, float* out) {
+  to_floats(w, n, out);
+  return out;
+}
+
+// w . x over n numbers, added in the same order whatever their type: 64 sums side by side, which stay
+// in registers.
+template <class Stored>
+float dot(const Stored* w, const float* x, Index n) {
+  constexpr Index kSums = 64;
+  using Block = Eigen::Array<float, kSums, 1>;
+  using Rest = Eigen::Map<const Eigen::ArrayXf>;
+  Block sums = Block::Zero(), floats;
   Index k = 0;
-  for (; k + block.size() <= n; k += block.size()) {
-    to_floats(w + k, block.size(), block.data());
-    sums += block * Eigen::Map<const Block>(x + k);
-  }
-  to_floats(w + k, n - k, block.data());
-  sums.head(n - k) += block.head(n - k) * Eigen::Map<const Eigen::ArrayXf>(x + k, n - k);
+  for (; k + kSums <= n; k += kSums)
+    sums += Eigen::Map<const Block>(as_floats(w + k, kSums, floats.data())) *
+            Eigen::Map<const Block>(x + k);
+  sums.head(n - k) += Rest(as_floats(w + k, n - k, floats.data()), n - k) * Rest(x + k, n - k);
   return sums.sum();
 }
 
@@ -184,7 +189,7 @@ void multiply(const float* x, Index L, Index x_stride, const Stored* w, Index co
 // y = x W^T.  x (L, cols), y (L, rows). Bound by reading W once while L is small, by multiply-adds when
 // it is large.
 inline Matrix<float> linear(const ssm::View<float>& x, const Weight& W) {
-  constexpr Index kFewRows = 4, kBlock = 128;  // rows of x; a block of them stays in the L2 cache
+  constexpr Index kFewRows = 4, kBlock = 256;  // rows of x; a block of them stays in the L2 cache
   const Index L = x.rows(), cols = W.cols;
   if (x.cols() != cols) fail("linear: x: expected ", cols, " columns, found ", x.cols());
   Matrix<float> y(L, W.rows);
@@ -310,7 +315,6 @@ class CpuEngine {
  public:
   static constexpr const char* kName = "mamba";
   static constexpr const char* kDescription = "the readable reference, on the CPU";
-  static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
   static constexpr bool kHasDevice = false;
   static constexpr Index kPiece = 256;      // tokens that the parallel form takes at once
   static constexpr std::size_t kBatch = 1;  // one text after the other
@@ -320,6 +324,9 @@ class CpuEngine {
   CpuEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : config_(config),
         model_(load_model<ssm::Model<float, Weight>>(checkpoint, config, options.dtype)) {
+    if (options.threads > 0)
+      threads_ = std::make_unique<tbb::global_control>(tbb::global_control::max_allowed_parallelism,
+                                                       options.threads);
     // Walked in order, a scan costs the CPU least; an SSD is cheapest as matrix products.
     options_.form = config.version == 1 ? ssm::Form::sequential : ssm::Form::chunked;
     options_.delta_ratio = options.delta_ratio;
@@ -342,7 +349,7 @@ class CpuEngine {
       sink(t, ssm::lm_head<float>(model_, hidden.middleRows(t, std::min(kRows, L - t))));
   }
 
-  /// The same by the recurrence itself, whichever form a whole sequence takes.
+  /// One token by the recurrence itself, whichever form a whole sequence takes.
   Matrix<float> step(State& state, Token id) {
     ssm::Options<float> options = options_;
     options.form = ssm::Form::sequential;
@@ -354,119 +361,12 @@ class CpuEngine {
     generate_on_host(*this, sequences, options, on_token);
   }
 
-  static void bench(const BenchOptions& options);
-
  private:
   Config config_;
   ssm::Model<float, Weight> model_;
   ssm::Options<float> options_;
+  std::unique_ptr<tbb::global_control> threads_;  // --threads: holds as long as the engine lives
 };
-
-// ---------------------------------------------------------------------------------------
-// Measurements: one JSON object a line, against this machine's own limits measured in the same run
-// ---------------------------------------------------------------------------------------
-
-/// The shortest of several runs of f, in seconds.
-template <class Function>
-double best_seconds(const Function& f) {
-  double best = std::numeric_limits<double>::infinity();
-  for (int run = 0; run < 10; ++run) {
-    const double start = now();
-    f();
-    best = std::min(best, now() - start);
-  }
-  return best;
-}
-
-/// Bytes per second that all threads together read from memory: sums over 256 MiB.
-inline double read_bandwidth() {
-  constexpr Index kFloats = Index{1} << 26, kPiece = 1 << 18;
-  const Matrix<float> data = Matrix<float>::Ones(kFloats / kPiece, kPiece);
-  Matrix<float> totals(data.rows(), 1);
-  return 4.0 * kFloats / best_seconds([&] {
-           parallel_for(data.rows(), 1, [&](Index i, Index) { totals(i) = data.row(i).sum(); });
-         });
-}
-
-/// Multiply-adds per second, times two, of all threads on values that stay in registers: what no
-/// matrix product can exceed.
-inline double matmul_peak() {
-  using Lanes = Eigen::Array<float, EIGEN_MAX_ALIGN_BYTES / 4, 1>;
-  constexpr Index kChains = 12, kSteps = 1 << 18, kPieces = 64;
-  Matrix<float> totals = Matrix<float>::Zero(kPieces, 1);
-  const double seconds = best_seconds([&] {
-    parallel_for(kPieces, 1, [&](Index piece, Index) {
-      Lanes sums[kChains], factor = Lanes::Constant(0.5f), term = Lanes::Constant(totals(piece));
-      for (Lanes& sum : sums) sum = term;
-      for (Index step = 0; step < kSteps; ++step)
-        for (Lanes& sum : sums) sum = sum * factor + term;
-      for (const Lanes& sum : sums) totals(piece) += sum.sum();
-    });
-  });
-  return 2.0 * kChains * Lanes::SizeAtCompileTime * kSteps * kPieces / seconds;
-}
-
-inline double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
-inline void CpuEngine::bench(const BenchOptions& options) {
-  const auto threads =
-      tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism);
-  if (options.op == "bandwidth") {
-    std::cout << Json{{"op", "bandwidth"}, {"threads", threads}, {"GB/s", read_bandwidth() / 1e9}}
-              << "\n";
-    return;
-  }
-  if (options.op == "matmul") {
-    std::cout << Json{{"op", "matmul"}, {"threads", threads}, {"GFLOP/s", matmul_peak() / 1e9}}
-              << "\n";
-    return;
-  }
-  const bool decode = options.op == "decode";
-  if (!decode && options.op != "prefill")
-    fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
-  if (options.batch != 1) fail_usage("--batch: expected 1: the CPU takes one text after the other");
-  const Config config = published_config(options.shape);
-  std::size_t parameters = 0;  // of matrices: each is read once and costs a multiply-add a token
-  for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-    if (shape.size() == 2) parameters += static_cast<std::size_t>(shape[0] * shape[1]);
-  });
-  CpuEngine engine(random_checkpoint(config, options.dtype), config, {});
-  State state = engine.new_state();
-  const std::vector<Token> ids(static_cast<std::size_t>(options.length), 1234);
-  const auto limit = [&] { return decode ? read_bandwidth() : matmul_peak(); };
-  double most = limit();
-  std::vector<double> seconds;
-  for (Index i = -2; i < options.repeat; ++i) {  // two to warm up
-    const double start = now();
-    if (decode)
-      engine.step(state, ids[0]);
-    else
-      mamba::prefill(engine, state, ids.data(), options.length);
-    if (i >= 0) seconds.push_back(now() - start);
-  }
-  most = std::max(most, limit());
-  const double bytes = static_cast<double>(parameters * dtype_size(options.dtype));
-  const double head = static_cast<double>(config.vocab_size * config.d_model),
-               L = decode ? 1.0 : static_cast<double>(options.length);
-  const double flops = 2 * ((static_cast<double>(parameters) - head) * L + head);
-  const double floor = (decode ? bytes : flops) / most,
-               best = *std::min_element(seconds.begin(), seconds.end());
-  std::cout << Json{{"op", options.op},
-                    {"shape", options.shape},
-                    {"dtype", dtype_name(options.dtype)},
-                    {"length", decode ? 1 : options.length},
-                    {"threads", threads},
-                    {"median ms", median(seconds) * 1e3},
-                    {"best ms", best * 1e3},
-                    {"bytes", bytes},
-                    {"flops", flops},
-                    {"floor ms", floor * 1e3},
-                    {"% of floor", 100 * floor / best}}
-            << "\n";
-}
 
 }  // namespace mamba
 

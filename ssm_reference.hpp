@@ -139,7 +139,7 @@ void expect_shape(const char* operation, const char* input, const M& m, Index ro
 template <class M>
 void expect_split(const char* operation, const char* input, const M& m, Index n) {
   if (n > 0 && m.cols() % n == 0) return;
-  refuse(operation, input, "columns for each of " + std::to_string(n), m);
+  refuse(operation, input, "a multiple of " + std::to_string(n) + " columns", m);
 }
 
 // B and C (L, G N): the number of groups G must divide that of the channels or heads that share them.
@@ -210,11 +210,7 @@ Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z,
 // Causal convolution
 // ============================================================================================
 
-// Depthwise convolution over the last d_conv inputs of each channel:
-//   out[t] = bias + sum_k weight[:, k] * x[t - (d_conv - 1) + k]
-// x (L, d), weight (d, d_conv), bias (d) or empty -> (L, d). `state` (d_conv - 1, d) holds the inputs
-// just before x, oldest first (zeros at the start of a text), and afterwards the last d_conv - 1 of
-// state and x together, so pieces shorter than the window work like any other.
+// The inputs fit each other and the state, see below.
 template <class Scalar>
 void check_conv1d(const char* operation, const View<Scalar>& x, const View<Scalar>& weight,
                   const View<Scalar>& bias, const ConvState<Scalar>& state) {
@@ -223,6 +219,11 @@ void check_conv1d(const char* operation, const View<Scalar>& x, const View<Scala
   expect_shape(operation, "state", state, weight.cols() - 1, x.cols());
 }
 
+// Depthwise convolution over the last d_conv inputs of each channel:
+//   out[t] = bias + sum_k weight[:, k] * x[t - (d_conv - 1) + k]
+// x (L, d), weight (d, d_conv), bias (d) or empty -> (L, d). `state` (d_conv - 1, d) holds the inputs
+// just before x, oldest first (zeros at the start of a text), and afterwards the last d_conv - 1 of
+// state and x together, so pieces shorter than the window work like any other.
 template <class Scalar>
 Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight,
                              const View<Scalar>& bias, ConvState<Scalar> state) {

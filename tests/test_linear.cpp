@@ -3,6 +3,8 @@
 #define MAMBA_NO_MAIN
 #include "../mamba.cpp"
 
+#include <tbb/task_arena.h>
+
 #include <cmath>
 #include <random>
 
@@ -27,29 +29,37 @@ double decode(DType dtype, std::uint16_t bits) {
   return sign * std::ldexp(implicit + fraction, std::max(exponent, 1) - bias - fraction_bits);
 }
 
-// Random weights stored as dtype from an odd 16-bit address on, and their values.
+// Random weights stored as dtype, and their values.
 struct RandomWeight {
   RandomWeight(DType dtype, Index rows, Index cols, std::mt19937& rng)
-      : stored(rows * cols * 4 + 2), values(rows, cols) {
+      : stored(rows * cols * 4), values(rows, cols) {
     std::normal_distribution<float> normal;
     for (Index i = 0; i < rows * cols; ++i) {
       const float value = normal(rng);
       std::uint32_t bits;
       std::memcpy(&bits, &value, 4);
-      if (dtype == DType::F32) std::memcpy(&stored[2 + 4 * i], &bits, 4);
+      if (dtype == DType::F32) std::memcpy(&stored[4 * i], &bits, 4);
       values.data()[i] = value;
       if (dtype == DType::F32) continue;
       const auto half = static_cast<std::uint16_t>(
           dtype == DType::BF16 ? bits >> 16 : (rng() & 0x83ff) | (rng() % 18 << 10));
-      std::memcpy(&stored[2 + 2 * i], &half, 2);
+      std::memcpy(&stored[2 * i], &half, 2);
       values.data()[i] = decode(dtype, half);
     }
-    weight = {dtype, rows, cols, stored.data() + 2, nullptr};
+    weight = {dtype, rows, cols, stored.data(), nullptr};
   }
   std::vector<char> stored;
   Matrix<double> values;
   Weight weight;
 };
+
+// f() with n threads, also where there are fewer cores.
+template <class Function>
+void with_threads(int n, const Function& f) {
+  const tbb::global_control limit(tbb::global_control::max_allowed_parallelism,
+                                  static_cast<std::size_t>(n));
+  tbb::task_arena(n).execute(f);
+}
 
 }  // namespace
 
@@ -81,47 +91,54 @@ TEST_CASE("linear: x W^T is the product in double within rounding, at every size
   CHECK(worst <= k);
 }
 
-TEST_CASE("linear: row t of a product is the product of row t, to the bit") {
-  std::mt19937 rng(2);
-  for (const DType dtype : kStoredTypes)
-    for (const Index L : kLengths) {
-      const RandomWeight w(dtype, 83, 1601, rng);
-      const Matrix<float> x = Matrix<float>::Random(L, 1601);
-      const Matrix<float> y = linear(x, w.weight);
-      for (Index t = 0; t < L; ++t) CHECK(y.row(t) == linear(x.row(t), w.weight));
-    }
-}
-
-TEST_CASE("linear: strided x and y are read and written only where they should be") {
+TEST_CASE("linear: of a wider matrix only the given columns are read") {
   std::mt19937 rng(3);
   for (const DType dtype : kStoredTypes)
     for (const Index L : kLengths) {
       const RandomWeight w(dtype, 17, 80, rng);
-      const Matrix<float> x = Matrix<float>::Random(L, 97);
-      Matrix<float> y = Matrix<float>::Constant(L, 23, 7);
-      linear(x.data() + 3, L, 97, w.weight, y.data() + 2, 23);
-      CHECK(y.middleCols(2, 17) == linear(x.middleCols(3, 80), w.weight));
-      CHECK((y.leftCols(2).array() == 7).all());
-      CHECK((y.rightCols(4).array() == 7).all());
+      Matrix<float> x = Matrix<float>::Constant(L, 97, std::nanf(""));
+      x.middleCols(3, 80).setRandom();
+      const Matrix<float> alone = x.middleCols(3, 80);
+      CHECK(linear(x.middleCols(3, 80), w.weight) == linear(alone, w.weight));
     }
 }
 
 TEST_CASE("linear: the same bits for every number of threads") {
   std::mt19937 rng(4);
-  const int threads = omp_get_max_threads();
   for (const DType dtype : kStoredTypes)
     for (const Index L : kLengths)
       for (const Index rows : {Index{80}, Index{1030}}) {
         const RandomWeight w(dtype, rows, 1601, rng);
         const Matrix<float> x = Matrix<float>::Random(L, 1601);
-        omp_set_num_threads(1);
-        const Matrix<float> one = linear(x, w.weight);
+        Matrix<float> one, several;
+        with_threads(1, [&] { one = linear(x, w.weight); });
         for (const int n : {2, 3, 4}) {
-          omp_set_num_threads(n);
-          CHECK(linear(x, w.weight) == one);
+          with_threads(n, [&] { several = linear(x, w.weight); });
+          CHECK(several == one);
         }
       }
-  omp_set_num_threads(threads);
+}
+
+TEST_CASE("linear: x must have as many columns as W") {
+  std::mt19937 rng(5);
+  const RandomWeight w(DType::F32, 3, 5, rng);
+  const Matrix<float> x = Matrix<float>::Zero(2, 4);
+  CHECK_THROWS_WITH(linear(x, w.weight), "linear: x: expected 5 columns, found 4");
+}
+
+TEST_CASE("linear: weights at any address of a file are read") {
+  std::mt19937 rng(6);
+  for (const DType dtype : kStoredTypes)
+    for (const Index offset : {0, 1, 2, 3}) {
+      const RandomWeight w(dtype, 3, 5, rng);
+      const auto bytes = std::make_shared<std::vector<char>>(static_cast<std::size_t>(offset));
+      bytes->insert(bytes->end(), w.stored.begin(), w.stored.end());
+      Weight weight;
+      assign(Tensor{"W", dtype, {3, 5}, bytes->data() + offset, bytes}, {}, weight);
+      CHECK(weight.dtype == dtype);
+      CHECK(reinterpret_cast<std::uintptr_t>(weight.data) % dtype_size(dtype) == 0);
+      for (Index i = 0; i < 3; ++i) CHECK(row(weight, i).cast<double>() == w.values.row(i));
+    }
 }
 
 TEST_CASE("linear: every 16-bit pattern is read as the value it stores") {
@@ -149,21 +166,19 @@ TEST_CASE("linear: row i is row i of the weights, and only rows of W are rows") 
 }
 
 TEST_CASE("parallel_for: covers 0 to n once, in pieces that do not depend on the threads") {
-  const int threads = omp_get_max_threads();
-  for (const int t : {1, 2, 4})
-    for (const Index n : {Index{0}, Index{1}, Index{10}, Index{1001}}) {
-      omp_set_num_threads(t);
-      std::vector<int> count(n);
-      std::vector<Index> ends(n);
-      parallel_for(n, 7, [&](Index begin, Index end) {
-        for (Index i = begin; i < end; ++i) ++count[i], ends[i] = end;
+  for (const int threads : {1, 2, 4})
+    for (const Index n : {Index{0}, Index{1}, Index{10}, Index{1001}})
+      with_threads(threads, [&] {
+        std::vector<int> count(n);
+        std::vector<Index> ends(n);
+        parallel_for(n, 7, [&](Index begin, Index size) {
+          for (Index i = begin; i < begin + size; ++i) ++count[i], ends[i] = begin + size;
+        });
+        for (Index i = 0; i < n; ++i) {
+          CHECK(count[i] == 1);
+          CHECK(ends[i] == std::min(n, i / 7 * 7 + 7));
+        }
       });
-      for (Index i = 0; i < n; ++i) {
-        CHECK(count[i] == 1);
-        CHECK(ends[i] == std::min(n, i / 7 * 7 + 7));
-      }
-    }
-  omp_set_num_threads(threads);
 }
 
 TEST_CASE("parallel_for: an exception in a piece arrives in the caller") {

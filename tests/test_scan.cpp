@@ -33,13 +33,12 @@ struct ScanData {
   ScanData(const ScanData&) = delete;
   ScanData& operator=(const ScanData&) = delete;
 
-  void bind(Index groups, bool softplus) {
+  void bind(bool softplus) {
     in.x = x, in.delta = delta, in.A = A, in.B = B, in.C = C;
     if (D.size()) in.D = D;
     if (z.size()) in.z = z;
     if (bias.size()) in.delta_bias = bias;
     in.delta_softplus = softplus;
-    in.channels_per_group = h0.rows() / groups;
   }
 };
 
@@ -56,7 +55,7 @@ void fill(ScanData<Scalar>& s, const ScanCase& c, std::uint64_t seed) {
   if (c.z) s.z = random.matrix<Scalar>(c.L, c.d);
   if (c.bias) s.bias = random.matrix<Scalar>(1, c.d);
   s.h0 = random.matrix<Scalar>(c.d, c.N);
-  s.bind(c.groups, c.softplus);
+  s.bind(c.softplus);
 }
 
 // The same recurrence on absolute values: how large the terms are that an entry is the sum of.
@@ -65,7 +64,7 @@ void magnitude(const ScanData<Scalar>& s, Matrix<Scalar>& out, StateMatrix<Scala
   ScanData<Scalar> a;
   a.x = s.x.cwiseAbs(), a.delta = ssm::step_size(s.in), a.A = s.A, a.B = s.B.cwiseAbs();
   a.C = s.C.cwiseAbs(), a.D = s.D.cwiseAbs(), a.h0 = s.h0.cwiseAbs();
-  a.bind(s.h0.rows() / s.in.channels_per_group, false);
+  a.bind(false);
   hT = a.h0;
   out = ssm::selective_scan<Scalar>(a.in, hT);
   if (s.z.size()) out.array() *= ssm::silu(s.z.array()).abs();
@@ -127,7 +126,7 @@ TEST_CASE("selective_scan: float forms stay within the bound of the double refer
     s.x = f.x.cast<double>(), s.delta = f.delta.cast<double>(), s.A = f.A.cast<double>();
     s.B = f.B.cast<double>(), s.C = f.C.cast<double>(), s.D = f.D.cast<double>();
     s.z = f.z.cast<double>(), s.bias = f.bias.cast<double>(), s.h0 = f.h0.cast<double>();
-    s.bind(c.groups, c.softplus);
+    s.bind(c.softplus);
     StateMatrix<double> want_h = s.h0, size_h;
     Matrix<double> size;
     const Matrix<double> want = ssm::selective_scan<double>(s.in, want_h);
@@ -169,7 +168,6 @@ TEST_CASE(
       const mamba::Checkpoint file = mamba::read_safetensors(path);
       const auto& shape = file.at("u").shape;  // (batch, d, L)
       const Index batch = shape[0], d = shape[1], L = shape[2], N = file.at("A").shape[1];
-      const Index groups = file.at("B").shape[1];
       const auto at = [&](const std::string& key,
                           Index b) -> Matrix<double> {  // of batch b
         if (!file.find(key)) return {};
@@ -187,7 +185,7 @@ TEST_CASE(
         if (file.find("delta_bias")) s.bias = matrix<double>(file.at("delta_bias"));
         s.h0 = StateMatrix<double>::Zero(d, N);
         if (file.find("h0")) s.h0 = at("h0", b);
-        s.bind(groups, file.metadata.at("softplus") == "1");
+        s.bind(file.metadata.at("softplus") == "1");
         const Matrix<double> out = at("out", b).transpose(), hT = at("hT", b);
         const double scale = out.cwiseAbs().maxCoeff(), scale_h = hT.cwiseAbs().maxCoeff();
         for (const Form form : kForms) {
@@ -274,11 +272,10 @@ struct SsdData {
   SsdData(const SsdData&) = delete;
   SsdData& operator=(const SsdData&) = delete;
 
-  void bind(Index groups) {
+  void bind() {
     in.x = x, in.dt = dt, in.A = A, in.B = B, in.C = C;
     if (D.size()) in.D = D;
     if (bias.size()) in.dt_bias = bias;
-    in.heads_per_group = A.rows() / groups;
   }
 };
 
@@ -291,14 +288,14 @@ void fill(SsdData<Scalar>& s, Index L, Index H, Index P, Index N, Index groups,
   s.B = random.matrix<Scalar>(L, groups * N), s.C = random.matrix<Scalar>(L, groups * N);
   s.D = random.matrix<Scalar>(1, H), s.bias = random.matrix<Scalar>(1, H);
   s.h0 = random.matrix<Scalar>(H * P, N);
-  s.bind(groups);
+  s.bind();
 }
 
 void magnitude(const SsdData<double>& s, Matrix<double>& out, StateMatrix<double>& hT) {
   SsdData<double> a;
   a.x = s.x.cwiseAbs(), a.dt = ssm::step_size(s.in), a.A = s.A, a.B = s.B.cwiseAbs();
   a.C = s.C.cwiseAbs(), a.D = s.D.cwiseAbs(), a.h0 = s.h0.cwiseAbs();
-  a.bind(s.A.rows() / s.in.heads_per_group);
+  a.bind();
   a.in.dt_softplus = false;
   hT = a.h0;
   out = ssm::ssd<double>(a.in, hT, Form::sequential);
@@ -353,7 +350,7 @@ TEST_CASE("ssd: is the selective scan with one decay per head") {
   scan.D = s.D * repeat;
   scan.A = repeat.transpose() * s.A * Matrix<double>::Ones(1, N);
   scan.h0 = s.h0;
-  scan.bind(2, false);
+  scan.bind(false);
   StateMatrix<double> h_ssd = s.h0, h_scan = s.h0;
   const Matrix<double> y = ssm::ssd<double>(s.in, h_ssd),
                        out = ssm::selective_scan<double>(scan.in, h_scan);
@@ -378,7 +375,7 @@ TEST_CASE("ssd: agrees with golden data in double to 1e-10, every form, cut ever
       const mamba::Checkpoint file = mamba::read_safetensors(path);
       const auto& shape = file.at("x").shape;  // (batch, L, H, P)
       const Index batch = shape[0], L = shape[1], H = shape[2], P = shape[3];
-      const Index groups = file.at("B").shape[2], N = file.at("B").shape[3];
+      const Index N = file.at("B").shape[3];
       const auto at = [&](const std::string& key, Index b, Index rows) -> Matrix<double> {
         const auto all = mamba::values<double>(file.at(key));
         const Index size = static_cast<Index>(all.size()) / batch;
@@ -392,7 +389,7 @@ TEST_CASE("ssd: agrees with golden data in double to 1e-10, every form, cut ever
         if (file.find("dt_bias")) s.bias = matrix<double>(file.at("dt_bias"));
         s.h0 = StateMatrix<double>::Zero(H * P, N);
         if (file.find("h0")) s.h0 = at("h0", b, H * P);
-        s.bind(groups);
+        s.bind();
         const Matrix<double> out = at("out", b, L), hT = at("hT", b, H * P);
         for (const Form form : kForms) {
           for (Index cut = 0; cut <= L; cut += std::max<Index>(1, L / 5)) {
@@ -446,7 +443,141 @@ TEST_CASE(
   }
 }
 
-// --- pointwise functions ---
+// --- what does not fit is refused ---
+
+namespace {
+
+using View = ssm::View<double>;
+using Block = decltype(std::declval<const Matrix<double>&>().middleCols(0, 1));
+using Column = decltype(std::declval<const Matrix<double>&>().col(0));
+using Transposed = decltype(std::declval<const Matrix<double>&>().transpose());
+using Sum = decltype(std::declval<Matrix<double>&>() + std::declval<Matrix<double>&>());
+
+// A View looks at numbers that stay where they are, ...
+static_assert(std::is_constructible_v<View, Matrix<double>&>);
+static_assert(std::is_constructible_v<View, const Matrix<double>&>);
+static_assert(std::is_constructible_v<View, const Row<double>&>);
+static_assert(std::is_constructible_v<View, Block>);
+static_assert(std::is_constructible_v<View, Eigen::Map<const Matrix<double>>>);
+static_assert(std::is_constructible_v<ssm::StateView<double>, StateMatrix<double>&>);
+// ... not at a matrix that is about to vanish, ...
+static_assert(!std::is_constructible_v<View, Matrix<double>>);
+static_assert(!std::is_constructible_v<View, const Matrix<double>>);
+static_assert(!std::is_constructible_v<View, Row<double>>);
+static_assert(!std::is_assignable_v<View&, Matrix<double>>);
+static_assert(!std::is_assignable_v<ssm::StateView<double>&, StateMatrix<double>>);
+// ... and not at numbers that lie nowhere, in another order, or with gaps.
+static_assert(!std::is_constructible_v<View, Sum>);
+static_assert(!std::is_constructible_v<View, StateMatrix<double>&>);
+static_assert(!std::is_constructible_v<View, Transposed>);
+static_assert(!std::is_constructible_v<View, Column>);
+static_assert(!std::is_constructible_v<View, Matrix<float>&>);
+
+template <class Function>
+void refuses(const std::string& message, const Function& f) {
+  CHECK_THROWS_AS(f(), std::invalid_argument);
+  CHECK_THROWS_WITH(f(), message);
+}
+
+}  // namespace
+
+TEST_CASE("selective_scan: inputs that do not fit are refused with one line") {
+  ScanData<double> s;
+  fill(s, {5, 6, 4, 3, true, true, true, true}, 11);
+  const auto with = [&](View ssm::ScanInputs<double>::*member, const Matrix<double>& wrong,
+                        const std::string& message) {
+    CAPTURE(message);
+    ssm::ScanInputs<double> in = s.in;
+    in.*member = wrong;
+    StateMatrix<double> h = s.h0;
+    for (const Form form : kForms)
+      refuses("selective_scan: " + message, [&] { ssm::selective_scan<double>(in, h, form); });
+    CHECK(h == s.h0);
+  };
+  using In = ssm::ScanInputs<double>;
+  const Matrix<double> wrong = Matrix<double>::Zero(5, 7);
+  with(&In::delta, wrong, "delta: expected (5, 6), found (5, 7)");
+  with(&In::z, wrong, "z: expected (5, 6), found (5, 7)");
+  with(&In::D, wrong, "D: expected (1, 6), found (5, 7)");
+  with(&In::delta_bias, wrong, "delta_bias: expected (1, 6), found (5, 7)");
+  with(&In::B, wrong, "B: expected (5, G * 4) with G a divisor of 6, found (5, 7)");
+  with(&In::B, Matrix<double>::Zero(5, 16),
+       "B: expected (5, G * 4) with G a divisor of 6, found (5, 16)");
+  with(&In::B, Matrix<double>::Zero(4, 4),
+       "B: expected (5, G * 4) with G a divisor of 6, found (4, 4)");
+  with(&In::B, {}, "B: expected (5, G * 4) with G a divisor of 6, found (0, 0)");
+  with(&In::C, Matrix<double>::Zero(5, 4), "C: expected (5, 12), found (5, 4)");
+
+  StateMatrix<double> h = StateMatrix<double>::Zero(6, 5), A = StateMatrix<double>::Zero(5, 4);
+  refuses("selective_scan: h: expected (6, 4), found (6, 5)",
+          [&] { ssm::selective_scan<double>(s.in, h); });
+  refuses("selective_scan_step: x: expected (1, 6), found (5, 6)",
+          [&] { ssm::selective_scan_step<double>(s.in, s.h0); });
+  s.in.A = A;
+  refuses("selective_scan: A: expected (6, 4), found (5, 4)",
+          [&] { ssm::selective_scan<double>(s.in, s.h0); });
+}
+
+TEST_CASE("ssd: inputs that do not fit are refused with one line") {
+  SsdData<double> s;
+  fill(s, 5, 6, 2, 4, 3, 12);
+  const auto with = [&](View ssm::SsdInputs<double>::*member, const Matrix<double>& wrong,
+                        const std::string& message) {
+    CAPTURE(message);
+    ssm::SsdInputs<double> in = s.in;
+    in.*member = wrong;
+    StateMatrix<double> h = s.h0;
+    for (const Form form : kForms)
+      refuses("ssd: " + message, [&] { ssm::ssd<double>(in, h, form); });
+    CHECK(h == s.h0);
+  };
+  using In = ssm::SsdInputs<double>;
+  const Matrix<double> wrong = Matrix<double>::Zero(5, 7);
+  with(&In::x, wrong, "x: expected a multiple of 6 columns, found (5, 7)");
+  with(&In::dt, wrong, "dt: expected (5, 6), found (5, 7)");
+  with(&In::D, wrong, "D: expected (1, 6), found (5, 7)");
+  with(&In::dt_bias, wrong, "dt_bias: expected (1, 6), found (5, 7)");
+  with(&In::B, Matrix<double>::Zero(5, 16),
+       "B: expected (5, G * 4) with G a divisor of 6, found (5, 16)");
+  with(&In::C, Matrix<double>::Zero(5, 4), "C: expected (5, 12), found (5, 4)");
+
+  StateMatrix<double> h = StateMatrix<double>::Zero(11, 4), A = StateMatrix<double>::Zero(6, 2);
+  refuses("ssd: h: expected (12, 4), found (11, 4)", [&] { ssm::ssd<double>(s.in, h); });
+  refuses("ssd_step: x: expected (1, 12), found (5, 12)",
+          [&] { ssm::ssd_step<double>(s.in, s.h0); });
+  s.in.A = A;
+  refuses("ssd: A: expected (6, 1), found (6, 2)", [&] { ssm::ssd<double>(s.in, s.h0); });
+}
+
+TEST_CASE("causal_conv1d, norms, linear: inputs that do not fit are refused with one line") {
+  const Matrix<double> x = Matrix<double>::Ones(2, 6), w = Matrix<double>::Ones(6, 4),
+                       bias = Matrix<double>::Ones(1, 6), other = Matrix<double>::Ones(3, 5);
+  Matrix<double> state = Matrix<double>::Zero(3, 6), short_state = Matrix<double>::Zero(2, 6);
+  const Row<double> weight = Row<double>::Ones(6), short_weight = Row<double>::Ones(5);
+  const auto conv = [&](const Matrix<double>& weights, const Matrix<double>& b, Matrix<double>& s) {
+    ssm::causal_conv1d<double>(x, weights, b, s);
+  };
+  refuses("causal_conv1d: weight: expected (6, 5), found (3, 5)",
+          [&] { conv(other, bias, state); });
+  refuses("causal_conv1d: bias: expected (1, 6), found (3, 5)", [&] { conv(w, other, state); });
+  refuses("causal_conv1d: state: expected (3, 6), found (2, 6)",
+          [&] { conv(w, bias, short_state); });
+  refuses("causal_conv1d_step: state: expected (3, 6), found (2, 6)",
+          [&] { ssm::causal_conv1d_step<double>(x.row(0), w, bias, short_state); });
+  refuses("causal_conv1d_step: x_t: expected (1, 6), found (2, 6)",
+          [&] { ssm::causal_conv1d_step<double>(x, w, bias, state); });
+  refuses("rms_norm: weight: expected (1, 6), found (1, 5)",
+          [&] { ssm::rms_norm<double>(x, short_weight, 1e-5); });
+  const auto gated = [&](const Matrix<double>& z, const Row<double>& ws, Index groups) {
+    ssm::gated_rms_norm<double>(x, z, ws, 1e-5, groups);
+  };
+  refuses("gated_rms_norm: z: expected (2, 6), found (3, 5)", [&] { gated(other, weight, 2); });
+  refuses("gated_rms_norm: weight: expected (1, 6), found (1, 5)",
+          [&] { gated(x, short_weight, 2); });
+  refuses("gated_rms_norm: y: expected a multiple of 4 columns, found (2, 6)",
+          [&] { gated(x, weight, 4); });
+  refuses("linear: x: expected (2, 5), found (2, 6)", [&] { ssm::linear<double>(x, other); });
+}
 
 // --- implied_attention ---
 
@@ -494,6 +625,8 @@ TEST_CASE("implied_attention: the matrix of each head reproduces ssd") {
     }
   }
 }
+
+// --- pointwise functions ---
 
 TEST_CASE("softplus and silu: exact far out, no overflow") {
   Row<float> x(6);
