@@ -109,10 +109,11 @@ struct Barrier {
     while (generation == mine) yield();
   }
 };
-inline Barrier all_threads, named_barrier, warp_barriers[32][32];
+inline Barrier all_threads, named_barriers[16], warp_barriers[32][32];
 
 inline void run_block(int threads, bool backwards) {
-  all_threads = named_barrier = {};
+  all_threads = {};
+  for (Barrier& b : named_barriers) b = {};
   for (auto& of_warp : warp_barriers)
     for (Barrier& b : of_warp) b = {};
   for (int t = 0; t < threads; ++t) prepare(fibers[t]);
@@ -241,19 +242,22 @@ inline void copy_async(std::uint32_t to, const void* from, std::size_t bytes, bo
           : std::memset(shared_memory + to, 0, bytes);
   });
 }
-inline void copy_async_commit() {
-  Fiber& fiber = fibers[current];
-  fiber.groups.push_back(std::move(fiber.group));
-  fiber.group.clear();
-}
-inline void copy_async_wait(std::size_t pending) {
-  auto& groups = fibers[current].groups;
-  for (; groups.size() > pending; groups.pop_front())
-    for (const Work& copy : groups.front()) copy();
-}
 
 }  // namespace emulated
 
+inline void __pipeline_commit() {
+  emulated::Fiber& fiber = emulated::fibers[emulated::current];
+  fiber.groups.push_back(std::move(fiber.group));
+  fiber.group.clear();
+}
+inline void __pipeline_wait_prior(std::size_t pending) {
+  auto& groups = emulated::fibers[emulated::current].groups;
+  for (; groups.size() > pending; groups.pop_front())
+    for (const emulated::Work& copy : groups.front()) copy();
+}
+inline void __barrier_sync_count(unsigned barrier, unsigned threads) {
+  emulated::named_barriers[barrier].wait(threads);
+}
 inline void __syncthreads() { emulated::all_threads.wait(blockDim.x); }
 inline int __syncthreads_or(int v) {
   static int any;

@@ -14,7 +14,6 @@ import sys
 INSTRUCTIONS = [
     ("ex2.approx", "y = emulated::exp2(x);"),
     ("rcp.approx", "y = emulated::reciprocal(x);"),
-    ("barrier.sync 1", "emulated::named_barrier.wait(threads);"),
     ("cvt.rn.bf16x2", "r = emulated::pack<__nv_bfloat16>(lo, hi);"),
     ("cvt.rn.f16x2", "r = emulated::pack<__half>(lo, hi);"),
     ("f32.bf16.bf16.f32 {%0,%1,%2,%3}", "emulated::mma<__nv_bfloat16>(d, a, b0, b1);"),
@@ -24,10 +23,6 @@ INSTRUCTIONS = [
     ("movmatrix", "r = emulated::transpose_matrix(r);"),
     ("cp.async.cg", "emulated::copy_async(to, from, 16, valid);"),
     ("cp.async.ca", "emulated::copy_async(to, from, kBytes, valid);"),
-    ("cp.async.commit_group", "emulated::copy_async_commit();"),
-    ("cp.async.wait_all", "emulated::copy_async_commit(), emulated::copy_async_wait(0);"),
-    ("cp.async.wait_group", "emulated::copy_async_wait(kPending);"),
-    ("griddepcontrol", ";"),
     ("prefetch.global", ";"),
 ]
 
