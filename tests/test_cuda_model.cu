@@ -179,7 +179,7 @@ TEST_CASE(
     for (const std::size_t batch : {2, 3, 4, 5, 13}) {
       GenerateOptions options;
       options.n = 24;
-      options.stop = 7;  // some end before others
+      options.end_tokens = {7};  // some end before others
       std::vector<Sequence> together;
       std::vector<std::vector<Token>> prompts;
       for (std::size_t i = 0; i < batch; ++i) {
