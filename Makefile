@@ -27,6 +27,7 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/check_readme.py
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
+	python3 tests/test_outputs.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
 
@@ -72,7 +73,7 @@ build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/s
 build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
 
-# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly, and all but wgmma. Others than the quick ones:
+# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
 EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda rms_norm*,cuda models: float32*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
@@ -105,6 +106,7 @@ SANITIZE = -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/debug/tests
 	python3 tests/test_command_line.py build/debug/mamba
+	python3 tests/test_outputs.py build/debug/mamba
 
 build/debug/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug

@@ -36,6 +36,7 @@
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
+#include <cuda_awbarrier_primitives.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -1310,14 +1311,10 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
 //   Y  = a(-1, t) (C h^T)  +  M X          M[t,s] = a(s, t) delta_s (C_t . B_s) for s <= t
 //   h' = a(-1, Q-1) h      +  X^T diag(a(s, Q-1) delta_s) B
 //
-// kernel                idea                                         parallel over
-// ssd_naive_kernel      the recurrence as written                    batch, head, p
-// ssd_fused_kernel      the matrix form on tensor cores              batch, 64-128 rows (head, p)
-// ssd_warpgroup_kernel  the same on Hopper's asynchronous ones       batch, 192 rows (head, p)
-// ssd_step_kernel       one step: read h, write h                    batch, head
-//
-// Either fused kernel can cut a sequence into segments: first the states at their ends, then,
-// each segment from the state before it, the outputs (ssd_split). float32 takes the naive one.
+// The two kernels that do so, ssd_fused_kernel and on Hopper ssd_warpgroup_kernel, share their
+// parts. Either can cut a sequence into segments: first the states at their ends, then, each
+// segment from the state before it, the outputs (ssd_split). float32, and shapes that are not in
+// tiles (head_dim not a multiple of 64, or d_state above 256), take the naive one.
 // ---------------------------------------------------------------------------------------
 
 // A batch of sequences, time-major. A row (one token) of x holds heads * head_dim values, of B
@@ -1397,101 +1394,9 @@ __global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> a) {
   }
 }
 
-// --- tensor-core vocabulary (PTX ISA, "mma.m16n8k16" and "ldmatrix"). In a warp, lane l is
-// g = l / 4, q = l % 4. Operand A (16 x 16): register pairs at rows g, g + 8 and columns 2q, 2q + 1
-// (+ 8). Operand B (16 x 8): rows 2q, 2q + 1 (+ 8), column g. Result (16 x 8): rows g, g + 8,
-// columns 2q, 2q + 1. So a result packed to 16 bits is operand A as it stands, and the
-// transpose of a result is operand B as it stands.
+// --- what a block of a tensor-core rung works on
 
-template <class T>
-struct Pair;  // two 16-bit values in one register, the first in the low half
-
-template <>
-struct Pair<__nv_bfloat16> {
-  __device__ static uint32_t pack(float lo, float hi) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-  }
-  __device__ static float2 unpack(uint32_t r) {
-    return {__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)};
-  }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-template <>
-struct Pair<__half> {
-  __device__ static uint32_t pack(float lo, float hi) {
-    uint32_t r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-  }
-  __device__ static float2 unpack(uint32_t r) {
-    return __half22float2(reinterpret_cast<const __half2&>(r));
-  }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8 (16 bytes of shared memory).
-__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline uint32_t transpose_matrix(uint32_t r) {
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
-  return r;
-}
-
-// Tiles in shared memory: rows of kCols 16-bit values in pieces of 16 bytes. Piece c of row r
-// lies at c ^ (r % 8), so that the eight rows of a matrix, and one row, touch all banks once.
-template <int kCols>
-__device__ uint32_t tile_offset(uint32_t row, uint32_t piece) {
-  return row * (kCols * 2) + piece / 8 * 128 + ((piece ^ row) & 7) * 16;
-}
-
-// The address `pieces` to the right in the same row, where that carries nothing: the piece that
-// `address` names has no bit in common with `pieces`.
-__device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
-  return (address ^ (pieces % 8 * 16)) + pieces / 8 * 128;
-}
-
-// --- fused: the matrix form, one pass over global memory.
-//
-// Block: 4 warps, one segment of one sequence, 4 * 16 * kRowTiles rows (head, p) of one group
-//        (P = 64, kRowTiles = 2: two heads). A warp owns 16 * kRowTiles rows of one head.
-// Registers: the warp's rows of h in float32, for the whole segment.
-// Shared: C, B and x of two chunks (this one, and the next on its way); the decays of both;
-//        M of this chunk, one for each head of the block from one product C B^T.
-// Everything is computed transposed, rows p down and time across: Y^T = h C^T + X^T M^T and
-// h' = X^T B. Then h, a result, is operand A of the next product without leaving its
-// registers, and so is the only large thing that is carried from chunk to chunk.
-// Rounding to 16 bits, beside inputs and outputs: M, h (as a factor; the carried h stays
-// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for hT,
-// to first order. In float16, as in every such format, M and h must also stay below 65504.
-//
-// kOutputs = false makes the state at the end of the segment from a zero start, and nothing
-// else: the first of the two launches when the sequence is split (see ssd).
-
-constexpr int kSsdChunk = 64;
-constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
+constexpr int kSsdChunk = 64;  // steps of a chunk
 
 struct SsdSegments {
   int64_t length = 0;      // tokens in a segment, a multiple of kSsdChunk
@@ -1500,7 +1405,55 @@ struct SsdSegments {
   float* decay = nullptr;  // (count - 1, batch, heads): of a state that passes the segment
 };
 
-// The decays of one head in one chunk, in shared memory.
+// One segment of one sequence, and some rows (head, p) of one group.
+struct SsdBlock {
+  int64_t b, segment;       // the sequence; its segment
+  int64_t row, begin, end;  // row of the sequence's first token; the segment's steps
+  int group, first;         // the group; the block's first row (head, p) in it
+  bool last, idle;          // the sequence's last segment; nothing to do
+};
+
+// Neighbouring blocks have the same segment and group, and share B and C through L2.
+template <int kRows, bool kOutputs, class T>
+__device__ inline SsdBlock ssd_block(const SsdArgs<T>& a, const SsdSegments& segments) {
+  const int tiles = ceil_div(a.n_heads / a.n_groups * a.head_dim, kRows);
+  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
+  SsdBlock block;
+  int64_t i = blockIdx.x;
+  block.first = i % tiles * kRows;
+  block.group = (i /= tiles) % a.n_groups;
+  block.segment = (i /= a.n_groups) % launched, block.b = i / launched;
+  const Rows rows = rows_of(block.b, a.L, a.cu_seqlens);
+  block.row = rows.first, block.begin = block.segment * segments.length;
+  block.last = block.begin + segments.length >= rows.count;
+  block.end = block.last ? rows.count : block.begin + segments.length;
+  // A shorter sequence has fewer segments, and no segment wants the state after the last.
+  block.idle = (block.begin > 0 && block.begin >= rows.count) || (!kOutputs && block.last);
+  return block;
+}
+
+// Steps of the chunk that starts at t, 0 or less beyond the end of the segment.
+__device__ inline int steps_from(const SsdBlock& block, int64_t t) {
+  return min(block.end - t, int64_t{kSsdChunk});
+}
+
+// Rows of one head, from row `offset` of the block. Those beyond the group are computed on zeros,
+// with the decays of the block's first head, and stored nowhere.
+struct SsdRows {
+  bool active;
+  int head, p;
+};
+template <class T>
+__device__ inline SsdRows ssd_rows(const SsdArgs<T>& a, const SsdBlock& block, int offset) {
+  const int heads = a.n_heads / a.n_groups;
+  const bool active = block.first + offset < heads * a.head_dim;
+  const int row = block.first + (active ? offset : 0);
+  return {active, block.group * heads + row / a.head_dim, row % a.head_dim};
+}
+
+// --- decays
+
+// Those of one head in one chunk, in shared memory.
 struct SsdDecays {
   float cum[kSsdChunk];     // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
   float source[kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
@@ -1508,44 +1461,36 @@ struct SsdDecays {
   float fade[kSsdChunk];    // a(s, 63) delta_s
 };
 
-template <int kStates, int kRowTiles, bool kOutputs>
-struct SsdTiles {  // bytes of shared memory
-  static constexpr int kRows = 4 * 16 * kRowTiles;
-  static constexpr int kHeads = kRowTiles == 2 ? 2 : 4;  // at most, in these rows
-  static constexpr int kBC = kSsdChunk * kStates * 2, kX = kSsdChunk * kRows * 2;
-  static constexpr int kStage = (kOutputs ? 2 : 1) * kBC + kX;
-  static constexpr int kMask = kOutputs ? 10 * 512 : 0;  // M of a head: 10 tiles of 16 x 16
-  static constexpr int kTurn = kOutputs ? 8 * kRows * 2 : 0;
-  static constexpr int kMasks = 2 * kStage, kTurns = kMasks + kHeads * kMask;  // offsets
-  static constexpr int kDecays = kTurns + kTurn;
-  static constexpr int kBytes = kDecays + 2 * kHeads * int(sizeof(SsdDecays));
+struct SsdHead {
+  int index;
+  float A_log2, dt_bias;  // A log2(e)
 };
-
-// 64 rows of a (time, channel) matrix, valid_rows of them and valid_cols columns real.
-template <int kCols, class T>
-__device__ void ssd_copy_tile(uint32_t tile, const T* from, int64_t stride, int valid_rows,
-                              int valid_cols) {
-  constexpr int kPieces = kCols / 8, kRowStep = 128 / kPieces;
-  const int piece = threadIdx.x % kPieces;
-  int row = threadIdx.x / kPieces;
-  from += row * stride + piece * 8;
-  if (piece * 8 >= valid_cols) valid_rows = 0;
-#pragma unroll
-  for (int i = 0; i < kSsdChunk / kRowStep; ++i, row += kRowStep, from += kRowStep * stride)
-    copy_async(tile + tile_offset<kCols>(row, piece), from, row < valid_rows);
+template <class T>
+__device__ inline SsdHead ssd_head(const SsdArgs<T>& a, int head) {
+  return {head, a.A[head] * kLog2e, a.dt_bias ? a.dt_bias[head] : 0.f};
 }
 
-// By one warp; lane i has raw dt, bias added, of steps 2i and 2i + 1.
+// Raw dt of a head for make_decays: lane i has steps t + 2i and t + 2i + 1.
 template <class T>
-__device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& a, float2 dt, float A_log2,
-                           int valid_rows) {
+__device__ inline void load_dt(T (&dt)[2], const SsdArgs<T>& a, const SsdBlock& block, int head,
+                               int64_t t) {
+  const int lane = threadIdx.x % 32, left = steps_from(block, t) - 2 * lane;
+  const T* from = a.dt + (block.row + t + 2 * lane) * a.dt_stride + head;
+  dt[0] = left > 0 ? from[0] : T();
+  dt[1] = left > 1 ? from[a.dt_stride] : T();
+}
+
+// By one warp, from dt of load_dt; `steps` of the chunk exist.
+template <class T>
+__device__ inline void make_decays(SsdDecays& to, const SsdArgs<T>& a, const SsdHead& head,
+                                   const T (&dt)[2], int steps) {
   const int lane = threadIdx.x % 32;
-  const float delta0 = 2 * lane < valid_rows ? ssd_delta(a, dt.x) : 0.f;
-  const float delta1 = 2 * lane + 1 < valid_rows ? ssd_delta(a, dt.y) : 0.f;
+  const float delta0 = 2 * lane < steps ? ssd_delta(a, to_float(dt[0]) + head.dt_bias) : 0.f;
+  const float delta1 = 2 * lane + 1 < steps ? ssd_delta(a, to_float(dt[1]) + head.dt_bias) : 0.f;
   // A step that decays by 2^-152 or more leaves 0 in float32; stopping there bounds the sums
   // to 64 * 152, and so the rounding of their differences.
-  const float first = fmaxf(delta0 * A_log2, -152.f);
-  const float both = first + fmaxf(delta1 * A_log2, -152.f);
+  const float first = fmaxf(delta0 * head.A_log2, -152.f);
+  const float both = first + fmaxf(delta1 * head.A_log2, -152.f);
   float sum = both;  // inclusive scan over the lanes
   for (int d = 1; d < 32; d *= 2) {
     const float left = __shfl_up_sync(~0u, sum, d);
@@ -1561,376 +1506,117 @@ __device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& a, float2 dt, float 
                                               exp2_approx(total - source.y)};
 }
 
-template <class T, int kStates, int kRowTiles, bool kOutputs>
-__global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
-    ssd_fused_kernel(SsdArgs<T> a, SsdSegments segments) {
-  using Tiles = SsdTiles<kStates, kRowTiles, kOutputs>;
-  using P2 = Pair<T>;
-  constexpr int kWarpRows = 16 * kRowTiles, kRows = Tiles::kRows, kHeads = Tiles::kHeads;
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int P = a.head_dim, N = a.d_state;
+// --- tiles in shared memory: 64 rows of 16-bit values, one row a step, in columns of 64 values
+// (128 bytes), each column 64 x 128 bytes on its own. In a column, piece c (16 bytes) of row r lies
+// at c ^ (r % 8), so that the eight rows of a matrix, and one row, touch all banks once ("128-byte
+// swizzle").
 
-  // Block -> (b, segment, group, rows). Neighbouring blocks share B and C through L2.
-  const int heads_per_group = a.n_heads / a.n_groups, group_rows = heads_per_group * P;
-  const int tiles = ceil_div(group_rows, kRows);
-  int64_t block = blockIdx.x;
-  const int row0 = block % tiles * kRows;  // first row of the block in its group
-  const int group = (block /= tiles) % a.n_groups;
-  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
-  const int64_t segment = (block /= a.n_groups) % launched, b = block / launched;
-  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
-  const int64_t begin = segment * segments.length;
-  const bool last = begin + segments.length >= rows.count;
-  const int64_t end = last ? rows.count : begin + segments.length;
-  if (begin > 0 && begin >= rows.count) return;  // a shorter sequence has fewer segments
-  if (!kOutputs && last) return;                 // no segment follows that would want it
+constexpr int kSsdColumn = 64 * 128;
 
-  // Warp -> rows of one head; a warp beyond the group computes on zeros and stores nothing.
-  const int warp_row = row0 + warp * kWarpRows;
-  const bool active = warp_row < group_rows;
-  const int head0 = group * heads_per_group + row0 / P;  // the block's first
-  const int heads = min(row0 + kRows - 1, group_rows - 1) / P - row0 / P + 1;
-  const int slot = active ? warp_row / P - row0 / P : 0, head = head0 + slot;
-  const int p0 = active ? warp_row % P : 0;
-
-  extern __shared__ __align__(128) char shared[];
-  const uint32_t stage0 = __cvta_generic_to_shared(shared);
-  uint4* masks = reinterpret_cast<uint4*>(shared + Tiles::kMasks) + lane;
-  char* turn = shared + Tiles::kTurns + warp * (Tiles::kTurn / 4);
-  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2][kHeads]
-
-  // Where a lane points ldmatrix: at matrices side by side (two pieces of 8 rows, then the
-  // next 8 rows), or one above the other (two times 8 rows, then the next piece).
-  const int beside_row = lane / 16 * 8 + lane % 8, beside_piece = lane / 8 % 2;
-  const int above_row = lane / 8 % 2 * 8 + lane % 8, above_piece = lane / 16;
-  const uint32_t beside_BC = tile_offset<kStates>(beside_row, beside_piece);
-  const uint32_t above_BC = tile_offset<kStates>(above_row, above_piece);
-  const uint32_t beside_x =
-      Tiles::kBC + tile_offset<kRows>(beside_row, warp * kWarpRows / 8 + beside_piece);
-  constexpr int kRowBC = kStates * 2, kRowX = kRows * 2;  // in bytes
-
-  const auto copy_chunk = [&](int64_t t, uint32_t stage) {
-    const int64_t token = rows.first + t;
-    const int64_t bc = int64_t{group} * N;
-    const int rows = min(end - t, int64_t{kSsdChunk});
-    ssd_copy_tile<kStates>(stage, a.B + token * a.B_stride + bc, a.B_stride, rows, N);
-    ssd_copy_tile<kRows>(stage + Tiles::kBC,
-                         a.x + token * a.x_stride + int64_t{group} * group_rows + row0, a.x_stride,
-                         rows, group_rows - row0);
-    if (kOutputs)
-      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX, a.C + token * a.C_stride + bc,
-                             a.C_stride, rows, N);
-    copy_async_commit();
-  };
-
-  // The last warps, which have the fewest tiles of M, each make the decays of one head.
-  const int decay_slot = 3 - warp, decay_head = head0 + min(decay_slot, heads - 1);
-  const float A_log2 = a.A[decay_head] * kLog2e;
-  const float dt_bias = a.dt_bias ? a.dt_bias[decay_head] : 0.f;
-  const auto load_dt = [&](int64_t t) {
-    const T* dt = a.dt + (rows.first + t + 2 * lane) * a.dt_stride + decay_head;
-    const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
-    return float2{left > 0 ? to_float(dt[0]) + dt_bias : 0.f,
-                  left > 1 ? to_float(dt[a.dt_stride]) + dt_bias : 0.f};
-  };
-
-  // h[i][j]: rows p0 + 16i + g (+ 8 for elements 2, 3), columns 8j + 2q, + 1. visit calls
-  // f(offset in (heads, P, N), two elements) for each pair that exists.
-  float h[kRowTiles][kStates / 8][4];
-  const auto visit = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kStates / 8; ++j)
-#pragma unroll
-        for (int k = 0; k < 4; k += 2)
-          if (active && 8 * j + 2 * q < N)
-            f((int64_t{head} * P + p0 + 16 * i + g + 4 * k) * N + 8 * j + 2 * q, h[i][j][k],
-              h[i][j][k + 1]);
-  };
-  const int64_t state_size = int64_t{a.n_heads} * P * N;
-
-  if (begin < end) copy_chunk(begin, stage0);
-  float2 dt = load_dt(begin);
-  if (decay_slot < heads)
-    ssd_decays(decays[decay_slot], a, dt, A_log2, min(end - begin, int64_t{kSsdChunk}));
-  dt = load_dt(begin + kSsdChunk);
-  for (auto& rows : h)
-    for (auto& tile : rows) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-  if (kOutputs && a.h0)
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(a.h0 + b * state_size + offset);
-      h0 = v.x, h1 = v.y;
-    });
-  for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
-    const float decay = segments.decay[(s * a.batch + b) * a.n_heads + head];
-    const float* state = segments.state + (s * a.batch + b) * state_size;
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(state + offset);
-      h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
-    });
-  }
-  float segment_decay = 1;
-
-  int parity = 0;  // of the chunk: which stage, which decays
-#pragma unroll 1
-  for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk, parity ^= 1) {
-    const uint32_t stage = stage0 + parity * Tiles::kStage;
-    const uint32_t tile_B = stage, tile_C = stage + Tiles::kBC + Tiles::kX;
-    const SsdDecays* now = decays + parity * kHeads;
-    const int64_t next = t0 + kSsdChunk;
-    copy_async_wait();
-    // This chunk's copies and decays before their reads; and all reads of the previous chunk
-    // (its stage, decays and M) before the writes that follow.
-    __syncthreads();
-    if (next < end) {
-      copy_chunk(next, stage0 + (parity ^ 1) * Tiles::kStage);
-      if (decay_slot < heads)
-        ssd_decays(decays[(parity ^ 1) * kHeads + decay_slot], a, dt, A_log2,
-                   min(end - next, int64_t{kSsdChunk}));
-      dt = load_dt(next + kSsdChunk);
-    }
-
-    if (kOutputs) {
-      // S[t,s] = C_t . B_s where s <= t: tiles of 16 x 16 below and on the diagonal, numbered
-      // row by row; warp w makes tiles w, w + 4 and w + 8.
-      float S[3][2][4] = {};
-      int t[3], u[3];  // tile's first step t, first step s
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        const int e = warp + 4 * i, row = (e > 0) + (e > 2) + (e > 5);
-        t[i] = 16 * row, u[i] = 16 * (e - row * (row + 1) / 2);
-      }
-      const auto multiply = [&](int i, int k) {
-        uint32_t a[4], c[4];
-        load_matrices(a, move_right(tile_C + t[i] * kRowBC + above_BC, 2 * k));
-        load_matrices(c, move_right(tile_B + u[i] * kRowBC + beside_BC, 2 * k));
-        P2::mma(S[i][0], a, c[0], c[1]);
-        P2::mma(S[i][1], a, c[2], c[3]);
-      };
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k) multiply(0, k), multiply(1, k);
-      if (warp < 2)
-#pragma unroll
-        for (int k = 0; k < kStates / 16; ++k) multiply(2, k);
-          // M[t,s] of each head, D added on the diagonal (y_t has D x_t), stored as the operand B
-          // that the transpose of this result is: 16 bytes a lane.
-#pragma unroll 1
-      for (int j = 0; j < heads; ++j) {
-        const float D = a.D ? a.D[head0 + j] : 0.f;
-#pragma unroll
-        for (int i = 0; i < 3; ++i)
-          if (i < 2 || warp < 2) {
-            float2 M[4];  // steps t: 8 (r / 2) + g, steps s: 8 (r % 2) + 2q
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const float cum = now[j].cum[t[i] + r / 2 * 8 + g];
-              const float2 source =
-                  *reinterpret_cast<const float2*>(&now[j].source[u[i] + r % 2 * 8 + 2 * q]);
-              M[r] = {S[i][r % 2][r / 2 * 2] * exp2_approx(cum - source.x),
-                      S[i][r % 2][r / 2 * 2 + 1] * exp2_approx(cum - source.y)};
-            }
-            if (t[i] == u[i])  // on the diagonal, s <= t only
-#pragma unroll
-              for (int r = 0; r < 4; ++r) {
-                const int ahead = 8 * (r % 2) + 2 * q - 8 * (r / 2) - g;  // s - t
-                M[r].x = ahead < 0 ? M[r].x : ahead == 0 ? M[r].x + D : 0.f;
-                M[r].y = ahead < -1 ? M[r].y : ahead == -1 ? M[r].y + D : 0.f;
-              }
-            masks[(10 * j + warp + 4 * i) * 32] = {
-                P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y), P2::pack(M[2].x, M[2].y),
-                P2::pack(M[3].x, M[3].y)};
-          }
-      }
-    }
-
-    const auto load_X = [&](uint32_t(&X)[4], int i,
-                            int k) {  // rows 16i.. of X^T, steps 16k..
-      load_matrices_transposed(X, move_right(stage + beside_x, 2 * i) + 16 * k * kRowX);
-    };
-
-    if (kOutputs) {
-#pragma unroll
-      for (int first = 0; first < kSsdChunk; first += kSsdSteps) {
-        float Y[kRowTiles][kSsdSteps / 8][4] = {};  // Y^T: rows p, columns t in tiles of 8
-#pragma unroll
-        for (int k = 0; k < kStates / 16; ++k) {  // h C^T
-          uint32_t a[kRowTiles][4], c[4];
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-              a[i][r] =
-                  P2::pack(h[i][2 * k + r / 2][r % 2 * 2], h[i][2 * k + r / 2][r % 2 * 2 + 1]);
-#pragma unroll
-          for (int j = 0; j < kSsdSteps / 16; ++j) {
-            load_matrices(c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-              P2::mma(Y[i][2 * j], a[i], c[0], c[1]);
-              P2::mma(Y[i][2 * j + 1], a[i], c[2], c[3]);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kSsdSteps / 8; ++j) {
-          const float2 carry =
-              *reinterpret_cast<const float2*>(&now[slot].carry[first + 8 * j + 2 * q]);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) Y[i][j][r] *= r % 2 ? carry.y : carry.x;
-        }
-        if (first == 0) __syncthreads();  // M, by all warps, before its reads
-#pragma unroll
-        for (int k = 0; k < (first + kSsdSteps) / 16; ++k) {  // X^T M^T, steps s 16k..
-          uint32_t X[kRowTiles][4];
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) load_X(X[i], i, k);
-#pragma unroll
-          for (int j = max(0, k - first / 16); j < kSsdSteps / 16; ++j) {
-            const int row = first / 16 + j;  // of tiles
-            const uint4 m = masks[(10 * slot + row * (row + 1) / 2 + k) * 32];
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-              P2::mma(Y[i][2 * j], X[i], m.x, m.y);
-              P2::mma(Y[i][2 * j + 1], X[i], m.z, m.w);
-            }
-          }
-        }
-        // Y^T -> out, 8 steps at a time: turned over in the warp's own corner of shared memory,
-        // 8 rows of kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), see above.
-        constexpr int kPieces = kWarpRows / 8, kRowsPerLine = 8 / kPieces;
-        const auto turned = [&](int row, int piece) {
-          return turn + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
-        };
-        const int row = lane / kPieces, piece = lane % kPieces;
-        T* out = a.out + (rows.first + t0 + first + row) * a.out_stride + int64_t{head} * P + p0 +
-                 piece * 8;
-        const int rows = active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
-#pragma unroll
-        for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * a.out_stride) {
-          __syncwarp();  // the reads of the 8 steps before, before these writes
-#pragma unroll
-          for (int i = 0; i < kPieces; ++i)
-            *reinterpret_cast<uint32_t*>(turned(g, i) + 4 * q) =
-                transpose_matrix(P2::pack(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
-          __syncwarp();  // these writes before the reads
-          if (8 * j < rows)
-            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(turned(row, piece));
-        }
-      }
-    }
-
-    // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
-    uint32_t X[4][kRowTiles][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        load_X(X[k][i], i, k);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float2 fade =
-              *reinterpret_cast<const float2*>(&now[slot].fade[16 * k + r / 2 * 8 + 2 * q]);
-          const float2 v = P2::unpack(X[k][i][r]);
-          X[k][i][r] = P2::pack(v.x * fade.x, v.y * fade.y);
-        }
-      }
-    const float chunk_decay = now[slot].carry[kSsdChunk - 1];
-#pragma unroll
-    for (int n = 0; n < kStates / 16; ++n) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 8; ++r) h[i][2 * n + r / 4][r % 4] *= chunk_decay;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t c[4];
-        load_matrices_transposed(c, move_right(tile_B + above_BC, 2 * n) + 16 * k * kRowBC);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          P2::mma(h[i][2 * n], X[k][i], c[0], c[1]);
-          P2::mma(h[i][2 * n + 1], X[k][i], c[2], c[3]);
-        }
-      }
-    }
-    segment_decay *= chunk_decay;
-  }
-
-  float* hT = kOutputs ? a.hT ? a.hT + b * state_size : nullptr
-                       : segments.state + (segment * a.batch + b) * state_size;
-  if (hT && (last || !kOutputs))
-    visit([&](int64_t offset, float& h0, float& h1) {
-      *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
-    });
-  if (!kOutputs && active && p0 == 0 && lane == 0)
-    segments.decay[(segment * a.batch + b) * a.n_heads + head] = segment_decay;
+__device__ constexpr uint32_t tile_offset(uint32_t row, uint32_t piece) {
+  return piece / 8 * kSsdColumn + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
-// --- fused on warpgroups (Hopper): the same algorithm, and the same roundings, with the tensor
-// cores fed by wgmma. What limits the kernel above is shared memory: each of its warps fetches
-// every B and C for its own 32 rows. A warpgroup of 4 warps fetches them once for 64 rows, in the
-// background, and multiplies at nearly twice the rate.
-//
-// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128;
-//        and a fourth that fetches chunks and makes decays for them. A warpgroup makes its own
-//        M, so that the three never wait for one another: while one computes exponentials or
-//        stores, the others multiply.
-// Registers: 64 rows of h to a warpgroup, in the layout of the kernel above (warp: 16 rows).
-// Shared: C, B, x and decays of three chunks; an M for each warpgroup. Tiles are columns of 128
-//        bytes: see ssd_tile. Stages are handed over by two barriers each: full and empty.
+// The address `pieces` to the right in the same row. In binary, the piece that `address` names
+// must have no 1 where `pieces` has one; so with rows, downwards.
+__device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
+  return (address ^ (pieces % 8 * 16)) + pieces / 8 * kSsdColumn;
+}
+__device__ inline uint32_t move_down(uint32_t address, uint32_t rows) {
+  return (address ^ (rows % 8 * 16)) + rows * 128;
+}
 
-// The 64 x 64 result d, as text for the assembler and as its operands 0 to 31.
-#define SSD_D                                        \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"  \
-  "%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-  "%26,%27,%28,%29,%30,%31}"
-#define SSD_D_OPERANDS                                                                          \
-  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),     \
-      "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
-      "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), \
-      "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
-      "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
-      "+f"(d[7][2]), "+f"(d[7][3])
+// Where a lane points ldmatrix and stmatrix, for the four 8 x 8 matrices from a piece on: side by
+// side (two pieces of 8 rows, then of the next 8 rows), or one above the other (a piece of two
+// times 8 rows, then the next piece).
+__device__ inline uint32_t beside(uint32_t piece = 0) {
+  const uint32_t lane = threadIdx.x % 32;
+  return tile_offset(lane / 16 * 8 + lane % 8, piece + lane / 8 % 2);
+}
+__device__ inline uint32_t above() {
+  const uint32_t lane = threadIdx.x % 32;
+  return tile_offset(lane / 8 % 2 * 8 + lane % 8, lane / 16);
+}
 
-// d (64 x 64) = A (64 x 16) B (16 x 64) + (add ? d : 0). shared: both lie along k in shared
-// memory. registers: A in registers; B along k, or (kTransposed) along its other side.
-#define SSD_WGMMA(TYPE)                                                                           \
-  __device__ static void shared(float(&d)[8][4], uint64_t a, uint64_t b, int add) {               \
-    asm volatile(                                                                                 \
-        "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D                     \
-        ", %32, %33, p, 1, 1, 0, 0;}"                                                             \
-        : SSD_D_OPERANDS                                                                          \
-        : "l"(a), "l"(b), "r"(add));                                                              \
-  }                                                                                               \
-  template <int kTransposed>                                                                      \
-  __device__ static void registers(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b, int add) { \
-    asm volatile(                                                                                 \
-        "{.reg .pred p; setp.ne.b32 p, %37, 0; "                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D                     \
-        ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"                                                \
-        : SSD_D_OPERANDS                                                                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed));        \
-  }
+// Shared memory of a block, as offsets: kStages chunks of B, x and C; M; for each warp a corner in
+// which kCornerSteps rows of out are transposed; the decays; two barriers for each stage.
+template <int kStates, int kRows_, int kStages_, int kBytesOfM, int kCornerSteps, bool kOutputs>
+struct SsdTiles {
+  static constexpr int kRows = kRows_, kHeads = kRows / 64, kStages = kStages_;
+  static constexpr int kBColumns = kStates / 64, kXColumns = kRows / 64;
+  static constexpr int kX = kBColumns * kSsdColumn, kC = kX + kXColumns * kSsdColumn;
+  static constexpr int kStage = kC + (kOutputs ? kBColumns * kSsdColumn : 0);
+  static constexpr int kM = kStages * kStage;
+  static constexpr int kCorners = kM + (kOutputs ? kHeads * kBytesOfM : 0);
+  static constexpr int kDecays = kCorners + (kOutputs ? kCornerSteps * kRows * 2 : 0);
+  static constexpr int kBarriers = kDecays + kStages * kHeads * int(sizeof(SsdDecays));
+};
 
+// Column c of the chunk at t to its place in a stage, by kThreads threads, 16 bytes each at a
+// time: of B, then of x, then of C. Zeros where the segment, the group or the states end.
+template <class Tiles, int kThreads, class T>
+__device__ inline void copy_column(uint32_t stage, int c, const SsdArgs<T>& a,
+                                   const SsdBlock& block, int64_t t) {
+  constexpr int kBx = Tiles::kBColumns + Tiles::kXColumns, kRowStep = kThreads / 8;
+  const bool is_B = c < Tiles::kBColumns, is_x = !is_B && c < kBx;
+  const T* from = is_x ? a.x : is_B ? a.B : a.C;
+  const int64_t stride = is_x ? a.x_stride : is_B ? a.B_stride : a.C_stride;
+  const int width = is_x ? a.n_heads / a.n_groups * a.head_dim : a.d_state;  // of a group
+  const int column = 64 * (is_x ? c - Tiles::kBColumns : c % kBx);
+  const int row = threadIdx.x % kThreads / 8, piece = threadIdx.x % 8;
+  const int left_columns = width - (is_x ? block.first : 0) - 8 * piece;
+  const int left = column < left_columns ? steps_from(block, t) - row : 0;
+  from += (block.row + t + row) * stride + int64_t{block.group + 1} * width - left_columns + column;
+  const uint32_t to = stage + c * kSsdColumn + tile_offset(row, piece);
+#pragma unroll
+  for (int i = 0; i < kSsdChunk; i += kRowStep, from += kRowStep * stride)
+    copy_async(static_cast<Vector<T, 8>*>(__cvta_shared_to_generic(move_down(to, i))), from,
+               i < left);
+}
+
+// --- tensor cores (PTX ISA, "mma.m16n8k16" and "ldmatrix"). In a warp, lane l is g = l / 4,
+// q = l % 4. Operand A (16 x 16): register pairs at rows g, g + 8 and columns 2q, 2q + 1 (+ 8).
+// Operand B (16 x 8): rows 2q, 2q + 1 (+ 8), column g. Result (16 x 8): rows g, g + 8, columns
+// 2q, 2q + 1. So a result packed to 16 bits is operand A as it stands, and the transpose of a
+// result is operand B as it stands.
+
+template <class T>  // two 16-bit values in one register, the first in the low half
+__device__ inline uint32_t pack_pair(float low, float high) {
+  return pack<T>({low, high}).word[0];
+}
+__device__ inline float2 pair_at(const float* p) { return *reinterpret_cast<const float2*>(p); }
+
+// d (16 x 16, two tiles) += a (16 x 16) b (16 x 16).
 template <class T>
-struct Warpgroup;
-template <>
-struct Warpgroup<__nv_bfloat16> {
-  SSD_WGMMA("bf16")
-};
-template <>
-struct Warpgroup<__half> {
-  SSD_WGMMA("f16")
-};
-#undef SSD_WGMMA
-#undef SSD_D_OPERANDS
-#undef SSD_D
+__device__ inline void mma(float (*d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+#define MAMBA_MMA(TYPE, D, B0, B1)                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(B0), "r"(B1));
+  for (int i = 0; i < 2; ++i)
+    if constexpr (std::is_same_v<T, __half>) {
+      MAMBA_MMA("f16", d[i], b[2 * i], b[2 * i + 1])
+    } else {
+      MAMBA_MMA("bf16", d[i], b[2 * i], b[2 * i + 1])
+    }
+#undef MAMBA_MMA
+}
 
-// Four 8 x 8 matrices to shared memory; lane l names the place of row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8 (16 bytes of shared memory).
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// Four to shared memory, likewise (Hopper).
 __device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
                                       uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
@@ -1943,16 +1629,415 @@ __device__ inline void store_matrices_transposed(uint32_t address, uint32_t r0, 
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
+__device__ inline uint32_t transpose_matrix(uint32_t r) {  // one, in the registers of a warp
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
+  return r;
+}
+
+// --- what both kernels do with their registers. A warp's rows of h, 16 kRowTiles rows (head, p),
+// are h[i][j]: rows p + 16i + g (+ 8 for elements 2 and 3), columns 8j + 2q, + 1. All loops over
+// registers are unrolled, or they would be arrays in memory; the long ones say so.
+
+template <class T>
+__host__ __device__ int64_t ssd_state_size(const SsdArgs<T>& a) {  // of one sequence
+  return int64_t{a.n_heads} * a.head_dim * a.d_state;
+}
+
+// f(place in `state` (heads, P, N), element of h, its right neighbour) for all pairs that exist.
+template <class T, class Float, int kRowTiles, int kTiles, class Function>
+__device__ inline void each_pair(Float* state, float (&h)[kRowTiles][kTiles][4],
+                                 const SsdArgs<T>& a, const SsdRows& rows, const Function& f) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  state += (int64_t{rows.head} * a.head_dim + rows.p + g) * a.d_state + 2 * q;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; k += 2, state += 8 * a.d_state)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        if (rows.active && 8 * j + 2 * q < a.d_state) f(state + 8 * j, h[i][j][k], h[i][j][k + 1]);
+}
+
+// h = h0, or 0. pass_segments: past the segments before this one, h = decay h + (their state from
+// zero).
+template <bool kOutputs, class T, int kRowTiles, int kTiles>
+__device__ inline void load_state(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
+                                  const SsdBlock& block, const SsdRows& rows) {
+  for (auto& row : h)
+    for (auto& tile : row) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+  if (kOutputs && a.h0)
+    each_pair(a.h0 + block.b * ssd_state_size(a), h, a, rows,
+              [](const float* from, float& h0, float& h1) {
+                const float2 v = pair_at(from);
+                h0 = v.x, h1 = v.y;
+              });
+}
+template <class T, int kRowTiles, int kTiles>
+__device__ inline void pass_segments(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
+                                     const SsdSegments& segments, const SsdBlock& block,
+                                     const SsdRows& rows) {
+  for (int64_t s = 0; s < block.segment; ++s) {
+    const int64_t i = s * a.batch + block.b;
+    const float decay = segments.decay[i * a.n_heads + rows.head];
+    each_pair(segments.state + i * ssd_state_size(a), h, a, rows,
+              [&](const float* from, float& h0, float& h1) {
+                const float2 v = pair_at(from);
+                h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
+              });
+  }
+}
+
+// To hT after a sequence's last segment; without outputs, to the segments' states, with its decay.
+template <bool kOutputs, class T, int kRowTiles, int kTiles>
+__device__ inline void store_state(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
+                                   const SsdSegments& segments, const SsdBlock& block,
+                                   const SsdRows& rows, float segment_decay) {
+  const int64_t i = kOutputs ? block.b : block.segment * a.batch + block.b;
+  float* to = kOutputs ? a.hT : segments.state;
+  if (to && (block.last || !kOutputs))
+    each_pair(to + i * ssd_state_size(a), h, a, rows, [](float* to, float& h0, float& h1) {
+      *reinterpret_cast<float2*>(to) = {h0, h1};
+    });
+  if (!kOutputs && rows.active && rows.p == 0 && threadIdx.x % 32 == 0)
+    segments.decay[i * a.n_heads + rows.head] = segment_decay;
+}
+
+// Two tiles of h, rounded, as operand A of 16 columns.
+template <class T>
+__device__ inline void round_state(uint32_t (&A)[4], const float (*h)[4]) {
+  for (int r = 0; r < 4; ++r) A[r] = pack_pair<T>(h[r / 2][r % 2 * 2], h[r / 2][r % 2 * 2 + 1]);
+}
+
+// A tile (16 x 16) of M[t,s] = a(s, t) delta_s S[t,s] from its S[t,s] = C_t . B_s; on the diagonal
+// s <= t only, and D is added (y_t has D x_t). m[j][i]: steps t + 8i + g; s + 8j + 2q, + 1.
+template <class T>
+__device__ inline void make_M_tile(uint32_t (&m)[2][2], const float (*S)[4], const SsdDecays& now,
+                                   int t, int s, float D) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const float cum[2] = {now.cum[t + g], now.cum[t + 8 + g]};
+  float2 v[2][2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float2 source = pair_at(&now.source[s + 8 * j + 2 * q]);
+    for (int i = 0; i < 2; ++i)
+      v[j][i] = {S[j][2 * i] * exp2_approx(cum[i] - source.x),
+                 S[j][2 * i + 1] * exp2_approx(cum[i] - source.y)};
+  }
+  if (t == s)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& w = v[k / 2][k % 2];
+      const int ahead = 8 * (k / 2) + 2 * q - 8 * (k % 2) - g;  // s - t of this element
+      w.x = ahead < 0 ? w.x : ahead == 0 ? w.x + D : 0.f;
+      w.y = ahead < -1 ? w.y : ahead == -1 ? w.y + D : 0.f;
+    }
+  for (int k = 0; k < 4; ++k) m[k / 2][k % 2] = pack_pair<T>(v[k / 2][k % 2].x, v[k / 2][k % 2].y);
+}
+
+// Y^T diag(a(-1, t)): 16 rows p, the steps t of a chunk in tiles of 8.
+__device__ inline void carry_start(float (&Y)[8][4], const SsdDecays& now) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 carry = pair_at(&now.carry[8 * j + threadIdx.x % 4 * 2]);
+    Y[j][0] *= carry.x, Y[j][1] *= carry.y, Y[j][2] *= carry.x, Y[j][3] *= carry.y;
+  }
+}
+
+// X^T diag(a(s, 63) delta_s): 16 rows p, 16 steps s.
+template <class T>
+__device__ inline void fade_X(uint32_t (&faded)[4], const uint32_t (&X)[4], const SsdDecays& now,
+                              int s) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const float2 fade = pair_at(&now.fade[s + r / 2 * 8 + threadIdx.x % 4 * 2]);
+    float v[2];
+    unpack(Vector<T, 2>{{X[r]}}, v);
+    faded[r] = pack_pair<T>(v[0] * fade.x, v[1] * fade.y);
+  }
+}
+
+// Y^T -> out, kSteps steps at a time: transposed in the warp's own corner of shared memory, kSteps
+// rows of kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), as in a tile. A lane
+// then stores one piece of a row. kSteps = 16 is for Hopper, and for kRowTiles = 1.
+template <int kSteps, class T, int kRowTiles>
+__device__ inline void write_transposed(const SsdArgs<T>& a, const SsdBlock& block,
+                                        const SsdRows& rows, int64_t t,
+                                        const float (&Y)[kRowTiles][8][4], char* corner) {
+  constexpr int kPieces = 2 * kRowTiles, kRowsPerLine = 8 / kPieces;
+  const int lane = threadIdx.x % 32, row = lane / kPieces, piece = lane % kPieces;
+  const int left = rows.active && row < kSteps ? steps_from(block, t) - row : 0;
+  T* out = a.out + (block.row + t + row) * a.out_stride + int64_t{rows.head} * a.head_dim + rows.p +
+           8 * piece;
+  const auto place = [&](int row, int piece) {
+    return corner + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
+  };
+  const auto pair = [&](int i, int j) {  // rows p 8i + g, steps 8j + 2q, + 1
+    return pack_pair<T>(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]);
+  };
+#pragma unroll
+  for (int j = 0; j < 8; j += kSteps / 8, out += kSteps * a.out_stride) {
+    __syncwarp();  // the reads of the steps before, before these writes
+    if constexpr (kSteps == 16)
+      store_matrices_transposed(
+          __cvta_generic_to_shared(place(lane / 16 * 8 + lane % 8, lane / 8 % 2)), pair(0, j),
+          pair(1, j), pair(0, j + 1), pair(1, j + 1));
+    else
+      for (int i = 0; i < kPieces; ++i)
+        *reinterpret_cast<uint32_t*>(place(lane / 4, i) + lane % 4 * 4) =
+            transpose_matrix(pair(i, j));
+    __syncwarp();  // these writes before the reads
+    if (8 * j < left)
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(place(row, piece));
+  }
+}
+
+// --- fused: the matrix form, one pass over global memory.
+//
+// Block: 4 warps, one segment of one sequence, 128 rows (head, p) of one group (64 if d_state is
+//        above 128). A warp owns 32 (16) rows of one head.
+// Registers: the warp's rows of h in float32, for the whole segment.
+// Shared: C, B and x of two chunks (this one, and the next on its way); the decays of both;
+//        M of this chunk, one for each head of the block from one product C B^T.
+// Everything is computed transposed, rows p down and time across: Y^T = h C^T + X^T M^T and
+// h' = X^T B. Then h, a result, is operand A of the next product without leaving its
+// registers, and so is the only large thing that is carried from chunk to chunk.
+// Rounding to 16 bits, beside inputs and outputs: M, h (as a factor; the carried h stays
+// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for hT,
+// to first order. In float16, as in every such format, M and h must also stay below 65504.
+//
+// kOutputs = false makes the state at the end of the segment from a zero start, and nothing
+// else: the first of the two launches when the sequence is split (see ssd).
+
+// M of a head: 10 tiles (16 x 16) on and below the diagonal, numbered row by row, each stored as
+// the operand B that the transpose of this result is, 16 bytes a lane.
+constexpr int kSsdBytesOfM = 10 * 512;
+template <int kStates>
+constexpr int kSsdFusedRows = kStates <= 128 ? 128 : 64;
+template <int kStates, bool kOutputs>
+using SsdFusedTiles = SsdTiles<kStates, kSsdFusedRows<kStates>, 2, kSsdBytesOfM, 8, kOutputs>;
+
+// M of each head of the block; warp w makes tiles w, w + 4 and w + 8 of all.
+template <class T, int kStates>
+__device__ inline void make_M(Vector<T, 8>* M, uint32_t tile_B, uint32_t tile_C,
+                              const SsdDecays* now, int warp, int heads, const float* D,
+                              int head0) {
+  float S[3][2][4] = {};
+  int t[3], s[3];  // a tile's first steps
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int tile = warp + 4 * i, row = (tile > 0) + (tile > 2) + (tile > 5);
+    t[i] = 16 * row, s[i] = 16 * (tile - row * (row + 1) / 2);
+  }
+  const uint32_t A = tile_C + above(), B = tile_B + beside();
+  const auto multiply = [&](int i, int k) {
+    uint32_t a[4], b[4];
+    load_matrices(a, move_right(A + tile_offset(t[i], 0), 2 * k));
+    load_matrices(b, move_right(B + tile_offset(s[i], 0), 2 * k));
+    mma<T>(S[i], a, b);
+  };
+#pragma unroll
+  for (int k = 0; k < kStates / 16; ++k) multiply(0, k), multiply(1, k);
+  if (warp < 2)
+#pragma unroll
+    for (int k = 0; k < kStates / 16; ++k) multiply(2, k);
+#pragma unroll 1
+  for (int j = 0; j < heads; ++j) {
+    const float D_j = D ? D[head0 + j] : 0.f;
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if (i < 2 || warp < 2) {
+        uint32_t m[2][2];
+        make_M_tile<T>(m, S[i], now[j], t[i], s[i], D_j);
+        M[(10 * j + warp + 4 * i) * 32 + threadIdx.x % 32] = {{m[0][0], m[1][0], m[0][1], m[1][1]}};
+      }
+  }
+}
+
+// Y^T = (h C^T) diag(a(-1, t)).
+template <class T, int kRowTiles, int kTiles>
+__device__ inline void from_start(float (&Y)[kRowTiles][8][4],
+                                  const float (&h)[kRowTiles][kTiles][4], uint32_t tile_C,
+                                  const SsdDecays& now) {
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) {
+    uint32_t a[kRowTiles][4], b[4];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) round_state<T>(a[i], &h[i][2 * k]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      load_matrices(b, move_right(tile_C + beside(), 2 * k) + tile_offset(16 * j, 0));
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&Y[i][2 * j], a[i], b);
+    }
+  }
+  for (int i = 0; i < kRowTiles; ++i) carry_start(Y[i], now);
+}
+
+// Y^T += X^T M^T. x: where this lane points ldmatrix for the warp's rows of X^T.
+template <class T, int kRowTiles>
+__device__ inline void within_chunk(float (&Y)[kRowTiles][8][4], uint32_t x,
+                                    const Vector<T, 8>* M) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {  // steps s
+    uint32_t X[kRowTiles][4];
+    for (int i = 0; i < kRowTiles; ++i)
+      load_matrices_transposed(X[i], move_right(x, 2 * i) + tile_offset(16 * k, 0));
+#pragma unroll
+    for (int j = k; j < 4; ++j) {  // steps t
+      const Vector<T, 8> m = M[(j * (j + 1) / 2 + k) * 32 + threadIdx.x % 32];
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&Y[i][2 * j], X[i], m.word);
+    }
+  }
+}
+
+// h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B.
+template <class T, int kRowTiles, int kTiles>
+__device__ inline void advance_state(float (&h)[kRowTiles][kTiles][4], uint32_t x, uint32_t tile_B,
+                                     const SsdDecays& now) {
+  uint32_t X[4][kRowTiles][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      load_matrices_transposed(X[k][i], move_right(x, 2 * i) + tile_offset(16 * k, 0));
+      fade_X<T>(X[k][i], X[k][i], now, 16 * k);
+    }
+  const float decay = now.carry[kSsdChunk - 1];
+#pragma unroll
+  for (int n = 0; n < kTiles / 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 8; ++r) h[i][2 * n + r / 4][r % 4] *= decay;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t b[4];
+      load_matrices_transposed(b, move_right(tile_B + above(), 2 * n) + tile_offset(16 * k, 0));
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&h[i][2 * n], X[k][i], b);
+    }
+  }
+}
+
+template <class T, int kStates, bool kOutputs>
+__global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
+    ssd_fused_kernel(SsdArgs<T> a, SsdSegments segments) {
+  using Tiles = SsdFusedTiles<kStates, kOutputs>;
+  const SsdBlock block = ssd_block<Tiles::kRows, kOutputs>(a, segments);
+  if (block.idle) return;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  const SsdRows rows = ssd_rows(a, block, warp * Tiles::kRows / 4);
+  const int head0 = ssd_rows(a, block, 0).head, slot = rows.head - head0;
+  const int heads = ssd_rows(a, block, Tiles::kRows - 64).head - head0 + 1;
+
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  Vector<T, 8>* M = reinterpret_cast<Vector<T, 8>*>(shared + Tiles::kM);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2][kHeads]
+
+  // The last warps, which have the fewest tiles of M, each make the decays of one head.
+  const int decay_slot = 3 - warp;
+  const SsdHead head = ssd_head(a, head0 + min(decay_slot, heads - 1));
+  T dt[2] = {};
+  const auto fetch = [&](int64_t t, int parity) {  // a chunk, its decays, and dt of the next
+#pragma unroll
+    for (int c = 0; c < Tiles::kStage / kSsdColumn; ++c)
+      copy_column<Tiles, 128>(base + parity * Tiles::kStage, c, a, block, t);
+    copy_async_commit();
+    if (decay_slot < heads)
+      make_decays(decays[parity * Tiles::kHeads + decay_slot], a, head, dt, steps_from(block, t));
+    load_dt(dt, a, block, head.index, t + kSsdChunk);
+  };
+  load_dt(dt, a, block, head.index, block.begin);
+  if (block.begin < block.end) fetch(block.begin, 0);
+
+  float h[Tiles::kRows / 64][kStates / 8][4], segment_decay = 1;
+  load_state<kOutputs>(h, a, block, rows);
+  if (kOutputs) pass_segments(h, a, segments, block, rows);
+  int parity = 0;  // of the chunk: which stage, which decays
+#pragma unroll 1
+  for (int64_t t = block.begin; t < block.end; t += kSsdChunk, parity ^= 1) {
+    copy_async_wait();
+    // This chunk's copies and decays before their reads; and all reads of the previous chunk
+    // (its stage, decays and M) before the writes that follow.
+    __syncthreads();
+    if (t + kSsdChunk < block.end) fetch(t + kSsdChunk, parity ^ 1);
+    const uint32_t stage = base + parity * Tiles::kStage;
+    const uint32_t x = stage + Tiles::kX + beside(warp * Tiles::kRows / 32);
+    const SsdDecays* now = decays + parity * Tiles::kHeads;
+    if constexpr (kOutputs) {
+      float Y[Tiles::kRows / 64][8][4] = {};
+      make_M<T, kStates>(M, stage, stage + Tiles::kC, now, warp, heads, a.D, head0);
+      from_start<T>(Y, h, stage + Tiles::kC, now[slot]);
+      __syncthreads();  // M, by all warps, before its reads
+      within_chunk(Y, x, M + slot * (kSsdBytesOfM / 16));
+      write_transposed<8>(a, block, rows, t, Y, shared + Tiles::kCorners + warp * 4 * Tiles::kRows);
+    }
+    advance_state<T>(h, x, stage, now[slot]);
+    segment_decay *= now[slot].carry[kSsdChunk - 1];
+  }
+  store_state<kOutputs>(h, a, segments, block, rows, segment_decay);
+}
+
+// --- fused on warpgroups (Hopper): the same algorithm, and the same roundings, with the tensor
+// cores fed by wgmma. What limits the kernel above is shared memory: each of its warps fetches
+// every B and C for its own 32 rows. A warpgroup of 4 warps fetches them once for 64 rows, in the
+// background, and multiplies at nearly twice the rate.
+//
+// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128;
+//        and a fourth that fetches chunks and makes decays for them. A warpgroup makes its own
+//        M, so that the three never wait for one another: while one computes exponentials or
+//        stores, the others multiply.
+// Registers: 64 rows of h to a warpgroup, in the layout of the kernel above (warp: 16 rows).
+// Shared: C, B, x and decays of three chunks; an M for each warpgroup, a tile. Stages are handed
+//        over by two barriers each: full and empty.
+
+constexpr int kSsdWarpgroups = 3;
+template <int kStates, bool kOutputs>
+using SsdWarpgroupTiles = SsdTiles<kStates, 64 * kSsdWarpgroups, 3, kSsdColumn, 16, kOutputs>;
+template <class Tiles>
+constexpr int kSsdWarpgroupBytes = Tiles::kBarriers + 16 * Tiles::kStages + 1024;  // to align
+
+// wgmma: d (64 x 64) = A (64 x 16) B (16 x 64) + (add ? d : 0), in the background. A: registers, or
+// along k in shared memory; B: along k in shared memory, or (kTransposed) along its other side.
+template <class T, int kTransposed = 0, class A>
+__device__ inline void multiply_async(float (*d)[4], const A& a, uint64_t b, int add) {
+#define MAMBA_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define MAMBA_WGMMA(TYPE, ADD, A_B, ...)                                                          \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD                                               \
+               ", 0; "                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                        \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " A_B ";}"                              \
+               : MAMBA_D4(0), MAMBA_D4(1), MAMBA_D4(2), MAMBA_D4(3), MAMBA_D4(4), MAMBA_D4(5),    \
+                 MAMBA_D4(6), MAMBA_D4(7)                                                         \
+               : __VA_ARGS__);
+#define MAMBA_WGMMA_SHARED(TYPE) \
+  MAMBA_WGMMA(TYPE, "%34", "%32, %33, p, 1, 1, 0, 0", "l"(a), "l"(b), "r"(add))
+#define MAMBA_WGMMA_REGISTERS(TYPE)                                                      \
+  MAMBA_WGMMA(TYPE, "%37", "{%32,%33,%34,%35}, %36, p, 1, 1, %38", "r"(a[0]), "r"(a[1]), \
+              "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed))
+  constexpr bool kHalf = std::is_same_v<T, __half>, kShared = std::is_same_v<A, uint64_t>;
+  if constexpr (kHalf && kShared) {
+    MAMBA_WGMMA_SHARED("f16")
+  } else if constexpr (kShared) {
+    MAMBA_WGMMA_SHARED("bf16")
+  } else if constexpr (kHalf) {
+    MAMBA_WGMMA_REGISTERS("f16")
+  } else {
+    MAMBA_WGMMA_REGISTERS("bf16")
+  }
+#undef MAMBA_WGMMA_REGISTERS
+#undef MAMBA_WGMMA_SHARED
+#undef MAMBA_WGMMA
+#undef MAMBA_D4
+}
 
 // Registers that wgmma will read or add to are written, before it starts.
-__device__ inline void warpgroup_arrive() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ inline void warpgroup_commit() {
+__device__ inline void multiply_start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void multiply_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int kPending>  // all but the last kPending commits are done
-__device__ void warpgroup_wait() {
+__device__ inline void multiply_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 // This thread's writes to shared memory become visible to wgmma after the next barrier.
@@ -1960,46 +2045,170 @@ __device__ inline void publish_to_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A tile of 64 rows: columns of 64 values (128 bytes), each 64 x 128 bytes on its own; in a
-// column, piece c of row r lies at c ^ (r % 8) ("128-byte swizzle").
-__device__ inline uint32_t ssd_tile(uint32_t row, uint32_t piece) {
-  return piece / 8 * 8192 + row * 128 + ((piece ^ row) & 7) * 16;
-}
-// What wgmma wants to know of one (PTX ISA, "matrix descriptor"): where it starts, 8192 bytes to
+// What wgmma wants to know of a tile (PTX ISA, "matrix descriptor"): where it starts, 8192 bytes to
 // the next column, 1024 to the next 8 rows, 128-byte swizzle.
-__device__ inline uint64_t ssd_describe(uint32_t address) {
-  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{8192 / 16} << 16 |
+__device__ inline uint64_t describe(uint32_t address) {
+  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{kSsdColumn / 16} << 16 |
          (address & 0x3ffff) / 16;
 }
-
-constexpr int kSsdWarpgroups = 3;
-
-template <int kStates, bool kOutputs>
-struct SsdWarpgroupTiles {  // offsets in shared memory; tiles are aligned to 1024 bytes
-  static constexpr int kStages = 3;
-  static constexpr int kBC = kSsdChunk * kStates * 2, kX = kSsdWarpgroups * 8192;
-  static constexpr int kStage = (kOutputs ? 2 : 1) * kBC + kX;  // B, x, C
-  static constexpr int kM = kStages * kStage;
-  static constexpr int kTurn = kM + (kOutputs ? kSsdWarpgroups * 8192 : 0);
-  static constexpr int kDecays = kTurn + (kOutputs ? kSsdWarpgroups * 4 * 512 : 0);
-  static constexpr int kBarriers = kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
-  static constexpr int kBytes = kBarriers + kStages * 16 + 1024;  // to align
-};
-
-// Barriers in shared memory (PTX ISA, "mbarrier"): a phase ends when `count` threads arrived, and
-// wait returns once the phase of that parity has ended.
-__device__ inline void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+__device__ inline uint64_t describe_states(uint32_t tile, int k) {  // columns 16k.. of B or C
+  return describe(tile + k / 4 * kSsdColumn + k % 4 * 32);
 }
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+
+__device__ inline void wait_for(__mbarrier_t* barrier, bool parity) {  // the phase's end
+  while (!__mbarrier_try_wait_parity(barrier, parity, 10'000'000)) {
+  }
 }
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
-      "@!done bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+__device__ inline void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+}
+
+// The last warpgroup fetches chunks, and makes their decays (a warp for each of the others), as far
+// ahead as there are stages. It hands its registers to the others.
+template <class Tiles, class T>
+__device__ inline void feed_chunks(char* shared, __mbarrier_t* full, __mbarrier_t* empty,
+                                   const SsdArgs<T>& a, const SsdBlock& block, int warp) {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+  const bool decaying = warp < Tiles::kHeads;
+  const SsdHead head = ssd_head(a, ssd_rows(a, block, decaying ? 64 * warp : 0).head);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays) + warp;
+  const auto hand_over = [&](int stage) {  // its copies have arrived
+    publish_to_wgmma();
+    __mbarrier_arrive(full + stage);
+  };
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  T next_dt[2] = {};
+  load_dt(next_dt, a, block, head.index, block.begin);
+  int stage = 0, parity = 1, previous = -1;
+#pragma unroll 1
+  for (int64_t t = block.begin; t < block.end; t += kSsdChunk) {
+    const T dt[2] = {next_dt[0], next_dt[1]};
+    load_dt(next_dt, a, block, head.index, t + kSsdChunk);
+    wait_for(empty + stage, parity);  // passes at once in the first round
+#pragma unroll 1
+    for (int c = (warp + 1) % 4; c < Tiles::kStage / kSsdColumn; c += 4)
+      copy_column<Tiles, 32>(base + stage * Tiles::kStage, c, a, block, t);
+    copy_async_commit();
+    if (decaying) make_decays(decays[stage * Tiles::kHeads], a, head, dt, steps_from(block, t));
+    if (previous >= 0) copy_async_wait_but<1>(), hand_over(previous);
+    previous = stage;
+    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+  }
+  if (previous >= 0) copy_async_wait_but<0>(), hand_over(previous);
+}
+
+// M of the warpgroup's head, as a tile.
+template <class T, int kStates>
+__device__ inline void warpgroup_make_M(uint32_t M, uint32_t tile_B, uint32_t tile_C,
+                                        const SsdDecays& now, int warp, float D) {
+  float S[8][4];  // S[t,s] = C_t . B_s
+  multiply_start();
+#pragma unroll
+  for (int k = 0; k < kStates / 16; ++k)
+    multiply_async<T>(S, describe_states(tile_C, k), describe_states(tile_B, k), k > 0);
+  multiply_commit();
+  multiply_wait<0>();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t m[2][2] = {};
+    if (j <= warp) make_M_tile<T>(m, &S[2 * j], now, 16 * warp, 16 * j, D);
+    store_matrices(move_right(M + tile_offset(16 * warp, 0) + above(), 2 * j), m[0][0], m[0][1],
+                   m[1][0], m[1][1]);
+  }
+  publish_to_wgmma();
+}
+
+// Y^T = (h C^T) diag(a(-1, t)).
+template <class T, int kTiles>
+__device__ inline void warpgroup_from_start(float (&Y)[8][4], const float (&h)[kTiles][4],
+                                            uint32_t tile_C, const SsdDecays& now) {
+  uint32_t A[kTiles / 2][4];
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) round_state<T>(A[k], &h[2 * k]);
+  multiply_start();
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k)
+    multiply_async<T>(Y, A[k], describe_states(tile_C, k), k > 0);
+  multiply_commit();
+  multiply_wait<0>();
+  carry_start(Y, now);
+}
+
+// Y^T += X^T M^T, begun.
+template <class T>
+__device__ inline void warpgroup_within_chunk(float (&Y)[8][4], const uint32_t (&X)[4][4],
+                                              uint32_t M) {
+  multiply_start();
+  for (int k = 0; k < 4; ++k) multiply_async<T>(Y, X[k], describe(M + 32 * k), 1);
+  multiply_commit();
+}
+
+// h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B, begun.
+template <class T, int kTiles>
+__device__ inline void warpgroup_advance_state(float (&h)[kTiles][4], const uint32_t (&X)[4][4],
+                                               uint32_t tile_B, const SsdDecays& now) {
+  uint32_t faded[4][4];
+  for (int k = 0; k < 4; ++k) fade_X<T>(faded[k], X[k], now, 16 * k);
+  const float decay = now.carry[kSsdChunk - 1];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+    for (int r = 0; r < 4; ++r) h[j][r] *= decay;
+  multiply_start();
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int c = 0; c < kTiles / 8; ++c)
+      multiply_async<T, 1>(&h[8 * c], faded[k],
+                           describe(tile_B + c * kSsdColumn + tile_offset(16 * k, 0)), 1);
+  multiply_commit();
+}
+
+// The other warpgroups walk the segment, each with its 64 rows.
+template <class Tiles, bool kOutputs, int kStates, class T>
+__device__ inline void walk_chunks(char* shared, __mbarrier_t* full, __mbarrier_t* empty,
+                                   const SsdArgs<T>& a, const SsdSegments& segments,
+                                   const SsdBlock& block, int wg, int warp) {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+  const SsdRows rows = ssd_rows(a, block, 64 * wg + 16 * warp);
+  const float D = a.D ? a.D[rows.head] : 0.f;
+  const uint32_t base = __cvta_generic_to_shared(shared), M = base + Tiles::kM + wg * kSsdColumn;
+  char* corner = shared + Tiles::kCorners + 512 * (4 * wg + warp);
+  const SsdDecays* decays = reinterpret_cast<const SsdDecays*>(shared + Tiles::kDecays) + wg;
+
+  float h[1][kStates / 8][4], segment_decay = 1;
+  load_state<kOutputs>(h, a, block, rows);
+  if (kOutputs) pass_segments(h, a, segments, block, rows);
+  int number = 0, parity = 0;  // of the stage; of its phase
+#pragma unroll 1
+  for (int64_t t = block.begin; t < block.end; t += kSsdChunk) {
+    const uint32_t stage = base + number * Tiles::kStage, tile_C = stage + Tiles::kC;
+    const SsdDecays& now = decays[number * Tiles::kHeads];
+    wait_for(full + number, parity);
+    float Y[1][8][4];  // Y^T: rows p, columns t in tiles of 8
+    if (kOutputs) {
+      warpgroup_make_M<T, kStates>(M, stage, tile_C, now, warp, D);
+      warpgroup_from_start<T>(Y[0], h[0], tile_C, now);
+    }
+    uint32_t X[4][4];  // X^T: rows p, steps s in tiles of 16
+    for (int k = 0; k < 4; ++k)
+      load_matrices_transposed(
+          X[k], stage + Tiles::kX + beside(8 * wg + 2 * warp) + tile_offset(16 * k, 0));
+    if (kOutputs) {
+      sync_warpgroup(wg);  // M, by the warps of the warpgroup, before its reads
+      warpgroup_within_chunk<T>(Y[0], X, M);
+    }
+    warpgroup_advance_state<T>(h[0], X, stage, now);
+    segment_decay *= now.carry[kSsdChunk - 1];
+    if (kOutputs) {
+      multiply_wait<1>();  // Y is done; h' goes on
+      write_transposed<16>(a, block, rows, t, Y, corner);
+    }
+    multiply_wait<0>();
+    sync_warpgroup(wg);  // reads of the stage and of M, before they are written again
+    if (threadIdx.x % 128 == 0) __mbarrier_arrive(empty + number);
+    if (++number == Tiles::kStages) number = 0, parity ^= 1;
+  }
+  store_state<kOutputs>(h, a, segments, block, rows, segment_decay);
 }
 
 template <class T, int kStates, bool kOutputs>
@@ -2007,289 +2216,25 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
     ssd_warpgroup_kernel(SsdArgs<T> a, SsdSegments segments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma exists in sm_90a only; see ssd_has_warpgroups
   using Tiles = SsdWarpgroupTiles<kStates, kOutputs>;
-  using P2 = Pair<T>;
-  constexpr int kRows = 64 * kSsdWarpgroups, kStages = Tiles::kStages;
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int warps = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int wg = warps / 4, warp = warps % 4;
-  const int P = a.head_dim, N = a.d_state;
-
-  // Block -> (b, segment, group, rows), as above.
-  const int heads_per_group = a.n_heads / a.n_groups, group_rows = heads_per_group * P;
-  const int tiles = ceil_div(group_rows, kRows);
-  int64_t block = blockIdx.x;
-  const int row0 = block % tiles * kRows;
-  const int group = (block /= tiles) % a.n_groups;
-  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
-  const int64_t segment = (block /= a.n_groups) % launched, b = block / launched;
-  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
-  const int64_t begin = segment * segments.length;
-  const bool last = begin + segments.length >= rows.count;
-  const int64_t end = last ? rows.count : begin + segments.length;
-  if (begin > 0 && begin >= rows.count) return;
-  if (!kOutputs && last) return;
-
-  // Warpgroup -> 64 rows of one head; one beyond the group computes on zeros, stores nothing.
-  const auto is_active = [&](int w) { return row0 + 64 * w < group_rows; };
-  const auto head_of = [&](int w) {
-    return group * heads_per_group + (is_active(w) ? (row0 + 64 * w) / P : 0);
-  };
-
+  const SsdBlock block = ssd_block<Tiles::kRows, kOutputs>(a, segments);
+  if (block.idle) return;
   extern __shared__ __align__(1024) char unaligned[];
   char* shared = unaligned + (-__cvta_generic_to_shared(unaligned) & 1023);
-  const uint32_t base = __cvta_generic_to_shared(shared);
-  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);
-  const uint32_t full = base + Tiles::kBarriers,
-                 empty = full + 8 * kStages;  // of each stage
+  __mbarrier_t* full = reinterpret_cast<__mbarrier_t*>(shared + Tiles::kBarriers);  // [kStages]
+  __mbarrier_t* empty = full + Tiles::kStages;
   if (threadIdx.x == 0)
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + 8 * i, 128);
-      barrier_init(empty + 8 * i, kSsdWarpgroups);
+    for (int i = 0; i < Tiles::kStages; ++i) {
+      __mbarrier_init(full + i, 128);
+      __mbarrier_init(empty + i, kSsdWarpgroups);
     }
   __syncthreads();  // the barriers, before their use
 
-  if (wg == kSsdWarpgroups) {
-    // The last warpgroup fetches chunks, and makes their decays (a warp for each of the others),
-    // as far ahead as there are stages. It hands its registers to the others.
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    const bool decaying = warp < kSsdWarpgroups;
-    const int head = head_of(decaying ? warp : 0);
-    const float A_log2 = a.A[head] * kLog2e;
-    const float dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
-    T dt[2] = {}, next_dt[2] = {};
-    const auto load_dt = [&](int64_t t) {
-      const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
-      const T* from = a.dt + (rows.first + t + 2 * lane) * a.dt_stride + head;
-      if (left > 0) next_dt[0] = from[0];
-      if (left > 1) next_dt[1] = from[a.dt_stride];
-    };
-    load_dt(begin);
-    int stage = 0, parity = 1, previous = -1;
-#pragma unroll 1
-    for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
-      const int valid = min(end - t0, int64_t{kSsdChunk});
-      dt[0] = next_dt[0], dt[1] = next_dt[1];
-      load_dt(t0 + kSsdChunk);
-      barrier_wait(empty + 8 * stage, parity);  // passes at once in the first round
-      constexpr int kBColumns = kStates / 64, kBxColumns = kBColumns + kSsdWarpgroups;
-#pragma unroll 1
-      for (int c = (warp + 1) % 4; c < Tiles::kStage / 8192; c += 4) {  // columns: B, x, C
-        const bool is_x = c >= kBColumns && c < kBxColumns;
-        const int col = 64 * (is_x ? c - kBColumns : c % kBxColumns) + lane % 8 * 8;
-        const T* from = is_x ? a.x : c < kBColumns ? a.B : a.C;
-        const int64_t stride = is_x ? a.x_stride : c < kBColumns ? a.B_stride : a.C_stride;
-        const int limit = is_x ? group_rows - row0 : N;
-        from += (rows.first + t0 + lane / 8) * stride +
-                (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
-        const int left = col < limit ? valid - lane / 8 : 0;
-        const uint32_t to = base + stage * Tiles::kStage + 8192 * c;
-#pragma unroll
-        for (int i = 0; i < kSsdChunk / 4; ++i, from += 4 * stride)
-          copy_async(to + ssd_tile(4 * i + lane / 8, lane % 8), from, 4 * i < left);
-      }
-      copy_async_commit();
-      if (decaying)
-        ssd_decays(decays[stage * kSsdWarpgroups + warp], a,
-                   {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, valid);
-      if (previous >= 0) {  // the copies of the chunk before have arrived
-        copy_async_wait_but<1>();
-        publish_to_wgmma();
-        barrier_arrive(full + 8 * previous);
-      }
-      previous = stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-    if (previous >= 0) {
-      copy_async_wait_but<0>();
-      publish_to_wgmma();
-      barrier_arrive(full + 8 * previous);
-    }
-    return;
-  }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-
-  const bool active = is_active(wg);
-  const int head = head_of(wg), p0 = active ? (row0 + 64 * wg) % P + 16 * warp : 0;
-  const float D = a.D ? a.D[head] : 0.f;
-  const uint32_t M = base + Tiles::kM + 8192 * wg;
-  const uint32_t lane_M = M + ssd_tile(16 * warp + lane / 8 % 2 * 8 + lane % 8, lane / 16);
-  char* turn = shared + Tiles::kTurn + 512 * warps;
-  const uint32_t lane_x =
-      Tiles::kBC + ssd_tile(lane / 16 * 8 + lane % 8, 8 * wg + 2 * warp + lane / 8 % 2);
-  const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory"); };
-
-  // h[c][j]: rows p0 + g (+ 8), columns 64c + 8j + 2q, + 1.
-  float h[kStates / 64][8][4] = {};
-  const auto visit = [&](auto f) {
-#pragma unroll
-    for (int c = 0; c < kStates / 64; ++c)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int k = 0; k < 4; k += 2)
-          if (active && 64 * c + 8 * j + 2 * q < N)
-            f((int64_t{head} * P + p0 + g + 4 * k) * N + 64 * c + 8 * j + 2 * q, h[c][j][k],
-              h[c][j][k + 1]);
-  };
-  const int64_t state_size = int64_t{a.n_heads} * P * N;
-
-  if (kOutputs && a.h0)
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(a.h0 + b * state_size + offset);
-      h0 = v.x, h1 = v.y;
-    });
-  for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
-    const float decay = segments.decay[(s * a.batch + b) * a.n_heads + head];
-    const float* state = segments.state + (s * a.batch + b) * state_size;
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(state + offset);
-      h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
-    });
-  }
-  float segment_decay = 1;
-
-  int number = 0, parity = 0;  // of the stage; of its phase
-#pragma unroll 1
-  for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
-    const uint32_t stage = base + number * Tiles::kStage;
-    const uint32_t tile_C = stage + Tiles::kBC + Tiles::kX;
-    const SsdDecays& now = decays[number * kSsdWarpgroups + wg];
-    barrier_wait(full + 8 * number, parity);
-
-    float Y[8][4];  // Y^T: rows p, columns t in tiles of 8
-    if (kOutputs) {
-      float S[8][4];  // S[t,s] = C_t . B_s
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k) {
-        const uint32_t along = k / 4 * 8192 + k % 4 * 32;
-        Warpgroup<T>::shared(S, ssd_describe(tile_C + along), ssd_describe(stage + along), k > 0);
-      }
-      warpgroup_commit();
-      warpgroup_wait<0>();
-      // M[t,s], D added on the diagonal (y_t has D x_t).
-      const float cum[2] = {now.cum[16 * warp + g], now.cum[16 * warp + 8 + g]};
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        uint32_t m[2][2] = {};  // steps s: 8 (j + i) + 2q, + 1; steps t: 16 warp + 8r + g
-        if (8 * j <= 16 * warp)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float2 source =
-                *reinterpret_cast<const float2*>(&now.source[8 * (j + i) + 2 * q]);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              float2 v = {S[j + i][2 * r] * exp2_approx(cum[r] - source.x),
-                          S[j + i][2 * r + 1] * exp2_approx(cum[r] - source.y)};
-              if (8 * j == 16 * warp) {                       // on the diagonal, s <= t only
-                const int ahead = 8 * i + 2 * q - 8 * r - g;  // s - t
-                v.x = ahead < 0 ? v.x : ahead == 0 ? v.x + D : 0.f;
-                v.y = ahead < -1 ? v.y : ahead == -1 ? v.y + D : 0.f;
-              }
-              m[i][r] = P2::pack(v.x, v.y);
-            }
-          }
-        store_matrices(move_right(lane_M, j), m[0][0], m[0][1], m[1][0], m[1][1]);
-      }
-      publish_to_wgmma();
-
-      uint32_t a[kStates / 16][4];  // h, rounded
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float* v = &h[k / 4][k % 4 * 2 + r / 2][r % 2 * 2];
-          a[k][r] = P2::pack(v[0], v[1]);
-        }
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k)  // h C^T
-        Warpgroup<T>::template registers<0>(
-            Y, a[k], ssd_describe(tile_C + k / 4 * 8192 + k % 4 * 32), k > 0);
-      warpgroup_commit();
-      warpgroup_wait<0>();
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 carry = *reinterpret_cast<const float2*>(&now.carry[8 * j + 2 * q]);
-        Y[j][0] *= carry.x, Y[j][1] *= carry.y, Y[j][2] *= carry.x, Y[j][3] *= carry.y;
-      }
-    }
-    uint32_t X[4][4];  // X^T: rows p, steps s in tiles of 16
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrices_transposed(X[k], stage + lane_x + 2048 * k);
-    if (kOutputs) {
-      meet();  // M, by the warps of the warpgroup, before its reads
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k)  // X^T M^T
-        Warpgroup<T>::template registers<0>(Y, X[k], ssd_describe(M + 32 * k), 1);
-      warpgroup_commit();
-    }
-
-    // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
-    uint32_t fading_X[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float2 fade = *reinterpret_cast<const float2*>(&now.fade[16 * k + r / 2 * 8 + 2 * q]);
-        const float2 v = P2::unpack(X[k][r]);
-        fading_X[k][r] = P2::pack(v.x * fade.x, v.y * fade.y);
-      }
-    const float chunk_decay = now.carry[kSsdChunk - 1];
-    segment_decay *= chunk_decay;
-#pragma unroll
-    for (auto& column : h)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) column[j][r] *= chunk_decay;
-    warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int c = 0; c < kStates / 64; ++c)
-        Warpgroup<T>::template registers<1>(h[c], fading_X[k],
-                                            ssd_describe(stage + 8192 * c + 2048 * k), 1);
-    warpgroup_commit();
-
-    if (kOutputs) {
-      warpgroup_wait<1>();  // Y is done; h' goes on
-      // Y^T -> out, 16 steps at a time: turned over in the warp's own corner of shared memory,
-      // 16 rows of 2 pieces; piece c of row r lies at c ^ (r / 4 % 2).
-      const auto turned = [&](int row, int piece) {
-        return turn + row * 32 + (piece ^ (row / 4 % 2)) * 16;
-      };
-      T* out = a.out + (rows.first + t0 + lane / 2) * a.out_stride + int64_t{head} * P + p0 +
-               lane % 2 * 8;
-      const int rows = active ? min(end - t0, int64_t{kSsdChunk}) - lane / 2 : 0;
-#pragma unroll
-      for (int j = 0; j < 8; j += 2, out += 16 * a.out_stride) {
-        __syncwarp();  // the reads of the 16 steps before, before these writes
-        store_matrices_transposed(base + (turned(lane / 16 * 8 + lane % 8, lane / 8 % 2) - shared),
-                                  P2::pack(Y[j][0], Y[j][1]), P2::pack(Y[j][2], Y[j][3]),
-                                  P2::pack(Y[j + 1][0], Y[j + 1][1]),
-                                  P2::pack(Y[j + 1][2], Y[j + 1][3]));
-        __syncwarp();  // these writes before the reads
-        if (8 * j < rows)
-          *reinterpret_cast<uint4*>(out) =
-              *reinterpret_cast<const uint4*>(turned(lane / 2, lane % 2));
-      }
-    }
-    warpgroup_wait<0>();
-    meet();  // reads of the stage and of M, by the warpgroup, before they are written again
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * number);
-    if (++number == kStages) number = 0, parity ^= 1;
-  }
-
-  float* hT = kOutputs ? a.hT ? a.hT + b * state_size : nullptr
-                       : segments.state + (segment * a.batch + b) * state_size;
-  if (hT && (last || !kOutputs))
-    visit([&](int64_t offset, float& h0, float& h1) {
-      *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
-    });
-  if (!kOutputs && active && p0 == 0 && lane == 0)
-    segments.decay[(segment * a.batch + b) * a.n_heads + head] = segment_decay;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  if (warp / 4 == kSsdWarpgroups)
+    feed_chunks<Tiles>(shared, full, empty, a, block, warp % 4);
+  else
+    walk_chunks<Tiles, kOutputs, kStates>(shared, full, empty, a, segments, block, warp / 4,
+                                          warp % 4);
 #endif
 }
 
@@ -2408,27 +2353,23 @@ inline bool ssd_has_warpgroups() {
   return has;
 }
 
-// The fastest rung that can do it: tensor-core tiles are 16 (64) rows of a head; copies 16 bytes.
+// The fastest rung that can do it: tensor-core tiles are 64 rows of a head; copies 16 bytes.
 template <class T>
 SsdRung ssd_rung(const SsdArgs<T>& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  if (sizeof(T) != 2 || a.head_dim % 16 || a.d_state % 8 || a.d_state > 256 ||
+  if (sizeof(T) != 2 || a.head_dim % 64 || a.d_state % 8 || a.d_state > 256 ||
       (a.x_stride | a.B_stride | a.C_stride | a.out_stride) % 8 || !aligned(a.x) || !aligned(a.B) ||
       !aligned(a.C) || !aligned(a.out))
     return SsdRung::kNaive;
-  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup
-                                                                          : SsdRung::kFused;
-}
-
-template <class T>
-bool ssd_wide(const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
-  return a.head_dim % 64 == 0 && a.d_state <= 128;
+  return a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup : SsdRung::kFused;
 }
 
 template <class T>
 int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of each sequence
   const int64_t group_rows = int64_t{a.n_heads} / a.n_groups * a.head_dim;
-  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups : ssd_wide(a) ? 128 : 64;
+  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups
+                       : a.d_state <= 128          ? kSsdFusedRows<128>
+                                                   : kSsdFusedRows<256>;
   return a.batch * a.n_groups * ceil_div(group_rows, rows);
 }
 
@@ -2454,7 +2395,7 @@ SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
 
 template <class T>
 size_t ssd_state_bytes(const SsdArgs<T>& a) {
-  return sizeof(float) * a.batch * a.n_heads * a.head_dim * a.d_state;
+  return sizeof(float) * a.batch * ssd_state_size(a);
 }
 
 // States and decays of all segments but the last, and h0 where hT would overwrite it.
@@ -2470,9 +2411,18 @@ size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
   return ssd_workspace_bytes(a, ssd_rung(a));
 }
 
-template <class T>
-void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads, int bytes,
-                const SsdArgs<T>& a, const SsdSegments& segments, cudaStream_t stream) {
+template <int kStates, bool kOutputs, class T>
+void ssd_launch(const SsdArgs<T>& a, SsdRung rung, const SsdSegments& segments,
+                cudaStream_t stream) {
+  auto kernel = ssd_fused_kernel<T, kStates, kOutputs>;
+  int threads = 128, bytes = SsdFusedTiles<kStates, kOutputs>::kBarriers;
+  if constexpr (kStates <= 128)
+    if (rung == SsdRung::kWarpgroup) {
+      kernel = ssd_warpgroup_kernel<T, kStates, kOutputs>;
+      threads = 128 * kSsdWarpgroups + 128;
+      bytes = kSsdWarpgroupBytes<SsdWarpgroupTiles<kStates, kOutputs>>;
+    }
+  const int64_t blocks = ssd_blocks(a, rung) * (kOutputs ? segments.count : segments.count - 1);
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<blocks, threads, bytes, stream>>>(a, segments);
   CUDA_CHECK(cudaGetLastError());
@@ -2480,27 +2430,9 @@ void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int thr
 
 template <bool kOutputs, class T>
 void ssd_pass(const SsdArgs<T>& a, SsdRung rung, const SsdSegments& segments, cudaStream_t stream) {
-  const int64_t blocks = ssd_blocks(a, rung) * (kOutputs ? segments.count : segments.count - 1);
-  const auto fused = [&](auto states, auto row_tiles) {
-    constexpr int kStates = decltype(states)::value, kRowTiles = decltype(row_tiles)::value;
-    ssd_launch(ssd_fused_kernel<T, kStates, kRowTiles, kOutputs>, blocks, 128,
-               SsdTiles<kStates, kRowTiles, kOutputs>::kBytes, a, segments, stream);
-  };
-  const auto warpgroup = [&](auto states) {
-    constexpr int kStates = decltype(states)::value;
-    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks, 128 * kSsdWarpgroups + 128,
-               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, a, segments, stream);
-  };
-  using std::integral_constant;
-  constexpr integral_constant<int, 1> one;
-  constexpr integral_constant<int, 2> two;
-  constexpr integral_constant<int, 64> n64;
-  constexpr integral_constant<int, 128> n128;
-  constexpr integral_constant<int, 256> n256;
-  if (rung == SsdRung::kWarpgroup) return a.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
-  if (a.d_state > 128) return fused(n256, one);
-  if (a.d_state > 64) return ssd_wide(a) ? fused(n128, two) : fused(n128, one);
-  return ssd_wide(a) ? fused(n64, two) : fused(n64, one);
+  if (a.d_state <= 64) return ssd_launch<64, kOutputs>(a, rung, segments, stream);
+  if (a.d_state <= 128) return ssd_launch<128, kOutputs>(a, rung, segments, stream);
+  ssd_launch<256, kOutputs>(a, rung, segments, stream);
 }
 
 template <class T>
@@ -2588,32 +2520,23 @@ __device__ inline float block_sum(float v) {
   return v;
 }
 
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T v[4];
-};
-
-template <class T>
-__device__ float4 load_four(const T* p) {
-  const Four<T> f = *reinterpret_cast<const Four<T>*>(p);
-  return {to_float(f.v[0]), to_float(f.v[1]), to_float(f.v[2]), to_float(f.v[3])};
+__device__ inline float sum_of_squares(const float (&v)[4]) {
+  return v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
 }
 template <class T>
-__device__ void store_four(T* p, float4 v) {
-  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y), from_float<T>(v.z),
-                                    from_float<T>(v.w)};
-}
-__device__ inline float sum_of_squares(float4 v) {
-  return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+__device__ inline void load4(float (&v)[4], const T* from) {
+  unpack(load<4>(from, true), v);
 }
 
-// out (rows, d), from = values in shared memory, 4 a thread as they were written.
+// out (d) = values * scale * weight, the values 4 a thread as it left them in shared memory.
 template <class T>
-__device__ void scale_row(T* out, const float4* from, const float* weight, int d, float scale) {
-  for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
-    const float4 v = from[i], w = reinterpret_cast<const float4*>(weight)[i];
-    store_four(out + 4 * i,
-               {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w});
+__device__ inline void scale_row(T* out, const float* values, const float* weight, int d,
+                                 float scale) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], w[4];
+    load4(v, values + i), load4(w, weight + i);
+    for (int k = 0; k < 4; ++k) v[k] = v[k] * scale * w[k];
+    store(out + i, pack<T>(v));
   }
 }
 
@@ -2621,21 +2544,22 @@ template <class In, class T>
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
                     int d, T* out, int64_t out_stride) {
-  extern __shared__ float4 values[];
+  extern __shared__ __align__(16) float row_values[];
   const int64_t row = blockIdx.x;
   float sum = 0;
-  for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
-    float4* r = reinterpret_cast<float4*>(residual + row * d) + i;
-    float4 v = *r;
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], add[4];
+    load4(v, residual + row * d + i);
     if (x) {
-      const float4 add = load_four(x + row * x_stride + 4 * i);
-      *r = v = {v.x + add.x, v.y + add.y, v.z + add.z, v.w + add.w};
+      load4(add, x + row * x_stride + i);
+      for (int k = 0; k < 4; ++k) v[k] += add[k];
+      store(residual + row * d + i, pack<float>(v));
     }
-    values[i] = v;
+    store(row_values + i, pack<float>(v));
     sum += sum_of_squares(v);
   }
   const float scale = rsqrtf(block_sum(sum) / d + eps);
-  scale_row(out + row * out_stride, values, weight, d, scale);
+  scale_row(out + row * out_stride, row_values, weight, d, scale);
 }
 
 template <class In, class T>
@@ -2643,19 +2567,18 @@ __global__ void __launch_bounds__(kNormThreads)
     gated_rms_norm_kernel(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
                           const float* weight, float eps, int group_size, T* out,
                           int64_t out_stride) {
-  extern __shared__ float4 values[];
+  extern __shared__ __align__(16) float row_values[];
   const int64_t row = blockIdx.x, first = int64_t{blockIdx.y} * group_size;
-  const auto silu = [](float v) { return v / (1.f + expf(-v)); };
   float sum = 0;
-  for (int i = threadIdx.x; i < group_size / 4; i += kNormThreads) {
-    const float4 u = load_four(y + row * y_stride + first + 4 * i);
-    const float4 w = load_four(z + row * z_stride + first + 4 * i);
-    const float4 v = {u.x * silu(w.x), u.y * silu(w.y), u.z * silu(w.z), u.w * silu(w.w)};
-    values[i] = v;
+  for (int i = 4 * threadIdx.x; i < group_size; i += 4 * kNormThreads) {
+    float v[4], gate[4];
+    load4(v, y + row * y_stride + first + i), load4(gate, z + row * z_stride + first + i);
+    for (int k = 0; k < 4; ++k) v[k] *= silu(gate[k]);
+    store(row_values + i, pack<float>(v));
     sum += sum_of_squares(v);
   }
   const float scale = rsqrtf(block_sum(sum) / group_size + eps);
-  scale_row(out + row * out_stride + first, values, weight + first, group_size, scale);
+  scale_row(out + row * out_stride + first, row_values, weight + first, group_size, scale);
 }
 
 // residual (rows, d) float32, x (rows, d) or null, out (rows, d).

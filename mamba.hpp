@@ -262,8 +262,9 @@ inline Json read_settings(const std::string& path) {
 
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
-  const std::string path = directory + "/config.json", what = what_folder_is(directory);
-  if (!std::filesystem::exists(path) && !what.empty())
+  const std::string path = directory + "/config.json";
+  const bool there = ::access(path.c_str(), F_OK) == 0;
+  if (const std::string what = there ? "" : what_folder_is(directory); !what.empty())
     fail("no model: ", directory, ": found ", what);
   const Json json = read_settings(path);
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
