@@ -3097,9 +3097,9 @@ struct SampleArgs {
   const uint64_t* start;       // (batch) positions of the first tokens drawn
   int64_t* made;               // (batch) tokens drawn so far
   unsigned char* seen;         // (batch, vocab_size) tokens of the history, or null: no penalty
-  const unsigned char* never;  // (vocab_size) tokens that are not drawn, or null: all may be
-  const Token* stops;          // (n_stops) tokens that end a sequence
-  int64_t n_stops;
+  const unsigned char* never;  // (vocab_size) ids that are not drawn, or null
+  const Token* end_tokens;     // (n_end_tokens)
+  int64_t n_end_tokens;
   int* done;                      // (batch) set when one of them was drawn
   Best* best;                     // (batch, kStretches)
   uint64_t *keys, *sorted_keys;   // (batch, vocab_size) twice, and the ids that belong to them;
@@ -3110,7 +3110,8 @@ struct SampleArgs {
 
 // A logit of sequence b, and what the penalty makes of it.
 __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
-  const double s = a.never && a.never[id] ? -INFINITY : a.logits[b * a.vocab_size + id];
+  if (a.never && a.never[id]) return -INFINITY;
+  const double s = a.logits[b * a.vocab_size + id];
   if (!a.seen || !a.seen[b * a.vocab_size + id]) return s;
   return s < 0 ? s * a.penalty : s / a.penalty;
 }
@@ -3309,8 +3310,8 @@ static __global__ void __launch_bounds__(kSampleThreads)
     a.made[b] += 1;
     if (a.seen && token >= 0) a.seen[b * a.vocab_size + token] = 1;
     if (token < 0) a.done[b] = 1;
-    for (int64_t i = 0; i < a.n_stops; ++i)
-      if (token == a.stops[i]) a.done[b] = 1;
+    for (int64_t i = 0; i < a.n_end_tokens; ++i)
+      if (token == a.end_tokens[i]) a.done[b] = 1;
   }
   const int64_t row = int64_t(max(token, 0)) * d_model;
   for (int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
@@ -3333,7 +3334,7 @@ class HostTokens {
   Token* data_ = nullptr;
 };
 
-/// Draws the next tokens of a batch of texts, up to `longest` each, and keeps what that needs.
+/// Draws the next tokens of a batch of texts, options.n each at most, and keeps what that needs.
 class Sampler {
  public:
   struct Text {
@@ -3341,28 +3342,25 @@ class Sampler {
     const std::vector<Token>& ids;
   };
   /// logits (batch, vocab_size): where they will be before each draw.
-  Sampler(const SamplerOptions& options, const std::vector<Token>& stops,
-          const std::vector<Text>& texts, int64_t vocab_size, int64_t longest, const float* logits,
-          const std::vector<Token>& never = {})
-      : log_(texts.size() * static_cast<size_t>(longest)) {
+  Sampler(const GenerateOptions& options, const std::vector<Text>& texts, int64_t vocab_size,
+          const float* logits)
+      : log_(texts.size() * static_cast<size_t>(options.n)) {
     const size_t batch = texts.size(), all = batch * static_cast<size_t>(vocab_size);
     if (batch > kMostSequences) fail("sampler: expected at most ", kMostSequences, " sequences");
+    const SamplerOptions& o = options.sampler;
     args_.logits = logits, args_.vocab_size = vocab_size, args_.batch = int64_t(batch);
-    args_.temperature = options.temperature, args_.top_p = options.top_p;
-    args_.min_p = options.min_p, args_.penalty = options.repetition_penalty;
-    args_.top_k = options.top_k, args_.seed = options.seed;
+    args_.temperature = o.temperature, args_.top_k = o.top_k, args_.top_p = o.top_p;
+    args_.min_p = o.min_p, args_.penalty = o.repetition_penalty, args_.seed = o.seed;
+    set_never(options.never);
     set_texts(texts);
-    std::vector<unsigned char> is_never(never.empty() ? 0 : static_cast<size_t>(vocab_size));
-    for (const Token id : never) is_never[static_cast<size_t>(id)] = 1;
-    never_ = {is_never.data(), is_never.size()}, args_.never = never_.data();
-    stops_ = {stops.data(), stops.size()};
-    args_.stops = stops_.data(), args_.n_stops = int64_t(stops.size());
+    end_tokens_ = {options.end_tokens.data(), options.end_tokens.size()};
+    args_.end_tokens = end_tokens_.data(), args_.n_end_tokens = int64_t(end_tokens_.size());
     args_.made = zeros(made_, batch), args_.done = zeros(done_, batch);
     args_.best = zeros(best_, batch * kStretches), args_.log = log_.data();
-    if (options.temperature == 0) return;
+    if (o.temperature == 0) return;
     args_.weights = zeros(weights_, all),
     args_.weight_sums = zeros(weight_sums_, batch * kStretches);
-    if (options.top_p == 1 && (options.top_k == 0 || options.top_k >= vocab_size)) return;
+    if (o.top_p == 1 && (o.top_k == 0 || o.top_k >= vocab_size)) return;
     args_.keys = zeros(keys_, all), args_.sorted_keys = zeros(sorted_keys_, all);
     args_.ids = zeros(ids_, all), args_.sorted_ids = zeros(sorted_ids_, all);
     sort_by_score(args_, nullptr, sort_bytes_, nullptr);
@@ -3383,6 +3381,12 @@ class Sampler {
   Token drawn(int64_t i, size_t b) const { return log_.data()[i * args_.batch + int64_t(b)]; }
 
  private:
+  void set_never(const std::vector<Token>& ids) {
+    if (ids.empty()) return;
+    std::vector<unsigned char> never(static_cast<size_t>(args_.vocab_size));
+    for (const Token id : ids) never[static_cast<size_t>(id)] = 1;
+    never_ = {never.data(), never.size()}, args_.never = never_.data();
+  }
   void set_texts(const std::vector<Text>& texts) {
     const auto V = static_cast<size_t>(args_.vocab_size);
     std::vector<uint64_t> numbers, starts;
@@ -3407,7 +3411,7 @@ class Sampler {
   SampleArgs args_ = {};
   DeviceBuffer<uint64_t> numbers_, starts_;
   DeviceBuffer<unsigned char> seen_, never_;
-  DeviceBuffer<Token> stops_;
+  DeviceBuffer<Token> end_tokens_;
   DeviceBuffer<int64_t> made_;
   DeviceBuffer<int> done_;
   DeviceBuffer<Best> best_;
@@ -3907,7 +3911,6 @@ class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
   static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
-  static constexpr const char* kBenchOps = "";
   static constexpr bool kHasDevice = true;
   static constexpr Index kPiece = 16384;                    // tokens that forward takes at once
   static constexpr size_t kBatch = size_t(kMostSequences);  // texts that are generated together
@@ -3933,13 +3936,8 @@ class CudaEngine {
   /// A single token takes the step functions.
   Matrix<float> prefill(State& state, const Token* ids, Index L);
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
-  Matrix<float> step(State& state, Token id) { return prefill(state, &id, 1); }
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
-  template <class Options>
-  static void bench(const Options&) {
-    fail("bench: the measurements are a program of their own, tests/bench.cu");
-  }
 
  private:
   friend struct ModelBench;  // tests/bench.cu
@@ -4048,7 +4046,6 @@ void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) 
 }
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
-  if (L == 1) return step(state, ids[0]);
   logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     prefill_as<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
@@ -4077,7 +4074,7 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
 //
 // Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One
 // step, from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches
-// it a few tokens ahead and only reads along: a sequence that has drawn a stop token stands still
+// it a few tokens ahead and only reads along: a sequence that has drawn an end token stands still
 // on the GPU.
 
 /// What is copied between the layers of one sequence's state and those of a batch.
@@ -4101,7 +4098,7 @@ class TokenReader {
  public:
   TokenReader(std::vector<Sequence<DeviceState>>& sequences, const GenerateOptions& options,
               const OnToken& on_token)
-      : sequences_(sequences), options_(options), on_token_(on_token), stops_(options.end_tokens) {
+      : sequences_(sequences), options_(options), on_token_(on_token) {
     finished_.resize(sequences.size());
     for (const auto& s : sequences) handed_on_.push_back(s.ids.size());
   }
@@ -4114,8 +4111,7 @@ class TokenReader {
       const Token token = sampler.drawn(i, b);
       if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
       sequences_[b].ids.push_back(token);
-      finished_[b] =
-          i + 1 == options_.n || std::find(stops_.begin(), stops_.end(), token) != stops_.end();
+      finished_[b] = i + 1 == options_.n || contains(options_.end_tokens, token);
     }
     for (; !all_finished(); ++current_) {
       const auto& ids = sequences_[current_].ids;
@@ -4129,7 +4125,6 @@ class TokenReader {
   std::vector<Sequence<DeviceState>>& sequences_;
   const GenerateOptions& options_;
   const OnToken& on_token_;
-  const std::vector<Token> stops_;
   std::vector<char> finished_;
   std::vector<size_t> handed_on_;  // ids of each sequence that were handed on, or are its prompt
   size_t current_ = 0;             // the first unfinished sequence
@@ -4161,8 +4156,7 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
     copy_state(config_, sequences[i].state, 0, state, i, stream);
     texts.push_back({sequences[i].index, sequences[i].ids});
   }
-  Sampler sampler(options.sampler, options.end_tokens, texts, config_.vocab_size, options.n,
-                  logits_.data(), options.never);
+  Sampler sampler(options, texts, config_.vocab_size, logits_.data());
   const Activations<T> a(config_, batch, activation_room_);
   CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
   const auto draw = [&] {
