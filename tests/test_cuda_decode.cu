@@ -57,22 +57,25 @@ void linear_step_matches(const char* dtype) {
         const DeviceBuffer<float> r_d = up<float>(r), w_d = up<float>(Matrix<double>(w)),
                                   out = poisoned<float>(batch * rows);
         INFO(dtype << ": rows " << rows << ", cols " << cols << ", batch " << batch);
-        linear_step(W_d.data(), rows, cols, int(batch), PlainInput<T>{x_d.data(), cols},
-                    PlainOutput{out.data(), rows}, nullptr);
+        linear_step(LinearStep<T, Norm::none, Store::plain>{W_d.data(), rows, cols, int(batch),
+                                                            x_d.data(), cols, out.data()},
+                    nullptr);
         check_close("W x", down(out, batch, rows), Matrix<double>(x * W.transpose()),
                     Matrix<double>(x.cwiseAbs() * W.cwiseAbs().transpose()), 256, 0x1p-24);
         const Matrix<double> u = ssm::rms_norm<double>(r, w, 1e-5);
-        const auto check_normed = [&](const char* what, const auto& input) {
+        const auto check_normed = [&](const char* what, auto step) {
           const DeviceBuffer<float> residual = up<float>(before);
-          linear_step(W_d.data(), rows, cols, int(batch), input,
-                      ResidualOutput{residual.data(), nullptr, rows}, nullptr);
+          step.W = W_d.data(), step.rows = rows, step.cols = cols, step.batch = int(batch);
+          step.x = r_d.data(), step.x_stride = cols, step.out = residual.data();
+          step.norm = {w_d.data(), 1e-5f};
+          linear_step(step, nullptr);
           check_close(what, down(residual, batch, rows), Matrix<double>(before + u * W.transpose()),
                       Matrix<double>(before.cwiseAbs() + u.cwiseAbs() * W.cwiseAbs().transpose()),
                       256, 0x1p-24);
         };
-        check_normed("residual + W rms_norm(r)", NormedInput{r_d.data(), w_d.data(), cols, 1e-5f});
+        check_normed("residual + W rms_norm(r)", LinearStep<T, Norm::rms, Store::residual>{});
         check_normed("residual + W gated_rms_norm(r), gate applied, one group",
-                     GatedNormInput{r_d.data(), nullptr, w_d.data(), cols, 1, 0, 1e-5f});
+                     LinearStep<T, Norm::grouped, Store::residual>{});
       }
 }
 

@@ -82,12 +82,15 @@ Ids ids_of(const Parts&... parts) {
   return ids;
 }
 
-std::vector<std::string> words_of(std::string_view text) {
+std::vector<std::string> words_of(std::string_view text,
+                                  const char* pattern = mamba::bpe::kGpt2Pattern,
+                                  const char* behavior = "Isolated") {
   std::vector<std::string> words;
-  for (std::size_t begin = 0, end = 0; begin < text.size(); begin = end) {
-    end = mamba::bpe::gpt2_word_end(text, begin);
-    words.emplace_back(text.substr(begin, end - begin));
-  }
+  const mamba::bpe::Regex regex(mamba::bpe::to_pcre2(pattern));
+  mamba::bpe::Split{regex, behavior}(text, true, [&](std::string_view word, bool first) {
+    CHECK(first == (word.data() == text.data()));
+    words.emplace_back(word);
+  });
   return words;
 }
 
@@ -121,7 +124,10 @@ TEST_CASE("tokenizer: weights/stories gives the ids and texts of the Rust librar
   const Tokenizer tokenizer = Tokenizer::from_file(root("weights/stories/tokenizer.json"));
   const Json golden = read_json(root("tests/golden/tokenizer_stories.json"));
   CHECK(tokenizer.vocab_size() == 4096);
-  CHECK(tokenizer.find("<|endoftext|>") == 0);
+  CHECK(tokenizer.id_of("<|endoftext|>") == 0);
+  CHECK(tokenizer.text_of(0) == "<|endoftext|>");
+  CHECK(tokenizer.text_of(4096) == std::nullopt);
+  CHECK(tokenizer.text_of(-1) == std::nullopt);
   REQUIRE(golden["encode"].size() > 100);
   for (const Json& row : golden["encode"]) {
     CAPTURE(row.dump());
@@ -137,6 +143,32 @@ TEST_CASE("tokenizer: weights/stories gives the ids and texts of the Rust librar
     CHECK(tokenizer.decode(ids, true) == row["without_special"]);
     CHECK(streamed(tokenizer, ids, false) == row["text"]);
     CHECK(streamed(tokenizer, ids, true) == row["without_special"]);
+  }
+}
+
+TEST_CASE("tokenizer: variants of files give the ids and texts of the Rust library") {
+  const Json golden = read_json(root("tests/golden/tokenizer_variants.json"));
+  const Json stories = read_json(root("weights/stories/tokenizer.json"));
+  REQUIRE(golden["variants"].size() > 30);
+  for (const Json& variant : golden["variants"]) {
+    CAPTURE(variant["name"].get<std::string>());
+    Json file = variant["base"] == "stories" ? stories : golden["fallback"];
+    file.merge_patch(variant["patch"]);
+    const Tokenizer tokenizer = made(file);
+    for (const Json& row : variant["encode"]) {
+      CAPTURE(row.dump());
+      const Ids ids = row["ids"], prompt = row.value("prompt", ids);
+      CHECK(tokenizer.encode(row["text"].get<std::string>()) == ids);
+      CHECK(tokenizer.encode_prompt(row["text"].get<std::string>()) == prompt);
+      CHECK(streamed(tokenizer, ids, false) == row["decoded"]);
+    }
+    for (const Json& row : variant["decode"]) {
+      CAPTURE(row.dump());
+      const Ids ids = row["ids"];
+      CHECK(tokenizer.decode(ids) == row["text"]);
+      CHECK(streamed(tokenizer, ids, false) == row["text"]);
+      CHECK(streamed(tokenizer, ids, true) == row["without_special"]);
+    }
   }
 }
 
@@ -187,6 +219,55 @@ TEST_CASE("tokenizer: words are the matches of GPT-2's pattern") {
   CHECK(words_of(std::string("a\0b", 3)) == Words{"a", std::string(1, '\0'), "b"});
 }
 
+TEST_CASE("tokenizer: what a pattern matches stands alone, is removed or goes to a neighbour") {
+  using Words = std::vector<std::string>;
+  CHECK(words_of("a--b-", "-", "Isolated") == Words{"a", "-", "-", "b", "-"});
+  CHECK(words_of("a--b-", "-", "Removed") == Words{"a", "b"});
+  CHECK(words_of("a--b-", "-", "Contiguous") == Words{"a", "--", "b", "-"});
+  CHECK(words_of("a--b-", "-", "MergedWithPrevious") == Words{"a-", "-", "b-"});
+  CHECK(words_of("a--b-", "-", "MergedWithNext") == Words{"a", "-", "-b", "-"});
+  CHECK(words_of("aab", "(?=b)") == Words{"aa", "b"});  // an empty match splits as well
+  CHECK(words_of(u8"é½", "") == Words{u8"é", u8"½"});
+}
+
+TEST_CASE("tokenizer: patterns mean what they mean to the Rust library, or are refused") {
+  using Words = std::vector<std::string>;
+  CHECK(words_of(u8"a\u180eb\u3000c", "\\s") == Words{u8"a\u180eb", u8"\u3000", "c"});
+  CHECK(words_of(u8"a\u0301\u203fb!", "\\w+") == Words{u8"a\u0301\u203fb", "!"});
+  CHECK(words_of("a\\s b", "\\\\s") == Words{"a", "\\s", " b"});
+  CHECK(words_of(u8"IT'ſ 1234", "(?i:'s)|[^\\s\\w]|\\p{N}{1,3}") ==
+        Words{"IT", u8"'ſ", " ", "123", "4"});
+  CHECK(words_of("x\ny", "^y|x$") == Words{"x", "\n", "y"});  // ^ and $ stand at lines
+  for (const char* pattern : {"\\h", "\\b", "\\R", "\\C", "[a[b]]", "[a&&b]", "(?m:.)", "a{,2}",
+                              "a{1,2}+", "(*FAIL)", "(", "[", "a**", "\\", "(?<=a*)b", "\\1"}) {
+    CAPTURE(pattern);
+    CHECK_THROWS_AS(words_of("ab", pattern), std::runtime_error);
+  }
+}
+
+TEST_CASE("tokenizer: a pattern that would not end is given up with one line") {
+  Json file = bytes_only();
+  file["pre_tokenizer"] = Json::parse(R"({"type": "Sequence", "pretokenizers": [
+      {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": false},
+      {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}]})");
+  CHECK(made(file).encode("xxyz") == ids_of("xxyz"));
+  CHECK_THROWS_WITH(made(file).encode(std::string(60, 'x') + "z y"),
+                    "a pattern of the tokenizer's file takes too much time or memory on this text");
+  file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(?:(x)|y)*z";
+  CHECK_THROWS_AS(made(file).encode(std::string(1 << 24, 'x') + "z"), std::runtime_error);
+}
+
+TEST_CASE("tokenizer: a text that the file makes ever longer is given up with one line") {
+  Json file = bytes_only();
+  const Json twice = {{"type", "Replace"}, {"pattern", {{"String", "a"}}}, {"content", "aa"}};
+  file["normalizer"] = {{"type", "Sequence"}, {"normalizers", Json(4, twice)}};
+  CHECK(made(file).encode("a") == ids_of(std::string(16, 'a')));
+  file["normalizer"]["normalizers"] = Json(1, twice);
+  file["normalizer"]["normalizers"][0]["content"] = std::string(1 << 20, 'a');
+  CHECK_THROWS_WITH(made(file).encode(std::string(1 << 11, 'a')),
+                    "replacing makes a text of 1 GiB or more");
+}
+
 TEST_CASE("tokenizer: pre-tokenizers split and put a space in front as the file says") {
   Json file = with_merges({{"a", "Ġ"}, {"Ġ", "b"}, {"Ġ", "a"}});
   Json& pre_tokenizer = file["pre_tokenizer"];
@@ -215,8 +296,8 @@ TEST_CASE("tokenizer: the worked example at the head of tokenizer.hpp") {
   const Tokenizer tokenizer =
       made(with_merges({{"e", "r"}, {"l", "o"}, {"lo", "w"}, {"Ġ", "low"}}));
   CHECK(tokenizer.encode("low lower") == ids_of(258, 259, 256));
-  CHECK(tokenizer.find(" low") == 259);
-  CHECK(tokenizer.find("slow") == std::nullopt);
+  CHECK(tokenizer.id_of("Ġlow") == 259);
+  CHECK(tokenizer.id_of("slow") == std::nullopt);
 }
 
 TEST_CASE("tokenizer: the best merge goes first, and the leftmost of equals") {
@@ -281,6 +362,32 @@ TEST_CASE("tokenizer: the queue of merges gives what the definition gives") {
   }
 }
 
+TEST_CASE("tokenizer: a word encoded in windows gives what it gives as a whole") {
+  std::mt19937 bits(1);
+  for (int round = 0; round < 300; ++round) {
+    mamba::bpe::Model model;
+    std::vector<std::string> tokens = {"a", "b", "c"};
+    for (Token id = 0; id < 3; ++id) model.vocab[tokens[static_cast<std::size_t>(id)]] = id;
+    for (std::uint32_t rank = 0; rank < 1 + bits() % 30; ++rank) {
+      const std::string left = tokens[bits() % tokens.size()],
+                        right = tokens[bits() % tokens.size()];
+      const auto next = static_cast<Token>(model.vocab.size());
+      const Token id = model.vocab.try_emplace(left + right, next).first->second;
+      model.merges[mamba::bpe::Model::key(model.vocab[left], model.vocab[right])] = {rank, id};
+      if (id == next) tokens.push_back(left + right);
+    }
+    std::string text;
+    const auto letters = 1 + bits() % 3;
+    for (std::size_t length = 100 + bits() % 400; length > 0; --length) {
+      text += "abc"[bits() % letters];
+    }
+    Ids whole, windows;
+    mamba::bpe::WordEncoder(model, 1000).encode(text, whole);
+    mamba::bpe::WordEncoder(model, 2 + bits() % 30).encode(text, windows);
+    CHECK(windows == whole);
+  }
+}
+
 TEST_CASE("tokenizer: more words than it remembers") {
   const Tokenizer tokenizer = made(with_merges({{"1", "2"}, {"Ġ", "7"}}));
   std::string text;
@@ -306,6 +413,13 @@ TEST_CASE("tokenizer: bytes that the vocabulary lacks vanish or become unk_token
   CHECK(made(file).encode("xx") == Ids{});
   file["model"]["unk_token"] = "?";
   CHECK(made(file).encode("axxb") == ids_of("a??b"));
+  file["model"]["unk_token"] = "<unk>";
+  CHECK(made(file).encode("ab") == ids_of(256));
+  const Tokenizer tokenizer = made(file);
+  for (int i = 0; i < 2; ++i) {
+    CHECK_THROWS_WITH(tokenizer.encode("x"), "the vocabulary lacks the unk_token <unk>");
+  }
+  file["model"]["unk_token"] = "?";
   file["model"]["fuse_unk"] = true;
   CHECK(made(file).encode("axxbx") == ids_of("a?b?"));
 }
@@ -331,8 +445,27 @@ TEST_CASE("tokenizer: added tokens are cut out leftmost first, the longest of th
   CHECK(tokenizer.encode("<a><b><a><") == ids_of(257, 256, "<"));
   CHECK(tokenizer.encode("abcd") == ids_of(259, "cd"));
   CHECK(tokenizer.encode("<a") == ids_of("<a"));
-  CHECK(tokenizer.find("<a><b>") == 257);
+  CHECK(tokenizer.id_of("<a><b>") == 257);
   CHECK(tokenizer.vocab_size() == 261);
+}
+
+TEST_CASE("tokenizer: added tokens are found in time that grows with the text alone") {
+  Json file = bytes_only();
+  const std::string many(20000, 'a');
+  add_token(file, many);
+  add_token(file, many + "b", {"rstrip"});
+  add_token(file, " ", {"lstrip", "rstrip"});
+  const Tokenizer tokenizer = made(file);
+  CHECK(tokenizer.encode(many.substr(1) + "c") == ids_of(many.substr(1) + "c"));
+  CHECK(tokenizer.encode("a" + many + "b") == ids_of(256, "ab"));  // the leftmost, not the longest
+  Ids ids;
+  for (int i = 0; i < 100; ++i) ids.push_back(256);
+  CHECK(tokenizer.encode(std::string(2000000, 'a')) == ids);
+  CHECK(tokenizer.encode("x" + std::string(1000000, ' ')) == ids_of("x", 258));
+  add_token(file, "aa", {"single_word"});
+  std::string rests;
+  for (int i = 0; i < 1000; ++i) rests += many.substr(1000) + " ";
+  CHECK(made(file).encode(rests).size() > 19000000);
 }
 
 TEST_CASE("tokenizer: lstrip, rstrip and single_word do what the Rust library does") {
@@ -475,7 +608,12 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
   const std::string added = "/added_tokens/0";
   const std::pair<std::string, std::string> cases[] = {
       // file, what the line must say
-      {"", "JSON"},
+      {"", "the file is empty"},
+      {"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2113710\n",
+       "Git LFS pointer; `git lfs pull`"},
+      {"\n<!DOCTYPE html><html>", "a page of HTML"},
+      {"{\"model\": 1e999}", "a number that is too large"},
+      {"{\"model\" 1}", "an error at byte 10 of 11"},
       {"{", "JSON"},
       {"\xff\xfe", "JSON"},
       {"{\"a\": \"\xff\"}", "JSON"},
@@ -488,25 +626,23 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
       {without("", "model"), "model"},
       {without("/model", "vocab"), "model.vocab: "},
       {without("/model", "merges"), "model.merges: "},
-      {without("", "pre_tokenizer"), "pre_tokenizer: "},
-      {without("", "decoder"), "decoder: "},
       {without(added, "id"), "added_tokens: entry 1: "},
-      {without(added, "content"), "'content'"},
-      {without(added, "lstrip"), "'lstrip'"},
+      {without(added, "content"), "content: expected a string, found null"},
+      {without(added, "lstrip"), "lstrip: expected true or false, found null"},
       {broken("/model", nothing), "model"},
       {broken("/model", "BPE"), "model"},
       {broken("/model/type", "Unigram"), "only the type BPE"},
       {broken("/model/dropout", 0.1), "dropout"},
       {broken("/model/dropout", "x"), "model: "},
-      {broken("/model/byte_fallback", true), "byte_fallback"},
+      {broken("/model/byte_fallback", 1), "byte_fallback: expected true or false, found 1"},
       {broken("/model/end_of_word_suffix", "</w>"), "end_of_word_suffix"},
-      {broken("/model/unk_token", 5), "must be string"},
-      {broken("/model/ignore_merges", "yes"), "must be boolean"},
+      {broken("/model/unk_token", 5), "model: unk_token: expected a string, found 5"},
+      {broken("/model/ignore_merges", "yes"), "expected true or false, found string"},
       {broken("/model/vocab", Json::array({1, 2})), "model.vocab: "},
-      {broken("/model/vocab/x", -1), "expected an id from 0 to 4194303, found -1"},
+      {broken("/model/vocab/x", -1), "expected a number from 0 to 4194303, found -1"},
       {broken("/model/vocab/x", 4194304), "found 4194304"},
       {broken("/model/vocab/x", 18446744073709551615u), "found 18446744073709551615"},
-      {broken("/model/vocab/x", 1e300), "expected an id"},
+      {broken("/model/vocab/x", 1e300), "expected a number from 0"},
       {broken("/model/vocab/x", 1.5), "found 1.5"},
       {broken("/model/vocab/x", "5"), "found string"},
       {broken("/model/vocab/x", 97), "two tokens have the id 97"},
@@ -515,47 +651,77 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
       {broken("/model/merges/0", "a"), "expected two tokens, found a"},
       {broken("/model/merges/0", "a b c"), "expected two tokens"},
       {broken("/model/merges/0", ""), "expected two tokens"},
-      {broken("/model/merges/0", 5), "found number"},
-      {broken("/model/merges/0", {"a", 5}), "must be string"},
+      {broken("/model/merges/0", 5), "found 5"},
+      {broken("/model/merges/0", {"a", 5}), "found array"},
       {broken("/model/merges/0", {"a", "b", "c"}), "found array"},
       {broken("/model/merges/0", "a qq"), "not in model.vocab: qq"},
       {broken("/model/merges/0", "b a"), "not in model.vocab: ba"},
-      {broken("/normalizer", {{"type", "NFKC"}}), "normalizer: only NFC"},
-      {broken("/normalizer", "NFC"), "normalizer: "},
+      {broken("/normalizer", {{"type", "Lowercase"}}), "normalizer: Lowercase: not supported"},
+      {broken("/normalizer", "NFC"), "normalizer: expected an object, found string"},
       {broken("/normalizer", Json::array()), "normalizer: "},
-      {broken("/normalizer", {{"type", "Sequence"}}), "normalizer: "},
+      {broken("/normalizer", {{"type", 5}}), "normalizer: type: expected a string, found 5"},
+      {broken("/normalizer", {{"type", "Sequence"}}), "normalizers: expected a list, found null"},
       {broken("/normalizer", {{"type", "Sequence"}, {"normalizers", 5}}), "normalizer: "},
-      {broken("/pre_tokenizer", nothing), "pre_tokenizer: expected ByteLevel"},
-      {broken("/pre_tokenizer/type", "Metaspace"), "pre_tokenizer: expected ByteLevel"},
-      {broken("/pre_tokenizer/add_prefix_space", 1), "must be boolean"},
-      {broken("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", Json::array()}}),
-       "pre_tokenizer: expected ByteLevel"},
+      {broken("/normalizer", {{"type", "Prepend"}}), "Prepend: prepend: expected a string"},
+      {broken("/normalizer", {{"type", "Replace"}, {"content", ""}}),
+       "Replace: expected an object"},
+      {broken("/normalizer", {{"type", "Replace"}, {"pattern", {{"Regex", "("}}}, {"content", ""}}),
+       "Replace: the pattern is wrong at byte 1: "},
+      {broken("/normalizer", {{"type", "Strip"}, {"strip_left", true}}), "strip_right: expected"},
+      {broken("/pre_tokenizer/type", "BertPreTokenizer"),
+       "pre_tokenizer: BertPreTokenizer: not supp"},
+      {broken("/pre_tokenizer/add_prefix_space", 1), "expected true or false, found 1"},
+      {broken("/pre_tokenizer", {{"type", "Digits"}}), "Digits: individual_digits: expected"},
+      {broken("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "ab"}}),
+       "Metaspace: replacement: expected one character, found ab"},
       {broken("/pre_tokenizer",
-              {{"type", "Sequence"},
-               {"pretokenizers",
-                {{{"type", "Digits"}}, {{"type", "ByteLevel"}, {"add_prefix_space", false}}}}}),
-       "pre_tokenizer: only Split"},
-      {broken("/pre_tokenizer", Json::parse(R"({"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": "\\s+"}, "behavior": "Isolated",
-                 "invert": false},
-                {"type": "ByteLevel", "add_prefix_space": false}]})")),
-       "pre_tokenizer: only Split"},
-      {broken("/decoder", nothing), "decoder: "},
-      {broken("/decoder/type", "WordPiece"), "decoder: only ByteLevel"},
+              {{"type", "Metaspace"}, {"replacement", "a"}, {"prepend_scheme", "last"}}),
+       "the prepend_scheme last is not supported"},
+      {broken("/pre_tokenizer", {{"type", "Split"}, {"behavior", "Kept"}}), "the behavior Kept is"},
+      {broken("/pre_tokenizer", Json::parse(R"({"type": "Split", "behavior": "Isolated",
+                "pattern": {"Regex": "[a&&b]"}, "invert": false})")),
+       "Split: the pattern has &&, which is not supported"},
+      {broken("/decoder/type", "WordPiece"), "decoder: WordPiece: not supported"},
+      {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [{"type": "Fuse"},
+                {"type": "ByteFallback"}]})")),
+       "decoder: ByteFallback: not supported after Fuse"},
+      {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]})")),
+       "decoder: Strip: after Fuse only one"},
+      {broken("/decoder", Json::parse(R"({"type": "Strip", "content": " ", "start": -1})")),
+       "decoder: Strip: start: expected a number from 0 to 65535, found -1"},
+      {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [
+                {"type": "ByteFallback"}, {"type": "ByteFallback"}]})")),
+       "decoder: ByteFallback: not supported after ByteFallback"},
+      {broken("/post_processor", {{"type", "Other"}}), "post_processor: Other: not supported"},
+      {broken("/post_processor", {{"type", "BertProcessing"}, {"cls", {"a", 0}}}),
+       "sep: expected a list, found null"},
+      {broken("/post_processor", {{"type", "BertProcessing"}, {"cls", Json::array({"a"})}}),
+       "cls: expected a token and its id"},
+      {broken("/post_processor", {{"type", "TemplateProcessing"}, {"single", Json::array()}}),
+       "single: expected one Sequence, A"},
+      {broken("/post_processor", Json::parse(R"({"type": "TemplateProcessing", "single":
+                [{"Sequence": {"id": "B"}}]})")),
+       "single: expected one Sequence, A"},
+      {broken("/post_processor", Json::parse(R"({"type": "TemplateProcessing", "single":
+                [{"SpecialToken": {"id": "x"}}], "special_tokens": {}})")),
+       "expected an object, found null"},
       {broken("/added_tokens", 5), "added_tokens"},
       {broken("/added_tokens/0", 5), "added_tokens: entry 1: "},
-      {broken(added + "/id", -1), "added_tokens: entry 1: expected an id"},
+      {broken(added + "/id", -1), "added_tokens: entry 1: id: expected a number"},
       {broken(added + "/id", 258), "expected id 257, found 258: <s>"},
       {broken(added + "/content", "a"), "expected id 97, found 257: a"},
-      {broken(added + "/content", 5), "must be string"},
-      {broken(added + "/special", "no"), "must be boolean"},
+      {broken(added + "/content", 5), "content: expected a string, found 5"},
+      {broken(added + "/special", "no"), "special: expected true or false, found string"},
       {twice, "the same token again: <s>"},
   };
   for (const auto& [text, expected] : cases) {
     CAPTURE(text.substr(0, 200), expected);
     const std::string line = error_of(text);
     CHECK(line.rfind("tokenizer: some.json: ", 0) == 0);
+    CAPTURE(line);
     CHECK(line.find(expected) != std::string::npos);
+    CHECK(line.find("json.exception") == std::string::npos);
     CHECK(line.find('\n') == std::string::npos);
   }
   std::string nested = broken("/normalizer", "here");

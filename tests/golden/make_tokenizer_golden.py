@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Makes tokenizer_stories.json: what Hugging Face's Rust tokenizer says of weights/stories.
+"""Makes tokenizer_stories.json and tokenizer_variants.json: what Hugging Face's Rust tokenizer
+says of weights/stories, and of files that differ from it in how they split, change and decode.
 
     pip install tokenizers && python3 tests/golden/make_tokenizer_golden.py
 
 "encode": bytes (hex), their ids, and the text of these ids. Bytes that are not UTF-8 reach
 the library as every Rust program reads them, with U+FFFD in their place.
 "decode": ids, many of which break off characters, and their text with and without special
-tokens. No character is younger than Unicode 9, so that any version of the library agrees.
+tokens. A variant is a merge patch (RFC 7396) to weights/stories or to "fallback", a small BPE
+with byte fallback. No character is younger than Unicode 9, so that any version of the library
+agrees.
 """
 
 import json
@@ -40,6 +43,170 @@ RAW = [
 ]
 
 
+GPT4 = (  # Llama 3's; Qwen's takes one digit at a time
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+BEHAVIORS = ["Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous"]
+
+
+def byte_level(prefix=False, regex=False):
+    return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True,
+            "use_regex": regex}
+
+
+def split(pattern, behavior="Isolated", invert=False, kind="Regex"):
+    return {"type": "Split", "pattern": {kind: pattern}, "behavior": behavior, "invert": invert}
+
+
+def replace(pattern, content, kind="String"):
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def metaspace(scheme, split=True):
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
+def sequence(members, *steps):
+    return {"type": "Sequence", members: list(steps)}
+
+
+def words(*steps):
+    return {"pre_tokenizer": sequence("pretokenizers", *steps, byte_level())}
+
+
+def template(*ids):
+    single = [{"SpecialToken": {"id": str(i), "type_id": 0}} for i in ids]
+    single.insert(1, {"Sequence": {"id": "A", "type_id": 0}})
+    return {"type": "TemplateProcessing", "single": single, "pair": [],
+            "special_tokens": {str(i): {"id": str(i), "ids": [i, 3], "tokens": ["x", "y"]}
+                               for i in ids}}
+
+
+def added(first_id, *tokens):
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return [{"id": first_id + i, "content": content, **{n: n in flags for n in names}}
+            for i, (content, *flags) in enumerate(tokens)]
+
+
+STEPS = [{"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+LLAMA = {
+    "normalizer": sequence("normalizers", {"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")),
+    "pre_tokenizer": None,
+    "decoder": sequence("decoders", replace("▁", " "), *STEPS, STRIP),
+    "post_processor": template(1),
+}
+VARIANTS = {
+    "Llama 3": ("stories", {**words(split(GPT4)), "normalizer": None,
+                            "model": {"ignore_merges": True}}),
+    "Qwen": ("stories", words(split(GPT4.replace("{1,3}", "")))),
+    "cl100k": ("stories", words(split(CL100K, "Removed", True))),
+    "digits": ("stories", words({"type": "Digits", "individual_digits": True},
+                                byte_level(False, True))),
+    "runs of digits": ("stories", words({"type": "Digits", "individual_digits": False})),
+    "DeepSeek": ("stories", words(split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"))),
+    "words": ("stories", words(split(r"\w+|[^\w\s]+", "Removed", True))),
+    "prefix": ("stories", {"pre_tokenizer": byte_level(True, True)}),
+    "no words": ("stories", {"pre_tokenizer": None, "decoder": None}),
+    "NFKC": ("stories", {"normalizer": {"type": "NFKC"},
+                         "post_processor": {"type": "BertProcessing", "cls": ["!", 1],
+                                            "sep": ["<|endoftext|>", 0]}}),
+    "NFD": ("stories", {"normalizer": {"type": "NFD"}, "post_processor": template(0, 5)}),
+    "strip": ("stories", {"normalizer": sequence(
+        "normalizers", {"type": "NFKD"}, {"type": "Strip", "strip_left": True,
+                                          "strip_right": True})}),
+    "replace": ("stories", {
+        "normalizer": sequence("normalizers", replace(r"\s+", " ", "Regex"), replace("a", "")),
+        "added_tokens": added(0, ["<|endoftext|>", "special"]) + added(
+            4096, ["<e\u0301 a>", "normalized"])}),
+    "added": ("stories", {"added_tokens": added(0, ["<|endoftext|>", "special"]) + added(
+        4096, ["<l>", "lstrip"], ["<r>", "rstrip"], ["<b>", "lstrip", "rstrip"],
+        ["éa", "single_word", "normalized"], ["<r", "rstrip"], ["   ", "normalized"],
+        ["\n", "rstrip"])}),
+    "Llama": ("fallback", LLAMA),
+    "Codestral": ("fallback", {**LLAMA, "normalizer": None,
+                               "pre_tokenizer": metaspace("first", False)}),
+    "Metaspace": ("fallback", {**LLAMA, "normalizer": None, "pre_tokenizer": metaspace("always"),
+                               "decoder": metaspace("always"), "model": {"fuse_unk": False}}),
+    "Metaspace of pieces": ("fallback", {
+        **LLAMA, "normalizer": {"type": "Strip", "strip_left": True, "strip_right": False},
+        "pre_tokenizer": sequence("pretokenizers", split(r"\d"), metaspace("first", False)),
+        "decoder": sequence("decoders", metaspace("never"), *STEPS)}),
+    "Gemma": ("fallback", {**LLAMA, "normalizer": replace(" ", "▁"),
+                           "decoder": sequence("decoders", replace("▁", " "), *STEPS),
+                           "post_processor": sequence("processors", byte_level(), template(2))}),
+    "no bytes": ("fallback", {**LLAMA, "model": {"byte_fallback": False}}),
+    "no unknown": ("fallback", {
+        **LLAMA, "model": {"byte_fallback": False, "unk_token": None},
+        "decoder": sequence("decoders", STEPS[0], replace("▁", "☃ ☃"),
+                            {"type": "Strip", "content": "☃", "start": 1, "stop": 1})}),
+    "no decoder": ("fallback", {**LLAMA, "decoder": None}),
+}
+for behavior in BEHAVIORS:
+    for invert in (False, True):
+        VARIANTS[f"{behavior} {invert}"] = ("stories", words(
+            split(r"\s|(?<=a)" if invert else r"[\w']+", behavior, invert),
+            split(" ", behavior, not invert, "String")))
+
+
+def fallback():
+    """A BPE with byte fallback that merges these words from left to right."""
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{b:02X}>" for b in range(256)]
+    tokens += sorted(set(" ▁abcdehilnoprstuwxOLTH'!.,09é日本🙂\n"))
+    merges = []
+    for word in ("▁the", "▁Once", "▁up", "▁on", "hello", "▁world", "three", "ing", "'s", "▁▁", "ll",
+                 "00", "日本", "▁L", "▁time", "<s>"):
+        for end in range(2, len(word) + 1):
+            left, right = word[:end - 1], word[end - 1]
+            if left in tokens and right in tokens:
+                merges.append([left, right])
+                tokens += [word[:end]] * (word[:end] not in tokens)
+    model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True,
+             "continuing_subword_prefix": None, "end_of_word_suffix": None,
+             "byte_fallback": True, "ignore_merges": False,
+             "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
+    return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+            "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model,
+            "added_tokens": added(0, *([token, "special"] for token in tokens[:3]))}
+
+
+def merged(file, patch):
+    if not isinstance(patch, dict):
+        return patch
+    file = dict(file) if isinstance(file, dict) else {}
+    for key, value in patch.items():
+        file[key] = merged(file.get(key), value)
+    return file
+
+
+def make_variants(stories, texts):
+    bases = {"stories": json.loads(stories.read_text()), "fallback": fallback()}
+    out = {"fallback": bases["fallback"], "variants": []}
+    for name, (base, patch) in VARIANTS.items():
+        tokenizer = Tokenizer.from_str(json.dumps(merged(bases[base], patch)))
+        chance = random.Random(name)
+        rows, decoded = [], []
+        for text in chance.sample(texts, 16):
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            prompt = tokenizer.encode(text).ids
+            row = {"text": text, "ids": ids, "decoded": tokenizer.decode(ids, False)}
+            rows.append({**row, "prompt": prompt} if prompt != ids else row)
+        for _ in range(8):
+            ids = [chance.choice([chance.randrange(300), chance.randrange(3, 259), 0, 196, 175])
+                   for _ in range(chance.randrange(9))]
+            decoded.append({"ids": ids, "text": tokenizer.decode(ids, False),
+                            "without_special": tokenizer.decode(ids, True)})
+        out["variants"].append({"name": name, "base": base, "patch": patch, "encode": rows,
+                                "decode": decoded})
+    with open(HERE / "tokenizer_variants.json", "w") as file:
+        variants = ",\n".join(json.dumps(v, separators=(",", ":")) for v in out["variants"])
+        file.write('{"fallback": %s,\n"variants": [\n%s\n]}\n' % (
+            json.dumps(out["fallback"], separators=(",", ":")), variants))
+
+
 def main():
     stories = HERE.parent.parent / "weights/stories/tokenizer.json"
     tokenizer = Tokenizer.from_file(str(stories))
@@ -48,6 +215,8 @@ def main():
     texts = TEXTS[:]
     for _ in range(60):
         texts.append("".join(chance.choices(alphabet, k=chance.randrange(2, 12))))
+    marked = [t + m for t in TEXTS[:30] for m in ("<l> ", " <r>\n", " <b> éa", "<s>", "▁", "<0x0A>")]
+    make_variants(stories, [t for t in texts + marked if len(t) < 50])
     raw = [bytes.fromhex(h) for h in RAW]
     for _ in range(30):
         raw.append(bytes(chance.randrange(256) for _ in range(chance.randrange(1, 24))))
