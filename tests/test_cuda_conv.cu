@@ -2,6 +2,8 @@
 // rounding, for any size, with and without every optional input.
 #include "support_cuda.hpp"
 
+#include "random_model.hpp"
+
 using namespace test;
 using namespace mamba;
 

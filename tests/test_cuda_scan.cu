@@ -3,6 +3,8 @@
 // anywhere.
 #include "support_cuda.hpp"
 
+#include "random_model.hpp"
+
 using namespace test;
 using namespace mamba;
 
