@@ -719,16 +719,9 @@ __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunk
 // has copied itself, so that no barrier is needed.
 template <class T, class Tile, int kColumns>
 struct Ring {
-  // Rows of one thread in a tile, at most, for any width up to kColumns.
-  static constexpr int most_rows() {
-    int most = 0;
-    for (int threads = 1; threads <= kColumns / kCopied; ++threads) {
-      const int rows = ceil_div(Tile::kSteps, Tile::kServers / threads);
-      most = rows > most ? rows : most;
-    }
-    return most;
-  }
-  static constexpr int kRows = most_rows();
+  // Rows of one thread in a tile: the most of any width, as kColumns columns leave the fewest
+  // threads to a column.
+  static constexpr int kRows = ceil_div(Tile::kSteps, Tile::kServers / (kColumns / kCopied));
   using Copies = Vector<T, kCopied>[2][Tile::kDepth][kRows][Tile::kServers];
   struct Matrix {
     const T* at;  // the block's first column in the sequence's first row
@@ -1037,7 +1030,7 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
     fetch(i + Tile::kDepth);    // in the place of tile i
     sync_roles(block.threads);  // walkers have read input and BC of tile i - 1
   }
-  sync_roles(block.threads);
+  sync_roles(block.threads);  // walkers have read all of input
   if (chunks.total)
     add_up_delta(block, memory, x_delta, total, chunks.total + block.sequence * a.d_inner + d);
 }
@@ -1075,7 +1068,7 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   };
   const auto fetch = [&](int i) { x_z.fetch(i), copy_async_commit(); };
   for (int i = 0; i < Tile::kDepth; ++i) fetch(i);
-  sync_roles(block.threads);
+  sync_roles(block.threads);  // (feeders wrote tile 0 for the walkers)
   for (int i = 0; i < tiles; ++i) {
     sync_roles(block.threads);  // walkers wrote y of tile i
     copy_async_wait_but<Tile::kDepth - 1>();
