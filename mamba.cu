@@ -731,26 +731,27 @@ struct Ring {
 
   Copies& copies;
   Matrix matrix[2];  // from this thread's first number in the tile that is asked for next
-  int me, length, column, first, stride;
+  int me, length, column, first, stride;  // length: rows, 0 where there is no such column
   bool exists;
 
   // For thread `me`, where so many threads share a row, of which n_columns exist.
   __device__ Ring(Copies& copies, int me, int threads, int n_columns, int length, Matrix one,
                   Matrix two)
-      : copies(copies), matrix{one, two}, me(me), length(length) {
+      : copies(copies), matrix{one, two}, me(me) {
     column = me % threads * kCopied, first = me / threads, stride = Tile::kServers / threads;
-    exists = column < n_columns;
+    exists = column < n_columns, this->length = exists ? length : 0;
 #pragma unroll
     for (Matrix& m : matrix) m.at += first * m.stride + column;
   }
-  // f(r, t, inside): this thread's r-th row of tile i is row t of the tile; is it in the sequence?
+  // f(r, t, inside): this thread's r-th row of tile i is row t of the tile; does it exist?
   template <class Function>
   __device__ void each_row(int i, const Function& f) const {
+    const int left = length - i * Tile::kSteps;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int t = first + r * stride;
       if (first >= stride || t >= Tile::kSteps) break;
-      f(r, t, exists && i * Tile::kSteps + t < length);
+      f(r, t, t < left);
     }
   }
   // Asks for tile i, the one after that of the last call; past the end for zeros.
@@ -1080,9 +1081,11 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 
 template <class T, class Tile, int kBlocksPerSM>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM)
-    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, int width, int first_server) {
+    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, int chosen_width, int first_server) {
   extern __shared__ __align__(32) unsigned char shared_memory[];
   auto& memory = *reinterpret_cast<ScanMemory<T, Tile>*>(shared_memory);
+  // Where blocks share a multiprocessor, all are as wide as can be: a constant here.
+  const int width = kBlocksPerSM == 1 ? chosen_width : Tile::kChannels;
   const int walkers = width * Tile::kLanes, warp = threadIdx.x / 32;
   const ScanBlock block = scan_block(a, chunks, width, walkers + 2 * Tile::kServers);
   int me = threadIdx.x - walkers;
