@@ -1,7 +1,8 @@
 // Claims: every rung of causal_conv1d computes what ssm_reference.hpp says in double, up to
 // rounding, for any size, with and without every optional input.
-#include "random_model.hpp"
 #include "support_cuda.hpp"
+
+#include "random_model.hpp"
 
 using namespace test;
 using namespace mamba;

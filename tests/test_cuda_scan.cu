@@ -1,8 +1,9 @@
 // Claims: every rung of selective_scan computes what ssm_reference.hpp says in double, up to
 // rounding, for any size: outputs and final states, with and without every optional input, cut
 // anywhere.
-#include "random_model.hpp"
 #include "support_cuda.hpp"
+
+#include "random_model.hpp"
 
 using namespace test;
 using namespace mamba;
