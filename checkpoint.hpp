@@ -103,19 +103,26 @@ inline std::string quote(std::string_view name, std::size_t longest = 80) {
 }
 
 /// What bytes are that come instead of a model's file, and what to do; "" if nothing is known.
+/// Each start is too long to be that of a safetensors file, eight bytes of a moderate number.
 inline std::string what_it_is(std::string_view bytes) {
+  static constexpr const char* kPage =
+      "a web page instead of the file: download it again (some models need an access token)";
   static constexpr std::pair<std::string_view, const char*> kStarts[] = {
       {"version https://git-lfs",
        "a Git LFS pointer instead of the file: run 'git lfs pull' in its folder, or download it"},
-      {"<", "a web page instead of the file: download it again (some models need an access token)"},
-      {"GGUF", "a GGUF file, as llama.cpp has them: expected the files that it was made from"},
-      {{"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19", 14},
+      {"<!doctype", kPage},
+      {"<html", kPage},
+      {"<?xml", kPage},
+      {"gguf", "a GGUF file, as llama.cpp has them: expected the files that it was made from"},
+      {"\x80\x02\x8a\x0a\x6c\xfc\x9c",
        "a file that torch.save wrote before PyTorch 1.6: load and save it with a newer one"}};
   if (bytes.empty()) return "an empty file: download it again";
   if (bytes.substr(0, 3) == "\xef\xbb\xbf") bytes.remove_prefix(3);  // a byte order mark
   bytes.remove_prefix(std::min(bytes.find_first_not_of(" \t\r\n"), bytes.size()));
+  std::string begin(bytes.substr(0, 24));
+  for (char& c : begin) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
   for (const auto& [start, what] : kStarts)
-    if (bytes.substr(0, start.size()) == start) return what;
+    if (begin.rfind(start, 0) == 0) return what;
   return "";
 }
 
@@ -402,7 +409,8 @@ struct Tensor {
 };
 
 inline bool same_values(const Tensor& a, const Tensor& b) {
-  return a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes();
+  const bool alike = a.dtype == b.dtype && a.shape == b.shape;
+  return alike && (a.data == b.data || a.bytes() == b.bytes());
 }
 
 inline std::string shape_text(const std::vector<std::int64_t>& shape) {
@@ -602,6 +610,28 @@ inline std::shared_ptr<const MappedFile> map_weights(const std::string& path) {
   return file;
 }
 
+/// Gives the tensors, in the order of where they begin and end, their places in the data. They
+/// must cover it from end to end, each byte once.
+inline void place_tensors(
+    std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor>& order,
+    std::string_view data, const std::shared_ptr<const void>& file, Checkpoint& checkpoint) {
+  std::uint64_t covered = 0;
+  for (auto& [place, tensor] : order) {
+    const auto& [begin, end, name] = place;
+    if (begin != covered || end > data.size())
+      fail("bad offsets: ", checkpoint.where, ": ", quote(name), ": expected bytes from ", covered,
+           ", where the one before it ends, to at most ", data.size(), ", found ", begin, " to ",
+           end);
+    covered = end;
+    tensor.data = data.data() + begin;
+    tensor.keep_alive = file;
+    checkpoint.tensors.emplace(name, std::move(tensor));
+  }
+  if (covered != data.size())
+    fail("bad offsets: ", checkpoint.where, ": expected tensors up to byte ", data.size(),
+         ", found ", covered);
+}
+
 inline Checkpoint read_safetensors(const std::string& path) {
   constexpr std::size_t kLongestHeader = 100'000'000;  // as in the safetensors library
   const auto file = map_weights(path);
@@ -611,11 +641,10 @@ inline Checkpoint read_safetensors(const std::string& path) {
   if (header_size > longest)
     fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", header_size);
   const Json header = parse_json(in.take(header_size), path);
-  const std::string_view data = file->bytes().substr(in.position());
   if (!header.is_object()) fail("bad header: ", path, ": expected an object");
 
   Checkpoint checkpoint{{}, {}, path, file->bytes().size()};
-  std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor> order;  // by begin, end
+  std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor> order;
   for (const auto& [name, entry] : header.items()) {
     const std::string where = path + ": " + quote(name);
     if (name != "__metadata__") {
@@ -629,20 +658,7 @@ inline Checkpoint read_safetensors(const std::string& path) {
       checkpoint.metadata[key] = text.get<std::string>();
     }
   }
-  std::uint64_t covered = 0;
-  for (auto& [place, tensor] : order) {
-    const auto& [begin, end, name] = place;
-    if (begin != covered || end > data.size())
-      fail("bad offsets: ", path, ": ", quote(name), ": expected bytes from ", covered,
-           ", where the one before it ends, to at most ", data.size(), ", found ", begin, " to ",
-           end);
-    covered = end;
-    tensor.data = data.data() + begin;
-    tensor.keep_alive = file;
-    checkpoint.tensors.emplace(name, std::move(tensor));
-  }
-  if (covered != data.size())
-    fail("bad offsets: ", path, ": expected tensors up to byte ", data.size(), ", found ", covered);
+  place_tensors(order, file->bytes().substr(in.position()), file, checkpoint);
   return checkpoint;
 }
 
@@ -710,10 +726,11 @@ inline void expect_signature(ByteReader& in, std::uint64_t at, const char* mark,
 /// Where the central directory begins, and how many entries it has.
 inline std::pair<std::uint64_t, std::uint64_t> find_directory(ByteReader& in,
                                                               std::string_view file) {
-  const std::size_t end = file.rfind("PK\5\6");
-  if (end == std::string_view::npos || file.size() - end > 22 + 65535)  // a comment is last
+  const std::size_t tail = file.size() - std::min<std::size_t>(file.size(), 22 + 65535);
+  const std::size_t end_in_tail = file.substr(tail).rfind("PK\5\6"), end = tail + end_in_tail;
+  if (end_in_tail == std::string_view::npos)
     fail("truncated: ", in.where(), ": expected a zip archive's end record, found none");
-  in.take_at(end + 22, in.read_at<std::uint16_t>(end + 20));
+  in.take_at(end + 22, in.read_at<std::uint16_t>(end + 20));  // a comment
   const auto count = in.read_at<std::uint16_t>(end + 10);
   const auto directory = in.read_at<std::uint32_t>(end + 16);
   if (count != 0xffff && directory != 0xffffffff) return {directory, count};
@@ -813,7 +830,7 @@ class Unpickler {
   // clang-format off
   void step(std::uint8_t opcode) {
     switch (opcode) {
-      case 0x80: return check_protocol(in_.read<std::uint8_t>());  // PROTO
+      case 0x80: return check_protocol(in_.read<std::uint8_t>());
       case 0x95: in_.take(8); return;  // FRAME: how many bytes are worth reading at once
       case '(': return stack_.push_back(kMark);
       case '0': pop(); return;

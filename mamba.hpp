@@ -262,8 +262,9 @@ inline Json read_settings(const std::string& path) {
 
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
-  const std::string path = directory + "/config.json", what = what_folder_is(directory);
-  if (!std::filesystem::exists(path) && !what.empty())
+  const std::string path = directory + "/config.json";
+  const bool there = ::access(path.c_str(), F_OK) == 0;
+  if (const std::string what = there ? "" : what_folder_is(directory); !what.empty())
     fail("no model: ", directory, ": found ", what);
   const Json json = read_settings(path);
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
@@ -1294,7 +1295,10 @@ inline Tokenizer open_tokenizer(const ModelFlags& flags) {
     fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
          "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
          "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
-  return Tokenizer::from_file(path);
+  const MappedFile file(path);
+  if (const std::string what = what_it_is(file.bytes()); !what.empty())
+    fail("no tokenizer: ", path, ": found ", what);
+  return Tokenizer::from_text(file.bytes(), path);
 }
 
 /// What lies in a model's folder. The tokenizer is read when it is needed.

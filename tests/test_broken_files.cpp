@@ -303,6 +303,16 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
   }
 }
 
+TEST_CASE("safetensors: a header's length may begin like a text, and the file is read") {
+  const std::string plain = entry("F32", "[1]", "[0,4]");
+  for (const std::size_t length : {0x13cu, 0x3c20u, 0x3c3cu, 0x213cu, 0x5547u}) {  // "<", " <", ...
+    const BrokenModel model;
+    model.write("model.safetensors",
+                safetensors(plain + std::string(length - plain.size(), ' '), 4));
+    CHECK(read_checkpoint(model.path).tensors.size() == 1);
+  }
+}
+
 TEST_CASE("broken shards: the index and what it points to are checked") {
   const std::string good = safetensors(entry("F32", "[1]", "[0,4]"), 4);
   const std::vector<Row> rows = {
