@@ -42,6 +42,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
@@ -432,7 +433,7 @@ struct Model {
   }
 };
 
-// Encodes words. It remembers them, for text repeats them; one thread has one of it.
+// Encodes words, and remembers them, for text repeats them.
 class WordEncoder {
  public:
   explicit WordEncoder(const Model& model, std::size_t window = 1 << 12)
@@ -440,10 +441,16 @@ class WordEncoder {
 
   void encode(std::string_view word, std::vector<Token>& ids) {
     if (word.size() > kLongestRemembered) return encode_new(std::string(word), ids);
+    const auto found = memory_.find(std::string(word));
+    if (found != memory_.end()) {
+      ids.insert(ids.end(), found->second.begin(), found->second.end());
+      return;
+    }
     if (memory_.size() == kRemembered) memory_.clear();
-    const auto [found, is_new] = memory_.try_emplace(std::string(word));
-    if (is_new) encode_new(found->first, found->second);
-    ids.insert(ids.end(), found->second.begin(), found->second.end());
+    std::vector<Token> made;
+    encode_new(std::string(word), made);
+    ids.insert(ids.end(), made.begin(), made.end());
+    memory_.emplace(word, std::move(made));
   }
 
  private:
@@ -865,14 +872,15 @@ class Tokenizer {
     return tokenizer;
   }
 
-  // The ids of the text alone. Bytes that are not UTF-8 count as U+FFFD.
+  // The ids of the text alone. Bytes that are not UTF-8 count as U+FFFD. Threads may share a
+  // tokenizer; they take turns.
   std::vector<Token> encode(std::string_view bytes) const {
     std::vector<Token> ids;
     std::string text;
     bpe::append_bytes(bytes, false, text);
-    bpe::WordEncoder words(model_);
+    const std::lock_guard<std::mutex> lock(words_->mutex);
     const auto on_token = [&](Token id) { ids.push_back(id); };
-    const auto on_word = [&](std::string_view word) { words.encode(word, ids); };
+    const auto on_word = [&](std::string_view word) { words_->encoder.encode(word, ids); };
     added_in_raw_.split(text, on_token, [&](std::string_view piece, bool first) {
       const std::string normal = normalize(std::string(piece), first);
       added_in_normalized_.split(normal, on_token, [&](std::string_view part, bool is_first) {
@@ -896,7 +904,7 @@ class Tokenizer {
   // The id of a token by its text in the file, for example "<|endoftext|>".
   std::optional<Token> id_of(const std::string& text) const {
     const auto added = added_ids_.find(text);
-    const Token id = added != added_ids_.end() ? added->second : model_.id_or_none(text);
+    const Token id = added != added_ids_.end() ? added->second : words_->model.id_or_none(text);
     return id < 0 ? std::nullopt : std::optional<Token>(id);
   }
 
@@ -912,6 +920,12 @@ class Tokenizer {
  private:
   friend class StreamDecoder;
   using Json = bpe::Json;
+
+  struct Words {
+    std::mutex mutex;
+    bpe::Model model;
+    bpe::WordEncoder encoder{model};  // changes as it remembers words
+  };
 
   std::string normalize(std::string text, bool& first) const {
     for (const bpe::TextStep& step : normalizers_) text = step(text, first);
@@ -967,32 +981,33 @@ class Tokenizer {
     }
     const Json& dropout = bpe::member(model, "dropout");
     bpe::check(dropout.is_null() || dropout == 0.0, "dropout is not supported");
-    model_.unknown = bpe::get<std::string>(model, "unk_token", "");
-    model_.fuse_unknown = bpe::get<bool>(model, "fuse_unk", false);
-    model_.byte_fallback = bpe::get<bool>(model, "byte_fallback", false);
-    model_.ignore_merges = bpe::get<bool>(model, "ignore_merges", false);
+    words_->model.unknown = bpe::get<std::string>(model, "unk_token", "");
+    words_->model.fuse_unknown = bpe::get<bool>(model, "fuse_unk", false);
+    words_->model.byte_fallback = bpe::get<bool>(model, "byte_fallback", false);
+    words_->model.ignore_merges = bpe::get<bool>(model, "ignore_merges", false);
     where_ = "model.vocab: ";
     const Json& vocab = bpe::member(model, "vocab");
     bpe::check(vocab.is_object(), "expected an object, found ", bpe::kind_of(vocab));
-    model_.vocab.reserve(vocab.size());
+    words_->model.vocab.reserve(vocab.size());
     for (const auto& [token, value] : vocab.get_ref<const Json::object_t&>()) {
       const Token id = bpe::to_id(value);
       bpe::check(!text_of(id), "two tokens have the id ", id);
-      model_.vocab.emplace(token, id);
+      words_->model.vocab.emplace(token, id);
       set_text(id, token);
     }
     for (int b = 0; b < 256; ++b) {
       std::array<char, 8> token{};
       std::snprintf(token.data(), token.size(), "<0x%02X>", b);
-      model_.byte_token[static_cast<std::size_t>(b)] = model_.id_or_none(token.data());
+      words_->model.byte_token[static_cast<std::size_t>(b)] =
+          words_->model.id_or_none(token.data());
     }
   }
 
   void read_merges(const Json& model) {
     const Json::array_t& merges = bpe::get_list(model, "merges");
-    model_.merges.reserve(merges.size());
+    words_->model.merges.reserve(merges.size());
     const auto known = [&](const std::string& token) {
-      const Token id = model_.id_or_none(token);
+      const Token id = words_->model.id_or_none(token);
       bpe::check(id >= 0, "not in model.vocab: ", token);
       return id;
     };
@@ -1000,7 +1015,8 @@ class Tokenizer {
     for (const Json& merge : merges) {
       if (merge.is_string() && merge.get<std::string>().rfind("#version", 0) == 0) continue;
       const auto [left, right] = bpe::to_merge(merge);
-      model_.merges[bpe::Model::key(known(left), known(right))] = {rank++, known(left + right)};
+      words_->model.merges[bpe::Model::key(known(left), known(right))] = {rank++,
+                                                                          known(left + right)};
     }
   }
 
@@ -1148,8 +1164,8 @@ class Tokenizer {
     if (content.empty()) return;
     // The library takes the id from the vocabulary or else counts on from its end. A file
     // with another id means one thing to the library and another to who wrote it.
-    const Token known = model_.id_or_none(content);
-    const auto next = static_cast<Token>(model_.vocab.size() + appended_);
+    const Token known = words_->model.id_or_none(content);
+    const auto next = static_cast<Token>(words_->model.vocab.size() + appended_);
     bpe::check(id == (known < 0 ? next : known), "expected id ", known < 0 ? next : known,
                ", found ", id, ": ", content);
     if (known < 0) ++appended_;
@@ -1166,7 +1182,7 @@ class Tokenizer {
   }
 
   std::string where_;  // the part of the file being read, for messages
-  bpe::Model model_;
+  std::unique_ptr<Words> words_ = std::make_unique<Words>();
   std::vector<bpe::TextStep> normalizers_;
   std::vector<bpe::PreTokenizer> pre_tokenizers_;
   bpe::Decoder decoder_;
