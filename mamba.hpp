@@ -1118,7 +1118,7 @@ Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids
   ssm::backbone(model, ids.data(), static_cast<Index>(ids.size()), state, options);
   if (sizes.version == 1) {
     auto in = ssm::scan_inputs(w, sizes, trace.projected, trace.convolved, trace.dt_B_C,
-                               trace.delta, 0, sizes.d_inner);
+                               trace.delta);
     in.delta_ratio = delta_ratio;
     in.z = {};
     const Inspection seen = follow(in, sizes.d_state, ssm::selective_scan_step<float>);
@@ -1126,7 +1126,7 @@ Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids
       attention(c, ssm::implied_attention(in, seen.delta, c));
     return seen;
   }
-  auto in = ssm::ssd_inputs(w, sizes, trace.projected, trace.convolved, 0, sizes.n_heads);
+  auto in = ssm::ssd_inputs(w, sizes, trace.projected, trace.convolved);
   in.delta_ratio = delta_ratio;
   const Inspection seen = follow(in, sizes.d_state, ssm::ssd_step<float>);
   for (Index i = 0; i < sizes.n_heads; ++i)
