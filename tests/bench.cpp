@@ -72,20 +72,28 @@ double read_bandwidth() {
   return 4e3 * kPieces * kFloats / sorted_ms(10, [&] { parallel_for(kPieces, 1, read); })[0];
 }
 
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+using Lanes = float __attribute__((vector_size(4 * kLanes)));  // one register
+
 /// Multiply-adds per second, times two, of all threads on values that stay in registers: what no
 /// matrix product can exceed.
 double matmul_peak() {
-  using Lanes = Eigen::Array<float, EIGEN_MAX_ALIGN_BYTES / 4, 1>;
-  constexpr Index kChains = 12, kSteps = 1 << 18, kPieces = 64;
-  Matrix<float> totals = Matrix<float>::Zero(kPieces, 1);
+  constexpr int kChains = 12, kSteps = 1 << 17, kPieces = 32;
+  std::vector<float> totals(kPieces);
   const auto work = [&](Index piece, Index) {
-    Lanes sums[kChains], factor = Lanes::Constant(0.5f), term = Lanes::Constant(totals(piece));
-    for (Lanes& sum : sums) sum = term;
-    for (Index step = 0; step < kSteps; ++step)
-      for (Lanes& sum : sums) sum = sum * factor + term;
-    for (const Lanes& sum : sums) totals(piece) += sum.sum();
+    Lanes sums[kChains] = {}, factor = Lanes{} + 0.5f, term = Lanes{} + totals[piece];
+    for (int step = 0; step < kSteps; ++step)
+#pragma GCC unroll 12
+      for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
+    for (const Lanes& sum : sums) totals[piece] += sum[0];
   };
-  return 2e3 * kChains * Lanes::SizeAtCompileTime * kSteps * kPieces /
+  return 2e3 * kChains * kLanes * kSteps * kPieces /
          sorted_ms(10, [&] { parallel_for(kPieces, 1, work); })[0];
 }
 
