@@ -87,11 +87,13 @@ double matmul_peak() {
   constexpr int kChains = 12, kSteps = 1 << 17, kPieces = 32;
   std::vector<float> totals(kPieces);
   const auto work = [&](Index piece, Index) {
-    Lanes sums[kChains] = {}, factor = Lanes{} + 0.5f, term = Lanes{} + totals[piece];
+    Lanes sums[kChains], factor = Lanes{} + 0.5f, term = Lanes{} + totals[piece];
+    for (int i = 0; i < kChains; ++i) sums[i] = Lanes{} + static_cast<float>(i);
     for (int step = 0; step < kSteps; ++step)
 #pragma GCC unroll 12
       for (int i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
-    for (const Lanes& sum : sums) totals[piece] += sum[0];
+    for (const Lanes& sum : sums)
+      for (int lane = 0; lane < kLanes; ++lane) totals[piece] += sum[lane];
   };
   return 2e3 * kChains * kLanes * kSteps * kPieces /
          sorted_ms(10, [&] { parallel_for(kPieces, 1, work); })[0];
