@@ -487,7 +487,7 @@ void convert_each(const Tensor& tensor, To* out) {
 
 /// Calls use with a value of the type of a weight; false if the dtype is not that of one.
 template <class Use>
-bool with_type(DType dtype, const Use& use) {
+bool with_weight_type(DType dtype, const Use& use) {
   if (dtype == DType::F64) return use(double()), true;
   if (dtype == DType::F32) return use(float()), true;
   if (dtype == DType::F16) return use(Eigen::half()), true;
@@ -500,7 +500,7 @@ template <class To>
 void convert(const Tensor& tensor, To* out) {
   constexpr bool kReal = !std::is_same_v<To, std::int64_t>;
   const auto from = [&](auto type) { convert_each<decltype(type)>(tensor, out); };
-  if (kReal && with_type(tensor.dtype, from)) return;
+  if (kReal && with_weight_type(tensor.dtype, from)) return;
   if (!kReal && tensor.dtype == DType::I64) return from(std::int64_t());
   if (!kReal && tensor.dtype == DType::I32) return from(std::int32_t());
   fail("wrong dtype: ", quote(tensor.name), ": expected ",
@@ -523,7 +523,7 @@ Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Valu
 /// The tensor in another dtype of weights, in a buffer of its own.
 inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
   Tensor out{tensor.name, dtype, tensor.shape, nullptr, nullptr};
-  const bool known = with_type(dtype, [&](auto type) {
+  const bool known = with_weight_type(dtype, [&](auto type) {
     using Value = decltype(type);
     const auto buffer = std::make_shared<std::vector<Value>>(values<Value>(tensor));
     out.data = buffer->data();
