@@ -39,8 +39,8 @@
 //   - A is real, not complex; conjugate pairs of S4 are gone (Mamba, section 3.6).
 //
 // Every function that walks time takes the state it starts from and leaves the state it ends in:
-// a sequence may be cut anywhere, empty pieces included, and nothing changes. Sizes are trusted here;
-// whoever reads files checks them.
+// a sequence may be cut anywhere, empty pieces included, and nothing changes. Every operation checks
+// the shapes of its inputs where it begins, and throws std::invalid_argument with one line.
 #pragma once
 
 #include <Eigen/Core>
@@ -49,6 +49,9 @@
 #include <cstdint>
 #include <limits>
 #include <new>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 namespace ssm {
@@ -65,25 +68,34 @@ using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowM
 template <class Scalar>  // one number per channel
 using Row = Eigen::Matrix<Scalar, 1, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr Index kAll = std::numeric_limits<Index>::max();  // channels, or heads, per group
-
 // What is kept per channel and state, (d, N), lies column by column: state n of all channels together,
 // so that here, too, neighbours in memory are neighbouring channels.
 template <class Scalar>
 using StateMatrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor>;
 
-// A window onto somebody's numbers. It owns nothing, and it may be empty: an optional input left out.
+// Whether the numbers of an Eigen expression lie in memory as those of a Plain do. A product or a sum
+// lies nowhere, a transposed matrix in the other order, a column of a row-major one with gaps.
+template <class Expression, class Plain>
+constexpr bool lies_as() {
+  if constexpr (!(int(Expression::Flags) & Eigen::DirectAccessBit)) return false;
+  return std::is_same_v<typename Expression::Scalar, typename Plain::Scalar> &&
+         int(Expression::IsRowMajor) == int(Plain::IsRowMajor) &&
+         int(Expression::InnerStrideAtCompileTime) == 1;
+}
+
+// A window onto somebody's numbers. It owns nothing, so a matrix that is about to vanish is refused
+// (a block or a map of one that stays is not). It may be empty: an optional input left out.
 template <class Plain>
 struct ViewOf : Eigen::Map<const Plain, 0, Eigen::OuterStride<>> {
   using Map = Eigen::Map<const Plain, 0, Eigen::OuterStride<>>;
   ViewOf() : Map(nullptr, 0, 0, Eigen::OuterStride<>(0)) {}
   ViewOf(const ViewOf&) = default;
-  template <class Derived>
+  template <class Derived, class = std::enable_if_t<lies_as<Derived, Plain>()>>
   ViewOf(const Eigen::MatrixBase<Derived>& m)
       : Map(m.derived().data(), m.rows(), m.cols(),
-            Eigen::OuterStride<>(m.derived().outerStride())) {
-    static_assert(int(Derived::IsRowMajor) == int(Plain::IsRowMajor), "a View does not transpose");
-  }
+            Eigen::OuterStride<>(m.derived().outerStride())) {}
+  template <class Derived>
+  ViewOf(const Eigen::PlainObjectBase<Derived>&&) = delete;
   ViewOf& operator=(const ViewOf& other) {  // looks elsewhere; copies no numbers
     new (this) ViewOf(other);
     return *this;
@@ -95,17 +107,52 @@ using View = ViewOf<Matrix<Scalar>>;
 template <class Scalar>
 using StateView = ViewOf<StateMatrix<Scalar>>;
 
-// A state that a function reads, advances and leaves behind. Blocks of a matrix bind to it, too.
+// A state that a function reads, advances and leaves behind. Blocks of a matrix bind to it, too. As in
+// std::type_identity (C++20), the Scalar of such an argument is not deduced from what is passed.
 template <class Plain>
 using InOut = Eigen::Ref<Plain, 0, Eigen::OuterStride<>>;
 template <class T>
-struct Same {
+struct TypeIdentity {
   using Type = T;
 };
 template <class Scalar>  // (d, N)
-using ScanState = InOut<StateMatrix<typename Same<Scalar>::Type>>;
+using ScanState = InOut<StateMatrix<typename TypeIdentity<Scalar>::Type>>;
 template <class Scalar>  // (d_conv - 1, d)
-using ConvState = InOut<Matrix<typename Same<Scalar>::Type>>;
+using ConvState = InOut<Matrix<typename TypeIdentity<Scalar>::Type>>;
+
+// An input that does not fit is refused with one line: operation, input, what was expected and found.
+template <class M>
+[[noreturn]] void refuse(const char* operation, const char* input, const std::string& expected,
+                         const M& m) {
+  throw std::invalid_argument(std::string(operation) + ": " + input + ": expected " + expected +
+                              ", found (" + std::to_string(m.rows()) + ", " +
+                              std::to_string(m.cols()) + ")");
+}
+
+template <class M>
+void expect_shape(const char* operation, const char* input, const M& m, Index rows, Index cols) {
+  if (m.rows() == rows && m.cols() == cols) return;
+  refuse(operation, input, "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")", m);
+}
+
+// m (any, n k): n heads or groups side by side.
+template <class M>
+void expect_split(const char* operation, const char* input, const M& m, Index n) {
+  if (n > 0 && m.cols() % n == 0) return;
+  refuse(operation, input, "columns for each of " + std::to_string(n), m);
+}
+
+// B and C (L, G N): the number of groups G must divide that of the channels or heads that share them.
+template <class M>
+void expect_groups(const char* operation, const char* input, const M& m, Index L, Index N,
+                   Index sharing) {
+  const Index G = N > 0 ? m.cols() / N : 0;
+  if (m.rows() == L && G > 0 && m.cols() == G * N && sharing % G == 0) return;
+  refuse(operation, input,
+         "(" + std::to_string(L) + ", G * " + std::to_string(N) + ") with G a divisor of " +
+             std::to_string(sharing),
+         m);
+}
 
 // ============================================================================================
 // Pointwise functions and norms
@@ -128,6 +175,7 @@ auto silu(const Eigen::ArrayBase<Derived>& x) {
 // rms_norm(x)_t = x_t / sqrt(mean(x_t^2) + eps) * weight.           x (L, d), weight (d) -> (L, d)
 template <class Scalar>
 Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scalar eps) {
+  expect_shape("rms_norm", "weight", weight, 1, x.cols());
   Matrix<Scalar> out(x.rows(), x.cols());
   for (Index t = 0; t < x.rows(); ++t) {
     const Scalar mean_square = x.row(t).squaredNorm() / Scalar(x.cols());
@@ -143,6 +191,9 @@ Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scal
 template <class Scalar>
 Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z,
                               const Row<Scalar>& weight, Scalar eps, Index n_groups) {
+  expect_shape("gated_rms_norm", "z", z, y.rows(), y.cols());
+  expect_shape("gated_rms_norm", "weight", weight, 1, y.cols());
+  expect_split("gated_rms_norm", "y", y, n_groups);
   const Index L = y.rows(), width = y.cols() / n_groups;
   Matrix<Scalar> out = y.array() * silu(z.array());
   for (Index t = 0; t < L; ++t) {
@@ -165,8 +216,17 @@ Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z,
 // just before x, oldest first (zeros at the start of a text), and afterwards the last d_conv - 1 of
 // state and x together, so pieces shorter than the window work like any other.
 template <class Scalar>
+void check_conv1d(const char* operation, const View<Scalar>& x, const View<Scalar>& weight,
+                  const View<Scalar>& bias, const ConvState<Scalar>& state) {
+  expect_shape(operation, "weight", weight, x.cols(), weight.cols());
+  if (bias) expect_shape(operation, "bias", bias, 1, x.cols());
+  expect_shape(operation, "state", state, weight.cols() - 1, x.cols());
+}
+
+template <class Scalar>
 Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight,
                              const View<Scalar>& bias, ConvState<Scalar> state) {
+  check_conv1d<Scalar>("causal_conv1d", x, weight, bias, state);
   const Index L = x.rows(), d = x.cols(), d_conv = weight.cols();
   Matrix<Scalar> past_and_present(d_conv - 1 + L, d);
   past_and_present << state, x;
@@ -184,6 +244,8 @@ Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight,
 template <class Scalar>
 Row<Scalar> causal_conv1d_step(const View<Scalar>& x_t, const View<Scalar>& weight,
                                const View<Scalar>& bias, ConvState<Scalar> state) {
+  check_conv1d<Scalar>("causal_conv1d_step", x_t, weight, bias, state);
+  expect_shape("causal_conv1d_step", "x_t", x_t, 1, x_t.cols());
   const Index d_conv = weight.cols();
   Row<Scalar> out = x_t.row(0).cwiseProduct(weight.col(d_conv - 1).transpose());
   if (bias) out += bias.row(0);
@@ -237,15 +299,16 @@ template <class Scalar>
 struct ScanInputs {
   View<Scalar> x, delta;         // (L, d)  delta before bias and softplus
   StateView<Scalar> A;           // (d, N)
-  View<Scalar> B, C;             // (L, groups N)  group g uses columns [g N, (g+1) N)
+  View<Scalar> B, C;             // (L, G N)  for G groups of d / G neighbouring channels
   View<Scalar> D = {};           // (d)    or empty
   View<Scalar> z = {};           // (L, d) or empty
   View<Scalar> delta_bias = {};  // (d)    or empty
   bool delta_softplus = true;
-  Scalar delta_ratio = Scalar(1);   // stretches every step; 1 is the model as trained
-  Index channels_per_group = kAll;  // so many neighbouring channels share one B and C
+  Scalar delta_ratio = Scalar(1);  // stretches every step; 1 is the model as trained
 
   Index length() const { return x.rows(); }
+  Index n_groups() const { return B.cols() / A.cols(); }
+  Index group(Index channel) const { return channel * n_groups() / x.cols(); }
 
   // The same call for tokens [first, first + count) of the sequence.
   ScanInputs tokens(Index first, Index count) const {
@@ -258,6 +321,20 @@ struct ScanInputs {
     return part;
   }
 };
+
+// The inputs fit each other and the state h (d, N).
+template <class Scalar>
+void check_inputs(const char* operation, const ScanInputs<Scalar>& in, const ScanState<Scalar>& h) {
+  const Index L = in.length(), d = in.x.cols(), N = in.A.cols();
+  expect_shape(operation, "delta", in.delta, L, d);
+  expect_shape(operation, "A", in.A, d, N);
+  expect_shape(operation, "h", h, d, N);
+  expect_groups(operation, "B", in.B, L, N, d);
+  expect_shape(operation, "C", in.C, L, in.B.cols());
+  if (in.D) expect_shape(operation, "D", in.D, 1, d);
+  if (in.z) expect_shape(operation, "z", in.z, L, d);
+  if (in.delta_bias) expect_shape(operation, "delta_bias", in.delta_bias, 1, d);
+}
 
 // delta_t for all t at once: (L, d)
 template <class Scalar>
@@ -280,7 +357,7 @@ void skip_and_gate(const ScanInputs<Scalar>& in, Matrix<Scalar>& y) {
 template <class Scalar>
 Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
-  const Index width = std::min(d, in.channels_per_group);
+  const Index width = d / in.n_groups();  // of a group
   const Matrix<Scalar> delta = step_size(in), delta_x = delta.cwiseProduct(in.x);
   Matrix<Scalar> y(L, d);
   for (Index t = 0; t < L; ++t) {
@@ -305,6 +382,8 @@ Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState
 // One token in, one token out, as a model generates: in holds L = 1. Returns (1, d).
 template <class Scalar>
 Matrix<Scalar> selective_scan_step(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
+  check_inputs("selective_scan_step", in, h);
+  expect_shape("selective_scan_step", "x", in.x, 1, in.x.cols());
   return selective_scan_sequential<Scalar>(in, h);
 }
 
@@ -346,14 +425,13 @@ void associative_scan(Matrix<Scalar>& a, Matrix<Scalar>& b) {
 template <class Scalar>
 Matrix<Scalar> selective_scan_parallel(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
-  const auto group = [&](Index c) { return c / in.channels_per_group; };
   Matrix<Scalar> y(L, d);
   if (L == 0) return y;
   const Matrix<Scalar> delta = step_size(in);
   Matrix<Scalar> a(L, d * N), b(L, d * N);  // row t holds (d, N)
   for (Index t = 0; t < L; ++t) {
     for (Index c = 0; c < d; ++c) {
-      const auto B_t = in.B.row(t).segment(group(c) * N, N);
+      const auto B_t = in.B.row(t).segment(in.group(c) * N, N);
       a.row(t).segment(c * N, N) = (delta(t, c) * in.A.row(c).array()).exp();
       b.row(t).segment(c * N, N) = delta(t, c) * in.x(t, c) * B_t;
     }
@@ -364,7 +442,7 @@ Matrix<Scalar> selective_scan_parallel(const ScanInputs<Scalar>& in, ScanState<S
   associative_scan(a, b);  // row t of b is now h_t
   for (Index t = 0; t < L; ++t) {
     for (Index c = 0; c < d; ++c) {
-      y(t, c) = b.row(t).segment(c * N, N).dot(in.C.row(t).segment(group(c) * N, N));
+      y(t, c) = b.row(t).segment(c * N, N).dot(in.C.row(t).segment(in.group(c) * N, N));
     }
   }
   for (Index c = 0; c < d; ++c) h.row(c) = b.row(L - 1).segment(c * N, N);
@@ -412,6 +490,7 @@ constexpr Index kScanChunk = 64;
 template <class Scalar>
 Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
                               Form form = Form::sequential, Index chunk = kScanChunk) {
+  check_inputs("selective_scan", in, h);
   if (form == Form::parallel) return selective_scan_parallel(in, h);
   if (form == Form::chunked) return selective_scan_chunked(in, h, chunk);
   return selective_scan_sequential(in, h);
@@ -435,20 +514,18 @@ struct SsdInputs {
   View<Scalar> x;             // (L, H P)  head after head
   View<Scalar> dt;            // (L, H)    before bias and softplus
   StateView<Scalar> A;        // (H, 1)
-  View<Scalar> B, C;          // (L, groups N)  group g uses columns [g N, (g+1) N)
+  View<Scalar> B, C;          // (L, G N)  for G groups of H / G neighbouring heads
   View<Scalar> D = {};        // (H) or empty
   View<Scalar> dt_bias = {};  // (H) or empty
   bool dt_softplus = true;
   Scalar dt_min = Scalar(0);  // "time_step_limit"
   Scalar dt_max = std::numeric_limits<Scalar>::infinity();
   Scalar delta_ratio = Scalar(1);
-  Index heads_per_group = kAll;  // so many neighbouring heads share one B and C
-  Index first_head = 0;          // when these are some of the heads only: counted from here
 
   Index length() const { return x.rows(); }
   Index n_heads() const { return A.rows(); }
   Index head_dim() const { return x.cols() / n_heads(); }
-  Index group(Index head) const { return (first_head + head) / heads_per_group; }
+  Index group(Index head, Index N) const { return head * (B.cols() / N) / n_heads(); }
 
   SsdInputs tokens(Index first, Index count) const {
     using Member = View<Scalar> SsdInputs::*;
@@ -459,6 +536,20 @@ struct SsdInputs {
     return part;
   }
 };
+
+// The inputs fit each other and the state h (H P, N).
+template <class Scalar>
+void check_inputs(const char* operation, const SsdInputs<Scalar>& in, const ScanState<Scalar>& h) {
+  const Index L = in.length(), H = in.n_heads(), N = h.cols();
+  expect_shape(operation, "A", in.A, H, 1);
+  expect_split(operation, "x", in.x, H);
+  expect_shape(operation, "h", h, in.x.cols(), N);
+  expect_shape(operation, "dt", in.dt, L, H);
+  expect_groups(operation, "B", in.B, L, N, H);
+  expect_shape(operation, "C", in.C, L, in.B.cols());
+  if (in.D) expect_shape(operation, "D", in.D, 1, H);
+  if (in.dt_bias) expect_shape(operation, "dt_bias", in.dt_bias, 1, H);
+}
 
 // delta_t for all t and heads at once: (L, H)
 template <class Scalar>
@@ -480,11 +571,13 @@ void skip(const SsdInputs<Scalar>& in, Matrix<Scalar>& y) {  // y -> y + D x
 // One token. in: L = 1.  h (H P, N): the (P, N) state of each head, one below the other.
 template <class Scalar>
 Matrix<Scalar> ssd_step(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
+  check_inputs("ssd_step", in, h);
+  expect_shape("ssd_step", "x", in.x, 1, in.x.cols());
   const Index H = in.n_heads(), P = in.head_dim(), N = h.cols();
   const Row<Scalar> delta = step_size(in);
   Matrix<Scalar> y_t(1, H * P);
   for (Index i = 0; i < H; ++i) {
-    const Index g = in.group(i);
+    const Index g = in.group(i, N);
     const auto x_t = in.x.row(0).segment(i * P, P);
     const auto B_t = in.B.row(0).segment(g * N, N);
     const auto C_t = in.C.row(0).segment(g * N, N);
@@ -529,7 +622,7 @@ Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
   if (L == 0) return y;
   const Matrix<Scalar> delta = step_size(in);
   for (Index i = 0; i < H; ++i) {
-    const Index g = in.group(i);
+    const Index g = in.group(i, N);
     const Matrix<Scalar> B = in.B.middleCols(g * N, N), C = in.C.middleCols(g * N, N);
     const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
     const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
@@ -562,6 +655,7 @@ Matrix<Scalar> ssd_chunked(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Ind
 template <class Scalar>
 Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form = Form::chunked,
                    Index chunk = kScanChunk) {
+  check_inputs("ssd", in, h);
   if (form == Form::parallel) return ssd_quadratic(in, h);
   if (form == Form::chunked) return ssd_chunked(in, h, chunk);
   return ssd_sequential(in, h);
@@ -582,7 +676,7 @@ Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form =
 template <class Scalar>
 Matrix<Scalar> implied_attention(const ScanInputs<Scalar>& in, const Matrix<Scalar>& delta,
                                  Index c) {
-  const Index L = in.length(), N = in.A.cols(), g = c / in.channels_per_group;
+  const Index L = in.length(), N = in.A.cols(), g = in.group(c);
   const auto delta_c = delta.col(c);
   Matrix<Scalar> M = Matrix<Scalar>::Zero(L, L);
   for (Index n = 0; n < N; ++n) {
@@ -598,7 +692,7 @@ Matrix<Scalar> implied_attention(const ScanInputs<Scalar>& in, const Matrix<Scal
 template <class Scalar>
 Matrix<Scalar> implied_attention(const SsdInputs<Scalar>& in, const Matrix<Scalar>& delta, Index i,
                                  Index N) {
-  const auto B = in.B.middleCols(in.group(i) * N, N), C = in.C.middleCols(in.group(i) * N, N);
+  const auto B = in.B.middleCols(in.group(i, N) * N, N), C = in.C.middleCols(in.group(i, N) * N, N);
   const Matrix<Scalar> mask = decay_mask<Scalar>(delta.col(i) * in.A(i, 0));
   Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose()) * delta.col(i).asDiagonal();
   if (in.D) M.diagonal().array() += in.D(0, i);
@@ -626,21 +720,26 @@ struct Sizes {
   }
 };
 
-// Matrix products and loops over independent channels are the two places where a program may bring
-// its own storage and threads (mamba.cpp does). This is the plain meaning of both.
-template <class Weight>
+// The operations that a model is made of. A program may bring its own storage of weights and its own
+// threads by saying here how they are carried out (mamba.cpp does); this is the plain meaning.
+template <class Scalar, class Weight>
 struct Compute {
-  template <class Scalar>  // x (L, in), W (out, in) -> (L, out)
+  // y = x W^T.  x (L, in), W (out, in) -> (L, out)
   static Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W) {
+    expect_shape("linear", "x", x, x.rows(), W.cols());
     return x * W.transpose();
   }
-  template <class Scalar>
-  static Row<Scalar> row(const Weight& W, Index i) {
-    return W.row(i);
+  static Row<Scalar> row(const Weight& W, Index i) { return W.row(i); }
+  static Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight,
+                                      const View<Scalar>& bias, ConvState<Scalar> state) {
+    return ssm::causal_conv1d<Scalar>(x, weight, bias, state);
   }
-  template <class Function>  // f(first, count) for ranges that cover 0..n
-  static void for_ranges(Index n, const Function& f) {
-    f(Index(0), n);
+  static Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
+                                       Form form) {
+    return ssm::selective_scan<Scalar>(in, h, form);
+  }
+  static Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form) {
+    return ssm::ssd<Scalar>(in, h, form);
   }
 };
 
@@ -686,107 +785,69 @@ template <class Scalar>
 struct Options {
   Form form = Form::sequential;
   Scalar delta_ratio = Scalar(1);
-  Trace<Scalar>* trace = nullptr;  // filled if given, by whole sequences
+  Trace<Scalar>* trace = nullptr;  // filled if given
 };
 
 template <class Scalar, class Weight>
 Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>& bias = {}) {
-  Matrix<Scalar> y = Compute<Weight>::template linear<Scalar>(x, W);
+  Matrix<Scalar> y = Compute<Scalar, Weight>::linear(x, W);
   if (bias.size()) y.rowwise() += bias;
   return y;
 }
 
-// A part of a bias or of a per-channel weight that may be absent.
-template <class Scalar>
-View<Scalar> part(const Row<Scalar>& row, Index first, Index count) {
-  return row.size() ? View<Scalar>(row.segment(first, count)) : View<Scalar>();
-}
-
-// What the scan of channels [first, first + count) of a Mamba layer reads. xz: output of in_proj,
-// dt_B_C: output of x_proj.
+// What the scan of a Mamba layer reads. xz: output of in_proj, x: of the convolution, dt_B_C: of x_proj,
+// delta: of dt_proj.
 template <class Scalar, class Weight>
 ScanInputs<Scalar> scan_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
                                const Matrix<Scalar>& xz, const Matrix<Scalar>& x,
-                               const Matrix<Scalar>& dt_B_C, const Matrix<Scalar>& delta,
-                               Index first, Index count) {
+                               const Matrix<Scalar>& dt_B_C, const Matrix<Scalar>& delta) {
   ScanInputs<Scalar> in;
-  in.x = x.middleCols(first, count);
-  in.delta = delta.middleCols(first, count);
-  in.A = w.A.middleRows(first, count);
+  in.x = x;
+  in.delta = delta;
+  in.A = w.A;
   in.B = dt_B_C.middleCols(sizes.dt_rank, sizes.d_state);
   in.C = dt_B_C.rightCols(sizes.d_state);
-  in.D = w.D.segment(first, count);
-  in.z = xz.middleCols(sizes.d_inner + first, count);
-  in.delta_bias = w.dt_bias.segment(first, count);
+  in.D = w.D;
+  in.z = xz.rightCols(sizes.d_inner);
+  in.delta_bias = w.dt_bias;
   return in;
 }
 
-// The Mamba block (Mamba, Figure 3), norm and residual apart. u (L, d_model) -> (L, d_model).
+// The Mamba block (Mamba, Figure 3) without its norm and residual.  u (L, d_model) -> (L, d_model).
+// With L = 1 it is the step of a model that generates: `state` carries all that came before.
 template <class Scalar, class Weight>
 Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
                            const Matrix<Scalar>& u, LayerState<Scalar>& state,
                            const Options<Scalar>& options) {
-  const Index L = u.rows(), d_inner = sizes.d_inner;
+  using Op = Compute<Scalar, Weight>;
   const Matrix<Scalar> xz = linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, 2 d_inner)
-  Matrix<Scalar> x(L, d_inner), y(L, d_inner);
-  Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
-    x.middleCols(first, count) = silu(
-        causal_conv1d<Scalar>(xz.middleCols(first, count), w.conv_weight.middleRows(first, count),
-                              part(w.conv_bias, first, count), state.conv.middleCols(first, count))
-            .array());
-  });
+  const Matrix<Scalar> x_conv =
+      Op::causal_conv1d(xz.leftCols(sizes.d_inner), w.conv_weight, w.conv_bias, state.conv);
+  const Matrix<Scalar> x = silu(x_conv.array());              // (L, d_inner)
   const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);  // (L, dt_rank + 2 N)
   const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
-  Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
-    auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
-    in.delta_ratio = options.delta_ratio;
-    y.middleCols(first, count) =
-        selective_scan<Scalar>(in, state.h.middleRows(first, count), options.form);
-  });
+  auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta);
+  in.delta_ratio = options.delta_ratio;
+  const Matrix<Scalar> y = Op::selective_scan(in, state.h, options.form);  // (L, d_inner)
   if (options.trace) *options.trace = {options.trace->layer, xz, x, dt_B_C, delta};
   return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
 }
 
-// The same for one token: u_t (1, d_model) -> (1, d_model).
-template <class Scalar, class Weight>
-Matrix<Scalar> mamba_block_step(const Layer<Scalar, Weight>& w, const Sizes& sizes,
-                                const Matrix<Scalar>& u_t, LayerState<Scalar>& state,
-                                const Options<Scalar>& options) {
-  const Index d_inner = sizes.d_inner;
-  const Matrix<Scalar> xz = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
-  const Matrix<Scalar> x =
-      silu(causal_conv1d_step<Scalar>(xz.leftCols(d_inner), w.conv_weight, w.conv_bias, state.conv)
-               .array());
-  const Matrix<Scalar> dt_B_C = linear<Scalar>(x, w.x_proj);
-  const Matrix<Scalar> delta = linear<Scalar>(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj);
-  Matrix<Scalar> y(1, d_inner);
-  Compute<Weight>::for_ranges(d_inner, [&](Index first, Index count) {
-    auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta, first, count);
-    in.delta_ratio = options.delta_ratio;
-    y.middleCols(first, count) = selective_scan_step<Scalar>(in, state.h.middleRows(first, count));
-  });
-  return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
-}
-
-// What the SSD of heads [first, first + count) of a Mamba-2 layer reads. zxBCdt: output of in_proj,
-// xBC: output of the convolution.
+// What the SSD of a Mamba-2 layer reads. zxBCdt: output of in_proj, xBC: of the convolution.
 template <class Scalar, class Weight>
 SsdInputs<Scalar> ssd_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
-                             const Matrix<Scalar>& zxBCdt, const Matrix<Scalar>& xBC, Index first,
-                             Index count) {
-  const Index P = sizes.head_dim, GN = sizes.n_groups * sizes.d_state;
+                             const Matrix<Scalar>& zxBCdt, const Matrix<Scalar>& xBC) {
+  const Index GN = sizes.n_groups * sizes.d_state;
   SsdInputs<Scalar> in;
-  in.x = xBC.middleCols(first * P, count * P);
-  in.dt = zxBCdt.rightCols(sizes.n_heads).middleCols(first, count);
-  in.A = w.A.middleRows(first, count);
+  in.x = xBC.leftCols(sizes.d_inner);
+  in.dt = zxBCdt.rightCols(sizes.n_heads);
+  in.A = w.A;
   in.B = xBC.middleCols(sizes.d_inner, GN);
   in.C = xBC.rightCols(GN);
-  in.D = w.D.segment(first, count);
-  in.dt_bias = w.dt_bias.segment(first, count);
+  in.D = w.D;
+  in.dt_bias = w.dt_bias;
   in.dt_min = Scalar(sizes.dt_min);
   in.dt_max = Scalar(sizes.dt_max);
-  in.heads_per_group = sizes.n_heads / sizes.n_groups;
-  in.first_head = first;
   return in;
 }
 
@@ -800,49 +861,17 @@ template <class Scalar, class Weight>
 Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
                             const Matrix<Scalar>& u, LayerState<Scalar>& state,
                             const Options<Scalar>& options) {
-  const Index L = u.rows(), d_inner = sizes.d_inner, conv_width = sizes.conv_width(),
-              P = sizes.head_dim;
+  using Op = Compute<Scalar, Weight>;
   const Matrix<Scalar> zxBCdt = linear<Scalar>(u, w.in_proj, w.in_proj_bias);  // (L, in_proj_width)
-  Matrix<Scalar> xBC(L, conv_width), y(L, d_inner);
-  Compute<Weight>::for_ranges(conv_width, [&](Index first, Index count) {
-    xBC.middleCols(first, count) =
-        silu(causal_conv1d<Scalar>(
-                 zxBCdt.middleCols(d_inner + first, count), w.conv_weight.middleRows(first, count),
-                 part(w.conv_bias, first, count), state.conv.middleCols(first, count))
-                 .array());
-  });
-  Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
-    auto in = ssd_inputs(w, sizes, zxBCdt, xBC, first, count);
-    in.delta_ratio = options.delta_ratio;
-    y.middleCols(first * P, count * P) =
-        ssd<Scalar>(in, state.h.middleRows(first * P, count * P), options.form);
-  });
+  const Matrix<Scalar> xBC_conv = Op::causal_conv1d(
+      zxBCdt.middleCols(sizes.d_inner, sizes.conv_width()), w.conv_weight, w.conv_bias, state.conv);
+  const Matrix<Scalar> xBC = silu(xBC_conv.array());  // (L, conv_width)
+  auto in = ssd_inputs(w, sizes, zxBCdt, xBC);
+  in.delta_ratio = options.delta_ratio;
+  const Matrix<Scalar> y = Op::ssd(in, state.h, options.form);  // (L, d_inner)
   if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}};
-  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
-                                                       Scalar(sizes.norm_eps), sizes.n_groups);
-  return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
-}
-
-// The same for one token: u_t (1, d_model) -> (1, d_model).
-template <class Scalar, class Weight>
-Matrix<Scalar> mamba2_block_step(const Layer<Scalar, Weight>& w, const Sizes& sizes,
-                                 const Matrix<Scalar>& u_t, LayerState<Scalar>& state,
-                                 const Options<Scalar>& options) {
-  const Index d_inner = sizes.d_inner, P = sizes.head_dim;
-  const Matrix<Scalar> zxBCdt = linear<Scalar>(u_t, w.in_proj, w.in_proj_bias);
-  const Matrix<Scalar> xBC =
-      silu(causal_conv1d_step<Scalar>(zxBCdt.middleCols(d_inner, sizes.conv_width()), w.conv_weight,
-                                      w.conv_bias, state.conv)
-               .array());
-  Matrix<Scalar> y(1, d_inner);
-  Compute<Weight>::for_ranges(sizes.n_heads, [&](Index first, Index count) {
-    auto in = ssd_inputs(w, sizes, zxBCdt, xBC, first, count);
-    in.delta_ratio = options.delta_ratio;
-    y.middleCols(first * P, count * P) =
-        ssd_step<Scalar>(in, state.h.middleRows(first * P, count * P));
-  });
-  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, zxBCdt.leftCols(d_inner), w.gated_norm,
-                                                       Scalar(sizes.norm_eps), sizes.n_groups);
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
+      y, zxBCdt.leftCols(sizes.d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
 }
 
@@ -870,7 +899,8 @@ struct State {
   explicit State(const Sizes& sizes) : layers(sizes.n_layer, LayerState<Scalar>(sizes)) {}
 };
 
-// ids (L) -> last hidden states after the final norm (L, d_model); `state` advances by L tokens.
+// ids (L) -> last hidden states after the final norm (L, d_model). `state` advances by L tokens: a whole
+// text at once, or, with L = 1, the next token of one.
 template <class Scalar, class Weight>
 Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                         State<Scalar>& state, const Options<Scalar>& options = {}) {
@@ -879,7 +909,7 @@ Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, In
       sizes.version == 1 ? mamba_block<Scalar, Weight> : mamba2_block<Scalar, Weight>;
   Matrix<Scalar> residual(L, sizes.d_model);
   for (Index t = 0; t < L; ++t) {
-    residual.row(t) = Compute<Weight>::template row<Scalar>(model.embedding, ids[t]);
+    residual.row(t) = Compute<Scalar, Weight>::row(model.embedding, ids[t]);
   }
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];
@@ -887,22 +917,6 @@ Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, In
     if (here.trace && here.trace->layer != l) here.trace = nullptr;
     residual +=
         block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l], here);
-  }
-  return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
-}
-
-// The same for one token, by the step functions -> (1, d_model).
-template <class Scalar, class Weight>
-Matrix<Scalar> backbone_step(const Model<Scalar, Weight>& model, Token id, State<Scalar>& state,
-                             const Options<Scalar>& options = {}) {
-  const Sizes& sizes = model.sizes;
-  const auto block_step =
-      sizes.version == 1 ? mamba_block_step<Scalar, Weight> : mamba2_block_step<Scalar, Weight>;
-  Matrix<Scalar> residual = Compute<Weight>::template row<Scalar>(model.embedding, id);
-  for (Index l = 0; l < sizes.n_layer; ++l) {
-    const auto& w = model.layers[l];
-    residual += block_step(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)),
-                           state.layers[l], options);
   }
   return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
 }
@@ -919,12 +933,6 @@ template <class Scalar, class Weight>
 Matrix<Scalar> forward(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                        State<Scalar>& state, const Options<Scalar>& options = {}) {
   return lm_head(model, backbone(model, ids, L, state, options));
-}
-
-template <class Scalar, class Weight>  // one token -> its logits (1, vocab_size)
-Matrix<Scalar> step(const Model<Scalar, Weight>& model, Token id, State<Scalar>& state,
-                    const Options<Scalar>& options = {}) {
-  return lm_head(model, backbone_step(model, id, state, options));
 }
 
 }  // namespace ssm

@@ -62,7 +62,6 @@ struct ScanProblem {
       if (D.size()) in.D = Db;
       if (bias.size()) in.delta_bias = bias;
       in.delta_softplus = c.options & 8;
-      in.channels_per_group = c.d / c.groups;
       StateMatrix<double> h = StateMatrix<double>::Zero(c.d, c.N);
       if (h0.size()) h = part(h0);
       Matrix<double> y = ssm::selective_scan<double>(in, h);

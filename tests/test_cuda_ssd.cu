@@ -56,7 +56,7 @@ void ssd_matches(const SsdCase& c, std::uint64_t seed, Worst& naive, Worst& fuse
       in.x = xb, in.dt = dtb, in.A = A_columns, in.B = Bb, in.C = Cb;
       if (D.size()) in.D = Db;
       if (bias.size()) in.dt_bias = bias;
-      in.dt_min = dt_min, in.dt_max = dt_max, in.heads_per_group = c.H / c.groups;
+      in.dt_min = dt_min, in.dt_max = dt_max;
       StateMatrix<double> h = part(h0);
       of(sizes ? size : out, b, c.batch) = ssm::ssd<double>(in, h, ssm::Form::sequential);
       of(sizes ? hT_size : hT, b, c.batch) = Matrix<double>(h);
