@@ -485,19 +485,24 @@ void convert_each(const Tensor& tensor, To* out) {
          " values are too large for " + dtype_name(dtype_of<To>()) + ": they become infinite");
 }
 
+/// Calls use with a value of the type of a weight; false if the dtype is not that of one.
+template <class Use>
+bool with_weight_type(DType dtype, const Use& use) {
+  if (dtype == DType::F64) return use(double()), true;
+  if (dtype == DType::F32) return use(float()), true;
+  if (dtype == DType::F16) return use(Eigen::half()), true;
+  if (dtype == DType::BF16) return use(Eigen::bfloat16()), true;
+  return false;
+}
+
 /// The tensor's values as one of the four types of weights, or (I64, I32) as int64_t.
 template <class To>
 void convert(const Tensor& tensor, To* out) {
   constexpr bool kReal = !std::is_same_v<To, std::int64_t>;
-  if constexpr (kReal) {
-    if (tensor.dtype == DType::F64) return convert_each<double>(tensor, out);
-    if (tensor.dtype == DType::F32) return convert_each<float>(tensor, out);
-    if (tensor.dtype == DType::F16) return convert_each<Eigen::half>(tensor, out);
-    if (tensor.dtype == DType::BF16) return convert_each<Eigen::bfloat16>(tensor, out);
-  } else {
-    if (tensor.dtype == DType::I64) return convert_each<std::int64_t>(tensor, out);
-    if (tensor.dtype == DType::I32) return convert_each<std::int32_t>(tensor, out);
-  }
+  const auto from = [&](auto type) { convert_each<decltype(type)>(tensor, out); };
+  if (kReal && with_weight_type(tensor.dtype, from)) return;
+  if (!kReal && tensor.dtype == DType::I64) return from(std::int64_t());
+  if (!kReal && tensor.dtype == DType::I32) return from(std::int32_t());
   fail("wrong dtype: ", quote(tensor.name), ": expected ",
        kReal ? "F64, F32, F16 or BF16" : "I64 or I32", ", found ", dtype_name(tensor.dtype));
 }
@@ -517,15 +522,14 @@ Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Valu
 
 /// The tensor in another dtype of weights, in a buffer of its own.
 inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
-  const auto as = [&](auto type) -> Tensor {
+  Tensor out{tensor.name, dtype, tensor.shape, nullptr, nullptr};
+  const bool known = with_weight_type(dtype, [&](auto type) {
     using Value = decltype(type);
     const auto buffer = std::make_shared<std::vector<Value>>(values<Value>(tensor));
-    return {tensor.name, dtype, tensor.shape, buffer->data(), buffer};
-  };
-  if (dtype == DType::F64) return as(double());
-  if (dtype == DType::F32) return as(float());
-  if (dtype == DType::F16) return as(Eigen::half());
-  if (dtype == DType::BF16) return as(Eigen::bfloat16());
+    out.data = buffer->data();
+    out.keep_alive = buffer;
+  });
+  if (known) return out;
   fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
 }
 

@@ -1,11 +1,13 @@
 // mamba.cpp - the CPU program. Build and run:
 //
-//   g++ -std=c++17 -O3 -march=native -isystem /usr/include/eigen3 mamba.cpp -o mamba -ltbb -lpcre2-8 -lutf8proc
+//   g++ -std=c++17 -O3 -march=native -isystem /usr/include/eigen3 mamba.cpp -o mamba
+//       -ltbb -lpcre2-8 -lutf8proc
 //   ./mamba "Once upon a time"
 //
-// The maths is ssm_reference.hpp in float, the loader, generator and command line are mamba.hpp. What
-// is here is how the CPU does the work: matrices as stored in the file (f32, bf16 or f16, mapped into
-// memory), the matrix product on all cores, and the loops over channels and heads spread over them.
+// The maths is ssm_reference.hpp in float, the loader, generator and command line are mamba.hpp.
+// What is here is how the CPU does the work: matrices as stored in the file (f32, bf16 or f16,
+// mapped into memory), the matrix product on all cores, and the loops over channels and heads
+// spread over them.
 
 #include "mamba.hpp"
 
@@ -24,10 +26,10 @@ namespace mamba {
 // Threads
 // ------------------------------------------------------------------------------------------
 
-// Calls f(begin, count) for consecutive pieces of [0, n), each of `grain` (the last one shorter), on
-// all threads. What makes a piece does not depend on the number of threads, so neither do the bits
-// of a result. Every piece is a task of its own: a thread that another program holds up keeps one
-// piece from the others, not its share of all.
+// Calls f(begin, count) for consecutive pieces of [0, n), each of `grain` (the last one shorter),
+// on all threads. What makes a piece does not depend on the number of threads, so neither do the
+// bits of a result. Every piece is a task of its own: a thread that another program holds up keeps
+// one piece from the others, not its share of all.
 template <class Function>
 void parallel_for(Index n, Index grain, const Function& f) {
   tbb::parallel_for(
@@ -56,8 +58,8 @@ void with_type(const Weight& W, const Function& f) {
   fail("linear: weights: expected F32, BF16 or F16");
 }
 
-// out[0..n) = w[0..n). The compiler makes vector instructions of the shift, for a bfloat16 is the upper
-// half of a float, but not of the conversion of half.
+// out[0..n) = w[0..n). The compiler makes vector instructions of the shift, for a bfloat16 is the
+// upper half of a float, but not of the conversion of half.
 inline void to_floats(const float* w, Index n, float* out) { std::copy_n(w, n, out); }
 
 inline void to_floats(const Eigen::bfloat16* w, Index n, float* out) {
@@ -92,8 +94,8 @@ const float* as_floats(const Half* w, Index n, float* out) {
   return out;
 }
 
-// w . x over n numbers, added in the same order whatever their type: 64 sums side by side, which stay
-// in registers.
+// w . x over n numbers, added in the same order whatever their type: 64 sums side by side, which
+// stay in registers.
 template <class Stored>
 float dot(const Stored* w, const float* x, Index n) {
   constexpr Index kSums = 64;
@@ -163,8 +165,8 @@ void add_tile(const float* x, Index x_stride, const Panel& panel, Index n, Index
       if (i < rows) y[t * y_stride + i] += sum(sums[t][i]);
 }
 
-// y = x W^T for the rows of W that begin at w: kTileW of them become floats, then meet all rows of x,
-// which have zeros from cols up to a whole register.
+// y = x W^T for the rows of W that begin at w: kTileW at a time become floats and are
+// multiplied by all rows of x, which have zeros from cols up to a whole register.
 template <class Stored>
 void multiply(const float* x, Index L, Index x_stride, const Stored* w, Index cols,
               ssm::InOut<Matrix<float>> y) {
@@ -186,8 +188,8 @@ void multiply(const float* x, Index L, Index x_stride, const Stored* w, Index co
     }
 }
 
-// y = x W^T.  x (L, cols), y (L, rows). Bound by reading W once while L is small, by multiply-adds when
-// it is large.
+// y = x W^T.  x (L, cols), y (L, rows). Bound by reading W once while L is small, by multiply-adds
+// when it is large.
 inline Matrix<float> linear(const ssm::View<float>& x, const Weight& W) {
   constexpr Index kFewRows = 4, kBlock = 256;  // rows of x; a block of them stays in the L2 cache
   const Index L = x.rows(), cols = W.cols;
@@ -231,8 +233,8 @@ inline ssm::Row<float> row(const Weight& W, Index i) {
   return out;
 }
 
-// The type that --dtype asks for, or the file's own: a window into the file where that can be. A file
-// may hold a tensor at any address; then, too, a copy is kept.
+// The type that --dtype asks for, or the file's own: a window into the file where that can be. A
+// file may hold a tensor at any address; then, too, a copy is kept.
 inline void assign(const Tensor& tensor, std::optional<DType> storage, Weight& weight) {
   const bool stored =
       tensor.dtype == DType::F32 || tensor.dtype == DType::BF16 || tensor.dtype == DType::F16;
@@ -337,8 +339,11 @@ class CpuEngine {
   State from_host(State state) const { return state; }
   const State& to_host(const State& state) const { return state; }
 
+  /// One token goes by the recurrence itself, whichever form a whole sequence takes.
   Matrix<float> prefill(State& state, const Token* ids, Index L) {
-    const Matrix<float> hidden = ssm::backbone(model_, ids, L, state, options_);
+    ssm::Options<float> options = options_;
+    if (L == 1) options.form = ssm::Form::sequential;
+    const Matrix<float> hidden = ssm::backbone(model_, ids, L, state, options);
     return ssm::lm_head<float>(model_, hidden.bottomRows(1));
   }
 
@@ -347,13 +352,6 @@ class CpuEngine {
     const Matrix<float> hidden = ssm::backbone(model_, ids, L, state, options_);
     for (Index t = 0; t < L; t += kRows)
       sink(t, ssm::lm_head<float>(model_, hidden.middleRows(t, std::min(kRows, L - t))));
-  }
-
-  /// One token by the recurrence itself, whichever form a whole sequence takes.
-  Matrix<float> step(State& state, Token id) {
-    ssm::Options<float> options = options_;
-    options.form = ssm::Form::sequential;
-    return ssm::forward(model_, &id, 1, state, options);
   }
 
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
@@ -365,7 +363,7 @@ class CpuEngine {
   Config config_;
   ssm::Model<float, Weight> model_;
   ssm::Options<float> options_;
-  std::unique_ptr<tbb::global_control> threads_;  // --threads: holds as long as the engine lives
+  std::unique_ptr<tbb::global_control> threads_;  // as many as --threads says
 };
 
 }  // namespace mamba

@@ -1,44 +1,48 @@
 // mamba.cu - the GPU program. Build and run (Hopper; -arch=native does for other GPUs):
 //
-//   nvcc -std=c++17 -O1 -split-compile=0 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
+//   nvcc -std=c++17 -O1 -split-compile=0 -gencode=arch=compute_90a,code=sm_90a -DEIGEN_NO_CUDA \
+//     -isystem /usr/include/eigen3 mamba.cu -o mamba_cuda -lcublas -lutf8proc
 //   ./mamba_cuda "Once upon a time"
 //
 // -O1 is for the host's code, half of the compile time: kernels are always fully optimized.
 //
-// Read ssm_reference.hpp first: it says what is computed. Here the same operations, by the same names,
-// are CUDA kernels; for each a simple rung first, then the fast one. Loader, generator and command
-// line are mamba.hpp.
+// Read ssm_reference.hpp first: it says what is computed. Here the same operations, by the same
+// names, are CUDA kernels; for each a simple rung first, then the fast one. Loader, generator and
+// command line are mamba.hpp.
 //
-//   kernel                             reference               idea                       in parallel
-//   causal_conv1d_naive_kernel         causal_conv1d           one output a thread        batch, t, d
-//   causal_conv1d_fused_kernel         causal_conv1d, silu     window in registers        pieces of t, d
-//   causal_conv1d_step_kernel          causal_conv1d_step      one token                  batch, d
-//   selective_scan_naive_kernel        selective_scan          one thread walks time      batch, d
-//   selective_scan_fused_kernel        selective_scan          some warps walk time,      batch, d, pieces of N
-//                                                              others feed and finish
-//   selective_scan_chunk_start_kernel  selective_scan_chunked  a short walk between two   batch, d, N, chunks of t
-//                                                              passes of the fused one
-//   selective_scan_step_kernel         selective_scan_step     one token, h in place      batch, d, N
-//   ssd_naive_kernel                   ssd_sequential          one warp walks time        batch, H, P
-//   ssd_fused_kernel                   ssd_chunked             chunks on tensor cores     batch, rows of h, pieces of t
-//   ssd_warpgroup_kernel               ssd_chunked             the same on Hopper's       batch, rows of h, pieces of t
-//                                                              wgmma, a warpgroup feeds
-//   ssd_step_kernel                    ssd_step                one token, h in place,     batch, H, P
-//                                                              with or without the gate
-//   rms_norm_kernel                    rms_norm                a row stays on chip        rows
-//   gated_rms_norm_kernel              gated_rms_norm          the same                   rows, groups
-//   linear_step_kernel                 linear, rms_norm,       W read once, with what     rows of W, pieces of rows
-//                                      causal_conv1d_step      surrounds the product
-//   scan_decode_kernel                 selective_scan_step     with dt_proj before        batch, d, quarters of N
-//   embedding_kernel                   backbone                a row of the table         tokens
-//   best_kernel, weight_kernel,        sample (mamba.hpp)      CUB's radix sort, sums     batch, vocabulary
-//     sample_kernel                                            of 32 stretches
+// kernel                             reference              idea                   in parallel
+// causal_conv1d_naive_kernel         causal_conv1d          one output a thread    batch, t, d
+// causal_conv1d_fused_kernel         causal_conv1d, silu    window in registers    pieces of t, d
+// causal_conv1d_step_kernel          causal_conv1d_step     one token              batch, d
+// selective_scan_naive_kernel        selective_scan         one thread walks time  batch, d
+// selective_scan_fused_kernel        selective_scan         some warps walk time,  batch, d,
+//                                                           others feed, finish    pieces of N
+// selective_scan_chunk_start_kernel  selective_scan_chunked short walk between two batch, d, N
+//                                                           passes of the fused
+// selective_scan_step_kernel         selective_scan_step    one token, h in place  batch, d, N
+// ssd_naive_kernel                   ssd_sequential         one warp walks time    batch, H, P
+// ssd_fused_kernel                   ssd_chunked            chunks on tensor cores batch, pieces
+//                                                                                  of h and of t
+// ssd_warpgroup_kernel               ssd_chunked            on wgmma (Hopper), fed the same
+//                                                           by one warpgroup
+// ssd_step_kernel                    ssd_step               one token, h in place; batch, H, P
+//                                                           with the gate or not
+// rms_norm_kernel                    rms_norm               a row stays on chip    rows
+// gated_rms_norm_kernel              gated_rms_norm         the same               rows, groups
+// linear_step_kernel                 linear, rms_norm,      W read once, with what rows of W,
+//                                    causal_conv1d_step     surrounds the product  pieces of rows
+// scan_decode_kernel                 selective_scan_step    with dt_proj before    batch, d,
+//                                                                                  quarters of N
+// embedding_kernel                   backbone               a row of the table     tokens
+// best_kernel, weight_kernel,        sample (mamba.hpp)     CUB's radix sort, sums batch,
+//   sample_kernel                                           of 32 stretches        vocabulary
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
 #include <cuda_awbarrier_primitives.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 #include <cub/device/device_radix_sort.cuh>
@@ -71,8 +75,8 @@ inline void need_memory(size_t bytes, const char* what) {
          mebibytes(available));
 }
 
-// An array of T on the GPU. It owns its memory and can be moved, not copied. What is copied or zeroed is
-// there when the call returns: other streams do not wait for the one that does it.
+// An array of T on the GPU. It owns its memory and can be moved, not copied. What is copied or
+// zeroed is there when the call returns: other streams do not wait for the one that does it.
 template <class T>
 class DeviceBuffer {
  public:
@@ -164,32 +168,21 @@ class Graph {
 // Storage types and pointwise functions
 // ==========================================================================================
 
-// n neighbouring numbers, kept as the words that carry them until they are needed as
-// floats.
+// n neighbouring numbers, kept as the words that carry them until they are needed as floats.
 template <class T, int n>
 struct alignas(n * sizeof(T)) Vector {
-  // Words, not T: a load that is taken apart at once is a load that is waited for at once.
+  // Words, not T: to take a number of 16 bits out of its word is to wait for the load.
   using Word = std::conditional_t<n * sizeof(T) % 4 == 0, uint32_t, uint16_t>;
   Word word[n * sizeof(T) / sizeof(Word)] = {};
 };
 
-__device__ inline float to_float(float v) { return v; }
-__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-__device__ inline float to_float(__half v) { return __half2float(v); }
-
 template <class T>
-__device__ inline T from_float(float v);  // to the nearest
-template <>
-__device__ inline float from_float(float v) {
-  return v;
+__device__ inline float to_float(T v) {
+  return float(v);
 }
-template <>
-__device__ inline __nv_bfloat16 from_float(float v) {
-  return __float2bfloat16(v);
-}
-template <>
-__device__ inline __half from_float(float v) {
-  return __float2half(v);
+template <class T>
+__device__ inline T from_float(float v) {  // to the nearest
+  return T(v);
 }
 
 template <int n, class T>
@@ -226,8 +219,9 @@ __device__ inline Vector<T, n> pack(const float (&from)[n]) {
   return v;
 }
 
-// kBytes (4, 8 or 16) from global to shared memory, behind the threads' backs; zeros, and nothing is read,
-// where !valid.
+// kBytes (4, 8 or 16) from global to shared memory, without waiting for them; zeros, and nothing is
+// read, where !valid. (Of the Toolkit's __pipeline_memcpy_async the number of zeros is a constant:
+// such a choice becomes two instructions.)
 template <int kBytes = 16>
 __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   if constexpr (kBytes == 16) {
@@ -240,22 +234,22 @@ __device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
                  : "memory");
   }
 }
-__device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-template <int kPending>  // all but the last kPending commits have arrived
-__device__ void copy_async_wait_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
 // The same for n numbers.
 template <class T, int n>
 __device__ inline void copy_async(Vector<T, n>* to, const T* from, bool valid) {
   copy_async<int(sizeof *to)>(uint32_t(__cvta_generic_to_shared(to)), from, valid);
 }
+__device__ inline void copy_async_commit() { __pipeline_commit(); }
+__device__ inline void copy_async_wait() { __pipeline_wait_prior(0); }
+template <int kPending>  // all but the last kPending commits have arrived
+__device__ void copy_async_wait_but() {
+  __pipeline_wait_prior(kPending);
+}
 
 constexpr float kLog2e = 1.44269504f;
 
-// 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126
-// become 0.
+// 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126 become 0.
+// (exp2f is more instructions.)
 __device__ inline float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -312,17 +306,19 @@ bool aligned4(const T* p, int64_t stride) {
   return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
 }
 
-// --- kernels that start early (programmatic dependent launch): while the kernel before them still runs, if that
-// has called launch_next(), which says nothing about its results ---
+// --- kernels that start early (programmatic dependent launch) ---------------------------------
+//
+// They start while the kernel before them still runs, once all of its blocks have called
+// launch_next(), which says nothing about its results.
 
 __device__ inline void launch_next() {  // the next kernel may start where there is room
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }
 __device__ inline void wait_for_previous() {  // until all that it wrote can be read
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  cudaGridDependencySynchronize();
 #endif
 }
 
@@ -396,20 +392,73 @@ __global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
   a.out[(rows.first + t) * a.out_stride + d] = from_float<T>(a.activate ? silu(sum) : sum);
 }
 
-// Since the rung before: each input is read from memory once, not `width` times. A thread
-// owns kVector neighbouring channels (4, or 1 where rows are not aligned) over kConvRows
-// rows. It asks for all of them, and for the width - 1 rows before, at once, and then slides
-// the window through registers. The lanes of a warp lie side by side, the warps of a block
-// one after the other in time. Grid: sequences times pieces of kConvWarps kConvRows rows
-// times blocks of 32 kVector channels, the channels innermost, so that blocks that run
-// together read whole rows. kWidth is the width, or 8 for any width up to it: the missing
-// oldest taps are zero. A thread may use no more registers than let kConvBlocks blocks hide
-// each other's waits.
+// Since the rung before: each input is read from memory once, not `width` times. A thread owns
+// kVector neighbouring channels (4, or 1 where rows are not aligned) over kConvRows rows. It asks
+// for all of them, and for the width - 1 rows before, at once, and then slides the window through
+// registers.
+//
+// The lanes of a warp lie side by side, the warps of a block one after the other in time. Grid:
+// sequences times pieces of kConvWarps kConvRows rows times blocks of 32 kVector channels, the
+// channels innermost, so that blocks that run together read whole rows.
+//
+// kWidth is the width, or 8 for any width up to it: the missing oldest taps are zero.
 constexpr int kConvWarps = 4, kConvRows = 8;
+
+// Blocks on a multiprocessor at once, to hide each other's waits: so many registers a thread has.
 template <class T, int kWidth>
-constexpr int kConvBlocks = kWidth > 4       ? 1
-                            : sizeof(T) == 2 ? 8
-                                             : 6;  // at once on an SM
+constexpr int kConvBlocks = kWidth > 4 ? 1 : (sizeof(T) == 2 ? 8 : 6);
+
+// weight[d .. d + kVector, :] and their biases.
+template <int kVector, int kWidth, class T>
+__device__ inline void load_taps(const ConvArgs<T>& a, int64_t d, float (&weight)[kVector][kWidth],
+                                 float (&bias)[kVector]) {
+  unpack(load<kVector>(a.bias + d, a.bias != nullptr), bias);
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if constexpr (kWidth == 4 && kVector == 4) {
+      unpack(load<kWidth>(a.weight + (d + i) * kWidth, true), weight[i]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const int tap = k - (kWidth - a.width);
+        weight[i][k] = tap >= 0 ? a.weight[(d + i) * a.width + tap] : 0.f;
+      }
+    }
+  }
+}
+
+// The last width - 1 of state and x together become the state.
+template <int kVector, class T>
+__device__ inline void replace_conv_state(const ConvArgs<T>& a, int64_t b, const Rows& rows,
+                                          int64_t d) {
+#pragma unroll 1  // few threads come here: it is not to cost the others registers
+  for (int k = 0; k < a.width - 1; ++k)
+    store(a.state_out + (b * (a.width - 1) + k) * a.d + d,
+          conv_input<kVector>(a, b, rows, rows.count - (a.width - 1) + k, d));
+}
+
+// The first `count` rows of out from the inputs x, the window holding the width - 1 before them.
+template <class T, int kVector, int kWidth, class Activation>
+__device__ inline void convolve(const float (&weight)[kVector][kWidth],
+                                const float (&bias)[kVector], float (&window)[kWidth][kVector],
+                                const Vector<T, kVector> (&x)[kConvRows], int count, T* out,
+                                int64_t out_stride, const Activation& act) {
+#pragma unroll
+  for (int r = 0; r < kConvRows; ++r) {
+    unpack(x[r], window[kWidth - 1]);
+    float sum[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      sum[i] = bias[i];
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sum[i] = fmaf(weight[i][k], window[k][i], sum[i]);
+      sum[i] = act(sum[i]);
+#pragma unroll
+      for (int k = 0; k + 1 < kWidth; ++k) window[k][i] = window[k + 1][i];
+    }
+    if (r < count) store(out + r * out_stride, pack<T>(sum));
+  }
+}
 
 template <class T, int kWidth, int kVector>
 __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
@@ -438,50 +487,16 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
   for (int r = 0; r < kConvRows; ++r) arrived[r] = load<kVector>(x + r * a.x_stride, r < count);
 
   float weight[kVector][kWidth], bias[kVector], window[kWidth][kVector];
-  unpack(load<kVector>(a.bias + d, a.bias != nullptr), bias);
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    if constexpr (kWidth == 4 && kVector == 4) {
-      unpack(load<kWidth>(a.weight + (d + i) * kWidth, true), weight[i]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const int tap = k - (kWidth - a.width);
-        weight[i][k] = tap >= 0 ? a.weight[(d + i) * a.width + tap] : 0.f;
-      }
-    }
-  }
-  // The thread that has just read `state` also replaces it: no other thread touches these
-  // entries.
-  if (first && a.state_out) {
-#pragma unroll 1  // few threads come here: it is not to cost the others registers
-    for (int k = 0; k < a.width - 1; ++k) {
-      store(a.state_out + (b * (a.width - 1) + k) * a.d + d,
-            conv_input<kVector>(a, b, rows, rows.count - (a.width - 1) + k, d));
-    }
-  }
-
+  load_taps(a, d, weight, bias);
+  // By the thread that has just read it: no other touches these entries of the state.
+  if (first && a.state_out) replace_conv_state<kVector>(a, b, rows, d);
 #pragma unroll
   for (int k = 0; k + 1 < kWidth; ++k) unpack(before[k], window[k]);
-  T* out = a.out + (rows.first + begin) * a.out_stride + d;
-  const auto convolve = [&](const auto& act) {
-#pragma unroll
-    for (int r = 0; r < kConvRows; ++r) {
-      unpack(arrived[r], window[kWidth - 1]);
-      float sum[kVector];
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        sum[i] = bias[i];
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) sum[i] = fmaf(weight[i][k], window[k][i], sum[i]);
-        sum[i] = act(sum[i]);
-#pragma unroll
-        for (int k = 0; k + 1 < kWidth; ++k) window[k][i] = window[k + 1][i];
-      }
-      if (r < count) store(out + r * a.out_stride, pack<T>(sum));
-    }
+  const auto finish = [&](const auto& act) {
+    convolve(weight, bias, window, arrived, count, a.out + (rows.first + begin) * a.out_stride + d,
+             a.out_stride, act);
   };
-  a.activate ? convolve([](float v) { return silu(v); }) : convolve([](float v) { return v; });
+  a.activate ? finish([](float v) { return silu(v); }) : finish([](float v) { return v; });
 }
 
 // One token: x, out (batch, d); state_out (batch, width - 1, d) slides by one row, in
@@ -557,6 +572,8 @@ struct ScanArgs {
   const float* h0 = nullptr;               // (batch, d_inner, d_state) or null
   T* out = nullptr;                        // (batch L, d_inner)
   float* hT = nullptr;                     // (batch, d_inner, d_state) or null; may be h0
+  // (batch, ceil(L / kSaveEvery), d_inner, d_state) or null: h before rows 0, kSaveEvery, ..
+  float* saved = nullptr;
   // Numbers from one row to the next.
   int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
   int64_t z_stride = 0, out_stride = 0;
@@ -566,7 +583,16 @@ struct ScanArgs {
   const int64_t* cu_seqlens = nullptr;  // (batch + 1); L is then the longest length
 };
 
+// delta_t of channel d.
+template <class T>
+__device__ inline float step_size(const ScanArgs<T>& a, int64_t t, int64_t d) {
+  const float bias = a.delta_bias ? a.delta_bias[d] : 0.f;
+  const float delta_t = to_float(a.delta[t * a.delta_stride + d]) + bias;
+  return a.delta_ratio * (a.delta_softplus ? softplus(delta_t) : delta_t);
+}
+
 constexpr int64_t kMaxStates = 256;
+constexpr int64_t kSaveEvery = 64;  // rows from one saved state to the next
 
 // One thread owns one channel and walks time. Grid: all of batch d_inner in blocks of 128.
 // The state lies in local memory because d_state is only known at run time.
@@ -583,14 +609,13 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
   for (int n = 0; n < N; ++n) h[n] = a.h0 ? a.h0[i * N + n] : 0.f;
 
   for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    if (const int64_t past = t - rows.first; a.saved && past % kSaveEvery == 0) {
+      const int64_t index = b * ceil_div(a.L, kSaveEvery) + past / kSaveEvery;
+      for (int n = 0; n < N; ++n) a.saved[(index * a.d_inner + d) * N + n] = h[n];
+    }
     const T* B_t = a.B + t * a.B_stride + group * N;
     const T* C_t = a.C + t * a.C_stride + group * N;
-    const float x_t = to_float(a.x[t * a.x_stride + d]);
-    float delta_t =
-        to_float(a.delta[t * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
-    if (a.delta_softplus) delta_t = softplus(delta_t);
-    delta_t *= a.delta_ratio;
-
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
     float y_t = a.D ? a.D[d] * x_t : 0.f;
     for (int n = 0; n < N; ++n) {
       h[n] = expf(delta_t * A[n]) * h[n] + delta_t * x_t * to_float(B_t[n]);
@@ -603,84 +628,71 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
 }
 
 // Since the rung before: a channel's states are split over kLanes threads, kStates each, in
-// registers; B and C are read once per block, not once per channel; and everything that is
-// done once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A
-// block takes `width` channels of one group of one sequence, and works on tiles of kSteps
-// rows:
+// registers; B and C are read once per block, not once per channel; and everything that is done
+// once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A block takes
+// `width` channels of one group of one sequence, and works on tiles of kSteps rows:
 //
 //   feeders    prepare tile i + 1: softplus, delta x, and B and C as floats
 //   walkers    walk tile i, each with kStates states of one channel, and sum C_t . h_t over
 //              the lanes of the channel
 //   finishers  complete the outputs of tile i - 1: D x and the gate
 //
-// Everything shared is double-buffered by the tile's parity, so one barrier per tile orders
-// all of it. Rows past the end get delta = 0 and B = 0: the state stands still. Missing
-// states get A = B = C = 0. Feeders and finishers ask for their numbers kDepth tiles ahead,
-// by asynchronous copies into a ring in shared memory (registers on their way cannot wait in
-// turn); each thread reads only what it has copied itself.
+// What passes between them lies in shared memory twice, for even and for odd tiles, so one barrier
+// per tile orders all of it. Rows past the end get delta = 0 and B = 0: the state stands still.
+// Missing states get A = B = C = 0.
 //
-// What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B,
-// two multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from
-// shared memory. More states per thread therefore mean less shared traffic, and fewer
-// threads per channel. Grid: sequences (or their chunks) times groups times blocks of
-// `width` channels.
+// What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B, two
+// multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from shared
+// memory. More states per thread therefore mean less shared traffic, and fewer threads per channel.
+// Grid: sequences (or their chunks) times groups times blocks of `width` channels.
 //
-// A multiprocessor deals a block's warps out to its four schedulers in turn. The walkers set the pace: where their
-// warps are no multiple of four, feeders and finishers keep to the schedulers that have one walker less, and the
-// warps in between exit at once. They have registers nevertheless, so this goes as far as kThreads, the threads
-// that the kernel is compiled for, allows.
-template <int kStates_, int kLanes_, int kChannels_, int kSteps_, int kServers, int kDepth_,
+// A multiprocessor deals a block's warps out to its four schedulers in turn. The walkers set the
+// pace. Where their warps are no multiple of four, feeders and finishers keep to the schedulers
+// that have one walker less, and the warps in between exit at once. They take registers
+// nevertheless: this is done where the block then still has no more than kThreads threads, for
+// which the kernel is compiled.
+constexpr int kCopied = 4;  // neighbouring columns that a feeder or finisher handles
+
+template <int kStates_, int kLanes_, int kChannels_, int kSteps_, int kServers_, int kDepth_,
           int kThreads_>
 struct ScanTile {
   static constexpr int kStates = kStates_, kLanes = kLanes_, kSteps = kSteps_;
-  static constexpr int kChannels = kChannels_;  // of a block, at most
-  static constexpr int kFeeders = kServers, kFinishers = kServers, kDepth = kDepth_;
+  static constexpr int kChannels = kChannels_;        // of a block, at most
+  static constexpr int kServers = kServers_;          // feeders; and as many finishers
+  static constexpr int kDepth = kDepth_;              // tiles that they ask for ahead
   static constexpr int kThreads = kThreads_;          // of a block, at most
   static constexpr int kN = kStates * kLanes;         // d_state, rounded up
   static constexpr int kPerWarp = 32 / kLanes;        // channels of a warp
   static constexpr int kGroup = kStates < 4 ? 4 : 2;  // steps read and discretized together
   static constexpr int kSum = 8;                      // steps summed over lanes together
-  // The bits of a lane that number its states; the others number its channel. So neighbours share their
-  // states and every other two their channel, and shared memory answers them together.
-  static constexpr int kStateBits = kLanes == 32 ? 31 : (32 - 2 * kPerWarp) | 2;
+  // The bits of a lane's number that choose its states; the others choose its channel. Lanes side
+  // by side have the same states, every other two the same channel: shared memory serves them
+  // together.
+  static constexpr int kBitsOfStates = kLanes == 32 ? 31 : (32 - 2 * kPerWarp) | 2;
   static_assert(kServers % 32 == 0, "whole warps");
   static_assert(kThreads >= kChannels * kLanes + 2 * kServers, "room for all roles");
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
   static_assert(kSteps % kSum == 0 && kSum % (2 * kGroup) == 0, "groups of both parities");
-  static_assert(kChannels % 4 == 0 && kChannels % kPerWarp == 0, "whole warps");
-  // From row to row of y: spaced so that neither side meets bank conflicts.
-  static constexpr int kUnit = kPerWarp < 4 ? 4 : kPerWarp;
-  static constexpr int kRow = kChannels / kUnit % 2 ? kChannels : kChannels + kUnit;
-
-  alignas(32) float2 input[2][kSteps][kChannels];  // {delta_t, delta_t x_t}
-  alignas(32) float2 BC[2][kSteps][kN];            // {B_t, C_t}
-  alignas(32) float y[2][kSteps][kRow];            // C_t . h_t
+  static_assert(kChannels % kCopied == 0 && kChannels % kPerWarp == 0, "whole warps");
+  static_assert(kSaveEvery % kSteps == 0, "states are saved between tiles");
 };
 
-// The block's roles, so many threads, meet here. A barrier with a name, because they come from several
-// branches, and __syncthreads() is to be one and the same for all.
-__device__ inline void meet(int threads) {
-  asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
-}
+// A barrier for the threads of a block that have a role. It has a number, because they reach it in
+// several branches, and __syncthreads() must be one and the same for all.
+__device__ inline void sync_roles(int threads) { __barrier_sync_count(1, threads); }
 
 // What one block works on: some rows of one sequence, some channels of one group.
 struct ScanBlock {
-  int64_t sequence;  // index of the states: sequence, or chunk of one
   Rows rows;
-  int64_t group;
-  int64_t channel;  // the first
-  int width;        // channels of a block
-  int n_channels;   // how many of them exist
-  int threads;      // that work
+  int sequence;  // index of the states: sequence, or chunk of one
+  int group;
+  int channel;     // the first
+  int width;       // channels of a block
+  int n_channels;  // how many of them exist
+  int threads;     // that have a role
 };
 
-// The shape of a block: `width` channels, feeders and finishers with schedulers first_server .. 3.
-struct ScanShape {
-  int width, first_server;
-};
-
-// Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b
-// count + k.
+// Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b count + k.
 struct Chunks {
   int64_t count = 1, length = 0;
   float* total = nullptr;  // (batch, count, d_inner): sum of delta_t over the chunk
@@ -689,23 +701,99 @@ struct Chunks {
 template <class T>
 __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks, int width,
                                        int threads) {
-  const int64_t channels = a.d_inner / a.n_groups;
-  const int64_t blocks = ceil_div(channels, width);
-  const int64_t first = blockIdx.x % blocks * width;
-  const int64_t group = blockIdx.x / blocks % a.n_groups;
-  const int64_t sequence = blockIdx.x / blocks / a.n_groups;
+  const int channels = a.d_inner / a.n_groups, blocks = ceil_div(channels, width);
+  const int first = blockIdx.x % blocks * width, groups = a.n_groups;
+  const int group = blockIdx.x / blocks % groups, sequence = blockIdx.x / blocks / groups;
   Rows rows = rows_of(sequence / chunks.count, a.L, a.cu_seqlens);
   if (chunks.count > 1) {
     const int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
     rows = {rows.first + skip, min(chunks.length, rows.count - skip)};
   }
-  return {sequence, rows,
-          group,    group * channels + first,
-          width,    int(min(channels - first, int64_t(width))),
+  return {rows,   sequence, group, group * channels + first, width, min(channels - first, width),
           threads};
 }
 
-template <int kBits>  // the chosen bits of a lane, as a number
+// Feeders and finishers ask for their numbers kDepth tiles ahead, by asynchronous copies into a
+// ring of tiles in shared memory (registers that wait for memory cannot be passed on in a ring).
+// A thread copies kCopied columns of every stride-th row of two matrices, and reads only what it
+// has copied itself, so that no barrier is needed.
+template <class T, class Tile, int kColumns>
+struct Ring {
+  // Rows of one thread in a tile: the most of any width, as kColumns columns leave the fewest
+  // threads to a column.
+  static constexpr int kRows = ceil_div(Tile::kSteps, Tile::kServers / (kColumns / kCopied));
+  using Copies = Vector<T, kCopied>[2][Tile::kDepth][kRows][Tile::kServers];
+  struct Matrix {
+    const T* at;  // the block's first column in the sequence's first row
+    int64_t stride;
+    bool wanted = true;  // zeros if not
+  };
+
+  Copies& copies;
+  Matrix matrix[2];  // from this thread's first number in the tile that is asked for next
+  int me, length, column, first, stride;  // length: rows, 0 where there is no such column
+  bool exists;
+
+  // For thread `me`, where so many threads share a row, of which n_columns exist.
+  __device__ Ring(Copies& copies, int me, int threads, int n_columns, int length, Matrix one,
+                  Matrix two)
+      : copies(copies), matrix{one, two}, me(me) {
+    column = me % threads * kCopied, first = me / threads, stride = Tile::kServers / threads;
+    exists = column < n_columns, this->length = exists ? length : 0;
+#pragma unroll
+    for (Matrix& m : matrix) m.at += first * m.stride + column;
+  }
+  // f(r, t, inside): this thread's r-th row of tile i is row t of the tile; does it exist?
+  template <class Function>
+  __device__ void each_row(int i, const Function& f) const {
+    const int left = length - i * Tile::kSteps;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int t = first + r * stride;
+      if (first >= stride || t >= Tile::kSteps) break;
+      f(r, t, t < left);
+    }
+  }
+  // Asks for tile i, the one after that of the last call; past the end for zeros.
+  __device__ void fetch(int i) {
+    each_row(i, [&](int r, int, bool inside) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        copy_async(&copies[k][i % Tile::kDepth][r][me],
+                   matrix[k].at + int64_t(r * stride) * matrix[k].stride,
+                   inside && matrix[k].wanted);
+    });
+#pragma unroll
+    for (Matrix& m : matrix) m.at += Tile::kSteps * m.stride;
+  }
+  // What has arrived of row r of tile i.
+  __device__ void read(int i, int r, float (&one)[kCopied], float (&two)[kCopied]) const {
+    unpack(copies[0][i % Tile::kDepth][r][me], one);
+    unpack(copies[1][i % Tile::kDepth][r][me], two);
+  }
+};
+
+// Shared memory of a block. Two of everything that passes between roles: of even and odd tiles.
+template <class T, class Tile>
+struct ScanMemory {
+  // From row to row of y: spaced so that neither walkers nor finishers have bank conflicts.
+  static constexpr int kUnit = Tile::kPerWarp < 4 ? 4 : Tile::kPerWarp;
+  static constexpr int kRow =
+      Tile::kChannels / kUnit % 2 ? Tile::kChannels : Tile::kChannels + kUnit;
+  using RingD = Ring<T, Tile, Tile::kChannels>;
+  using RingN = Ring<T, Tile, Tile::kN>;
+
+  alignas(32) float2 input[2][Tile::kSteps][Tile::kChannels];  // {delta_t, delta_t x_t}
+  alignas(32) float2 BC[2][Tile::kSteps][Tile::kN];            // {B_t, C_t}
+  alignas(32) float y[2][Tile::kSteps][kRow];                  // C_t . h_t
+  typename RingD::Copies x_delta;                              // the feeders'
+  typename RingN::Copies B_C;
+  typename RingD::Copies x_z;  // the finishers'
+};
+
+// --- walkers ----------------------------------------------------------------------------------
+
+template <int kBits>  // the chosen bits of a lane's number, as a number
 __device__ inline int lane_bits(int lane) {
   int number = 0, count = 0;
 #pragma unroll
@@ -714,14 +802,14 @@ __device__ inline int lane_bits(int lane) {
   return number;
 }
 
-// Sums each y[k] over the lanes of a channel. While several sums are left, half of the lanes go on with one
-// half of them and half with the other: a lane ends with the sums of step `first`, which is returned, and of
-// those behind it. That is one exchange a step instead of log2(kLanes).
+// Sums each y[k] over the lanes of a channel. While several sums are left, half of the lanes go on
+// with one half of them and half with the other. So a lane ends with the sums of only some steps,
+// from the one that is returned on: one exchange a step instead of log2(kLanes).
 template <class Tile, int kBit = 16, int kCount = Tile::kSum>
 __device__ inline int sum_over_lanes(float (&y)[Tile::kSum], int lane) {
   if constexpr (kBit == 0) {
     return 0;
-  } else if constexpr ((Tile::kStateBits & kBit) == 0) {
+  } else if constexpr ((Tile::kBitsOfStates & kBit) == 0) {
     return sum_over_lanes<Tile, kBit / 2, kCount>(y, lane);
   } else if constexpr (kCount == 1) {
     y[0] += __shfl_xor_sync(~0u, y[0], kBit);
@@ -739,51 +827,55 @@ __device__ inline int sum_over_lanes(float (&y)[Tile::kSum], int lane) {
   }
 }
 
-template <class Tile, class T>
-__device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, const ScanBlock& block,
-                                 Tile& tile) {
-  constexpr int kStates = Tile::kStates, kGroup = Tile::kGroup, kSum = Tile::kSum;
-  constexpr int kMine =
-      kSum / (Tile::kLanes < kSum ? Tile::kLanes : kSum);  // sums a lane ends with
-  const int lane = threadIdx.x % 32;
-  const int s = lane_bits<Tile::kStateBits>(lane),
-            c = threadIdx.x / 32 * Tile::kPerWarp + lane_bits<31 - Tile::kStateBits>(lane);
-  const int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
-  const bool exists = c < block.n_channels;
-
-  // A log2(e) is kept, so that exp(delta A) is one multiply and one exp2.
-  float A[kStates], h[kStates];
-#pragma unroll
-  for (int p = 0; p < kStates; ++p) {
-    const int n = s * kStates + p;
-    const bool known = exists && n < a.d_state;
-    A[p] = known ? kLog2e * a.A[d * a.d_state + n] : 0.f;
-    h[p] = known && a.h0 ? a.h0[state + n] : 0.f;
-  }
-
-  // The walk is a pipeline over groups of kGroup steps: while group g is walked, the powers of group
-  // g + 1 are computed, and what group g + 2 needs is on its way from shared memory. Otherwise every step
-  // would wait for the latency of the one and of the other.
-  struct Operands {
+// kStates states of channel c of the block, from state s on.
+template <class T, class Tile>
+struct Walker {
+  static constexpr int kStates = Tile::kStates, kGroup = Tile::kGroup, kSum = Tile::kSum;
+  struct Operands {  // of one step, as they lie in shared memory
     float delta, delta_x, B[kStates], C[kStates];
   };
-  struct Discrete {
+  struct Discrete {  // of one step, as the recurrence takes them
     float A_bar[kStates], B_bar_x[kStates], C[kStates];
   };
-  const auto read = [&](int parity, int t, Operands(&o)[kGroup]) {
+
+  ScanMemory<T, Tile>& memory;
+  const int lane = threadIdx.x % 32;
+  const int s = lane_bits<Tile::kBitsOfStates>(lane) * kStates;
+  const int c = threadIdx.x / 32 * Tile::kPerWarp + lane_bits<31 - Tile::kBitsOfStates>(lane);
+  float A[kStates], h[kStates];  // A log2(e), so that exp(delta A) is one multiply and one exp2
+
+  __device__ Walker(ScanMemory<T, Tile>& memory, const ScanArgs<T>& a, const ScanBlock& block)
+      : memory(memory) {
+    const int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) {
+      const bool exists = c < block.n_channels && s + p < a.d_state;
+      A[p] = exists ? kLog2e * a.A[d * a.d_state + s + p] : 0.f;
+      h[p] = exists && a.h0 ? a.h0[state + s + p] : 0.f;
+    }
+  }
+  // Into states (.., d_inner, d_state), at `index`.
+  __device__ void store_state(const ScanArgs<T>& a, const ScanBlock& block, float* states,
+                              int64_t index) const {
+    states += (index * a.d_inner + block.channel + c) * a.d_state + s;
+#pragma unroll
+    for (int p = 0; p < kStates; ++p)
+      if (c < block.n_channels && s + p < a.d_state) states[p] = h[p];
+  }
+
+  __device__ void read(int parity, int t, Operands (&o)[kGroup]) const {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
-      const float2 input = tile.input[parity][t + k][c];
+      const float2 input = memory.input[parity][t + k][c];
       o[k].delta = input.x, o[k].delta_x = input.y;
 #pragma unroll
       for (int p = 0; p < kStates; p += 2) {
-        const float4 two =
-            *reinterpret_cast<const float4*>(&tile.BC[parity][t + k][s * kStates + p]);
+        const float4 two = *reinterpret_cast<const float4*>(&memory.BC[parity][t + k][s + p]);
         o[k].B[p] = two.x, o[k].C[p] = two.y, o[k].B[p + 1] = two.z, o[k].C[p + 1] = two.w;
       }
     }
-  };
-  const auto discretize = [&](const Operands(&o)[kGroup], Discrete(&to)[kGroup]) {
+  }
+  __device__ void discretize(const Operands (&o)[kGroup], Discrete (&to)[kGroup]) const {
 #pragma unroll
     for (int k = 0; k < kGroup; ++k)
 #pragma unroll
@@ -792,13 +884,23 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
         to[k].B_bar_x[p] = o[k].delta_x * o[k].B[p];
         to[k].C[p] = o[k].C[p];
       }
-  };
+  }
+  // h_t = A_bar h_{t-1} + B_bar x_t; returns these states' part of C_t . h_t.
+  __device__ float step(const Discrete& now) {
+    float y = 0.f;
+#pragma unroll
+    for (int p = 0; p < kStates; ++p) {
+      h[p] = fmaf(now.A_bar[p], h[p], now.B_bar_x[p]);
+      y = fmaf(now.C[p], h[p], y);
+    }
+    return y;
+  }
 
-  const int tiles = ceil_div(block.rows.count, Tile::kSteps);
-  for (int i = 0; i < tiles; ++i) {
-    // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
-    meet(block.threads);
-    const int parity = i & 1;
+  // A pipeline over groups of kGroup steps: while group g is walked, the powers of group g + 1 are
+  // computed, and what group g + 2 needs is on its way from shared memory. Otherwise every step
+  // would wait for both.
+  __device__ void walk_tile(int parity) {
+    constexpr int kSums = kSum / (Tile::kLanes < kSum ? Tile::kLanes : kSum);  // a lane ends with
     Operands operands[2][kGroup];  // of even and of odd groups
     Discrete discrete[2][kGroup];
     read(parity, 0, operands[0]);
@@ -814,273 +916,191 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
         read(parity, (t + k + 2 * kGroup) % Tile::kSteps, operands[even]);
         discretize(operands[1 - even], discrete[1 - even]);
 #pragma unroll
-        for (int j = 0; j < kGroup; ++j) {
-          const Discrete& now = discrete[even][j];
-          y[k + j] = 0.f;
-#pragma unroll
-          for (int p = 0; p < kStates; ++p) {
-            h[p] = fmaf(now.A_bar[p], h[p], now.B_bar_x[p]);
-            y[k + j] = fmaf(now.C[p], h[p], y[k + j]);
-          }
-        }
+        for (int j = 0; j < kGroup; ++j) y[k + j] = step(discrete[even][j]);
       }
       const int first = t + sum_over_lanes<Tile>(y, lane);
 #pragma unroll
-      for (int k = 0; k < kMine; ++k) tile.y[parity][first + k][c] = y[k];
+      for (int k = 0; k < kSums; ++k) memory.y[parity][first + k][c] = y[k];
     }
   }
-  meet(block.threads);  // y of the last tile is written
-  if (chunks.total) meet(block.threads);
-
-#pragma unroll
-  for (int p = 0; p < kStates; ++p) {
-    const int n = s * kStates + p;
-    if (exists && n < a.d_state && a.hT) a.hT[state + n] = h[p];
-  }
-}
-
-// The part of the rows of a tile that one feeder or finisher carries: kServed neighbouring columns in every
-// `stride`-th row.
-constexpr int kServed = 4;
-template <class Tile, int kColumns, int kThreads>
-struct Share {
-  // Rows of its own, at most, of any number of columns up to kColumns.
-  static constexpr int rows() {
-    int most = 0;
-    for (int threads = 1; threads <= kColumns / kServed; ++threads) {
-      const int stride = kThreads / threads, rows = ceil_div(Tile::kSteps, stride);
-      most = rows > most ? rows : most;
-    }
-    return most;
-  }
-  static constexpr int kRows = rows();
-  const int column, stride, first;       // stride: rows from one of its own to the next
-  __device__ Share(int me, int threads)  // threads: that share a row
-      : column(me % threads * kServed), stride(kThreads / threads), first(me / threads) {}
-  __device__ int row(int r) const { return first + r * stride; }
-  __device__ bool has(int r) const { return first < stride && row(r) < Tile::kSteps; }
 };
 
 template <class T, class Tile>
-struct FeederRing {
-  static constexpr int kDepth = Tile::kDepth;  // tiles under way
-  using ShareD = Share<Tile, Tile::kChannels, Tile::kFeeders>;
-  using ShareN = Share<Tile, Tile::kN, Tile::kFeeders>;
-  Vector<T, kServed> x[kDepth][ShareD::kRows][Tile::kFeeders];
-  Vector<T, kServed> delta[kDepth][ShareD::kRows][Tile::kFeeders];
-  Vector<T, kServed> B[kDepth][ShareN::kRows][Tile::kFeeders];
-  Vector<T, kServed> C[kDepth][ShareN::kRows][Tile::kFeeders];
-};
+__device__ inline void walk_tiles(const ScanArgs<T>& a, const Chunks& chunks,
+                                  const ScanBlock& block, ScanMemory<T, Tile>& memory) {
+  Walker<T, Tile> walker(memory, a, block);
+  const int tiles = ceil_div(block.rows.count, Tile::kSteps);
+  constexpr int kTiles = kSaveEvery / Tile::kSteps;  // from one saved state to the next
+  for (int first = 0; first < tiles; first += kTiles) {
+    if (a.saved)
+      walker.store_state(a, block, a.saved,
+                         block.sequence * ceil_div(a.L, kSaveEvery) + first / kTiles);
+    for (int i = first; i < min(first + kTiles, tiles); ++i) {
+      // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
+      sync_roles(block.threads);
+      walker.walk_tile(i & 1);
+    }
+  }
+  sync_roles(block.threads);                    // y of the last tile is written
+  if (chunks.total) sync_roles(block.threads);  // (the feeders' sums, see add_up_delta)
+  if (a.hT) walker.store_state(a, block, a.hT, block.sequence);
+}
 
-template <class Tile, class T>
+// --- feeders ----------------------------------------------------------------------------------
+
+// {delta_t, delta_t x_t} of tile i; adds delta_t to `total`.
+template <class T, class Tile, class Ring>
+__device__ inline void prepare_input(const ScanArgs<T>& a, ScanMemory<T, Tile>& memory,
+                                     const Ring& ring, int i, const float (&bias)[kCopied],
+                                     float (&total)[kCopied]) {
+  ring.each_row(i, [&](int r, int t, bool inside) {
+    float x_t[kCopied], delta_t[kCopied], input[2 * kCopied];
+    ring.read(i, r, x_t, delta_t);
+#pragma unroll
+    for (int k = 0; k < kCopied; ++k) delta_t[k] += bias[k];
+    if (a.delta_softplus) {
+#pragma unroll
+      for (int k = 0; k < kCopied; ++k) delta_t[k] = softplus(delta_t[k]);
+    }
+    const float ratio = inside ? a.delta_ratio : 0.f;
+#pragma unroll
+    for (int k = 0; k < kCopied; ++k) {
+      input[2 * k] = delta_t[k] * ratio;
+      input[2 * k + 1] = input[2 * k] * x_t[k];
+      total[k] += input[2 * k];
+    }
+    store(&memory.input[i & 1][t][ring.column].x, pack<float>(input));
+  });
+}
+
+// {B_t, C_t} of tile i.
+template <class T, class Tile, class Ring>
+__device__ inline void prepare_BC(ScanMemory<T, Tile>& memory, const Ring& ring, int i) {
+  ring.each_row(i, [&](int r, int t, bool) {
+    float B_t[kCopied], C_t[kCopied], pairs[2 * kCopied];
+    ring.read(i, r, B_t, C_t);
+#pragma unroll
+    for (int k = 0; k < kCopied; ++k) pairs[2 * k] = B_t[k], pairs[2 * k + 1] = C_t[k];
+    store(&memory.BC[i & 1][t][ring.column].x, pack<float>(pairs));
+  });
+}
+
+// The sum of delta_t over all rows, from each feeder's `total` over its own rows, to sums[column].
+template <class T, class Tile, class Ring>
+__device__ inline void add_up_delta(const ScanBlock& block, ScanMemory<T, Tile>& memory,
+                                    const Ring& ring, float (&total)[kCopied], float* sums) {
+  const int parts = min(ring.stride, Tile::kSteps);
+  if (ring.first < parts) {
+#pragma unroll
+    for (int k = 0; k < kCopied; ++k) memory.input[0][ring.first][ring.column + k].x = total[k];
+  }
+  sync_roles(block.threads);  // parts are written before they are added
+  if (ring.first != 0 || !ring.exists) return;
+  for (int r = 1; r < parts; ++r) {
+#pragma unroll
+    for (int k = 0; k < kCopied; ++k) total[k] += memory.input[0][r][ring.column + k].x;
+  }
+#pragma unroll
+  for (int k = 0; k < kCopied; ++k) sums[ring.column + k] = total[k];
+}
+
+template <class T, class Tile>
 __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
-                                  const ScanBlock& block, Tile& tile, FeederRing<T, Tile>& ring,
-                                  int me) {
-  using Ring = FeederRing<T, Tile>;
-  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
-  const typename Ring::ShareD my(me, block.width / n);
-  const typename Ring::ShareN my_N(Tile::kFeeders - 1 - me,
-                                   Tile::kN / n);  // from the other end
-  const int64_t d = block.channel + my.column;
-  const bool exists = my.column < block.n_channels, exists_N = my_N.column < a.d_state;
-  const int length = block.rows.count, tiles = ceil_div(length, kSteps);
+                                  const ScanBlock& block, ScanMemory<T, Tile>& memory, int me) {
+  using Memory = ScanMemory<T, Tile>;
+  const int length = block.rows.count, tiles = ceil_div(length, Tile::kSteps);
+  const int64_t row = block.rows.first, d = block.channel, n = block.group * a.d_state;
+  typename Memory::RingD x_delta(memory.x_delta, me, block.width / kCopied, block.n_channels,
+                                 length, {a.x + row * a.x_stride + d, a.x_stride},
+                                 {a.delta + row * a.delta_stride + d, a.delta_stride});
+  typename Memory::RingN B_C(memory.B_C, Tile::kServers - 1 - me,  // from the other end
+                             Tile::kN / kCopied, a.d_state, length,
+                             {a.B + row * a.B_stride + n, a.B_stride},
+                             {a.C + row * a.C_stride + n, a.C_stride});
+  float bias[kCopied], total[kCopied] = {};
+#pragma unroll
+  for (int k = 0; k < kCopied; ++k)
+    bias[k] = a.delta_bias && x_delta.exists ? a.delta_bias[d + x_delta.column + k] : 0.f;
 
-  float bias[n], total[n];
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    bias[k] = a.delta_bias && exists ? a.delta_bias[d + k] : 0.f;
-    total[k] = 0.f;  // of delta_t
-  }
-  const int64_t first = block.rows.first + my.first, first_N = block.rows.first + my_N.first;
-  const int64_t column_N = block.group * a.d_state + my_N.column;
-  const T* x = a.x + first * a.x_stride + d;
-  const T* delta = a.delta + first * a.delta_stride + d;
-  const T* B = a.B + first_N * a.B_stride + column_N;
-  const T* C = a.C + first_N * a.C_stride + column_N;
-
-  const auto fetch = [&](int i) {  // tile i, or nothing if there is none
-    const int slot = i % kDepth;
-#pragma unroll
-    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
-      if (!my.has(r)) break;
-      const int64_t row = r * my.stride;
-      const bool inside = exists && i * kSteps + my.row(r) < length;
-      copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside);
-      copy_async(&ring.delta[slot][r][me], delta + row * a.delta_stride, inside);
-    }
-#pragma unroll
-    for (int r = 0; r < Ring::ShareN::kRows; ++r) {
-      if (!my_N.has(r)) break;
-      const int64_t row = r * my_N.stride;
-      const bool inside = exists_N && i * kSteps + my_N.row(r) < length;
-      copy_async(&ring.B[slot][r][me], B + row * a.B_stride, inside);
-      copy_async(&ring.C[slot][r][me], C + row * a.C_stride, inside);
-    }
-    copy_async_commit();
-    x += kSteps * a.x_stride, delta += kSteps * a.delta_stride;
-    B += kSteps * a.B_stride, C += kSteps * a.C_stride;
-  };
-
-  const auto prepare = [&](int i) {
-    const int slot = i % kDepth;
-#pragma unroll
-    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
-      const int t = my.row(r);
-      if (!my.has(r)) break;
-      float x_t[n], delta_t[n], input[2 * n];
-      unpack(ring.x[slot][r][me], x_t);
-      unpack(ring.delta[slot][r][me], delta_t);
-#pragma unroll
-      for (int k = 0; k < n; ++k) delta_t[k] += bias[k];
-      if (a.delta_softplus) {
-#pragma unroll
-        for (int k = 0; k < n; ++k) delta_t[k] = softplus(delta_t[k]);
-      }
-      const float ratio = i * kSteps + t < length ? a.delta_ratio : 0.f;
-#pragma unroll
-      for (int k = 0; k < n; ++k) {
-        input[2 * k] = delta_t[k] * ratio;
-        input[2 * k + 1] = input[2 * k] * x_t[k];
-        total[k] += input[2 * k];
-      }
-      store(&tile.input[i & 1][t][my.column].x, pack<float>(input));
-    }
-#pragma unroll
-    for (int r = 0; r < Ring::ShareN::kRows; ++r) {
-      if (!my_N.has(r)) break;
-      float B_t[n], C_t[n], pairs[2 * n];
-      unpack(ring.B[slot][r][me], B_t);
-      unpack(ring.C[slot][r][me], C_t);
-#pragma unroll
-      for (int k = 0; k < n; ++k) pairs[2 * k] = B_t[k], pairs[2 * k + 1] = C_t[k];
-      store(&tile.BC[i & 1][my_N.row(r)][my_N.column].x, pack<float>(pairs));
-    }
-  };
-
-  for (int i = 0; i < kDepth; ++i) fetch(i);
+  const auto fetch = [&](int i) { x_delta.fetch(i), B_C.fetch(i), copy_async_commit(); };
+  for (int i = 0; i < Tile::kDepth; ++i) fetch(i);
   for (int i = 0; i < tiles; ++i) {
-    copy_async_wait_but<kDepth - 1>();
-    prepare(i);
-    fetch(i + kDepth);    // in its place
-    meet(block.threads);  // walkers have read input and BC of tile i - 1
+    copy_async_wait_but<Tile::kDepth - 1>();
+    prepare_input(a, memory, x_delta, i, bias, total);
+    prepare_BC(memory, B_C, i);
+    fetch(i + Tile::kDepth);    // in the place of tile i
+    sync_roles(block.threads);  // walkers have read input and BC of tile i - 1
   }
-  meet(block.threads);
-  if (!chunks.total) return;
-  // The sums over each feeder's rows, then over all.
-  if (my.first < min(my.stride, kSteps)) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) tile.input[0][my.first][my.column + k].x = total[k];
-  }
-  meet(block.threads);  // sums are written before they are added
-  if (my.first == 0 && exists) {
-    for (int r = 1; r < min(my.stride, kSteps); ++r) {
-#pragma unroll
-      for (int k = 0; k < n; ++k) total[k] += tile.input[0][r][my.column + k].x;
-    }
-#pragma unroll
-    for (int k = 0; k < n; ++k) chunks.total[block.sequence * a.d_inner + d + k] = total[k];
-  }
+  sync_roles(block.threads);  // walkers have read all of input
+  if (chunks.total)
+    add_up_delta(block, memory, x_delta, total, chunks.total + block.sequence * a.d_inner + d);
 }
 
+// --- finishers --------------------------------------------------------------------------------
+
 template <class T, class Tile>
-struct FinisherRing {
-  static constexpr int kDepth = Tile::kDepth;
-  using ShareD = Share<Tile, Tile::kChannels, Tile::kFinishers>;
-  Vector<T, kServed> x[kDepth][ShareD::kRows][Tile::kFinishers];
-  Vector<T, kServed> z[kDepth][ShareD::kRows][Tile::kFinishers];
-};
-
-template <class Tile, class T>
 __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
-                                    const ScanBlock& block, Tile& tile, FinisherRing<T, Tile>& ring,
-                                    int me) {
-  using Ring = FinisherRing<T, Tile>;
-  constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
-  const typename Ring::ShareD my(me, block.width / n);
-  const int64_t d = block.channel + my.column, first = block.rows.first + my.first;
-  const bool exists = my.column < block.n_channels;
-  const int length = block.rows.count, tiles = ceil_div(length, kSteps);
-  float D[n];
+                                    const ScanBlock& block, ScanMemory<T, Tile>& memory, int me) {
+  const int length = block.rows.count, tiles = ceil_div(length, Tile::kSteps);
+  const int64_t row = block.rows.first, d = block.channel;
+  typename ScanMemory<T, Tile>::RingD x_z(memory.x_z, me, block.width / kCopied, block.n_channels,
+                                          length,
+                                          {a.x + row * a.x_stride + d, a.x_stride, a.out && a.D},
+                                          {a.z + row * a.z_stride + d, a.z_stride, a.out && a.z});
+  T* out = a.out + (row + x_z.first) * a.out_stride + d + x_z.column;
+  float D[kCopied];
 #pragma unroll
-  for (int k = 0; k < n; ++k) D[k] = a.D && exists ? a.D[d + k] : 0.f;
-  const T* x = a.x + first * a.x_stride + d;
-  const T* z = a.z + first * a.z_stride + d;
-  T* out = a.out + first * a.out_stride + d;
-
-  const auto fetch = [&](int i) {
-    const int slot = i % kDepth;
-#pragma unroll
-    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
-      if (!my.has(r)) break;
-      const int64_t row = r * my.stride;
-      const bool inside = exists && a.out && i * kSteps + my.row(r) < length;
-      copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside && a.D);
-      copy_async(&ring.z[slot][r][me], z + row * a.z_stride, inside && a.z);
-    }
-    copy_async_commit();
-    x += kSteps * a.x_stride, z += kSteps * a.z_stride;
-  };
+  for (int k = 0; k < kCopied; ++k) D[k] = a.D && x_z.exists ? a.D[d + x_z.column + k] : 0.f;
 
   const auto finish = [&](int i) {
-    const int slot = i % kDepth;
+    x_z.each_row(i, [&](int r, int t, bool inside) {
+      float x_t[kCopied], z_t[kCopied], y_t[kCopied];
+      x_z.read(i, r, x_t, z_t);
+      unpack(load<kCopied>(&memory.y[i & 1][t][x_z.column], true), y_t);
 #pragma unroll
-    for (int r = 0; r < Ring::ShareD::kRows; ++r) {
-      const int t = my.row(r);
-      if (!my.has(r)) break;
-      float x_t[n], z_t[n], y_t[n];
-      unpack(ring.x[slot][r][me], x_t);
-      unpack(ring.z[slot][r][me], z_t);
-      unpack(load<n>(&tile.y[i & 1][t][my.column], true), y_t);
-#pragma unroll
-      for (int k = 0; k < n; ++k) y_t[k] = fmaf(D[k], x_t[k], y_t[k]);
+      for (int k = 0; k < kCopied; ++k) y_t[k] = fmaf(D[k], x_t[k], y_t[k]);
       if (a.z) {
 #pragma unroll
-        for (int k = 0; k < n; ++k) y_t[k] *= silu(z_t[k]);
+        for (int k = 0; k < kCopied; ++k) y_t[k] *= silu(z_t[k]);
       }
-      if (exists && i * kSteps + t < length)
-        store(out + r * my.stride * a.out_stride, pack<T>(y_t));
-    }
-    out += kSteps * a.out_stride;
+      if (inside) store(out + r * x_z.stride * a.out_stride, pack<T>(y_t));
+    });
+    out += Tile::kSteps * a.out_stride;
   };
-
-  for (int i = 0; i < kDepth; ++i) fetch(i);
-  meet(block.threads);
+  const auto fetch = [&](int i) { x_z.fetch(i), copy_async_commit(); };
+  for (int i = 0; i < Tile::kDepth; ++i) fetch(i);
+  sync_roles(block.threads);  // (feeders wrote tile 0 for the walkers)
   for (int i = 0; i < tiles; ++i) {
-    meet(block.threads);  // walkers wrote y of tile i
-    copy_async_wait_but<kDepth - 1>();
+    sync_roles(block.threads);  // walkers wrote y of tile i
+    copy_async_wait_but<Tile::kDepth - 1>();
     if (a.out) finish(i);
-    fetch(i + kDepth);
+    fetch(i + Tile::kDepth);
   }
-  if (chunks.total) meet(block.threads);
+  if (chunks.total) sync_roles(block.threads);
 }
-
-template <class T, class Tile>
-struct ScanRings {
-  FeederRing<T, Tile> feeders;
-  FinisherRing<T, Tile> finishers;
-};
 
 template <class T, class Tile, int kBlocksPerSM>
 __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM)
-    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, ScanShape shape) {
+    selective_scan_fused_kernel(ScanArgs<T> a, Chunks chunks, int chosen_width, int first_server) {
   extern __shared__ __align__(32) unsigned char shared_memory[];
-  Tile& tile = *reinterpret_cast<Tile*>(shared_memory);
-  auto& rings = *reinterpret_cast<ScanRings<T, Tile>*>(shared_memory + sizeof(Tile));
-  const int walkers = shape.width * Tile::kLanes, warp = threadIdx.x / 32;
-  const ScanBlock block =
-      scan_block(a, chunks, shape.width, walkers + Tile::kFeeders + Tile::kFinishers);
+  auto& memory = *reinterpret_cast<ScanMemory<T, Tile>*>(shared_memory);
+  // Where blocks share a multiprocessor, all are as wide as can be: a constant here.
+  const int width = kBlocksPerSM == 1 ? chosen_width : Tile::kChannels;
+  const int walkers = width * Tile::kLanes, warp = threadIdx.x / 32;
+  const ScanBlock block = scan_block(a, chunks, width, walkers + 2 * Tile::kServers);
   int me = threadIdx.x - walkers;
   if (me >= 0) {  // not a walker: the number among feeders and finishers
-    if (warp % 4 < shape.first_server) return;
-    for (int w = walkers / 32; w < warp; ++w) me -= w % 4 < shape.first_server ? 32 : 0;
+    if (warp % 4 < first_server) return;
+    for (int w = walkers / 32; w < warp; ++w) me -= w % 4 < first_server ? 32 : 0;
   }
-  // All roles pass the same number of barriers: one per tile, and one more (two, where delta is summed).
+  // All roles pass the same number of barriers: one per tile, and one more (two, where delta is
+  // summed).
   if (me < 0) {
-    walk_time(a, chunks, block, tile);
-  } else if (me < Tile::kFeeders) {
-    feed_tiles(a, chunks, block, tile, rings.feeders, me);
+    walk_tiles(a, chunks, block, memory);
+  } else if (me < Tile::kServers) {
+    feed_tiles(a, chunks, block, memory, me);
   } else {
-    finish_tiles(a, chunks, block, tile, rings.finishers, me - Tile::kFeeders);
+    finish_tiles(a, chunks, block, memory, me - Tile::kServers);
   }
 }
 
@@ -1124,11 +1144,7 @@ __global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanA
   const T* C = a.C + b * a.C_stride + group * N;
   const float* A = a.A + d * N;
   float* h = a.hT + i * N;
-  const float x = to_float(a.x[b * a.x_stride + d]);
-  float delta = to_float(a.delta[b * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
-  if (a.delta_softplus) delta = softplus(delta);
-  delta *= a.delta_ratio;
-
+  const float x = to_float(a.x[b * a.x_stride + d]), delta = step_size(a, b, d);
   float y = 0.f;
   for (int n = kVector * lane; n < N; n += kVector * kStepLanes) {
     float A_n[kVector], B_n[kVector], C_n[kVector], h_n[kVector];
@@ -1180,9 +1196,12 @@ bool reads_four(const ScanArgs<T>& a) {
          aligned4(a.C, a.C_stride) && a.d_inner / a.n_groups % 4 == 0 && a.d_state % 4 == 0;
 }
 
-template <class T, class Tile>
-constexpr int scan_bytes() {  // of shared memory
-  return sizeof(Tile) + sizeof(ScanRings<T, Tile>);
+// Warps of a block whose feeders and finishers keep to the schedulers first_server .. 3.
+template <class Tile>
+int scan_warps(int walkers, int first_server) {
+  int all = walkers;
+  for (int left = 2 * Tile::kServers / 32; left > 0; ++all) left -= all % 4 >= first_server;
+  return all;
 }
 
 template <class Tile, int kBlocksPerSM, class T>
@@ -1190,101 +1209,90 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStr
   const int64_t blocks =
       a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
   const int walkers = width * Tile::kLanes / 32;  // warps
-  const auto warps = [&](int first_server) {
-    int all = walkers;
-    for (int left = (Tile::kFeeders + Tile::kFinishers) / 32; left > 0; ++all)
-      left -= all % 4 >= first_server;
-    return all;
-  };
-  const int apart = walkers % 4;  // the first scheduler that has one walker less
-  const ScanShape shape{width, 32 * warps(apart) <= Tile::kThreads ? apart : 0};
+  int first_server = walkers % 4;  // schedulers from this one on have one walker less
+  if (32 * scan_warps<Tile>(walkers, first_server) > Tile::kThreads) first_server = 0;
   const auto kernel = selective_scan_fused_kernel<T, Tile, kBlocksPerSM>;
-  constexpr int bytes = scan_bytes<T, Tile>();
+  constexpr int bytes = sizeof(ScanMemory<T, Tile>);
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<blocks, 32 * warps(shape.first_server), bytes, stream>>>(a, chunks, shape);
+  const int threads = 32 * scan_warps<Tile>(walkers, first_server);
+  kernel<<<blocks, threads, bytes, stream>>>(a, chunks, width, first_server);
   CUDA_CHECK(cudaGetLastError());
 }
 
-// Into how many chunks `selective_scan` cuts each sequence: 1 unless the channels leave
-// part of the GPU idle, and the sequence is so long that two passes by all of it win.
-// Measured on an H100, a row costs 18 ns in one pass, 200 ns in both passes over a chunk,
-// and splitting costs 22 us.
-inline int64_t scan_chunks(int64_t batch, int64_t L, int64_t d_inner) {
-  if (batch * ceil_div(d_inner, 16) >= multiprocessors()) return 1;
-  const int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
-  const int64_t count = std::max<int64_t>(1, std::min(room, L / 128));
-  return 18 * L > 200 * L / count + 22000 ? count : 1;
+// Into how many chunks `selective_scan` cuts each sequence: 1 unless the channels leave part of the
+// GPU idle, and the sequence is so long that two passes by all of it win. Measured on an H100, a
+// row costs 18 ns in one pass, 200 ns in both passes over a chunk, and splitting costs 22 us.
+template <class T>
+int64_t scan_chunks(const ScanArgs<T>& a) {
+  if (a.saved || a.batch * ceil_div(a.d_inner, 16) >= multiprocessors()) return 1;
+  const int64_t room = 2 * multiprocessors() / (a.batch * ceil_div(a.d_inner, 64));
+  const int64_t count = std::max<int64_t>(1, std::min(room, a.L / 128));
+  return 18 * a.L > 200 * a.L / count + 22000 ? count : 1;
 }
 
-template <class Tile, int kBlocksPerSM, class T>
-void launch_scan(const ScanArgs<T>& a, int64_t count, float* workspace, cudaStream_t stream,
-                 int width = Tile::kChannels) {
-  if (count == 1) return launch_fused<Tile, kBlocksPerSM>(a, Chunks{}, width, stream);
-  const int64_t states = a.batch * a.d_inner * a.d_state;
+template <class Tile, class T>
+void launch_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream) {
+  const auto launch = [&](const ScanArgs<T>& pass, const Chunks& chunks) {
+    launch_fused<Tile, 2>(pass, chunks, Tile::kChannels, stream);
+  };
+  const int64_t count = scan_chunks(a), states = a.batch * a.d_inner * a.d_state;
+  if (count == 1) return launch(a, Chunks{});
   const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
   ScanArgs<T> pass = a;
   pass.h0 = nullptr, pass.hT = workspace, pass.out = nullptr;
-  launch_fused<Tile, kBlocksPerSM>(pass, chunks, width, stream);
+  launch(pass, chunks);
   selective_scan_chunk_start_kernel<<<ceil_div(states, 128), 128, 0, stream>>>(a, chunks,
                                                                                workspace);
   CUDA_CHECK(cudaGetLastError());
   pass.h0 = workspace, pass.hT = nullptr, pass.out = a.out;
-  launch_fused<Tile, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width, stream);
+  launch(pass, Chunks{count, chunks.length, nullptr});
 }
 
 // Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
 template <class T>
 size_t selective_scan_workspace(const ScanArgs<T>& a) {
   if (a.batch * a.d_inner == 0) return 0;
-  const int64_t count = scan_chunks(a.batch, a.L, a.d_inner);
+  const int64_t count = scan_chunks(a);
   return count == 1 ? 0 : sizeof(float) * count * a.batch * a.d_inner * (a.d_state + 1);
 }
 
-// For d_state <= 16. Few channels: one block an SM, as wide as its share of them, and the fewer states per
-// thread and the longer tiles the fewer they are. Many: many states per thread, two blocks an SM.
-using FewScan = ScanTile<2, 8, 12, 64, 96, 3, 768>;
+// For d_state <= 16. Few channels: one block an SM, as wide as its share of them; the fewer they
+// are, the fewer states per thread and the longer tiles. Many: many states per thread, two blocks
+// an SM.
 using NarrowScan = ScanTile<2, 8, 32, 64, 96, 3, 768>;
 using WideScan = ScanTile<4, 4, 96, 32, 192, 2, 768>;
 using ManyScan = ScanTile<8, 2, 64, 16, 64, 2, 256>;
 
+// Launches blocks as narrow as can be while each multiprocessor gets the same few of them, at most
+// `most`. False, and nothing is done, if Tile has not so many channels, or the GPU not its memory.
+template <class Tile, class T>
+bool launch_spread(const ScanArgs<T>& a, int64_t most, cudaStream_t stream) {
+  if (int(sizeof(ScanMemory<T, Tile>)) > shared_bytes()) return false;
+  const int64_t channels = a.d_inner / a.n_groups, SMs = multiprocessors();
+  for (int64_t each = 1; each <= most; ++each)
+    for (int width = Tile::kPerWarp; width <= Tile::kChannels; width += Tile::kPerWarp)
+      if (a.batch * a.n_groups * ceil_div(channels, width) <= each * SMs)
+        return launch_fused<Tile, 1>(a, Chunks{}, width, stream), true;
+  return false;
+}
+
 template <class T>
 void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream) {
-  if (a.d_state < 1 || a.d_state > kMaxStates) {
-    fail("selective_scan: d_state: expected 1 to ", kMaxStates, ", found ", a.d_state);
-  }
-  if (a.d_inner % a.n_groups != 0) {
+  const int64_t N = a.d_state;
+  if (N < 1 || N > kMaxStates)
+    fail("selective_scan: d_state: expected 1 to ", kMaxStates, ", found ", N);
+  if (a.d_inner % a.n_groups != 0)
     fail("selective_scan: d_inner: expected a multiple of n_groups ", a.n_groups, ", found ",
          a.d_inner);
-  }
   if (a.batch * a.d_inner == 0) return;
-  const int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
   if (!reads_four(a)) return selective_scan_naive(a, stream);
-  if (N > 64)
-    return launch_scan<ScanTile<8, 32, 4, 8, 64, 4, 256>, 2>(a, chunks, workspace, stream);
-  if (N > 16)
-    return launch_scan<ScanTile<4, 16, 8, 32, 64, 2, 256>, 2>(a, chunks, workspace, stream);
-  const int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
-                width = a.d_inner / a.n_groups;
-  // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
-  const auto share = [&](int step, int most, int64_t rounds) {
-    int channels = step;
-    while (channels <= most && groups * ceil_div(width, channels) > rounds * SMs) channels += step;
-    return channels;
-  };
-  if (chunks == 1 && a.batch * a.d_inner < 4 * 64 * SMs) {
-    const int few = share(FewScan::kPerWarp, FewScan::kChannels, 1);
-    if (few <= FewScan::kChannels && scan_bytes<T, FewScan>() <= shared_bytes())
-      return launch_scan<FewScan, 1>(a, chunks, workspace, stream, few);
-    const int narrow = share(NarrowScan::kPerWarp, NarrowScan::kChannels, 1);
-    if (narrow <= NarrowScan::kChannels && scan_bytes<T, NarrowScan>() <= shared_bytes())
-      return launch_scan<NarrowScan, 1>(a, chunks, workspace, stream, narrow);
-    for (int64_t rounds = 1; scan_bytes<T, WideScan>() <= shared_bytes(); ++rounds) {
-      const int wide = share(WideScan::kPerWarp, WideScan::kChannels, rounds);
-      if (wide <= WideScan::kChannels)
-        return launch_scan<WideScan, 1>(a, chunks, workspace, stream, wide);
-    }
+  if (N > 64) return launch_scan<ScanTile<8, 32, 4, 8, 64, 4, 256>>(a, workspace, stream);
+  if (N > 16) return launch_scan<ScanTile<4, 16, 8, 32, 64, 2, 256>>(a, workspace, stream);
+  if (scan_chunks(a) == 1 && a.batch * a.d_inner < 4 * 64 * multiprocessors()) {
+    if (launch_spread<NarrowScan>(a, 1, stream)) return;
+    if (launch_spread<WideScan>(a, INT64_MAX, stream)) return;
   }
-  launch_scan<ManyScan, 2>(a, chunks, workspace, stream);
+  launch_scan<ManyScan>(a, workspace, stream);
 }
 
 template <class T>
@@ -3097,9 +3105,9 @@ struct SampleArgs {
   const uint64_t* start;       // (batch) positions of the first tokens drawn
   int64_t* made;               // (batch) tokens drawn so far
   unsigned char* seen;         // (batch, vocab_size) tokens of the history, or null: no penalty
-  const unsigned char* never;  // (vocab_size) tokens that are not drawn, or null: all may be
-  const Token* stops;          // (n_stops) tokens that end a sequence
-  int64_t n_stops;
+  const unsigned char* never;  // (vocab_size) ids that are not drawn, or null
+  const Token* end_tokens;     // (n_end_tokens)
+  int64_t n_end_tokens;
   int* done;                      // (batch) set when one of them was drawn
   Best* best;                     // (batch, kStretches)
   uint64_t *keys, *sorted_keys;   // (batch, vocab_size) twice, and the ids that belong to them;
@@ -3110,7 +3118,8 @@ struct SampleArgs {
 
 // A logit of sequence b, and what the penalty makes of it.
 __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
-  const double s = a.never && a.never[id] ? -INFINITY : a.logits[b * a.vocab_size + id];
+  if (a.never && a.never[id]) return -INFINITY;
+  const double s = a.logits[b * a.vocab_size + id];
   if (!a.seen || !a.seen[b * a.vocab_size + id]) return s;
   return s < 0 ? s * a.penalty : s / a.penalty;
 }
@@ -3309,8 +3318,8 @@ static __global__ void __launch_bounds__(kSampleThreads)
     a.made[b] += 1;
     if (a.seen && token >= 0) a.seen[b * a.vocab_size + token] = 1;
     if (token < 0) a.done[b] = 1;
-    for (int64_t i = 0; i < a.n_stops; ++i)
-      if (token == a.stops[i]) a.done[b] = 1;
+    for (int64_t i = 0; i < a.n_end_tokens; ++i)
+      if (token == a.end_tokens[i]) a.done[b] = 1;
   }
   const int64_t row = int64_t(max(token, 0)) * d_model;
   for (int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
@@ -3333,7 +3342,7 @@ class HostTokens {
   Token* data_ = nullptr;
 };
 
-/// Draws the next tokens of a batch of texts, up to `longest` each, and keeps what that needs.
+/// Draws the next tokens of a batch of texts, options.n each at most, and keeps what that needs.
 class Sampler {
  public:
   struct Text {
@@ -3341,28 +3350,25 @@ class Sampler {
     const std::vector<Token>& ids;
   };
   /// logits (batch, vocab_size): where they will be before each draw.
-  Sampler(const SamplerOptions& options, const std::vector<Token>& stops,
-          const std::vector<Text>& texts, int64_t vocab_size, int64_t longest, const float* logits,
-          const std::vector<Token>& never = {})
-      : log_(texts.size() * static_cast<size_t>(longest)) {
+  Sampler(const GenerateOptions& options, const std::vector<Text>& texts, int64_t vocab_size,
+          const float* logits)
+      : log_(texts.size() * static_cast<size_t>(options.n)) {
     const size_t batch = texts.size(), all = batch * static_cast<size_t>(vocab_size);
     if (batch > kMostSequences) fail("sampler: expected at most ", kMostSequences, " sequences");
+    const SamplerOptions& o = options.sampler;
     args_.logits = logits, args_.vocab_size = vocab_size, args_.batch = int64_t(batch);
-    args_.temperature = options.temperature, args_.top_p = options.top_p;
-    args_.min_p = options.min_p, args_.penalty = options.repetition_penalty;
-    args_.top_k = options.top_k, args_.seed = options.seed;
+    args_.temperature = o.temperature, args_.top_k = o.top_k, args_.top_p = o.top_p;
+    args_.min_p = o.min_p, args_.penalty = o.repetition_penalty, args_.seed = o.seed;
+    set_never(options.never);
     set_texts(texts);
-    std::vector<unsigned char> is_never(never.empty() ? 0 : static_cast<size_t>(vocab_size));
-    for (const Token id : never) is_never[static_cast<size_t>(id)] = 1;
-    never_ = {is_never.data(), is_never.size()}, args_.never = never_.data();
-    stops_ = {stops.data(), stops.size()};
-    args_.stops = stops_.data(), args_.n_stops = int64_t(stops.size());
+    end_tokens_ = {options.end_tokens.data(), options.end_tokens.size()};
+    args_.end_tokens = end_tokens_.data(), args_.n_end_tokens = int64_t(end_tokens_.size());
     args_.made = zeros(made_, batch), args_.done = zeros(done_, batch);
     args_.best = zeros(best_, batch * kStretches), args_.log = log_.data();
-    if (options.temperature == 0) return;
+    if (o.temperature == 0) return;
     args_.weights = zeros(weights_, all),
     args_.weight_sums = zeros(weight_sums_, batch * kStretches);
-    if (options.top_p == 1 && (options.top_k == 0 || options.top_k >= vocab_size)) return;
+    if (o.top_p == 1 && (o.top_k == 0 || o.top_k >= vocab_size)) return;
     args_.keys = zeros(keys_, all), args_.sorted_keys = zeros(sorted_keys_, all);
     args_.ids = zeros(ids_, all), args_.sorted_ids = zeros(sorted_ids_, all);
     sort_by_score(args_, nullptr, sort_bytes_, nullptr);
@@ -3383,6 +3389,12 @@ class Sampler {
   Token drawn(int64_t i, size_t b) const { return log_.data()[i * args_.batch + int64_t(b)]; }
 
  private:
+  void set_never(const std::vector<Token>& ids) {
+    if (ids.empty()) return;
+    std::vector<unsigned char> never(static_cast<size_t>(args_.vocab_size));
+    for (const Token id : ids) never[static_cast<size_t>(id)] = 1;
+    never_ = {never.data(), never.size()}, args_.never = never_.data();
+  }
   void set_texts(const std::vector<Text>& texts) {
     const auto V = static_cast<size_t>(args_.vocab_size);
     std::vector<uint64_t> numbers, starts;
@@ -3407,7 +3419,7 @@ class Sampler {
   SampleArgs args_ = {};
   DeviceBuffer<uint64_t> numbers_, starts_;
   DeviceBuffer<unsigned char> seen_, never_;
-  DeviceBuffer<Token> stops_;
+  DeviceBuffer<Token> end_tokens_;
   DeviceBuffer<int64_t> made_;
   DeviceBuffer<int> done_;
   DeviceBuffer<Best> best_;
@@ -3907,7 +3919,6 @@ class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
   static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
-  static constexpr const char* kBenchOps = "";
   static constexpr bool kHasDevice = true;
   static constexpr Index kPiece = 16384;                    // tokens that forward takes at once
   static constexpr size_t kBatch = size_t(kMostSequences);  // texts that are generated together
@@ -3933,13 +3944,8 @@ class CudaEngine {
   /// A single token takes the step functions.
   Matrix<float> prefill(State& state, const Token* ids, Index L);
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
-  Matrix<float> step(State& state, Token id) { return prefill(state, &id, 1); }
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
-  template <class Options>
-  static void bench(const Options&) {
-    fail("bench: the measurements are a program of their own, tests/bench.cu");
-  }
 
  private:
   friend struct ModelBench;  // tests/bench.cu
@@ -4048,7 +4054,6 @@ void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) 
 }
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
-  if (L == 1) return step(state, ids[0]);
   logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     prefill_as<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
@@ -4077,7 +4082,7 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
 //
 // Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One
 // step, from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches
-// it a few tokens ahead and only reads along: a sequence that has drawn a stop token stands still
+// it a few tokens ahead and only reads along: a sequence that has drawn an end token stands still
 // on the GPU.
 
 /// What is copied between the layers of one sequence's state and those of a batch.
@@ -4101,7 +4106,7 @@ class TokenReader {
  public:
   TokenReader(std::vector<Sequence<DeviceState>>& sequences, const GenerateOptions& options,
               const OnToken& on_token)
-      : sequences_(sequences), options_(options), on_token_(on_token), stops_(options.end_tokens) {
+      : sequences_(sequences), options_(options), on_token_(on_token) {
     finished_.resize(sequences.size());
     for (const auto& s : sequences) handed_on_.push_back(s.ids.size());
   }
@@ -4114,8 +4119,7 @@ class TokenReader {
       const Token token = sampler.drawn(i, b);
       if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
       sequences_[b].ids.push_back(token);
-      finished_[b] =
-          i + 1 == options_.n || std::find(stops_.begin(), stops_.end(), token) != stops_.end();
+      finished_[b] = i + 1 == options_.n || contains(options_.end_tokens, token);
     }
     for (; !all_finished(); ++current_) {
       const auto& ids = sequences_[current_].ids;
@@ -4129,7 +4133,6 @@ class TokenReader {
   std::vector<Sequence<DeviceState>>& sequences_;
   const GenerateOptions& options_;
   const OnToken& on_token_;
-  const std::vector<Token> stops_;
   std::vector<char> finished_;
   std::vector<size_t> handed_on_;  // ids of each sequence that were handed on, or are its prompt
   size_t current_ = 0;             // the first unfinished sequence
@@ -4161,8 +4164,7 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
     copy_state(config_, sequences[i].state, 0, state, i, stream);
     texts.push_back({sequences[i].index, sequences[i].ids});
   }
-  Sampler sampler(options.sampler, options.end_tokens, texts, config_.vocab_size, options.n,
-                  logits_.data(), options.never);
+  Sampler sampler(options, texts, config_.vocab_size, logits_.data());
   const Activations<T> a(config_, batch, activation_room_);
   CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
   const auto draw = [&] {

@@ -499,7 +499,8 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   return model;
 }
 
-/// Sizes of the published models, by the names they are known by; the rest is the package's default.
+/// Sizes of the published models, by the names they are known by; the rest is the package's
+/// default.
 inline Config published_config(const std::string& name) {
   static const std::map<std::string, std::pair<Index, Index>> kSizes = {
       // d_model, n_layer
@@ -708,8 +709,8 @@ inline Mode parse_mode(const std::string& text) {
 /// logits (count, vocab_size) of positions first, first + 1, ...
 using LogitsSink = std::function<void(Index first, const Matrix<float>& logits)>;
 
-/// Takes ids from `state` on and hands the logits of all L positions to sink, in order. The parallel
-/// form takes Engine::kPiece tokens at a time, so that memory does not grow with the text.
+/// Takes ids from `state` on and hands the logits of all L positions to sink, in order. The
+/// parallel form takes Engine::kPiece tokens at a time, so that memory does not grow with the text.
 template <class Engine>
 void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L, Mode mode,
           const LogitsSink& sink) {
@@ -1037,8 +1038,9 @@ inline Questions questions_of(const std::vector<Request>& requests) {
   return questions;
 }
 
-/// What a file of requests comes to. A question is answered right if its right choice has the highest
-/// log-probability: acc; per character: acc_norm; per byte: acc_bytes. Of equals the first counts.
+/// What a file of requests comes to. A question is answered right if its right choice has the
+/// highest log-probability: acc; per character: acc_norm; per byte: acc_bytes. Of equals the first
+/// counts.
 inline nlohmann::ordered_json summary(const std::vector<Likelihood>& found,
                                       const Questions& questions,
                                       const std::vector<Request>& requests) {
@@ -1080,8 +1082,8 @@ struct Inspection {
   Matrix<float> state_norm;  // (L, 1)  sqrt of the sum of squares of h_t
 };
 
-/// Follows a scan token by token. A token's trace in state n of channel c falls to 1/e when the sum of
-/// delta[., c] |A[c, n]| since then reaches 1: after memory[c, n] tokens of average delta.
+/// Follows a scan token by token. A token's trace in state n of channel c falls to 1/e when the sum
+/// of delta[., c] |A[c, n]| since then reaches 1: after memory[c, n] tokens of average delta.
 template <class Inputs, class Step>
 Inspection follow(const Inputs& in, Index d_state, const Step& step) {
   const Index L = in.length();
@@ -1100,7 +1102,8 @@ Inspection follow(const Inputs& in, Index d_state, const Step& step) {
   return seen;
 }
 
-/// `attention` is called with the matrix M (L, L), y = M x, of every channel (Mamba-2: head) in turn.
+/// `attention` is called with the matrix M (L, L), y = M x, of every channel (Mamba-2: head) in
+/// turn.
 template <class Attention>
 Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids, Index layer,
                    float delta_ratio, const Attention& attention) {
@@ -1147,7 +1150,8 @@ inline std::array<std::uint8_t, 3> heat_colour(double part) {
   return colour;
 }
 
-/// Every value is a square cell; colours go from the least finite value, or `least`, to the largest.
+/// Every value is a square cell; colours go from the least finite value, or `least`, to the
+/// largest.
 inline void write_heat_map(const std::string& path, const Matrix<float>& values,
                            float least = -HUGE_VALF) {
   float low = HUGE_VALF, high = -HUGE_VALF;
@@ -1291,7 +1295,10 @@ inline Tokenizer open_tokenizer(const ModelFlags& flags) {
     fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
          "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
          "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
-  return Tokenizer::from_file(path);
+  const MappedFile file(path);
+  if (const std::string what = what_it_is(file.bytes()); !what.empty())
+    fail("no tokenizer: ", path, ": found ", what);
+  return Tokenizer::from_text(file.bytes(), path);
 }
 
 /// What lies in a model's folder. The tokenizer is read when it is needed.

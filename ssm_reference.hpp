@@ -1,46 +1,46 @@
 // ssm_reference.hpp - selective state-space models, Mamba and Mamba-2, as maths.
 //
-// This file is the specification. Every operation, block and model is here once, for one sequence at
-// a time, in the order in which the papers introduce them; `mamba.cu` holds the same functions, by
-// the same names, as fused kernels. With Scalar = double it is the truth that kernels are judged by;
-// with Scalar = float it is what the CPU program computes.
+// This file is the specification. Every operation, block and model is here once, for one sequence
+// at a time, in the order in which the papers introduce them; `mamba.cu` holds the same functions,
+// by the same names, as fused kernels. With Scalar = double it is the truth that kernels are judged
+// by; with Scalar = float it is what the CPU program computes.
 //
-// Reading list
-//   Gu, Dao 2023    Mamba: Linear-Time Sequence Modeling with Selective State Spaces   arXiv 2312.00752
-//   Dao, Gu 2024    Transformers are SSMs (Mamba-2, state space duality)               arXiv 2405.21060
-//   Gu et al. 2021  Efficiently Modeling Long Sequences with Structured State Spaces   arXiv 2111.00396
-//   Smith et al. 2022  S5: the associative scan for state spaces                       arXiv 2208.04933
-//   Blelloch 1990   Prefix Sums and Their Applications                                 CMU-CS-90-190
+// Reading list (numbers of arXiv)
+//   Gu, Dao 2023       Mamba: Linear-Time Sequence Modeling with Selective State Spaces  2312.00752
+//   Dao, Gu 2024       Transformers are SSMs (Mamba-2, state space duality)              2405.21060
+//   Gu et al. 2021     Efficiently Modeling Long Sequences with Structured State Spaces  2111.00396
+//   Smith et al. 2022  S5: the associative scan for state spaces                         2208.04933
+//   Blelloch 1990      Prefix Sums and Their Applications                            CMU-CS-90-190
 //
 // Glossary: name here = symbol in the papers, shape
-//   L             length of the sequence
-//   d_model       D    width of the residual stream          d_inner  E D  width inside a block
-//   d_state       N    states per channel                    d_conv        taps of the convolution
-//   dt_rank       R    rank of the input to delta
-//   x             x or u  input of the scan   (L, d_inner)   y             its output   (L, d_inner)
-//   z             gate                        (L, d_inner)   h             hidden state (d_inner, N)
-//   delta         step size, after softplus   (L, d_inner)   dt            what delta is made from
-//   A             diagonal of the state matrix (d_inner, N), always negative: A = -exp(A_log)
-//   B, C          input and output vectors     (L, N)        D             skip weight (d_inner)
-//   Mamba-2:  n_heads H,  head_dim P (d_inner = H P),  n_groups G,  A (H),  delta (L, H),  B, C (L, G N)
+//   L            length of the sequence
+//   d_model      D    width of the residual stream         d_inner  E D  width inside a block
+//   d_state      N    states per channel                   d_conv        taps of the convolution
+//   dt_rank      R    rank of the input to delta
+//   x            x or u  input of the scan   (L, d_inner)  y             its output   (L, d_inner)
+//   z            gate                        (L, d_inner)  h             hidden state (d_inner, N)
+//   delta        step size, after softplus   (L, d_inner)  dt            what delta is made from
+//   A            diagonal of the state matrix (d_inner, N), always negative: A = -exp(A_log)
+//   B, C         input and output vectors     (L, N)       D             skip weight (d_inner)
+//   Mamba-2:  n_heads H, head_dim P (d_inner = H P), n_groups G, A (H), delta (L, H), B, C (L, G N)
 //
 // The Mamba block (Mamba, Figure 3 and section 3.4)
 //
-//   u (L, d_model) ── in_proj ──┬── x (L, d_inner) ── causal_conv1d ── silu ─┬──────── selective_scan ── y
-//                               │                                            │             ^ ^ ^
-//                               │                                            └─ x_proj ── dt B C
-//                               └── z (L, d_inner) ───────────────────────────────── silu(z) * y
-//                                                                                          │
-//   u + out (L, d_model) <───────────────────────────────────────────────── out_proj ──────┘
+//   u (L, d_model) ── in_proj ──┬── x (L, d_inner) ── causal_conv1d ── silu ─┬─ selective_scan ── y
+//                               │                                            │        ^ ^ ^      │
+//                               │                                            └ x_proj ─ dt B C   │
+//                               └── z (L, d_inner) ──────────────────────────────────── silu(z) * y
+//                                                                                           │
+//   u + out (L, d_model) <──────────────────────────────────────────────── out_proj ────────┘
 //
 // Where the code departs from the papers, on purpose, as every published checkpoint does
-//   - A is discretized by zero-order hold, B by the simpler Euler rule delta B (see discretization).
+//   - A is discretized by zero-order hold, B by Euler's simpler rule delta B (see discretization).
 //   - D x, the skip connection, belongs to the scan; the papers leave it out of their formulas.
 //   - A is real, not complex; conjugate pairs of S4 are gone (Mamba, section 3.6).
 //
 // Every function that walks time takes the state it starts from and leaves the state it ends in:
-// a sequence may be cut anywhere, empty pieces included, and nothing changes. Every operation checks
-// the shapes of its inputs where it begins, and throws std::invalid_argument with one line.
+// a sequence may be cut anywhere, empty pieces included, and nothing changes. Every operation
+// checks the shapes of its inputs where it begins, and throws std::invalid_argument with one line.
 #pragma once
 
 #include <Eigen/Core>
@@ -68,13 +68,13 @@ using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowM
 template <class Scalar>  // one number per channel
 using Row = Eigen::Matrix<Scalar, 1, Eigen::Dynamic, Eigen::RowMajor>;
 
-// What is kept per channel and state, (d, N), lies column by column: state n of all channels together,
-// so that here, too, neighbours in memory are neighbouring channels.
+// What is kept per channel and state, (d, N), lies column by column: state n of all channels
+// together, so that here, too, neighbours in memory are neighbouring channels.
 template <class Scalar>
 using StateMatrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor>;
 
-// Whether the numbers of an Eigen expression lie in memory as those of a Plain do. A product or a sum
-// lies nowhere, a transposed matrix in the other order, a column of a row-major one with gaps.
+// Whether the numbers of an Eigen expression lie in memory as those of a Plain do. A product or a
+// sum lies nowhere, a transposed matrix in the other order, a column of a row-major one with gaps.
 template <class Expression, class Plain>
 constexpr bool lies_as() {
   if constexpr (!(int(Expression::Flags) & Eigen::DirectAccessBit)) return false;
@@ -107,8 +107,8 @@ using View = ViewOf<Matrix<Scalar>>;
 template <class Scalar>
 using StateView = ViewOf<StateMatrix<Scalar>>;
 
-// A state that a function reads, advances and leaves behind. Blocks of a matrix bind to it, too. As in
-// std::type_identity (C++20), the Scalar of such an argument is not deduced from what is passed.
+// A state that a function reads, advances and leaves behind. Blocks of a matrix bind to it, too. As
+// in std::type_identity (C++20), the Scalar of such an argument is not deduced from what is passed.
 template <class Plain>
 using InOut = Eigen::Ref<Plain, 0, Eigen::OuterStride<>>;
 template <class T>
@@ -120,7 +120,7 @@ using ScanState = InOut<StateMatrix<typename TypeIdentity<Scalar>::Type>>;
 template <class Scalar>  // (d_conv - 1, d)
 using ConvState = InOut<Matrix<typename TypeIdentity<Scalar>::Type>>;
 
-// An input that does not fit is refused with one line: operation, input, what was expected and found.
+// An input that does not fit is refused with one line: which, what was expected, what was found.
 template <class M>
 [[noreturn]] void refuse(const char* operation, const char* input, const std::string& expected,
                          const M& m) {
@@ -142,7 +142,7 @@ void expect_split(const char* operation, const char* input, const M& m, Index n)
   refuse(operation, input, "a multiple of " + std::to_string(n) + " columns", m);
 }
 
-// B and C (L, G N): the number of groups G must divide that of the channels or heads that share them.
+// B and C (L, G N): G groups, a divisor of the number of channels or heads that share them.
 template <class M>
 void expect_groups(const char* operation, const char* input, const M& m, Index L, Index N,
                    Index sharing) {
@@ -221,9 +221,9 @@ void check_conv1d(const char* operation, const View<Scalar>& x, const View<Scala
 
 // Depthwise convolution over the last d_conv inputs of each channel:
 //   out[t] = bias + sum_k weight[:, k] * x[t - (d_conv - 1) + k]
-// x (L, d), weight (d, d_conv), bias (d) or empty -> (L, d). `state` (d_conv - 1, d) holds the inputs
-// just before x, oldest first (zeros at the start of a text), and afterwards the last d_conv - 1 of
-// state and x together, so pieces shorter than the window work like any other.
+// x (L, d), weight (d, d_conv), bias (d) or empty -> (L, d). `state` (d_conv - 1, d) holds the
+// inputs just before x, oldest first (zeros at the start of a text), and afterwards the last
+// d_conv - 1 of state and x together, so pieces shorter than the window work like any other.
 template <class Scalar>
 Matrix<Scalar> causal_conv1d(const View<Scalar>& x, const View<Scalar>& weight,
                              const View<Scalar>& bias, ConvState<Scalar> state) {
@@ -262,12 +262,12 @@ Row<Scalar> causal_conv1d_step(const View<Scalar>& x_t, const View<Scalar>& weig
 // ============================================================================================
 //
 // The continuous system h'(t) = A h(t) + B x(t) is sampled with step delta, x held constant between
-// samples (zero-order hold). Its exact solution after one step is h_t = A_bar h_{t-1} + B_bar x_t with
+// samples (zero-order hold). The exact solution is then h_t = A_bar h_{t-1} + B_bar x_t with
 //   A_bar = exp(delta A)
 //   B_bar = (delta A)^-1 (exp(delta A) - I) delta B = expm1(delta A) / A * B
-// Mamba keeps A_bar and replaces B_bar by the first term of its series, delta B: training absorbs the
-// difference into B and delta, and one division less is done per state. `B_bar_zoh` is here so that
-// the difference can be seen; no model uses it.
+// Mamba keeps A_bar and replaces B_bar by the first term of its series, delta B: training absorbs
+// the difference into B and delta, and one division less is done per state. `B_bar_zoh` is here so
+// that the difference can be seen; no model uses it.
 
 template <class Scalar>
 Scalar A_bar(Scalar delta, Scalar A) {
@@ -289,12 +289,12 @@ Scalar B_bar_zoh(Scalar delta, Scalar A, Scalar B) {  // -> delta B as delta A -
 // ============================================================================================
 //
 //   delta_t = delta_ratio softplus(delta_raw_t + delta_bias)          bias and softplus optional
-//   h_t     = exp(delta_t A) * h_{t-1} + (delta_t x_t) B_t            (2a) with A_bar, B_bar from above
+//   h_t     = exp(delta_t A) * h_{t-1} + (delta_t x_t) B_t        (2a) with A_bar, B_bar from above
 //   y_t     = h_t C_t + D x_t                                         (2b), D optional
 //   out_t   = y_t * silu(z_t)                                         z optional
 //
-// "Selective": delta, B and C are functions of the input, so each token decides how much of the state
-// it lets decay (delta_t A), how much of itself it writes (delta_t B_t), and what it reads (C_t).
+// "Selective": delta, B and C are functions of the input, so each token decides how much of the
+// state decays (delta_t A), how much of itself it writes (delta_t B_t), and what it reads (C_t).
 
 template <class Scalar>
 struct ScanInputs {
@@ -353,8 +353,8 @@ void skip_and_gate(const ScanInputs<Scalar>& in, Matrix<Scalar>& y) {
   if (in.z) y.array() *= silu(in.z.array());
 }
 
-// The recurrence, token by token (Algorithm 2, lines 5 and 6). This is the definition; the forms below
-// must agree with it.
+// The recurrence, token by token (Algorithm 2, lines 5 and 6). This is the definition; the forms
+// below must agree with it.
 template <class Scalar>
 Matrix<Scalar> selective_scan_sequential(const ScanInputs<Scalar>& in, ScanState<Scalar> h) {
   const Index L = in.length(), d = h.rows(), N = h.cols();
@@ -402,7 +402,7 @@ Matrix<Scalar> selective_scan_step(const ScanInputs<Scalar>& in, ScanState<Scala
 //               then fours      (1/2, 8) (1/4, 4) (1/2, 0) (1/16, 5)
 //   down-sweep  odd positions   (1/2, 8) (1/4, 4) (1/8, 2) (1/16, 5)      b is now h_1 .. h_4
 
-// Row t of a and b becomes the composition of rows 0..t. a, b (L, any). L need not be a power of two.
+// Row t of a and b becomes the composition of rows 0..t. a, b (L, any). L need not be a power of 2.
 template <class Scalar>
 void associative_scan(Matrix<Scalar>& a, Matrix<Scalar>& b) {
   const Index L = a.rows();
@@ -452,8 +452,8 @@ Matrix<Scalar> selective_scan_parallel(const ScanInputs<Scalar>& in, ScanState<S
 }
 
 // Chunks of `chunk` tokens, the form to use when the sequence itself must be split over processors:
-//   1. each chunk by itself: the map (a, b) of the whole chunk. a = exp(A sum delta_t), and b is where
-//      the chunk ends when it starts from zero;
+//   1. each chunk by itself: the map (a, b) of the whole chunk. a = exp(A sum delta_t), and b is
+//      where the chunk ends when it starts from zero;
 //   2. one short walk over the chunks: the state in which each of them really starts;
 //   3. each chunk by itself, from that state.
 template <class Scalar>
@@ -482,7 +482,7 @@ Matrix<Scalar> selective_scan_chunked(const ScanInputs<Scalar>& in, ScanState<Sc
   return out;
 }
 
-// The forms that tests and programs loop over. (The fourth, the step, is what `sequential` repeats.)
+// The forms that tests and programs loop over. (The step is what `sequential` repeats.)
 enum class Form { sequential, parallel, chunked };
 constexpr Form kForms[] = {Form::sequential, Form::parallel, Form::chunked};
 constexpr Index kScanChunk = 64;
@@ -599,8 +599,8 @@ Matrix<Scalar> ssd_sequential(const SsdInputs<Scalar>& in, ScanState<Scalar> h) 
   return y;
 }
 
-// exp(l_{s+1} + .. + l_t) at [t, s] for s <= t, else 0.  l (L) -> (L, L). Each sum is made by addition
-// alone: differences of running totals would cancel, quotients of running products would be 0 / 0.
+// exp(l_{s+1} + .. + l_t) at [t, s] for s <= t, else 0.  l (L) -> (L, L). Each sum is made by
+// addition alone: differences of totals would cancel, quotients of products would be 0 / 0.
 template <class Scalar, class Derived>
 Matrix<Scalar> decay_mask(const Eigen::MatrixBase<Derived>& l) {
   const Index L = l.size();
@@ -666,12 +666,12 @@ Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form =
 // The matrix that a scan multiplies by
 // ============================================================================================
 //
-// From a zero state, and with delta, B and C given, both scans are linear in x: y = M x for each channel,
-// with M (L, L) lower triangular. Written out, before the gate:
+// From a zero state, and with delta, B and C given, both scans are linear in x: y = M x for each
+// channel, with M (L, L) lower triangular. Written out, before the gate:
 //   selective scan   M[t, s] = sum_n C_t[n] exp(A[n] (delta_{s+1} + .. + delta_t)) delta_s B_s[n]
 //   SSD              M[t, s] = exp(A (delta_{s+1} + .. + delta_t)) (C_t . B_s) delta_s
-// and D on the diagonal. Row t says how much of every earlier token is in y_t, as a row of an attention
-// matrix would (Mamba-2, section 3). It costs L^2: something to look at, not a way to compute.
+// and D on the diagonal. Row t says how much of every earlier token is in y_t, as a row of an
+// attention matrix would (Mamba-2, section 3). It costs L^2: something to look at.
 
 // Channel c of a selective scan.  delta (L, d): step_size(in)
 template <class Scalar>
@@ -721,8 +721,8 @@ struct Sizes {
   }
 };
 
-// The operations that a model is made of. A program may bring its own storage of weights and its own
-// threads by saying here how they are carried out (mamba.cpp does); this is the plain meaning.
+// The operations that a model is made of. A program may bring its own storage of weights and its
+// own threads by saying here how they are carried out (mamba.cpp does); this is the plain meaning.
 template <class Scalar, class Weight>
 struct Compute {
   // y = x W^T.  x (L, in), W (out, in) -> (L, out)
@@ -770,8 +770,8 @@ struct LayerState {
         h(StateMatrix<Scalar>::Zero(sizes.d_inner, sizes.d_state)) {}
 };
 
-// What passed through one layer, for those who want to look inside: scan_inputs and ssd_inputs below
-// turn it into the inputs of the layer's scan.
+// What passed through one layer, for those who want to look inside: scan_inputs and ssd_inputs
+// below turn it into the inputs of the layer's scan.
 template <class Scalar>
 struct Trace {
   Index layer = 0;           // the one to follow
@@ -796,8 +796,8 @@ Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>&
   return y;
 }
 
-// What the scan of a Mamba layer reads. xz: output of in_proj, x: of the convolution, dt_B_C: of x_proj,
-// delta: of dt_proj.
+// What the scan of a Mamba layer reads. xz: output of in_proj, x: of the convolution, dt_B_C: of
+// x_proj, delta: of dt_proj.
 template <class Scalar, class Weight>
 ScanInputs<Scalar> scan_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
                                const Matrix<Scalar>& xz, const Matrix<Scalar>& x,
@@ -852,12 +852,12 @@ SsdInputs<Scalar> ssd_inputs(const Layer<Scalar, Weight>& w, const Sizes& sizes,
   return in;
 }
 
-// The Mamba-2 block (Mamba-2, Figure 6): one projection makes z, x, B, C and dt side by side, x, B and
-// C pass through the convolution, and a gated norm stands before the last projection.
+// The Mamba-2 block (Mamba-2, Figure 6): one projection makes z, x, B, C and dt side by side, x, B
+// and C pass through the convolution, and a gated norm stands before the last projection.
 //
-//   u ── in_proj ──┬── z (d_inner) ─────────────────────────────────────────────┐
-//                  ├── x B C (conv_width) ── causal_conv1d ── silu ── ssd ── gated_rms_norm ── out_proj
-//                  └── dt (n_heads) ────────────────────────────────┘
+//   u ── in_proj ──┬── z (d_inner) ───────────────────────────────────────┐
+//                  ├── x B C (conv_width) ── causal_conv1d ─ silu ─ ssd ─ gated_rms_norm ─ out_proj
+//                  └── dt (n_heads) ─────────────────────────────────┘
 template <class Scalar, class Weight>
 Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
                             const Matrix<Scalar>& u, LayerState<Scalar>& state,
@@ -880,7 +880,7 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
 // The language model
 // ============================================================================================
 //
-//   embedding ── [ residual + block(rms_norm(residual)) ] x n_layer ── rms_norm ── lm_head ── logits
+//   embedding ── [residual + block(rms_norm(residual))] x n_layer ── rms_norm ── lm_head ── logits
 
 using Token = std::int32_t;
 
@@ -900,8 +900,8 @@ struct State {
   explicit State(const Sizes& sizes) : layers(sizes.n_layer, LayerState<Scalar>(sizes)) {}
 };
 
-// ids (L) -> last hidden states after the final norm (L, d_model). `state` advances by L tokens: a whole
-// text at once, or, with L = 1, the next token of one.
+// ids (L) -> last hidden states after the final norm (L, d_model). `state` advances by L tokens: a
+// whole text at once, or, with L = 1, the next token of one.
 template <class Scalar, class Weight>
 Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                         State<Scalar>& state, const Options<Scalar>& options = {}) {

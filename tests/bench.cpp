@@ -8,9 +8,7 @@
 #define MAMBA_NO_MAIN
 #include "../mamba.cpp"
 
-#include <tbb/global_control.h>
 #include <tbb/info.h>
-#include <tbb/parallel_for.h>
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
@@ -68,28 +66,28 @@ std::vector<double> sorted_ms(Index repeat, const Function& f) {
 /// Bytes per second that all threads together read from memory: sums over 256 MiB.
 double read_bandwidth() {
   constexpr Index kPieces = 256, kFloats = 1 << 18;
-  const Eigen::ArrayXf data = Eigen::ArrayXf::Ones(kPieces * kFloats);
-  std::vector<float> totals(kPieces);
-  const auto read = [&](Index i) { totals[i] = data.segment(i * kFloats, kFloats).sum(); };
-  return 4e3 * kPieces * kFloats /
-         sorted_ms(10, [&] { tbb::parallel_for(Index{0}, kPieces, read); })[0];
+  const Matrix<float> data = Matrix<float>::Ones(kPieces, kFloats);
+  Matrix<float> totals(kPieces, 1);
+  const auto read = [&](Index i, Index) { totals(i) = data.row(i).sum(); };
+  return 4e3 * kPieces * kFloats / sorted_ms(10, [&] { parallel_for(kPieces, 1, read); })[0];
 }
 
 /// Multiply-adds per second, times two, of all threads on values that stay in registers: what no
 /// matrix product can exceed.
 double matmul_peak() {
-  constexpr Index kChains = 12, kSteps = 1 << 20;
-  std::vector<float> totals(
-      tbb::global_control::active_value(tbb::global_control::max_allowed_parallelism));
-  const auto work = [&](std::size_t thread) {
-    Lanes sums[kChains] = {}, factor = Lanes{} + 0.5f, term = Lanes{} + totals[thread];
+  constexpr Index kChains = 12, kSteps = 1 << 17, kPieces = 32;
+  std::vector<float> totals(kPieces);
+  const auto work = [&](Index piece, Index) {
+    Lanes sums[kChains], factor = Lanes{} + 0.5f, term = Lanes{} + totals[piece];
+    for (Index i = 0; i < kChains; ++i) sums[i] = Lanes{} + static_cast<float>(i);
     for (Index step = 0; step < kSteps; ++step)
 #pragma GCC unroll 12
       for (Index i = 0; i < kChains; ++i) sums[i] = sums[i] * factor + term;
-    for (const Lanes& sum : sums) totals[thread] += sum[0];
+    for (const Lanes& sum : sums)
+      for (Index lane = 0; lane < kLanes; ++lane) totals[piece] += sum[lane];
   };
-  return 2e3 * static_cast<double>(kChains * kLanes * kSteps) * static_cast<double>(totals.size()) /
-         sorted_ms(10, [&] { tbb::parallel_for(std::size_t{0}, totals.size(), work); })[0];
+  return 2e3 * static_cast<double>(kChains * kLanes * kSteps * kPieces) /
+         sorted_ms(10, [&] { parallel_for(kPieces, 1, work); })[0];
 }
 
 struct Flags {

@@ -238,7 +238,7 @@ void bench_ssd(Bench& bench, DType dtype, const Shape& s) {
   if constexpr (sizeof(T) == 2) {
     for (const SsdRung rung : {SsdRung::kFused, SsdRung::kWarpgroup}) {
       const bool warpgroup = rung == SsdRung::kWarpgroup;
-      if (warpgroup && ssd_rung(a) != rung) continue;
+      if (rung > ssd_rung(a)) continue;
       const SsdSegments segments = ssd_segments(a, rung);
       const DeviceBuffer<std::byte> workspace(ssd_workspace_bytes(a, rung));
       a.workspace = workspace.data();
@@ -284,9 +284,10 @@ void bench_sampler(Bench& bench, int64_t batch) {
   const std::vector<Token> prompt = {0};
   const std::vector<Sampler::Text> texts(static_cast<size_t>(batch), {0, prompt});
   const auto report = [&](const char* rules, float temperature, int top_k, float top_p) {
-    SamplerOptions options;
-    options.temperature = temperature, options.top_k = top_k, options.top_p = top_p;
-    Sampler sampler(options, {}, texts, V, kMostDraws, logits.data());
+    GenerateOptions options;
+    options.n = kMostDraws, options.sampler.temperature = temperature;
+    options.sampler.top_k = top_k, options.sampler.top_p = top_p;
+    Sampler sampler(options, texts, V, logits.data());
     CUDA_CHECK(cudaDeviceSynchronize());
     bench.report({"sampler", rules, shape, DType::F32, double(batch * V) * 4, 0}, [&] {
       sampler.draw({embedding.data(), DType::F32}, 1, residual.data(), bench.stream());
@@ -333,10 +334,9 @@ struct ModelBench {
     const Activations<T> a(config, batch, engine->activation_room_);
     const std::vector<Token> prompt = {0};
     const std::vector<Sampler::Text> texts(static_cast<size_t>(batch), {0, prompt});
-    SamplerOptions greedy;
-    greedy.temperature = 0;
-    Sampler sampler(greedy, {}, texts, config.vocab_size, kSteps * (kRepeat + 3),
-                    engine->logits_.data());
+    GenerateOptions greedy;
+    greedy.n = kSteps * (kRepeat + 3), greedy.sampler.temperature = 0;
+    Sampler sampler(greedy, texts, config.vocab_size, engine->logits_.data());
     CUDA_CHECK(cudaMemset(a.residual, 0, batch * config.d_model * sizeof(float)));
     CUDA_CHECK(cudaDeviceSynchronize());
     const Graph graph(stream, [&] {

@@ -289,18 +289,22 @@ inline void copy_async(std::uint32_t to, const void* from, std::size_t bytes, bo
           : std::memset(shared_memory + to, 0, bytes);
   });
 }
-inline void copy_async_commit() {
-  Fiber& fiber = fibers[current];
+
+}  // namespace emulated
+
+inline void __pipeline_commit() {
+  emulated::Fiber& fiber = emulated::fibers[emulated::current];
   fiber.groups.push_back(std::move(fiber.group));
   fiber.group.clear();
 }
-inline void copy_async_wait(std::size_t pending) {
-  auto& groups = fibers[current].groups;
+inline void __pipeline_wait_prior(std::size_t pending) {
+  auto& groups = emulated::fibers[emulated::current].groups;
   for (; groups.size() > pending; groups.pop_front())
-    for (const Work& copy : groups.front()) copy();
+    for (const emulated::Work& copy : groups.front()) copy();
 }
-
-}  // namespace emulated
+inline void __barrier_sync_count(unsigned barrier, unsigned threads) {
+  emulated::named_barriers[barrier].wait(threads);
+}
 
 // mbarrier: of the phase that is not over, the arrivals to come; and its number.
 struct __mbarrier_t {

@@ -14,7 +14,6 @@ import sys
 INSTRUCTIONS = [
     ("ex2.approx", "y = emulated::exp2(x);"),
     ("rcp.approx", "y = emulated::reciprocal(x);"),
-    ("barrier.sync 1", "emulated::named_barriers[1].wait(threads);"),
     ("bar.sync %0, 128", "emulated::named_barriers[1 + warpgroup].wait(128);"),
     ("wgmma.mma_async", "emulated::multiply_async<T>(d, a, b, add, kTransposed);"),
     ("wgmma.", ";"),
@@ -26,10 +25,6 @@ INSTRUCTIONS = [
     ("movmatrix", "r = emulated::transpose_matrix(r);"),
     ("cp.async.cg", "emulated::copy_async(to, from, 16, valid);"),
     ("cp.async.ca", "emulated::copy_async(to, from, kBytes, valid);"),
-    ("cp.async.commit_group", "emulated::copy_async_commit();"),
-    ("cp.async.wait_all", "emulated::copy_async_commit(), emulated::copy_async_wait(0);"),
-    ("cp.async.wait_group", "emulated::copy_async_wait(kPending);"),
-    ("griddepcontrol", ";"),
     ("setmaxnreg", ";"),
     ("fence.proxy", ";"),
     ("prefetch.global", ";"),

@@ -2,6 +2,8 @@
 // rounding, for any size, with and without every optional input.
 #include "support_cuda.hpp"
 
+#include "random_model.hpp"
+
 using namespace test;
 using namespace mamba;
 
@@ -22,12 +24,12 @@ void conv_rungs_match(const char* type) {
           const Matrix<double> w = stored<float>(random.matrix<double>(d, width)),
                                b = bias ? stored<float>(random.matrix<double>(1, d))
                                         : Matrix<double>();
+          const Matrix<double> x_abs = x.cwiseAbs(), w_abs = w.cwiseAbs(), b_abs = b.cwiseAbs();
           Matrix<double> after = state, size_state = state.cwiseAbs();
           const Matrix<double> sum = ssm::causal_conv1d<double>(x, w, b, after);
           const Matrix<double> want = ssm::silu(sum.array());
-          const Matrix<double> x_size = x.cwiseAbs(), w_size = w.cwiseAbs(), b_size = b.cwiseAbs();
           const Matrix<double> size =
-              ssm::causal_conv1d<double>(x_size, w_size, b_size, size_state).array() + kTiny<T>;
+              ssm::causal_conv1d<double>(x_abs, w_abs, b_abs, size_state).array() + kTiny<T>;
           const DeviceBuffer<T> x_d = up<T>(x), state_d = up<T>(state);
           const DeviceBuffer<float> w_d = up<float>(w), b_d = up<float>(b);
           for (const bool simple : {true, false}) {

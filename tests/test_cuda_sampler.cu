@@ -21,6 +21,9 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
       Matrix<double> logits = stored<float>(random.matrix<double>(batch, V, 3));
       if (trial % 5 < 2) logits = logits.unaryExpr([](double v) { return std::round(v); });  // ties
       if (trial % 6 == 2 && V > 1) logits(0, 0) = -INFINITY, logits(batch - 1, V - 1) = 9;
+      GenerateOptions options;
+      options.n = 1, options.sampler = o;
+      if (trial % 8 == 3 && V > 2) options.never = {0, static_cast<Token>(V / 2)};
       std::vector<std::vector<Token>> history(batch);
       std::vector<Sampler::Text> texts;
       for (Index b = 0; b < batch; ++b) {
@@ -30,7 +33,8 @@ TEST_CASE("cuda sampler: the same tokens as on the CPU, all rules") {
       }
       const DeviceBuffer<float> logits_d = up<float>(logits),
                                 embedding = up<float>(Matrix<double>::Zero(V, 1)), residual(batch);
-      Sampler sampler(o, {}, texts, V, 1, logits_d.data());
+      Sampler sampler(options, texts, V, logits_d.data());
+      for (const Token id : options.never) logits.col(id).setConstant(-INFINITY);  // for the CPU
       CUDA_CHECK(cudaDeviceSynchronize());
       sampler.draw({embedding.data(), DType::F32}, 1, residual.data(), queue.stream());
       queue.wait();

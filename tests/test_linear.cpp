@@ -1,5 +1,5 @@
-// Claims: the threaded matrix product is the product in double within rounding, at every size and storage
-// type, the same bits for every number of threads.
+// Claims: the threaded matrix product is the product in double within rounding, at every size and
+// storage type, the same bits for every number of threads.
 #define MAMBA_NO_MAIN
 #include "../mamba.cpp"
 

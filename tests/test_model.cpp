@@ -1,5 +1,6 @@
-// Claims: whole models agree with outsiders' logits in both published layouts, in every mode, and the
-// modes agree with each other. The outsiders are the official package and transformers, in float64.
+// Claims: whole models agree with outsiders' logits in both published layouts, in every mode, and
+// the modes agree with each other. The outsiders are the official package and transformers, in
+// float64.
 #include "support.hpp"
 
 #define MAMBA_NO_MAIN

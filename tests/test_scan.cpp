@@ -13,8 +13,8 @@ const char* name(Form form) {
 }
 
 // Multiples of eps that the forms of the reference may differ by: they add the same
-// terms in other orders, and a decay exp(sum of delta A) is as inexact as that sum is long. Measured
-// worst: 79 in double, 179 in float. One constant for all shapes.
+// terms in other orders, and a decay exp(sum of delta A) is as inexact as that sum is long.
+// Measured worst: 79 in double, 179 in float. One constant for all shapes.
 constexpr double kFormsBound = 256;
 
 // --- selective_scan ---

@@ -1,6 +1,6 @@
-// Claims: score encodes, adds up and counts as lm-evaluation-harness 0.4.13 does (lm_eval/api/model.py:
-// _encode_pair and loglikelihood; lm_eval/api/task.py: process_results), held against a model whose
-// probabilities are known.
+// Claims: score encodes, adds up and counts as lm-evaluation-harness 0.4.13 does
+// (lm_eval/api/model.py: _encode_pair and loglikelihood; lm_eval/api/task.py: process_results),
+// held against a model whose probabilities are known.
 #include "support.hpp"
 
 using namespace test;

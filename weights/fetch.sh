@@ -223,7 +223,9 @@ fill() {
     case $status:$http_code in
       0:*) ;;
       33:* | 22:416) rm -f "$part" ;; # the server cannot go on from here: from the start
-      23:*) [ "$(bytes "$part")" -gt "$size" ] || die "$part: cannot be written: is the disk full?" ;;
+      23:*)
+        [ "$(bytes "$part")" -gt "$size" ] || die "$part: cannot be written: is the disk full?"
+        ;;
       *) transient "$status" || explain "$status" "$repo: $name" ;;
     esac
   done
