@@ -572,8 +572,6 @@ struct ScanArgs {
   const float* h0 = nullptr;               // (batch, d_inner, d_state) or null
   T* out = nullptr;                        // (batch L, d_inner)
   float* hT = nullptr;                     // (batch, d_inner, d_state) or null; may be h0
-  // (batch, ceil(L / kSaveEvery), d_inner, d_state) or null: h before rows 0, kSaveEvery, ..
-  float* saved = nullptr;
   // Numbers from one row to the next.
   int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
   int64_t z_stride = 0, out_stride = 0;
@@ -592,7 +590,6 @@ __device__ inline float step_size(const ScanArgs<T>& a, int64_t t, int64_t d) {
 }
 
 constexpr int64_t kMaxStates = 256;
-constexpr int64_t kSaveEvery = 64;  // rows from one saved state to the next
 
 // One thread owns one channel and walks time. Grid: all of batch d_inner in blocks of 128.
 // The state lies in local memory because d_state is only known at run time.
@@ -609,10 +606,6 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
   for (int n = 0; n < N; ++n) h[n] = a.h0 ? a.h0[i * N + n] : 0.f;
 
   for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
-    if (const int64_t past = t - rows.first; a.saved && past % kSaveEvery == 0) {
-      const int64_t index = b * ceil_div(a.L, kSaveEvery) + past / kSaveEvery;
-      for (int n = 0; n < N; ++n) a.saved[(index * a.d_inner + d) * N + n] = h[n];
-    }
     const T* B_t = a.B + t * a.B_stride + group * N;
     const T* C_t = a.C + t * a.C_stride + group * N;
     const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
@@ -674,7 +667,6 @@ struct ScanTile {
   static_assert(kStates % 2 == 0, "a walker reads B and C of two states at a time");
   static_assert(kSteps % kSum == 0 && kSum % (2 * kGroup) == 0, "groups of both parities");
   static_assert(kChannels % kCopied == 0 && kChannels % kPerWarp == 0, "whole warps");
-  static_assert(kSaveEvery % kSteps == 0, "states are saved between tiles");
 };
 
 // A barrier for the threads of a block that have a role. It has a number, because they reach it in
@@ -930,16 +922,10 @@ __device__ inline void walk_tiles(const ScanArgs<T>& a, const Chunks& chunks,
                                   const ScanBlock& block, ScanMemory<T, Tile>& memory) {
   Walker<T, Tile> walker(memory, a, block);
   const int tiles = ceil_div(block.rows.count, Tile::kSteps);
-  constexpr int kTiles = kSaveEvery / Tile::kSteps;  // from one saved state to the next
-  for (int first = 0; first < tiles; first += kTiles) {
-    if (a.saved)
-      walker.store_state(a, block, a.saved,
-                         block.sequence * ceil_div(a.L, kSaveEvery) + first / kTiles);
-    for (int i = first; i < min(first + kTiles, tiles); ++i) {
-      // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
-      sync_roles(block.threads);
-      walker.walk_tile(i & 1);
-    }
+  for (int i = 0; i < tiles; ++i) {
+    // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
+    sync_roles(block.threads);
+    walker.walk_tile(i & 1);
   }
   sync_roles(block.threads);                    // y of the last tile is written
   if (chunks.total) sync_roles(block.threads);  // (the feeders' sums, see add_up_delta)
@@ -1224,7 +1210,7 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStr
 // row costs 18 ns in one pass, 200 ns in both passes over a chunk, and splitting costs 22 us.
 template <class T>
 int64_t scan_chunks(const ScanArgs<T>& a) {
-  if (a.saved || a.batch * ceil_div(a.d_inner, 16) >= multiprocessors()) return 1;
+  if (a.batch * ceil_div(a.d_inner, 16) >= multiprocessors()) return 1;
   const int64_t room = 2 * multiprocessors() / (a.batch * ceil_div(a.d_inner, 64));
   const int64_t count = std::max<int64_t>(1, std::min(room, a.L / 128));
   return 18 * a.L > 200 * a.L / count + 22000 ? count : 1;
@@ -1259,6 +1245,7 @@ size_t selective_scan_workspace(const ScanArgs<T>& a) {
 // For d_state <= 16. Few channels: one block an SM, as wide as its share of them; the fewer they
 // are, the fewer states per thread and the longer tiles. Many: many states per thread, two blocks
 // an SM.
+using FewScan = ScanTile<2, 8, 12, 64, 96, 3, 768>;
 using NarrowScan = ScanTile<2, 8, 32, 64, 96, 3, 768>;
 using WideScan = ScanTile<4, 4, 96, 32, 192, 2, 768>;
 using ManyScan = ScanTile<8, 2, 64, 16, 64, 2, 256>;
@@ -1289,6 +1276,7 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
   if (N > 64) return launch_scan<ScanTile<8, 32, 4, 8, 64, 4, 256>>(a, workspace, stream);
   if (N > 16) return launch_scan<ScanTile<4, 16, 8, 32, 64, 2, 256>>(a, workspace, stream);
   if (scan_chunks(a) == 1 && a.batch * a.d_inner < 4 * 64 * multiprocessors()) {
+    if (launch_spread<FewScan>(a, 1, stream)) return;
     if (launch_spread<NarrowScan>(a, 1, stream)) return;
     if (launch_spread<WideScan>(a, INT64_MAX, stream)) return;
   }
@@ -2248,16 +2236,21 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 
 // --- step: one token for every sequence of a batch (a.L = 1). The state is most of what a step
 // moves: it is requested before the wait for the kernel before (which cannot change it) and read
-// and written exactly once. A block owns kSsdStepRows rows (head, p) of one head; a row of h is
+// and written exactly once. A block owns kSsdStepRows rows of one head; a row of h is
 // spread over `lanes` lanes (a power of two), four neighbouring states each. a.h0 is the state
 // before, a.hT after; they are normally the same buffer. Grid: x = heads, blocks of rows; y =
 // batch.
 
-constexpr int kSsdStepRows = 16, kSsdStepThreads = 256;
-constexpr int kSsdStepFlight = 2;  // rows that a lane holds at once
-static_assert(kSsdStepFlight * kSsdStepThreads / 32 >= kSsdStepRows, "a lane holds all its rows");
+constexpr int kSsdStepThreads = 256;
+// Rows of a block, kHeld of them held by each lane: few, so that one sequence fills the GPU, or, for
+// many sequences, so many that a block reads B and C once for a whole head.
+template <int kHeld>
+constexpr int kSsdStepRows = kHeld* kSsdStepThreads / 32;
+constexpr int kSsdFewHeld = 2, kSsdManyHeld = 8;
 
-inline int ssd_step_blocks(int64_t head_dim) { return int(ceil_div(head_dim, kSsdStepRows)); }
+inline int ssd_step_blocks(int64_t head_dim) {  // of a head, for few sequences
+  return int(ceil_div(head_dim, kSsdStepRows<kSsdFewHeld>));
+}
 
 // What decode asks for in place of a.out: the gated output in float, and what its norm needs.
 template <class T>
@@ -2280,21 +2273,21 @@ __device__ inline void store_block_sum(float v, float* to) {
   *to = v;
 }
 
-template <class T>
+template <int kHeld, class T>
 __global__ void __launch_bounds__(kSsdStepThreads)
     ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
   const int P = a.head_dim, N = a.d_state, blocks = gridDim.x / a.n_heads;
   const int b = blockIdx.y, head = blockIdx.x / blocks, group = head / (a.n_heads / a.n_groups);
-  const int p0 = blockIdx.x % blocks * kSsdStepRows, rows = min(kSsdStepRows, P - p0);
+  const int p0 = blockIdx.x % blocks * kSsdStepRows<kHeld>, rows = min(kSsdStepRows<kHeld>, P - p0);
   const int lane = threadIdx.x % lanes;
   const auto p_of = [&](int i) { return int(threadIdx.x) / lanes + i * (int(blockDim.x) / lanes); };
   const int64_t channel = int64_t{head} * P + p0, row = int64_t{b} * a.n_heads * P + channel;
   const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
   const bool done = a.done && a.done[b];
-  float h[kSsdStepFlight][4];
+  float h[kHeld][4];
   const auto load_h = [&](int n) {
 #pragma unroll
-    for (int i = 0; i < kSsdStepFlight; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
       const int p = p_of(i);
       unpack(load<4>(a.h0 + (row + p) * N + n, a.h0 && p < rows && n < N), h[i]);
     }
@@ -2306,9 +2299,9 @@ __global__ void __launch_bounds__(kSsdStepThreads)
 
   const T* B = a.B + b * a.B_stride + group * N;
   const T* C = a.C + b * a.C_stride + group * N;
-  float y[kSsdStepFlight] = {}, x[kSsdStepFlight], z[kSsdStepFlight];
+  float y[kHeld] = {}, x[kHeld], z[kHeld];
 #pragma unroll
-  for (int i = 0; i < kSsdStepFlight; ++i) {
+  for (int i = 0; i < kHeld; ++i) {
     const int p = p_of(i);
     x[i] = p < rows ? to_float(a.x[b * a.x_stride + channel + p]) : 0.f;
     z[i] = gate.z && p < rows ? to_float(gate.z[b * gate.z_stride + channel + p]) : 0.f;
@@ -2320,7 +2313,7 @@ __global__ void __launch_bounds__(kSsdStepThreads)
     float B_n[4], C_n[4];
     unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
 #pragma unroll
-    for (int i = 0; i < kSsdStepFlight; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         h[i][k] = fmaf(decay, h[i][k], delta * B_n[k] * x[i]);
@@ -2332,7 +2325,7 @@ __global__ void __launch_bounds__(kSsdStepThreads)
   }
   float squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < kSsdStepFlight; ++i) {
+  for (int i = 0; i < kHeld; ++i) {
     const int p = p_of(i);
     for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
     if (lane != 0 || p >= rows) continue;
@@ -2484,8 +2477,8 @@ inline int ssd_step_lanes(int d_state) {
   return lanes;
 }
 template <class T>
-dim3 ssd_step_grid(const SsdArgs<T>& a) {
-  return dim3(unsigned(a.n_heads * ssd_step_blocks(a.head_dim)), unsigned(a.batch));
+dim3 ssd_step_grid(const SsdArgs<T>& a, int rows_of_a_block) {
+  return dim3(unsigned(a.n_heads * ceil_div(a.head_dim, rows_of_a_block)), unsigned(a.batch));
 }
 
 template <class T>
@@ -2494,16 +2487,18 @@ void ssd_step(const SsdArgs<T>& a, cudaStream_t stream) {
   if (a.d_state % 4 || !aligned4(a.B, a.B_stride) || !aligned4(a.C, a.C_stride))
     return ssd_naive(a, stream);
   // not launched early: the kernel before may be the step before, whose state is read at once
-  ssd_step_kernel<<<ssd_step_grid(a), kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{},
-                                                                    ssd_step_lanes(a.d_state));
+  const bool many = a.batch * a.n_heads >= 4 * multiprocessors();
+  const auto kernel = many ? ssd_step_kernel<kSsdManyHeld, T> : ssd_step_kernel<kSsdFewHeld, T>;
+  const dim3 grid = ssd_step_grid(a, many ? kSsdStepRows<kSsdManyHeld> : kSsdStepRows<kSsdFewHeld>);
+  kernel<<<grid, kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{}, ssd_step_lanes(a.d_state));
   CUDA_CHECK(cudaGetLastError());
 }
 
 // The same with the gate, launched early: the kernel before must not be a step of the same state.
 template <class T>
 void ssd_gated_step(const SsdArgs<T>& a, const SsdGate<T>& gate, cudaStream_t stream) {
-  launch_early(ssd_step_kernel<T>, ssd_step_grid(a), kSsdStepThreads, 0, stream, a, gate,
-               ssd_step_lanes(a.d_state));
+  launch_early(ssd_step_kernel<kSsdFewHeld, T>, ssd_step_grid(a, kSsdStepRows<kSsdFewHeld>),
+               kSsdStepThreads, 0, stream, a, gate, ssd_step_lanes(a.d_state));
 }
 
 // ---------------------------------------------------------------------------------------
@@ -3124,22 +3119,25 @@ __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
   return s < 0 ? s * a.penalty : s / a.penalty;
 }
 
-// An unsigned integer in the order of (b, score): the sequence in 8 bits, then the 56 upper bits of
-// the score. A float has no more; scores with a penalty that agree in them (44 bits of the
-// fraction) count as equal.
-constexpr int kScoreBits = 56, kFloatBits = 35;
-__device__ inline uint64_t sort_key(int64_t b, double score) {
-  const uint64_t bits = __double_as_longlong(score + 0.);  // no -0
-  return uint64_t(b) << kScoreBits | (bits >> 63 ? ~bits : bits | 1ull << 63) >> (64 - kScoreBits);
+// An unsigned integer in the order of (b, score): the sequence, and below it the score's bits, turned so
+// that they sort as integers. Without a penalty a score is a float; with one, the 56 upper bits of a
+// double (scores that agree in them, 44 bits of the fraction, count as equal).
+__host__ __device__ inline int score_bits(const SampleArgs& a) { return a.seen ? 56 : 32; }
+__device__ inline uint64_t sort_key(const SampleArgs& a, int64_t b, double score) {
+  if (!a.seen) {
+    const uint32_t bits = __float_as_uint(float(score) + 0.f);  // no -0
+    return uint64_t(b) << 32 | (bits >> 31 ? ~bits : bits | 1u << 31);
+  }
+  const uint64_t bits = __double_as_longlong(score + 0.);
+  return uint64_t(b) << 56 | (bits >> 63 ? ~bits : bits | 1ull << 63) >> 8;
 }
 
 // CUB's sort is stable: of equal scores the lower id comes first. Without room: the bytes it needs.
 inline void sort_by_score(const SampleArgs& a, void* room, size_t& bytes, cudaStream_t stream) {
-  int end = kScoreBits;
-  while ((a.batch - 1) >> (end - kScoreBits)) ++end;
+  int end = score_bits(a);
+  while ((a.batch - 1) >> (end - score_bits(a))) ++end;
   CUDA_CHECK(cub::DeviceRadixSort::SortPairs(room, bytes, a.keys, a.sorted_keys, a.ids,
-                                             a.sorted_ids, a.batch * a.vocab_size,
-                                             a.seen ? 0 : kScoreBits - kFloatBits, end, stream));
+                                             a.sorted_ids, a.batch * a.vocab_size, 0, end, stream));
 }
 
 template <class V>
@@ -3173,7 +3171,7 @@ static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs 
     const double s = score_of(a, b, i);
     if (!(s < INFINITY)) best.wrong = 1;
     if (s > best.score) best.score = s, best.id = Token(i);
-    if (a.keys) a.keys[b * V + i] = sort_key(b, s), a.ids[b * V + i] = Token(i);
+    if (a.keys) a.keys[b * V + i] = sort_key(a, b, s), a.ids[b * V + i] = Token(i);
   }
   __shared__ Best of_warp[kSampleWarps];
   best = warp_best(best);

@@ -398,6 +398,11 @@ inline float __uint_as_float(unsigned v) {
   std::memcpy(&f, &v, sizeof f);
   return f;
 }
+inline unsigned __float_as_uint(float v) {
+  unsigned bits;
+  std::memcpy(&bits, &v, sizeof v);
+  return bits;
+}
 inline std::size_t __cvta_generic_to_shared(const void* p) {
   return static_cast<const unsigned char*>(p) - emulated::shared_memory;
 }

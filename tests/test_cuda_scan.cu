@@ -165,6 +165,7 @@ TEST_CASE("cuda selective_scan: what its threads work with is in registers") {
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.localSizeBytes;
   };
+  CHECK(in_memory(selective_scan_fused_kernel<bf16, FewScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, NarrowScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, WideScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, ManyScan, 2>) == 0);
@@ -185,42 +186,6 @@ TEST_CASE("cuda selective_scan: cut anywhere, empty pieces included, nothing cha
       run_scan(a);
       CUDA_CHECK(cudaMemcpy(hT, h.data(), h.bytes(), cudaMemcpyDeviceToDevice));
     });
-}
-
-TEST_CASE("cuda selective_scan: saves the states at every kSaveEvery-th row") {
-  for (const ScanCase& c : {ScanCase{2, 150, 12, 16, 1, 31},
-                            {2, 150, 516, 16, 1, 31},
-                            {2, 129, 8, 20, 2, 15},
-                            {1, 64, 8, 100, 1, 31},
-                            {1, 65, 5, 3, 1, 31}}) {
-    const ScanProblem<float> p(c, 13);
-    const Index pieces = ceil_div(c.L, kSaveEvery), size = c.d * c.N;
-    const DeviceBuffer<float> saved = poisoned<float>(c.batch * pieces * size),
-                              out = poisoned<float>(c.batch * c.L * c.d),
-                              hT = poisoned<float>(size);
-    for (const bool simple : {true, false}) {
-      const auto run = [&](const ScanArgs<float>& a) {
-        simple ? selective_scan_naive(a, nullptr) : run_scan(a);
-      };
-      ScanArgs<float> a = p.args();
-      a.out = out.data(), a.saved = saved.data();
-      run(a);
-      const Matrix<double> got = down(saved, c.batch * pieces, size);
-      for (Index b = 0; b < c.batch; ++b)
-        for (Index k = 0; k < pieces; ++k) {  // the last state of the rows before
-          ScanArgs<float> before = p.args();
-          for (const float** q : {&before.x, &before.delta, &before.z})
-            if (*q) *q += b * c.L * c.d;
-          before.B += b * c.L * before.B_stride, before.C += b * c.L * before.C_stride;
-          if (before.h0) before.h0 += b * size;
-          before.batch = 1, before.L = k * kSaveEvery, before.out = out.data();
-          before.hT = hT.data();
-          run(before);
-          INFO("batch " << b << ", piece " << k << ", d " << c.d << ", N " << c.N);
-          CHECK(max_difference(down(hT, 1, size), got.middleRows(b * pieces + k, 1)) == 0);
-        }
-    }
-  }
 }
 
 TEST_CASE("cuda selective_scan_step: one token after another is the whole sequence") {

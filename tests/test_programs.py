@@ -5,6 +5,7 @@ Usage: test_programs.py MAMBA MAMBA_CUDA      (standard library only; run from t
 """
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -27,8 +28,8 @@ def claim(name, ok, detail=""):
 
 
 def close(a, b, tolerance):
-    """Tables of the same words and of numbers that differ by at most the tolerance, relatively."""
-    a, b = a.split(), b.split()
+    """Tables or JSON of the same words and of numbers that differ by at most the tolerance, relatively."""
+    a, b = (re.findall(r'[^\s,:{}"]+', text) for text in (a, b))
     return len(a) == len(b) and all(
         x == y or x[0].isdigit() and y[0].isdigit() and abs(float(x) - float(y)) <= tolerance * abs(float(x)) for x, y in zip(a, b))
 
