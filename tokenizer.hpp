@@ -1015,8 +1015,8 @@ class Tokenizer {
     for (const Json& merge : merges) {
       if (merge.is_string() && merge.get<std::string>().rfind("#version", 0) == 0) continue;
       const auto [left, right] = bpe::to_merge(merge);
-      words_->model.merges[bpe::Model::key(known(left), known(right))] = {rank++,
-                                                                          known(left + right)};
+      const Token first = known(left), second = known(right);
+      words_->model.merges[bpe::Model::key(first, second)] = {rank++, known(left + right)};
     }
   }
 
