@@ -2,19 +2,20 @@
 
 CXX      ?= g++
 NVCC     ?= nvcc
-CXXFLAGS ?= -std=c++17 -O3 -march=native -fopenmp
-LIBS     ?= -isystem /usr/include/eigen3 -lpcre2-8 -lutf8proc
-PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libpcre2-dev libutf8proc-dev libstb-dev catch2 python3 curl jq
+CXXFLAGS ?= -std=c++17 -O3 -march=native
+LIBS     ?= -isystem /usr/include/eigen3 -ltbb -lpcre2-8 -lutf8proc
+PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libtbb-dev libpcre2-dev libutf8proc-dev libstb-dev \
+            catch2 python3 curl jq
 
 # GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
 WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
 HEADERS   = checkpoint.hpp ssm_reference.hpp tokenizer.hpp mamba.hpp
-TESTS     = $(patsubst tests/%.cpp,build/%.o,$(filter-out tests/emulate_runtime.cpp,$(wildcard tests/*.cpp)))
+TESTS     = $(patsubst tests/%.cpp,build/%.o,$(wildcard tests/test_*.cpp) tests/main.cpp)
 CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated debug bench notebook check-readme format lint clean setup
+.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -26,6 +27,7 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/check_readme.py
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
+	python3 tests/test_outputs.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
 
@@ -57,18 +59,25 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 	else echo "GPU program against CPU program: skipped, no GPU here"; \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
-build/%.cuda.o: tests/%.cu tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+# Two compilations, not one for each file: each compiles the kernels of mamba.cu again.
+CUDA_TESTS = $(wildcard tests/test_cuda_*.cu)
+build/kernels.cu: $(filter-out %_model.cu,$(CUDA_TESTS))
+build/models.cu: $(filter %_model.cu,$(CUDA_TESTS))
+build/kernels.cu build/models.cu:
 	@mkdir -p build
+	printf '#include "%s"\n' $^ >$@
+
+build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
-build/tests_cuda: $(patsubst tests/%.cu,build/%.cuda.o,$(wildcard tests/*.cu)) build/main.o
+build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
 
-# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly, and all but wgmma. Others than the quick ones:
+# A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
 EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda rms_norm*,cuda models: float32*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
-EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/*.cu)) build/emulated/emulate_runtime.o
+EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
 
 test-emulated: build/emulated/tests  ## GPU tests where there is no GPU: kernels run on the CPU, thread by thread
 	@echo "emulated GPU: $(EMULATE)"
@@ -86,17 +95,18 @@ build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
 	@mkdir -p build/emulated
 	python3 tests/emulate.py $< $@
 
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support.hpp $(HEADERS) | setup
-	$(CXX) -std=c++17 -O1 -g1 -w -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
+	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
 	@mkdir -p build/emulated
 	$(CXX) -std=c++17 -O2 $(WARNINGS) -isystem $(CUDA_INCLUDE) -c $< -o $@
 
-SANITIZE = -std=c++17 -O1 -g1 -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZE = -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/debug/tests
 	python3 tests/test_command_line.py build/debug/mamba
+	python3 tests/test_outputs.py build/debug/mamba
 
 build/debug/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
@@ -109,15 +119,32 @@ build/debug/mamba: mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) mamba.cpp -o $@ $(LIBS)
 
-bench: mamba     ## decode and prefill of the 130m shape against this machine's limits
-	./mamba bench bandwidth
-	./mamba bench matmul
-	for dtype in f32 bf16 f16; do ./mamba bench decode --dtype $$dtype; ./mamba bench prefill --dtype $$dtype; done
+# Readers under random bytes, some minutes each: make fuzz SECONDS=600
+SECONDS ?= 60
+fuzz: $(patsubst tests/%.cpp,build/%,$(wildcard tests/fuzz_*.cpp))  ## libFuzzer on every reader (needs clang++)
+	for f in $^; do mkdir -p $$f.corpus && ./$$f -max_total_time=$(SECONDS) -timeout=20 -rss_limit_mb=2000 $$f.corpus || exit; done
 
-notebook: mamba build/venv/ready  ## run notebook/mamba.ipynb from top to bottom, in place (its timings become this machine's)
-	build/venv/bin/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False notebook/mamba.ipynb
-	jq --indent 1 'del(.metadata.language_info.version)' notebook/mamba.ipynb >build/mamba.ipynb
-	mv build/mamba.ipynb notebook/mamba.ipynb
+build/fuzz_%: tests/fuzz_%.cpp $(HEADERS) | setup
+	@mkdir -p build
+	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -I. $< -o $@ $(LIBS)
+
+bench: build/bench  ## decode, prefill and, where there is a GPU, every kernel, against this machine's limits
+	for op in bandwidth matmul; do ./build/bench $$op || exit; done
+	for dtype in f32 bf16 f16; do for op in decode prefill; do ./build/bench $$op --dtype $$dtype || exit; done; done
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) build/bench_cuda && ./build/bench_cuda; else echo "GPU: skipped, none here"; fi
+
+build/bench: tests/bench.cpp mamba.cpp $(HEADERS) | setup
+	@mkdir -p build
+	$(CXX) $(CXXFLAGS) $(WARNINGS) tests/bench.cpp -o $@ $(LIBS)
+
+build/bench_cuda: tests/bench.cu mamba.cu $(HEADERS) | setup
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) tests/bench.cu -o $@ $(LIBS) -lcublas
+
+notebook: mamba build/venv/ready  ## run the notebooks from top to bottom, in place (their timings become this machine's)
+	for n in notebook/*.ipynb; do \
+	  build/venv/bin/jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False $$n && \
+	  jq --indent 1 'del(.metadata.language_info.version)' $$n >build/notebook.json && mv build/notebook.json $$n || exit; done
 
 # To read it in a browser: build/venv/bin/jupyter notebook notebook/mamba.ipynb
 build/venv/ready: | setup
@@ -133,7 +160,7 @@ format:         ## clang-format all sources
 	clang-format -i *.hpp *.cpp *.cu tests/*.hpp tests/*.cpp tests/*.cu
 
 lint: setup     ## clang-tidy and cppcheck
-	clang-tidy --quiet mamba.cpp -- -std=c++17 -fopenmp -isystem /usr/include/eigen3
+	clang-tidy --quiet mamba.cpp -- -std=c++17 -isystem /usr/include/eigen3
 	cppcheck --quiet --std=c++17 --inline-suppr --enable=warning,performance,portability --error-exitcode=1 *.hpp mamba.cpp
 
 clean:          ## remove what was built

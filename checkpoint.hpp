@@ -1,7 +1,18 @@
-// checkpoint.hpp - bytes to tensors and back.
+// checkpoint.hpp - bytes to tensors and back. What a model computes is not known here.
 //
-//   1. Errors and files     one line per error; files mapped in, written beside and renamed
-//   2. Checkpoints          safetensors, pytorch_model.bin; F32, F16, BF16
+//   1. Errors and files    one line per error; one way to read a file, one way to write one
+//   2. Tensors             a named window of bytes with dtype and shape; their numbers
+//   3. safetensors         read and written
+//   4. torch.save          read: a zip, in it a pickle, and the storages it names
+//   5. A model's folder    whole or in shards; names without what wrappers put before them
+//
+// What is read comes from strangers. Whatever bytes a file holds, reading it ends in tensors
+// or in one line, "what: where: expected ..., found ..."; no byte of it is ever run; and the
+// work and memory that it can ask for are bounded by its size. Tensors are windows into the
+// mapped file: nothing is copied that lies there row by row.
+//
+// The formats: github.com/huggingface/safetensors (README.md); PKWARE's APPNOTE.TXT for zip;
+// Python's Lib/pickletools.py for pickles; PyTorch's torch/serialization.py, torch/_utils.py.
 #pragma once
 
 #include <fcntl.h>
@@ -9,25 +20,22 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <Eigen/Core>
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <csignal>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <deque>
 #include <filesystem>
-#include <fstream>
-#include <functional>
 #include <iostream>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <numeric>
-#include <optional>
+#include <random>
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -48,11 +56,8 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are little
 // =======================================================================================
 // 1. Errors and files
 // =======================================================================================
-//
-// Every error is one line, "what: where: expected ..., found ...", thrown as a
-// std::runtime_error. Whatever bytes a file holds, reading it ends in a value or in such a
-// line. A window of bytes is a std::string_view; numbers leave it through memcpy, because
-// nothing in a file promises to be aligned.
+
+// --- 1.1 Errors: a std::runtime_error of one line ---------------------------------------
 
 /// Throws the parts as one line. Control characters, which only a broken file brings, go.
 template <class... Parts>
@@ -77,6 +82,18 @@ template <class... Parts>
   throw UsageError(out.str());
 }
 
+inline std::string reason() { return std::strerror(errno); }
+
+inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
+
+/// Warnings of one kind: the first few, and how many more there are.
+inline void warn(const std::vector<std::string>& lines) {
+  constexpr std::size_t kShown = 8;
+  for (std::size_t i = 0; i < std::min(lines.size(), kShown); ++i) warn(lines[i]);
+  if (lines.size() > kShown)
+    warn("and " + std::to_string(lines.size() - kShown) + " more warnings of this kind");
+}
+
 /// A name out of a file, fit for an error line: printable, quoted, and not a page long.
 inline std::string quote(std::string_view name, std::size_t longest = 80) {
   std::string text(name.substr(0, longest));
@@ -85,24 +102,62 @@ inline std::string quote(std::string_view name, std::size_t longest = 80) {
   return "'" + text + (name.size() > longest ? "...'" : "'");
 }
 
+/// What bytes are that come instead of a model's file, and what to do; "" if nothing is known.
+/// Each start is too long to be that of a safetensors file, eight bytes of a moderate number.
+inline std::string what_it_is(std::string_view bytes) {
+  static constexpr const char* kPage =
+      "a web page instead of the file: download it again (some models need an access token)";
+  static constexpr std::pair<std::string_view, const char*> kStarts[] = {
+      {"version https://git-lfs",
+       "a Git LFS pointer instead of the file: run 'git lfs pull' in its folder, or download it"},
+      {"<!doctype", kPage},
+      {"<html", kPage},
+      {"<?xml", kPage},
+      {"gguf", "a GGUF file, as llama.cpp has them: expected the files that it was made from"},
+      {"\x80\x02\x8a\x0a\x6c\xfc\x9c",
+       "a file that torch.save wrote before PyTorch 1.6: load and save it with a newer one"}};
+  if (bytes.empty()) return "an empty file: download it again";
+  if (bytes.substr(0, 3) == "\xef\xbb\xbf") bytes.remove_prefix(3);  // a byte order mark
+  bytes.remove_prefix(std::min(bytes.find_first_not_of(" \t\r\n"), bytes.size()));
+  std::string begin(bytes.substr(0, 24));
+  for (char& c : begin) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c + 32) : c;
+  for (const auto& [start, what] : kStarts)
+    if (begin.rfind(start, 0) == 0) return what;
+  return "";
+}
+
+// --- 1.2 Reading ------------------------------------------------------------------------
+
+/// The number of an open file, closed at the end.
+struct Descriptor {
+  int number = -1;
+  ~Descriptor() { close(); }
+  int close() { return number < 0 ? 0 : ::close(std::exchange(number, -1)); }
+};
+
 /// A file mapped into memory, read-only. Pages are read when they are first touched.
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
-    const int file = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    if (file < 0) fail("cannot open: ", path, ": ", std::strerror(errno));
+    // Without O_NONBLOCK, opening a pipe would wait for someone to write into it.
+    const Descriptor file{::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)};
     struct stat status = {};
-    const bool regular = ::fstat(file, &status) == 0 && S_ISREG(status.st_mode);
-    const auto length = regular ? static_cast<std::size_t>(status.st_size) : 0;
-    void* data = length == 0 ? nullptr : ::mmap(nullptr, length, PROT_READ, MAP_PRIVATE, file, 0);
-    const int error = errno;
-    ::close(file);
-    if (!regular) fail("cannot read: ", path, ": expected a file, found something else");
-    if (data == MAP_FAILED) fail("cannot map: ", path, ": ", std::strerror(error));
-    data_ = {data, Unmap{length}};
+    if (file.number < 0 || ::fstat(file.number, &status) != 0)
+      fail("cannot open: ", path, ": ", reason());
+    if (!S_ISREG(status.st_mode))
+      fail("cannot read: ", path, ": expected a file, found ",
+           S_ISDIR(status.st_mode)    ? "a directory"
+           : S_ISFIFO(status.st_mode) ? "a pipe"
+                                      : "something else");
+    const auto size = static_cast<std::size_t>(status.st_size);
+    if (size == 0) return;  // nothing can be mapped
+    void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.number, 0);
+    if (data == MAP_FAILED) fail("cannot map: ", path, ": ", reason());
+    data_ = {data, Unmap{size}};
   }
-  std::size_t size() const { return data_ ? data_.get_deleter().size : 0; }
-  std::string_view bytes() const { return {static_cast<const char*>(data_.get()), size()}; }
+  std::string_view bytes() const {
+    return {static_cast<const char*>(data_.get()), data_ ? data_.get_deleter().size : 0};
+  }
 
  private:
   struct Unmap {
@@ -112,79 +167,118 @@ class MappedFile {
   std::unique_ptr<void, Unmap> data_;
 };
 
-/// Removes the file that is being written when a signal ends the program, then lets it end.
-class PartRemover {
- public:
-  explicit PartRemover(const std::string& part) {
-    static const bool installed = [] {
-      for (const int signal : {SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGPIPE, SIGXFSZ})
-        if (std::signal(signal, remove) == SIG_IGN)  // as under nohup
-          std::signal(signal, SIG_IGN);
-      return true;
-    }();
-    (void)installed;
-    if (part.size() < sizeof path) std::memcpy(path, part.c_str(), part.size() + 1);
+/// A text whole: from a file, from a pipe, or from standard input, whose path is "-".
+inline std::string read_file(const std::string& path) {
+  const bool standard = path == "-";
+  const Descriptor file{standard ? ::dup(0) : ::open(path.c_str(), O_RDONLY | O_CLOEXEC)};
+  std::string text;
+  std::vector<char> block(1 << 16);
+  for (;;) {
+    const ssize_t n = file.number < 0 ? -1 : ::read(file.number, block.data(), block.size());
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail("cannot read: ", standard ? "standard input" : path, ": ", reason());
+    if (n == 0) return text;
+    text.append(block.data(), static_cast<std::size_t>(n));
   }
-  ~PartRemover() { path[0] = 0; }
-  PartRemover(const PartRemover&) = delete;
-  PartRemover& operator=(const PartRemover&) = delete;
+}
 
- private:
-  static void remove(int signal) {  // only what may be called in a handler
-    if (path[0] != 0) ::unlink(path);
-    std::signal(signal, SIG_DFL);
-    std::raise(signal);
+/// For the start of main. Of the numbers 0 to 2, those that were closed are taken, by what
+/// fails when it is read or written: no file opened later passes for standard input or output.
+inline void take_standard_numbers() {
+  for (const int number : {0, 1, 2})
+    if (::fcntl(number, F_GETFD) < 0 && ::open("/dev/null", number ? O_RDONLY : O_WRONLY) < 0)
+      fail("cannot open: /dev/null: ", reason());
+}
+
+// --- 1.3 Writing ------------------------------------------------------------------------
+
+/// Where a path's links lead, be it to nothing yet; /proc/self/fd/1, an open file, stays.
+inline std::string follow_links(std::filesystem::path path) {
+  std::error_code error;
+  for (int links = 0; links < 40; ++links) {
+    if (path.parent_path() == "/dev/fd") path = "/proc/self/fd" / path.filename();
+    const std::filesystem::path target = std::filesystem::read_symlink(path, error);
+    if (error || path.parent_path() == "/proc/self/fd") break;
+    path = path.parent_path() / target;
   }
-  static inline char path[4096] = "";
-};
+  return path.string();
+}
 
-/// A file that appears under its name only when it is whole: the bytes go to a file beside
-/// it, and commit() renames that. Without commit() nothing stays; after a signal, at most
-/// the file beside it. What is not a regular file, such as /dev/stdout, is written
-/// directly.
+/// A file that appears under its name only when it is whole, with the mode of the one that it
+/// replaces. Until commit() its bytes have no name (O_TMPFILE) and vanish with the program,
+/// however that ends; where the system has no such files, they lie in a part file beside the
+/// target. What is not a regular file (a pipe, /dev/stdout) is opened by the first write() and
+/// written straight.
 class AtomicFile {
  public:
-  explicit AtomicFile(const std::string& path) : path_(path) {
-    struct stat status = {};
-    direct_ = ::stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode);
-    if (!direct_ && std::filesystem::is_symlink(path))
-      path_ = std::filesystem::weakly_canonical(path).string();
-    part_ = path_;
-    if (!direct_) part_ += "." + std::to_string(::getpid()) + ".part";
-    if (!direct_) remover_.emplace(part_);
-    file_ = ::open(part_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    check(file_ >= 0);
+  explicit AtomicFile(const std::string& path) : path_(follow_links(path)) {
+    struct stat old = {};
+    const bool exists = ::stat(path_.c_str(), &old) == 0;
+    if (exists && S_ISDIR(old.st_mode)) errno = EISDIR, check(false);
+    check(exists ? ::access(path_.c_str(), W_OK) == 0 : errno == ENOENT);
+    open_already_ = path_.rfind("/proc/self/fd/", 0) == 0;
+    straight_ = open_already_ || (exists && !S_ISREG(old.st_mode));
+    if (straight_) return;
+    folder_ = std::filesystem::path(path_).parent_path() / "";
+    const mode_t mode = exists ? 0600 : 0666;  // less the user's umask
+    if (::access("/proc/self/fd", F_OK) == 0)
+      file_.number = ::open((folder_ + ".").c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, mode);
+    if (file_.number < 0) {
+      part_ = unused_name();
+      file_.number = ::open(part_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
+    }
+    check(file_.number >= 0 && (!exists || ::fchmod(file_.number, old.st_mode & 07777) == 0));
   }
   AtomicFile(const AtomicFile&) = delete;
   AtomicFile& operator=(const AtomicFile&) = delete;
   ~AtomicFile() {
-    if (file_ >= 0) ::close(file_);
-    if (!direct_ && !committed_) ::unlink(part_.c_str());
+    if (!part_.empty()) ::unlink(part_.c_str());
   }
 
   void write(std::string_view bytes) {
+    if (file_.number < 0) open_straight();
     while (!bytes.empty()) {
-      const ssize_t n = ::write(file_, bytes.data(), bytes.size());
+      const ssize_t n = ::write(file_.number, bytes.data(), bytes.size());
       check(n >= 0 || errno == EINTR);
       bytes.remove_prefix(n < 0 ? 0 : static_cast<std::size_t>(n));
     }
   }
   void commit() {
-    check(direct_ || ::fsync(file_) == 0);
-    check(::close(std::exchange(file_, -1)) == 0);
-    check(direct_ || std::rename(part_.c_str(), path_.c_str()) == 0);
-    committed_ = true;
+    if (file_.number < 0) open_straight();
+    check(straight_ || ::fsync(file_.number) == 0);
+    if (!straight_ && !(part_.empty() && gets_name(path_))) {  // there is a file to replace
+      if (part_.empty()) part_ = unused_name(), check(gets_name(part_));
+      check(std::rename(part_.c_str(), path_.c_str()) == 0);
+      part_.clear();
+    }
+    check(file_.close() == 0);
   }
 
  private:
   void check(bool good) const {
-    if (!good) fail("cannot write: ", path_, ": ", std::strerror(errno));
+    if (!good) fail("cannot write: ", path_, ": ", reason());
+  }
+  /// Opened anew, what `>>log` opened for us would be written from its start. What the program
+  /// has printed goes first.
+  void open_straight() {
+    std::cout.flush();
+    file_.number = open_already_ ? ::dup(std::atoi(path_.c_str() + sizeof "/proc/self/fd"))
+                                 : ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+    check(file_.number >= 0);
+  }
+  std::string unused_name() const {
+    std::random_device random;
+    return folder_ + "." + std::to_string(random()) + std::to_string(random()) + ".part";
+  }
+  /// Names the file without a name, unless there is a file of this name.
+  bool gets_name(const std::string& name) const {
+    const std::string self = "/proc/self/fd/" + std::to_string(file_.number);
+    return ::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0;
   }
 
-  std::string path_, part_;
-  std::optional<PartRemover> remover_;
-  int file_ = -1;
-  bool direct_ = false, committed_ = false;
+  std::string path_, folder_, part_;
+  Descriptor file_;
+  bool open_already_ = false, straight_ = false;
 };
 
 /// Fails now, not after long work, if nothing can be written there. An empty path is no file.
@@ -192,35 +286,36 @@ inline void check_writable(const std::string& path) {
   if (!path.empty()) AtomicFile file(path);
 }
 
-/// Walks a window of bytes and never steps past its end.
+// --- 1.4 Bytes and JSON -----------------------------------------------------------------
+
+/// Walks a window of bytes and never steps past its end. Numbers leave it through memcpy,
+/// because nothing in a file promises to be aligned.
 class ByteReader {
  public:
   ByteReader(std::string_view bytes, std::string where) : bytes_(bytes), where_(std::move(where)) {}
 
-  std::string_view take(std::uint64_t n) {
-    if (n > bytes_.size() - at_)
-      fail("truncated: ", where_, ": expected ", n, " bytes at offset ", at_, ", found ",
-           bytes_.size() - at_);
-    const std::string_view window = bytes_.substr(at_, n);
-    at_ += n;
-    return window;
+  std::string_view take(std::uint64_t n) { return take_at(at_, n); }
+  std::string_view take_at(std::uint64_t offset, std::uint64_t n) {
+    const std::uint64_t left = bytes_.size() - std::min<std::uint64_t>(offset, bytes_.size());
+    if (offset > bytes_.size() || n > left)
+      fail("truncated: ", where_, ": expected ", n, " bytes at offset ", offset, ", found ", left);
+    at_ = offset + n;
+    return bytes_.substr(offset, n);
   }
   template <class Number>
   Number read() {
+    return read_at<Number>(at_);
+  }
+  template <class Number>
+  Number read_at(std::uint64_t offset) {
     Number number;
-    std::memcpy(&number, take(sizeof number).data(), sizeof number);
+    std::memcpy(&number, take_at(offset, sizeof number).data(), sizeof number);
     return number;
   }
   std::string_view line() {
-    const std::size_t end = bytes_.find('\n', at_);
-    if (end == std::string_view::npos) take(bytes_.size() - at_ + 1);
-    const std::string_view text = take(end - at_);
+    const std::string_view text = take(std::min(bytes_.find('\n', at_), bytes_.size()) - at_);
     take(1);
     return text;
-  }
-  void seek(std::uint64_t offset) {
-    at_ = 0;
-    take(offset);
   }
   std::size_t position() const { return at_; }
   const std::string& where() const { return where_; }
@@ -247,15 +342,18 @@ inline Json parse_json(std::string_view text, const std::string& where) {
   try {
     return Json::parse(text.begin(), text.end(), check);
   } catch (const Json::exception& error) {
-    fail("bad JSON: ", where, ": ", quote(error.what(), 200));
+    if (const std::string what = what_it_is(text); !what.empty())
+      fail("bad JSON: ", where, ": expected JSON, found ", what);
+    const std::string_view line = error.what();  // "[the library's name and number] what"
+    fail("bad JSON: ", where, ": ", quote(line.substr(line.find("] ") + 2), 200));
   }
 }
 
 // =======================================================================================
-// 2. Checkpoints
+// 2. Tensors
 // =======================================================================================
 
-// --- 2.1 Tensors and their dtypes -------------------------------------------------------
+// --- 2.1 Windows with a dtype and a shape -----------------------------------------------
 
 // In the order of kDTypes; the first four are what weights may be.
 // clang-format off
@@ -310,28 +408,17 @@ struct Tensor {
   std::string_view bytes() const { return {static_cast<const char*>(data), byte_size()}; }
 };
 
+inline bool same_values(const Tensor& a, const Tensor& b) {
+  const bool alike = a.dtype == b.dtype && a.shape == b.shape;
+  return alike && (a.data == b.data || a.bytes() == b.bytes());
+}
+
 inline std::string shape_text(const std::vector<std::int64_t>& shape) {
   std::string text = "(";
   for (std::size_t i = 0; i < shape.size() && i < 16; ++i)
     text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
   return text + (shape.size() > 16 ? ", ...)" : ")");
 }
-
-struct Checkpoint {
-  std::map<std::string, Tensor> tensors;
-  std::map<std::string, std::string> metadata;
-  std::string where;  // the file that it was read from, for error lines
-
-  const Tensor* find(const std::string& name) const {
-    const auto found = tensors.find(name);
-    return found == tensors.end() ? nullptr : &found->second;
-  }
-  const Tensor& at(const std::string& name) const {
-    const Tensor* tensor = find(name);
-    if (tensor == nullptr) fail("missing tensor: ", where, ": expected ", name, ", found none");
-    return *tensor;
-  }
-};
 
 /// Bytes of a tensor with this shape, every step checked.
 inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype,
@@ -344,89 +431,80 @@ inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType
   return static_cast<std::uint64_t>(n);
 }
 
+struct Checkpoint {
+  std::map<std::string, Tensor> tensors;
+  std::map<std::string, std::string> metadata;
+  std::string where;            // the file that it was read from, for error lines
+  std::uint64_t file_size = 0;  // bytes of all its files; 0: it was not read from any
+
+  const Tensor* find(const std::string& name) const {
+    const auto found = tensors.find(name);
+    return found == tensors.end() ? nullptr : &found->second;
+  }
+  const Tensor& at(const std::string& name) const {
+    if (const Tensor* tensor = find(name)) return *tensor;
+    std::string first;
+    for (auto item = tensors.begin(); item != tensors.end() && first.size() < 150; ++item)
+      first += (first.empty() ? "" : ", ") + quote(item->second.name, 60);
+    fail("missing tensor: ", where, ": expected ", name, ", found none; its ", tensors.size(),
+         " tensors begin with ", first);
+  }
+};
+
 // --- 2.2 Numbers ------------------------------------------------------------------------
 //
-// bfloat16 is the upper half of a float32: 1 sign, 8 exponent and 7 fraction bits. float16
-// has 1, 5 and 10; its exponent bias is 15 instead of 127, hence the 112 below; exponent 31
-// is infinity or NaN, exponent 0 a subnormal, 2^-14 times the fraction. Widening is exact.
-// Narrowing rounds to the nearest, ties to even; what is too large becomes infinite, and NaN
-// stays NaN. Nothing branches, so compilers vectorise the loops over whole tensors.
+// Widening is exact. Narrowing rounds to the nearest, ties to even; what is too large becomes
+// infinite, which is worth a warning; NaN stays NaN. float16 and bfloat16 are Eigen's.
 
-template <class To, class From>
-To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<To>);
-  To to;
-  std::memcpy(&to, &from, sizeof to);
-  return to;
+template <class Value>
+constexpr DType dtype_of() {
+  if (std::is_same_v<Value, Eigen::half>) return DType::F16;
+  if (std::is_same_v<Value, Eigen::bfloat16>) return DType::BF16;
+  constexpr bool kWhole = std::numeric_limits<Value>::is_integer, kWide = sizeof(Value) == 8;
+  static_assert(std::numeric_limits<Value>::is_signed && (sizeof(Value) >= 4 || !kWhole));
+  return kWhole ? kWide ? DType::I64 : DType::I32 : kWide ? DType::F64 : DType::F32;
 }
 
-inline float bf16_to_float(std::uint16_t b) {
-  return bit_cast<float>(static_cast<std::uint32_t>(b) << 16);
-}
-
-inline float f16_to_float(std::uint16_t h) {
-  const std::uint32_t sign = (h & 0x8000u) << 16, size = (h & 0x7fffu) << 13;
-  const std::uint32_t bias = size >= 31u << 23 ? 224 : size >= 1u << 23 ? 112 : 113;
-  // A subnormal is read as 2^-14 (1 + fraction), and 2^-14 is taken off again.
-  const float excess = bit_cast<float>(size >= 1u << 23 ? 0 : 113u << 23);
-  const float value = bit_cast<float>(size + (bias << 23)) - excess;
-  return bit_cast<float>(sign | bit_cast<std::uint32_t>(value));
-}
-
-inline std::uint16_t float_to_bf16(float value) {
-  const auto bits = bit_cast<std::uint32_t>(value);
-  const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  return static_cast<std::uint16_t>(nan ? bits >> 16 | 0x40 : rounded);
-}
-
-inline std::uint16_t float_to_f16(float value) {
-  const std::uint32_t bits = bit_cast<std::uint32_t>(value), size = bits & 0x7fffffff;
-  const std::uint32_t normal = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
-  // Below 2^-14, adding 0.5 makes the float's last bit worth 2^-24, as in float16.
-  const std::uint32_t tiny =
-      bit_cast<std::uint32_t>(bit_cast<float>(size < 0x38800000 ? size : 0) + 0.5f) - 0x3f000000;
-  const std::uint32_t nan = 0x7e00 | (size >> 13 & 1023);
-  const std::uint32_t half = size > 0x7f800000    ? nan
-                             : size >= 0x47800000 ? 0x7c00  // 65536 and above
-                             : size >= 0x38800000 ? normal
-                                                  : tiny;
-  return static_cast<std::uint16_t>((bits >> 16 & 0x8000) | half);
-}
-
-template <class Stored, class Out, class Value>
-void convert_each(const Tensor& tensor, Out* out, Value value) {
+template <class From, class To>
+void convert_each(const Tensor& tensor, To* out) {
+  using Range = std::numeric_limits<To>;
+  constexpr bool kNarrows = Range::max_exponent < std::numeric_limits<From>::max_exponent ||
+                            Range::digits < std::numeric_limits<From>::digits;
   const char* bytes = static_cast<const char*>(tensor.data);
   const std::size_t n = tensor.size();
+  std::size_t lost = 0;  // finite values that became infinite
   for (std::size_t i = 0; i < n; ++i) {
-    Stored stored;
-    std::memcpy(&stored, bytes + i * sizeof stored, sizeof stored);
-    out[i] = static_cast<Out>(value(stored));
+    From value;
+    std::memcpy(&value, bytes + i * sizeof value, sizeof value);
+    out[i] = static_cast<To>(value);
+    if constexpr (kNarrows && !std::is_integral_v<To>)
+      lost += std::isinf(static_cast<float>(out[i])) && !std::isinf(static_cast<double>(value));
   }
+  if (lost > 0)
+    warn(quote(tensor.name) + ": " + std::to_string(lost) + " of " + std::to_string(n) +
+         " values are too large for " + dtype_name(dtype_of<To>()) + ": they become infinite");
 }
 
-/// The tensor's values as float or double (from F64, F32, F16, BF16) or as int64_t (from
-/// I64, I32).
-template <class Out>
-void convert(const Tensor& tensor, Out* out) {
-  constexpr bool kReal = std::is_floating_point_v<Out>;
-  static_assert(kReal || std::is_same_v<Out, std::int64_t>);
-  const auto same = [](auto value) { return value; };
-  if (kReal && tensor.dtype == DType::F64) return convert_each<double>(tensor, out, same);
-  if (kReal && tensor.dtype == DType::F32) return convert_each<float>(tensor, out, same);
-  if (kReal && tensor.dtype == DType::F16)
-    return convert_each<std::uint16_t>(tensor, out, [](auto h) { return f16_to_float(h); });
-  if (kReal && tensor.dtype == DType::BF16)
-    return convert_each<std::uint16_t>(tensor, out, [](auto b) { return bf16_to_float(b); });
-  if (!kReal && tensor.dtype == DType::I64) return convert_each<std::int64_t>(tensor, out, same);
-  if (!kReal && tensor.dtype == DType::I32) return convert_each<std::int32_t>(tensor, out, same);
+/// The tensor's values as one of the four types of weights, or (I64, I32) as int64_t.
+template <class To>
+void convert(const Tensor& tensor, To* out) {
+  constexpr bool kReal = !std::is_same_v<To, std::int64_t>;
+  if constexpr (kReal) {
+    if (tensor.dtype == DType::F64) return convert_each<double>(tensor, out);
+    if (tensor.dtype == DType::F32) return convert_each<float>(tensor, out);
+    if (tensor.dtype == DType::F16) return convert_each<Eigen::half>(tensor, out);
+    if (tensor.dtype == DType::BF16) return convert_each<Eigen::bfloat16>(tensor, out);
+  } else {
+    if (tensor.dtype == DType::I64) return convert_each<std::int64_t>(tensor, out);
+    if (tensor.dtype == DType::I32) return convert_each<std::int32_t>(tensor, out);
+  }
   fail("wrong dtype: ", quote(tensor.name), ": expected ",
        kReal ? "F64, F32, F16 or BF16" : "I64 or I32", ", found ", dtype_name(tensor.dtype));
 }
 
-template <class Out>
-std::vector<Out> values(const Tensor& tensor) {
-  std::vector<Out> out(tensor.size());
+template <class Value>
+std::vector<Value> values(const Tensor& tensor) {
+  std::vector<Value> out(tensor.size());
   convert(tensor, out.data());
   return out;
 }
@@ -434,65 +512,58 @@ std::vector<Out> values(const Tensor& tensor) {
 /// A tensor that shows the caller's values, which must outlive it.
 template <class Value>
 Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Value* data) {
-  constexpr bool kReal = std::is_floating_point_v<Value>;
-  static_assert(std::is_arithmetic_v<Value> && std::is_signed_v<Value> && sizeof(Value) >= 4);
-  const DType dtype = sizeof(Value) == 8 ? kReal ? DType::F64 : DType::I64
-                      : kReal            ? DType::F32
-                                         : DType::I32;
-  return {std::move(name), dtype, std::move(shape), data, nullptr};
+  return {std::move(name), dtype_of<Value>(), std::move(shape), data, nullptr};
 }
 
-/// The tensor in another dtype (F64, F32, F16, BF16), in a buffer of its own.
+/// The tensor in another dtype of weights, in a buffer of its own.
 inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
-  const std::size_t n = tensor.size();
-  const auto store = [&](auto buffer) -> Tensor {
+  const auto as = [&](auto type) -> Tensor {
+    using Value = decltype(type);
+    const auto buffer = std::make_shared<std::vector<Value>>(values<Value>(tensor));
     return {tensor.name, dtype, tensor.shape, buffer->data(), buffer};
   };
-  if (dtype == DType::F64)
-    return store(std::make_shared<std::vector<double>>(values<double>(tensor)));
-  const auto floats = std::make_shared<std::vector<float>>(values<float>(tensor));
-  if (dtype == DType::F32) return store(floats);
-  if (dtype != DType::F16 && dtype != DType::BF16)
-    fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
-  const auto halves = std::make_shared<std::vector<std::uint16_t>>(n);
-  const auto narrow = [&](auto round) {
-    std::transform(floats->begin(), floats->end(), halves->begin(), round);
-  };
-  if (dtype == DType::F16) narrow([](float x) { return float_to_f16(x); });
-  if (dtype == DType::BF16) narrow([](float x) { return float_to_bf16(x); });
-  return store(halves);
+  if (dtype == DType::F64) return as(double());
+  if (dtype == DType::F32) return as(float());
+  if (dtype == DType::F16) return as(Eigen::half());
+  if (dtype == DType::BF16) return as(Eigen::bfloat16());
+  fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
 }
 
+/// How many values of the tensor have all these bits.
 template <class Bits>
-std::size_t count_masked(const Tensor& tensor, Bits mask) {
-  const char* bytes = static_cast<const char*>(tensor.data);
-  const std::size_t n = tensor.size();
+std::size_t count_bits(const Tensor& tensor, Bits mask) {
+  const std::string_view bytes = tensor.bytes();
   std::size_t count = 0;
-  for (std::size_t i = 0; i < n; ++i) {
+  for (std::size_t i = 0; i < bytes.size(); i += sizeof(Bits)) {
     Bits bits;
-    std::memcpy(&bits, bytes + i * sizeof bits, sizeof bits);
+    std::memcpy(&bits, bytes.data() + i, sizeof bits);
     count += (bits & mask) == mask;
   }
   return count;
 }
 
-/// One line for each tensor with a NaN or an infinity: a value whose exponent is all ones.
+/// A line for each tensor with NaN or infinity, values whose exponent is all ones; of tensors
+/// that are the same window, for the first.
 inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
   std::vector<std::string> lines;
+  std::set<std::pair<const void*, std::size_t>> seen;
   for (const auto& [name, tensor] : checkpoint.tensors) {
+    if (!seen.emplace(tensor.data, tensor.byte_size()).second) continue;
     std::size_t bad = 0;
-    if (tensor.dtype == DType::F64) bad = count_masked<std::uint64_t>(tensor, 0x7ffull << 52);
-    if (tensor.dtype == DType::F32) bad = count_masked<std::uint32_t>(tensor, 0x7f800000);
-    if (tensor.dtype == DType::F16) bad = count_masked<std::uint16_t>(tensor, 0x7c00);
-    if (tensor.dtype == DType::BF16) bad = count_masked<std::uint16_t>(tensor, 0x7f80);
+    if (tensor.dtype == DType::F64) bad = count_bits<std::uint64_t>(tensor, 0x7ffull << 52);
+    if (tensor.dtype == DType::F32) bad = count_bits<std::uint32_t>(tensor, 0x7f800000);
+    if (tensor.dtype == DType::F16) bad = count_bits<std::uint16_t>(tensor, 0x7c00);
+    if (tensor.dtype == DType::BF16) bad = count_bits<std::uint16_t>(tensor, 0x7f80);
     if (bad > 0)
-      lines.push_back(checkpoint.where + ": " + quote(name) + ": " + std::to_string(bad) + " of " +
-                      std::to_string(tensor.size()) + " values are NaN or infinite");
+      lines.push_back(checkpoint.where + ": " + quote(tensor.name) + ": " + std::to_string(bad) +
+                      " of " + std::to_string(tensor.size()) + " values are NaN or infinite");
   }
   return lines;
 }
 
-// --- 2.3 safetensors --------------------------------------------------------------------
+// =======================================================================================
+// 3. safetensors
+// =======================================================================================
 //
 //   8 bytes    n, length of the header, little-endian
 //   n bytes    {"__metadata__": {"key": "text"},
@@ -501,9 +572,9 @@ inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
 //
 // The header may end in spaces (we pad it to 8 bytes, other writers may not).
 
-/// One tensor as the header describes it, in `data`, the bytes after the header.
-inline Tensor read_entry(const std::string& name, const Json& entry, std::string_view data,
-                         const std::string& where) {
+/// One tensor as the header describes it, and where in the data it begins.
+inline std::pair<std::uint64_t, Tensor> read_entry(const std::string& name, const Json& entry,
+                                                   const std::string& where) {
   const auto is = [&](const char* key, Json::value_t type) {
     return entry.is_object() && entry.contains(key) && entry[key].type() == type;
   };
@@ -525,30 +596,36 @@ inline Tensor read_entry(const std::string& name, const Json& entry, std::string
   const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
   const auto begin = static_cast<std::uint64_t>(whole(entry["data_offsets"][0]));
   const auto end = static_cast<std::uint64_t>(whole(entry["data_offsets"][1]));
-  if (begin > end || end > data.size())
-    fail("bad offsets: ", where, ": expected begin <= end <= ", data.size(), ", found ", begin,
-         ", ", end);
-  if (end - begin != size)
+  if (end != begin + size)
     fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype->name, " ",
-         shape_text(tensor.shape), ", found ", end - begin);
-  tensor.data = data.data() + begin;
-  return tensor;
+         shape_text(tensor.shape), ", found ", begin, " to ", end);
+  return {begin, tensor};
 }
 
-/// Fails unless the tensors cover the data from end to end, each byte once.
-inline void check_cover(const Checkpoint& checkpoint, std::string_view data) {
-  std::vector<const Tensor*> order;
-  for (const auto& item : checkpoint.tensors)
-    if (item.second.size() > 0) order.push_back(&item.second);
-  std::sort(order.begin(), order.end(),
-            [](const Tensor* a, const Tensor* b) { return a->bytes().data() < b->bytes().data(); });
-  std::size_t covered = 0;
-  for (const Tensor* tensor : order) {
-    const auto begin = static_cast<std::size_t>(tensor->bytes().data() - data.data());
-    if (begin != covered)
-      fail("bad offsets: ", checkpoint.where, ": ", quote(tensor->name), ": expected it at byte ",
-           covered, ", where the one before it ends, found ", begin);
-    covered += tensor->byte_size();
+/// Maps a file of weights, unless it is something else that can be named.
+inline std::shared_ptr<const MappedFile> map_weights(const std::string& path) {
+  auto file = std::make_shared<const MappedFile>(path);
+  const std::string what = what_it_is(file->bytes());
+  if (!what.empty()) fail("not weights: ", path, ": found ", what);
+  return file;
+}
+
+/// Gives the tensors, in the order of where they begin and end, their places in the data. They
+/// must cover it from end to end, each byte once.
+inline void place_tensors(
+    std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor>& order,
+    std::string_view data, const std::shared_ptr<const void>& file, Checkpoint& checkpoint) {
+  std::uint64_t covered = 0;
+  for (auto& [place, tensor] : order) {
+    const auto& [begin, end, name] = place;
+    if (begin != covered || end > data.size())
+      fail("bad offsets: ", checkpoint.where, ": ", quote(name), ": expected bytes from ", covered,
+           ", where the one before it ends, to at most ", data.size(), ", found ", begin, " to ",
+           end);
+    covered = end;
+    tensor.data = data.data() + begin;
+    tensor.keep_alive = file;
+    checkpoint.tensors.emplace(name, std::move(tensor));
   }
   if (covered != data.size())
     fail("bad offsets: ", checkpoint.where, ": expected tensors up to byte ", data.size(),
@@ -557,22 +634,22 @@ inline void check_cover(const Checkpoint& checkpoint, std::string_view data) {
 
 inline Checkpoint read_safetensors(const std::string& path) {
   constexpr std::size_t kLongestHeader = 100'000'000;  // as in the safetensors library
-  const auto file = std::make_shared<const MappedFile>(path);
+  const auto file = map_weights(path);
   ByteReader in(file->bytes(), path);
   const auto header_size = in.read<std::uint64_t>();
-  const std::uint64_t longest = std::min(kLongestHeader, file->size() - 8);
+  const std::uint64_t longest = std::min(kLongestHeader, file->bytes().size() - 8);
   if (header_size > longest)
     fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", header_size);
   const Json header = parse_json(in.take(header_size), path);
-  const std::string_view data = file->bytes().substr(in.position());
   if (!header.is_object()) fail("bad header: ", path, ": expected an object");
 
-  Checkpoint checkpoint{{}, {}, path};
+  Checkpoint checkpoint{{}, {}, path, file->bytes().size()};
+  std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor> order;
   for (const auto& [name, entry] : header.items()) {
     const std::string where = path + ": " + quote(name);
     if (name != "__metadata__") {
-      Tensor& tensor = checkpoint.tensors[name] = read_entry(name, entry, data, where);
-      tensor.keep_alive = file;
+      const auto [begin, tensor] = read_entry(name, entry, where);
+      order.emplace(std::tuple(begin, begin + tensor.byte_size(), name), tensor);
       continue;
     }
     if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
@@ -581,7 +658,7 @@ inline Checkpoint read_safetensors(const std::string& path) {
       checkpoint.metadata[key] = text.get<std::string>();
     }
   }
-  check_cover(checkpoint, data);
+  place_tensors(order, file->bytes().substr(in.position()), file, checkpoint);
   return checkpoint;
 }
 
@@ -623,7 +700,11 @@ inline void write_safetensors(const std::string& path, std::vector<Tensor> tenso
   file.commit();
 }
 
-// --- 2.4 PyTorch: the archive -----------------------------------------------------------
+// =======================================================================================
+// 4. torch.save
+// =======================================================================================
+
+// --- 4.1 The archive --------------------------------------------------------------------
 //
 // torch.save writes a zip of stored (never compressed) entries under one folder:
 //
@@ -637,87 +718,67 @@ inline void write_safetensors(const std::string& path, std::vector<Tensor> tenso
 
 using Entries = std::map<std::string, std::string_view>;  // name, bytes
 
-inline void expect_signature(ByteReader& in, std::string_view signature, const char* what) {
-  if (in.take(4) != signature)
-    fail("bad zip: ", in.where(), ": expected ", what, " at byte ", in.position() - 4,
-         ", found something else");
+inline void expect_signature(ByteReader& in, std::uint64_t at, const char* mark, const char* what) {
+  if (in.take_at(at, 4) != mark)
+    fail("bad zip: ", in.where(), ": expected ", what, " at byte ", at, ", found something else");
 }
 
-/// Moves to the first entry of the central directory and returns how many it has.
-inline std::uint64_t find_directory(ByteReader& in, std::string_view file) {
+/// Where the central directory begins, and how many entries it has.
+inline std::pair<std::uint64_t, std::uint64_t> find_directory(ByteReader& in,
+                                                              std::string_view file) {
   const std::size_t tail = file.size() - std::min<std::size_t>(file.size(), 22 + 65535);
-  const std::size_t end_in_tail = file.substr(tail).rfind("PK\5\6");
+  const std::size_t end_in_tail = file.substr(tail).rfind("PK\5\6"), end = tail + end_in_tail;
   if (end_in_tail == std::string_view::npos)
     fail("truncated: ", in.where(), ": expected a zip archive's end record, found none");
-  const std::size_t end = tail + end_in_tail;
-  in.seek(end + 10);
-  std::uint64_t count = in.read<std::uint16_t>();
-  in.take(4);
-  std::uint64_t directory = in.read<std::uint32_t>();
-  in.take(in.read<std::uint16_t>());  // a comment
-  if (count == 0xffff || directory == 0xffffffff) {
-    in.seek(end - std::min<std::size_t>(end, 20));
-    expect_signature(in, "PK\6\7", "the zip64 locator");
-    in.take(4);
-    in.seek(in.read<std::uint64_t>());
-    expect_signature(in, "PK\6\6", "the zip64 end record");
-    in.take(28);
-    count = in.read<std::uint64_t>();
-    in.take(8);
-    directory = in.read<std::uint64_t>();
-  }
-  in.seek(directory);
-  return count;
+  in.take_at(end + 22, in.read_at<std::uint16_t>(end + 20));  // a comment
+  const auto count = in.read_at<std::uint16_t>(end + 10);
+  const auto directory = in.read_at<std::uint32_t>(end + 16);
+  if (count != 0xffff && directory != 0xffffffff) return {directory, count};
+  const std::size_t locator = end - std::min<std::size_t>(end, 20);
+  expect_signature(in, locator, "PK\6\7", "the zip64 locator");
+  const auto record = in.read_at<std::uint64_t>(locator + 8);
+  expect_signature(in, record, "PK\6\6", "the zip64 end record");
+  return {in.read_at<std::uint64_t>(record + 48), in.read_at<std::uint64_t>(record + 32)};
 }
 
-/// Reads one entry of the central directory, and the bytes that it points to.
-inline std::pair<std::string, std::string_view> read_zip_entry(ByteReader& in,
-                                                               std::string_view file) {
-  expect_signature(in, "PK\1\2", "a directory entry");
-  in.take(4);
-  const auto flags = in.read<std::uint16_t>(), method = in.read<std::uint16_t>();
-  in.take(8);
-  std::uint64_t stored = in.read<std::uint32_t>(), size = in.read<std::uint32_t>();
-  const auto name_size = in.read<std::uint16_t>(), extra_size = in.read<std::uint16_t>();
-  const auto comment_size = in.read<std::uint16_t>();
-  in.take(8);
-  std::uint64_t offset = in.read<std::uint32_t>();
-  const std::string name(in.take(name_size));
-  const std::string where = in.where() + ": " + quote(name);
+/// The entry of the central directory at `at`, which moves on, and the bytes it points to.
+inline Entries::value_type read_zip_entry(ByteReader& in, std::uint64_t& at) {
+  expect_signature(in, at, "PK\1\2", "a directory entry");
+  const auto flags = in.read_at<std::uint16_t>(at + 8), method = in.read_at<std::uint16_t>(at + 10);
+  std::uint64_t stored = in.read_at<std::uint32_t>(at + 20),
+                size = in.read_at<std::uint32_t>(at + 24),
+                offset = in.read_at<std::uint32_t>(at + 42);
+  const auto name_size = in.read_at<std::uint16_t>(at + 28),
+             extra_size = in.read_at<std::uint16_t>(at + 30),
+             comment_size = in.read_at<std::uint16_t>(at + 32);
+  const std::string name(in.take_at(at + 46, name_size)), where = in.where() + ": " + quote(name);
   ByteReader extra(in.take(extra_size), where);
-  in.take(comment_size);
   while (extra.position() + 4 <= extra_size) {
     const auto id = extra.read<std::uint16_t>();
     ByteReader field(extra.take(extra.read<std::uint16_t>()), where);
-    const auto widen = [&](std::uint64_t& number) {
-      if (number == 0xffffffff) number = field.read<std::uint64_t>();
-    };
-    if (id == 1) widen(size), widen(stored), widen(offset);
+    for (std::uint64_t* number : {&size, &stored, &offset})
+      if (id == 1 && *number == 0xffffffff) *number = field.read<std::uint64_t>();
   }
+  at += std::uint64_t{46} + name_size + extra_size + comment_size;
   if (method != 0 || (flags & 1) != 0 || stored != size)
     fail("bad zip: ", where, ": expected a stored entry, found a compressed or encrypted one");
-  ByteReader local(file, where);
-  local.seek(offset);
-  expect_signature(local, "PK\3\4", "a local header");
-  local.take(22);
-  const auto local_name = local.read<std::uint16_t>(), local_extra = local.read<std::uint16_t>();
-  local.take(local_name);
-  local.take(local_extra);
-  return {name, local.take(size)};
+  expect_signature(in, offset, "PK\3\4", "a local header");
+  const auto local_name = in.read_at<std::uint16_t>(offset + 26),
+             local_extra = in.read_at<std::uint16_t>(offset + 28);
+  return {name, in.take_at(offset + 30 + local_name + local_extra, size)};
 }
 
 inline Entries read_zip(std::string_view file, const std::string& path) {
   ByteReader in(file, path);
   Entries entries;
-  for (std::uint64_t left = find_directory(in, file); left > 0; --left) {
-    auto entry = read_zip_entry(in, file);
-    if (!entries.insert(entry).second)
-      fail("bad zip: ", path, ": ", quote(entry.first), ": appears twice");
+  for (auto [at, count] = find_directory(in, file); count > 0; --count) {
+    const auto [entry, added] = entries.insert(read_zip_entry(in, at));
+    if (!added) fail("bad zip: ", path, ": ", quote(entry->first), ": appears twice");
   }
   return entries;
 }
 
-// --- 2.5 PyTorch: the pickle ------------------------------------------------------------
+// --- 4.2 The pickle ---------------------------------------------------------------------
 //
 // A pickle is a program for a stack machine: opcodes push values, collect them into tuples
 // and dicts, note them in a memo, and call Python functions by name. The last of these
@@ -730,22 +791,29 @@ inline Entries read_zip(std::string_view file, const std::string& path) {
 struct PickleValue {
   enum Kind { None, Bool, Int, Float, Text, Tuple, List, Dict, Name, Storage, Tensor };
   Kind kind = None;
-  std::int64_t integer = 0;         // bool, int; a storage's number of values
-  std::string text;                 // text; name: "module.name"; storage: its key
-  std::vector<PickleValue*> items;  // of a dict: key, value, key, value, ...
   DType dtype = DType::U8;          // of a storage or a tensor; an untyped storage has bytes
+  std::int64_t integer = 0;         // bool, int; a storage's number of values
+  std::string_view text;            // text; name: "module.name"; storage: its key
+  std::vector<PickleValue*> items;  // of a dict: key, value, key, value, ...
 };
 
+// What a call of a known name leaves.
+inline constexpr std::string_view kOrderedDict = "collections.OrderedDict",
+                                  kTensor = "torch._utils._rebuild_tensor_v2",
+                                  kTensorOfType = "torch._utils._rebuild_tensor_v3",
+                                  kParameter = "torch._utils._rebuild_parameter",
+                                  kWithState = "torch._utils._rebuild_parameter_with_state",
+                                  kOfClass = "torch._tensor._rebuild_from_type_v2";
+
+/// Runs one pickle, and keeps the values that it makes.
 class Unpickler {
  public:
   using Value = PickleValue;
 
-  explicit Unpickler(ByteReader& in) : in_(in) {}
+  Unpickler(std::string_view pickle, const std::string& path) : in_(pickle, path) {}
 
-  /// Runs one pickle and returns what it leaves.
+  /// Runs the pickle and returns what it leaves.
   const Value& load() {
-    stack_.clear();
-    memo_.clear();
     for (std::size_t steps = 0; steps < kMostSteps; ++steps) {
       const auto opcode = in_.read<std::uint8_t>();
       if (opcode == '.') return *pop();
@@ -754,18 +822,15 @@ class Unpickler {
     refuse("has more than ", kMostSteps, " opcodes");
   }
 
-  /// The storages that tensors refer to, by key.
-  const std::map<std::string, const Value*>& storages() const { return storages_; }
-
  private:
   static constexpr Value* kMark = nullptr;
-  static constexpr std::size_t kMostSteps = 1 << 22;  // a tensor takes about 33
+  static constexpr std::size_t kMostSteps = 1 << 20;  // a tensor takes about 33
 
   // One line an opcode.
   // clang-format off
   void step(std::uint8_t opcode) {
     switch (opcode) {
-      case 0x80: return check_protocol(in_.read<std::uint8_t>());  // PROTO
+      case 0x80: return check_protocol(in_.read<std::uint8_t>());
       case 0x95: in_.take(8); return;  // FRAME: how many bytes are worth reading at once
       case '(': return stack_.push_back(kMark);
       case '0': pop(); return;
@@ -872,17 +937,19 @@ class Unpickler {
 
   void push_name(std::string_view module, std::string_view name) {
     Value& value = make(Value::Name);
-    value.text.append(module).append(".").append(name);
     for (std::size_t i = 0; i < kDTypes.size() && module == "torch"; ++i) {
       if (name != kDTypes[i].torch && name != kDTypes[i].torch_storage) continue;
+      value.text = name;
       value.dtype = static_cast<DType>(i);
       return;
     }
-    for (const char* known : {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2",
-                              "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter",
-                              "torch.storage.UntypedStorage", "torch.UntypedStorage"})
-      if (value.text == known) return;
-    refuse("asks for ", quote(value.text));
+    const std::string both = std::string(module.substr(0, 80)).append(".").append(name, 0, 80);
+    for (const std::string_view known :
+         {kOrderedDict, kTensor, kTensorOfType, kParameter, kWithState, kOfClass,
+          std::string_view("torch.Tensor"), std::string_view("torch.storage.UntypedStorage"),
+          std::string_view("torch.UntypedStorage")})
+      if (both == known) return void(value.text = known);
+    refuse("asks for ", quote(both));
   }
 
   /// The persistent id ("storage", type, key, device, number of values).
@@ -895,24 +962,30 @@ class Unpickler {
     storage.dtype = expect(items[1], Value::Name).dtype;
     storage.text = expect(items[2], Value::Text).text;
     storage.integer = expect(items[4], Value::Int).integer;
-    storages_.emplace(storage.text, &storage);
   }
 
-  /// Calls a function with a tuple of arguments; of a tensor's we keep the first four.
+  /// Calls a function with a tuple of arguments. Of a tensor's we keep the first four; what
+  /// attributes a parameter or a tensor carries (its state, the last) is not looked at.
   void call() {
-    const std::vector<Value*>& arguments = expect(pop(), Value::Tuple).items;
-    const std::string& function = expect(pop(), Value::Name).text;
-    const std::size_t n = arguments.size();
-    if (function == "collections.OrderedDict" && n == 0) {
+    const Value* arguments = &expect(pop(), Value::Tuple);
+    const Value* function = &expect(pop(), Value::Name);
+    if (function->text == kOfClass && arguments->items.size() == 4) {
+      function = &expect(arguments->items[0], Value::Name);
+      arguments = &expect(arguments->items[2], Value::Tuple);
+    }
+    const std::string_view name = function->text;
+    const std::vector<Value*>& items = arguments->items;
+    const std::size_t n = items.size();
+    if (name == kOrderedDict && n == 0) {
       make(Value::Dict);
-    } else if (function == "torch._utils._rebuild_parameter" && n == 3) {
-      stack_.push_back(&expect(arguments[0], Value::Tensor));
-    } else if (function == "torch._utils._rebuild_tensor_v2" && n >= 6) {
-      push_tensor(arguments, expect(arguments[0], Value::Storage).dtype);
-    } else if (function == "torch._utils._rebuild_tensor_v3" && n >= 7) {
-      push_tensor(arguments, expect(arguments[6], Value::Name).dtype);
+    } else if ((name == kParameter && n == 3) || (name == kWithState && n == 4)) {
+      stack_.push_back(&expect(items[0], Value::Tensor));
+    } else if (name == kTensor && n >= 6) {
+      push_tensor(items, expect(items[0], Value::Storage).dtype);
+    } else if (name == kTensorOfType && n >= 7) {
+      push_tensor(items, expect(items[6], Value::Name).dtype);
     } else {
-      refuse("calls ", quote(function), " with ", n, " arguments");
+      refuse("calls ", quote(name), " with ", n, " arguments");
     }
   }
   void push_tensor(const std::vector<Value*>& arguments, DType dtype) {
@@ -928,14 +1001,13 @@ class Unpickler {
     tensor.dtype = dtype;
   }
 
-  ByteReader& in_;
+  ByteReader in_;
   std::deque<Value> values_;
   std::vector<Value*> stack_;
   std::unordered_map<std::uint32_t, Value*> memo_;
-  std::map<std::string, const Value*> storages_;
 };
 
-// --- 2.6 PyTorch: the tensors -----------------------------------------------------------
+// --- 4.3 The tensors --------------------------------------------------------------------
 
 /// Copies a strided tensor into row-major order.
 inline std::shared_ptr<const void> gather(const char* from, const std::vector<std::int64_t>& shape,
@@ -956,123 +1028,93 @@ inline std::shared_ptr<const void> gather(const char* from, const std::vector<st
   return {buffer, buffer->data()};
 }
 
-/// The tensor that a pickled one stands for: a window into its storage if it is row-major
-/// there, otherwise a copy. Copies draw on `budget` bytes, so that a small file cannot ask
-/// for a large memory.
-inline Tensor tensor_of(const std::string& name, const PickleValue& pickled,
-                        const Entries& storages, const std::string& path,
-                        const std::shared_ptr<const MappedFile>& file, std::uint64_t& budget) {
-  const std::string where = path + ": " + quote(name);
-  const PickleValue& storage = *pickled.items[0];
-  const auto bytes = storages.find(storage.text);
-  const std::uint64_t held = checked_bytes({storage.integer}, storage.dtype, where);
-  if (bytes == storages.end() || bytes->second.size() < held)
-    fail("truncated: ", where, ": expected ", held, " bytes in storage ", quote(storage.text),
-         ", found ", bytes == storages.end() ? 0 : bytes->second.size());
-
-  Tensor tensor{name, pickled.dtype, {}, bytes->second.data(), file};
-  std::vector<std::int64_t> strides;
-  for (const PickleValue* extent : pickled.items[2]->items) tensor.shape.push_back(extent->integer);
-  for (const PickleValue* stride : pickled.items[3]->items) strides.push_back(stride->integer);
-  const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
-  if (size == 0) return tensor;
-
-  const std::int64_t first = pickled.items[1]->integer;  // of all these, the index in storage
-  std::int64_t last = first, row_major = 1;
-  bool contiguous = true, inside = first >= 0 && strides.size() == tensor.shape.size();
-  for (std::size_t i = strides.size(); inside && i-- > 0;) {
-    const std::int64_t extent = tensor.shape[i];
-    std::int64_t reach = 0;
-    inside = strides[i] >= 0 && !__builtin_mul_overflow(strides[i], extent - 1, &reach) &&
-             !__builtin_add_overflow(last, reach, &last);
-    contiguous = contiguous && (extent == 1 || strides[i] == row_major);
-    row_major *= extent;
-  }
-  const std::size_t item = dtype_size(tensor.dtype);
-  if (!inside || static_cast<std::uint64_t>(last) >= held / item)
-    fail("out of range: ", where, ": expected values inside the ", held / item, " of storage ",
-         quote(storage.text), ", found offset ", first, ", shape ", shape_text(tensor.shape),
-         ", strides ", shape_text(strides));
-  const char* start = bytes->second.data() + static_cast<std::uint64_t>(first) * item;
-  tensor.data = start;
-  if (contiguous) return tensor;
-  if (size > budget)
-    fail("too large: ", where, ": its strides repeat more data than the file holds");
-  budget -= size;
-  tensor.keep_alive = gather(start, tensor.shape, strides, item, size);
-  tensor.data = tensor.keep_alive.get();
-  return tensor;
+/// The last index that a strided tensor of at least one value reaches, -1 if that is none.
+inline std::int64_t last_index(std::int64_t first, const std::vector<std::int64_t>& shape,
+                               const std::vector<std::int64_t>& strides) {
+  std::int64_t last = first, reach = 0;
+  bool valid = first >= 0 && strides.size() == shape.size();
+  for (std::size_t i = 0; valid && i < shape.size(); ++i)
+    valid = strides[i] >= 0 && !__builtin_mul_overflow(strides[i], shape[i] - 1, &reach) &&
+            !__builtin_add_overflow(last, reach, &last);
+  return valid ? last : -1;
 }
 
-/// A dict of tensors, or one level deeper: {"state_dict": {...}} or {"model": {...}}.
-inline const PickleValue& state_dict(const PickleValue& root, const std::string& path) {
-  if (root.kind != PickleValue::Dict) fail("bad pickle: ", path, ": expected a dict of tensors");
+inline bool is_row_major(const std::vector<std::int64_t>& shape,
+                         const std::vector<std::int64_t>& strides) {
+  std::int64_t stride = 1;
+  for (std::size_t i = shape.size(); i-- > 0; stride *= shape[i])
+    if (shape[i] != 1 && strides[i] != stride) return false;
+  return true;
+}
+
+/// An archive of torch.save and the tensors in it.
+struct TorchFile {
+  std::string path;
+  std::shared_ptr<const MappedFile> file;
+  Entries storages;  // by key
+  // Bytes that tensors may still show, each window once: they may overlap, but not without end.
+  std::uint64_t budget;
+  std::set<std::pair<const void*, std::uint64_t>> shown = {};
+
+  /// A window into the storage if the tensor lies there row by row, otherwise a copy.
+  Tensor tensor(std::string_view name, const PickleValue& pickled) {
+    const std::string where = path + ": " + quote(name);
+    const PickleValue& storage = *pickled.items[0];
+    const auto found = storages.find(std::string(storage.text));
+    const std::string_view bytes = found == storages.end() ? std::string_view() : found->second;
+    const std::uint64_t held = checked_bytes({storage.integer}, storage.dtype, where);
+    if (bytes.size() < held)
+      fail("truncated: ", where, ": expected ", held, " bytes in storage ", quote(storage.text),
+           ", found ", bytes.size());
+    Tensor tensor{std::string(name), pickled.dtype, {}, bytes.data(), file};
+    std::vector<std::int64_t> strides;
+    for (const PickleValue* n : pickled.items[2]->items) tensor.shape.push_back(n->integer);
+    for (const PickleValue* n : pickled.items[3]->items) strides.push_back(n->integer);
+    const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
+    if (size == 0) return tensor;
+
+    const std::size_t item = dtype_size(tensor.dtype);
+    const std::int64_t first = pickled.items[1]->integer;
+    const std::int64_t last = last_index(first, tensor.shape, strides);
+    if (last < 0 || static_cast<std::uint64_t>(last) >= held / item)
+      fail("out of range: ", where, ": expected values inside the ", held / item, " of storage ",
+           quote(storage.text), ", found offset ", first, ", shape ", shape_text(tensor.shape),
+           ", strides ", shape_text(strides));
+    const char* start = bytes.data() + static_cast<std::uint64_t>(first) * item;
+    const bool window = is_row_major(tensor.shape, strides);
+    if (!window || shown.emplace(start, size).second) {
+      if (size > budget)
+        fail("too large: ", where, ": with it, tensors show over 4 times what the file holds");
+      budget -= size;
+    }
+    if (!window) tensor.keep_alive = gather(start, tensor.shape, strides, item, size);
+    tensor.data = window ? start : tensor.keep_alive.get();
+    return tensor;
+  }
+};
+
+/// The state dict in what a training script saved, {"model": {...}, "optimizer": {...}, ...}:
+/// the one dict with tensors under these keys, in each other perhaps, or else the whole.
+inline const PickleValue* state_dict(const PickleValue& dict, const std::string& path,
+                                     std::set<const PickleValue*>& seen) {
+  if (seen.size() == 64 || !seen.insert(&dict).second) return nullptr;
   const PickleValue* inner = nullptr;
-  for (std::size_t i = 0; i < root.items.size(); i += 2) {
-    const std::string& key = root.items[i]->text;
-    const PickleValue& value = *root.items[i + 1];
-    if (value.kind == PickleValue::Tensor) return root;
-    if (value.kind != PickleValue::Dict || (key != "state_dict" && key != "model")) continue;
-    if (inner != nullptr) fail("bad pickle: ", path, ": expected one state dict, found two");
-    inner = &value;
+  bool tensors = false;
+  for (std::size_t i = 0; dict.kind == PickleValue::Dict && i < dict.items.size(); i += 2) {
+    const std::string_view key = dict.items[i]->text;
+    tensors = tensors || dict.items[i + 1]->kind == PickleValue::Tensor;
+    if (key != "model" && key != "state_dict" && key != "model_state_dict" && key != "module")
+      continue;
+    const PickleValue* found = state_dict(*dict.items[i + 1], path, seen);
+    if (inner != nullptr && found != nullptr)
+      fail("bad pickle: ", path, ": expected one state dict, found another in ", quote(key));
+    inner = found != nullptr ? found : inner;
   }
-  return inner != nullptr ? *inner : root;
-}
-
-inline Checkpoint make_checkpoint(const PickleValue& root, const Entries& storages,
-                                  const std::string& path,
-                                  const std::shared_ptr<const MappedFile>& file) {
-  Checkpoint checkpoint{{}, {}, path};
-  std::uint64_t budget = file->size();
-  const PickleValue& dict = state_dict(root, path);
-  for (std::size_t i = 0; i < dict.items.size(); i += 2) {
-    const PickleValue &key = *dict.items[i], &value = *dict.items[i + 1];
-    if (key.kind != PickleValue::Text || value.kind != PickleValue::Tensor)
-      fail("bad pickle: ", path, ": ", quote(key.text), ": expected a name and a tensor");
-    if (!checkpoint.tensors
-             .emplace(key.text, tensor_of(key.text, value, storages, path, file, budget))
-             .second)
-      fail("bad pickle: ", path, ": the tensor ", quote(key.text), " appears twice");
-  }
-  return checkpoint;
-}
-
-/// Before PyTorch 1.6 there was no zip but five pickles in a row: a magic number, the
-/// protocol version, facts about the machine, the state dict, and the list of storage keys;
-/// then, in that order, each storage's number of values (8 bytes) and its bytes.
-constexpr std::string_view kLegacyMagic("\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.",
-                                        15);
-
-inline Checkpoint read_legacy_pytorch(const std::shared_ptr<const MappedFile>& file,
-                                      const std::string& path) {
-  ByteReader in(file->bytes(), path);
-  in.seek(kLegacyMagic.size());
-  Unpickler unpickler(in);
-  if (unpickler.load().integer != 1001) fail("bad pickle: ", path, ": expected protocol 1001");
-  const PickleValue& machine = unpickler.load();
-  for (std::size_t i = 0; i + 1 < machine.items.size(); i += 2)
-    if (machine.items[i]->text == "little_endian" && machine.items[i + 1]->integer != 1)
-      fail("wrong byte order: ", path, ": expected little-endian, found big-endian");
-  const PickleValue& root = unpickler.load();
-  const PickleValue& keys = unpickler.load();
-  Entries storages;
-  for (const PickleValue* key : keys.items) {
-    const auto storage = unpickler.storages().find(key->text);
-    if (storage == unpickler.storages().end())
-      fail("bad pickle: ", path, ": the storage ", quote(key->text), " belongs to no tensor");
-    const auto n = in.read<std::int64_t>();
-    if (n != storage->second->integer)
-      fail("bad pickle: ", path, ": storage ", quote(key->text), ": expected ",
-           storage->second->integer, " values, found ", n);
-    storages[key->text] = in.take(checked_bytes({n}, storage->second->dtype, path));
-  }
-  return make_checkpoint(root, storages, path, file);
+  return inner == nullptr && tensors ? &dict : inner;
 }
 
 inline Checkpoint read_pytorch_bin(const std::string& path) {
-  const auto file = std::make_shared<const MappedFile>(path);
-  if (file->bytes().substr(0, kLegacyMagic.size()) == kLegacyMagic)
-    return read_legacy_pytorch(file, path);
+  const auto file = map_weights(path);
   if (file->bytes().substr(0, 4) != "PK\3\4")
     fail("unknown format: ", path, ": expected a file written by torch.save, found something else");
   const Entries entries = read_zip(file->bytes(), path);
@@ -1086,21 +1128,36 @@ inline Checkpoint read_pytorch_bin(const std::string& path) {
   const auto order = entries.find(folder + "byteorder");
   if (order != entries.end() && order->second != "little")
     fail("wrong byte order: ", path, ": expected little, found ", quote(order->second));
-  Entries storages;
+
+  TorchFile torch{path, file, {}, 4 * file->bytes().size()};
   for (const auto& [name, bytes] : entries)
     if (name.compare(0, folder.size() + 5, folder + "data/") == 0)
-      storages.emplace(name.substr(folder.size() + 5), bytes);
-  ByteReader in(pickle->second, path);
-  Unpickler unpickler(in);
-  return make_checkpoint(unpickler.load(), storages, path, file);
+      torch.storages.emplace(name.substr(folder.size() + 5), bytes);
+  Unpickler unpickler(pickle->second, path);
+  std::set<const PickleValue*> seen;
+  const PickleValue* dict = state_dict(unpickler.load(), path, seen);
+  if (dict == nullptr)
+    fail("bad pickle: ", path, ": expected a dict of tensors, or one in it under ",
+         "model, state_dict, model_state_dict or module");
+  Checkpoint checkpoint{{}, {}, path, file->bytes().size()};
+  for (std::size_t i = 0; i < dict->items.size(); i += 2) {
+    const PickleValue &key = *dict->items[i], &value = *dict->items[i + 1];
+    if (key.kind != PickleValue::Text || value.kind != PickleValue::Tensor)
+      fail("bad pickle: ", path, ": ", quote(key.text), ": expected a name and a tensor");
+    if (!checkpoint.tensors.emplace(key.text, torch.tensor(key.text, value)).second)
+      fail("bad pickle: ", path, ": the tensor ", quote(key.text), " appears twice");
+  }
+  return checkpoint;
 }
 
-// --- 2.7 A model's directory ------------------------------------------------------------
+// =======================================================================================
+// 5. A model's folder
+// =======================================================================================
 
 /// Large checkpoints are cut into shards; the index says which tensor is in which file:
 /// {"weight_map": {"tensor name": "file name"}}.
-template <class Reader>
-Checkpoint read_shards(const std::string& directory, const std::string& index, Reader read) {
+inline Checkpoint read_shards(const std::string& folder, const std::string& index,
+                              Checkpoint (*read)(const std::string&)) {
   const Json json = parse_json(MappedFile(index).bytes(), index);
   if (!json.is_object() || !json.contains("weight_map") || !json["weight_map"].is_object())
     fail("bad index: ", index, ": expected an object weight_map");
@@ -1113,26 +1170,65 @@ Checkpoint read_shards(const std::string& directory, const std::string& index, R
       fail("bad index: ", index, ": ", quote(name),
            ": expected the name of a file beside the index");
     auto found = shards.find(shard);
-    if (found == shards.end())
-      found = shards.emplace(shard, read(std::string(directory).append("/").append(shard))).first;
+    if (found == shards.end()) {
+      found = shards.emplace(shard, read(std::string(folder).append("/").append(shard))).first;
+      all.file_size += found->second.file_size;
+    }
     all.tensors.emplace(name, found->second.at(name));
   }
   return all;
 }
 
-/// Reads a model's weights, whichever of the four published forms the directory holds.
-inline Checkpoint read_checkpoint(const std::string& directory) {
-  const std::string safetensors = directory + "/model.safetensors";
-  const std::string pytorch = directory + "/pytorch_model.bin", index = ".index.json";
-  const auto exists = [](const std::string& path) { return ::access(path.c_str(), F_OK) == 0; };
-  if (exists(safetensors)) return read_safetensors(safetensors);
-  if (exists(safetensors + index))
-    return read_shards(directory, safetensors + index, read_safetensors);
-  if (exists(pytorch)) return read_pytorch_bin(pytorch);
-  if (exists(pytorch + index)) return read_shards(directory, pytorch + index, read_pytorch_bin);
-  fail("no weights: ", directory, ": expected model.safetensors or pytorch_model.bin, whole or ",
-       "with an index.json, found neither");
+/// A name without the parts that wrappers of a module leave in it: torch.compile, data
+/// parallelism, a model inside of a model.
+inline std::string plain_name(const std::string& name) {
+  static const std::set<std::string> kWrappers = {
+      "module", "model", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"};
+  std::istringstream parts(name);
+  std::string plain;
+  for (std::string part; std::getline(parts, part, '.');)
+    if (!kWrappers.count(part)) plain += (plain.empty() ? "" : ".") + part;
+  return plain;
 }
 
+/// The same tensors by their plain names. Each keeps the name that the file has for it.
+inline Checkpoint unwrapped(const Checkpoint& wrapped) {
+  Checkpoint checkpoint{{}, wrapped.metadata, wrapped.where, wrapped.file_size};
+  for (const auto& [name, tensor] : wrapped.tensors) {
+    const auto [other, added] = checkpoint.tensors.emplace(plain_name(name), tensor);
+    if (!added && !same_values(tensor, other->second))
+      fail("two weights: ", wrapped.where, ": ", quote(name), " and ", quote(other->second.name),
+           " differ, and both stand for ", quote(other->first));
+  }
+  return checkpoint;
+}
+
+/// What a folder without our files is, and what to do; "" if nothing is known.
+inline std::string what_folder_is(const std::string& folder) {
+  std::error_code error;
+  for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
+    const std::string name = file.path().filename().string();
+    if (name.rfind("adapter_", 0) == 0)
+      return "an adapter (LoRA): expected a whole model, the adapter merged into its base model";
+    if (name == "params.json" || name.rfind("consolidated.", 0) == 0)
+      return "Mistral's own layout: expected the Hugging Face files that are published beside it";
+    if (file.path().extension() == ".gguf") return what_it_is("GGUF");
+  }
+  return "";
+}
+
+/// Reads a model's weights, whichever of the four published forms the folder holds.
+inline Checkpoint read_checkpoint(const std::string& folder) {
+  const auto exists = [](const std::string& path) { return ::access(path.c_str(), F_OK) == 0; };
+  for (const auto& [name, read] : {std::pair("/model.safetensors", &read_safetensors),
+                                   std::pair("/pytorch_model.bin", &read_pytorch_bin)}) {
+    const std::string path = folder + name, index = path + ".index.json";
+    if (exists(path)) return unwrapped(read(path));
+    if (exists(index)) return unwrapped(read_shards(folder, index, read));
+  }
+  const std::string what = what_folder_is(folder);
+  fail("no weights: ", folder, ": expected model.safetensors or pytorch_model.bin, whole or ",
+       "with an index.json, found ", what.empty() ? "neither" : what);
+}
 
 }  // namespace mamba

@@ -377,55 +377,6 @@ inline Matrix<float> row(const Weight& W, Index i) {
   return out.leftCols(W.cols);
 }
 
-// The shortest of several runs of f, in seconds.
-template <class Function>
-double best_seconds(const Function& f) {
-  double best = std::numeric_limits<double>::infinity();
-  for (int run = 0; run < 10; ++run) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    best = std::min(best, seconds.count());
-  }
-  return best;
-}
-
-// Bytes per second that all threads together read from memory: sums over 256 MiB.
-inline double read_bandwidth() {
-  constexpr Index kFloats = Index{1} << 26, kPiece = 1 << 18;
-  const std::vector<float> data(kFloats, 1.f);
-  std::vector<float> totals(kFloats / kPiece);
-  return 4.0 * kFloats / best_seconds([&] {
-           parallel_for(kFloats, kPiece, [&](Index begin, Index end) {
-             Lanes sums[4] = {};
-             for (Index i = begin; i < end; i += 4 * kLanes)
-               unroll<4>([&](auto j) {
-                 const char* p = reinterpret_cast<const char*>(&data[i + j * kLanes]);
-                 __builtin_prefetch(p + 4096, 0, 2);
-                 sums[j] += load<DType::F32>(p);
-               });
-             totals[begin / kPiece] = sum(sums[0] + sums[1] + sums[2] + sums[3]);
-           });
-         });
-}
-
-// Multiply-adds per second, times two, of all threads on values that stay in registers: what no
-// matrix product can exceed.
-inline double matmul_peak() {
-  constexpr Index kChains = 12, kSteps = 1 << 20;
-  std::vector<float> totals(omp_get_max_threads());
-  const double seconds = best_seconds([&] {
-    parallel_for(totals.size(), 1, [&](Index thread, Index) {
-      Lanes sums[kChains], factor = Lanes{} + 0.5f, term = Lanes{} + totals[thread];
-      unroll<kChains>([&](auto i) { sums[i] = Lanes{} + static_cast<float>(i); });
-      for (Index step = 0; step < kSteps; ++step)
-        unroll<kChains>([&](auto i) { sums[i] = sums[i] * factor + term; });
-      unroll<kChains>([&](auto i) { totals[thread] += sum(sums[i]); });
-    });
-  });
-  return 2.0 * kChains * kLanes * kSteps * totals.size() / seconds;
-}
-
 }  // namespace mamba
 
 namespace mamba {
@@ -471,7 +422,6 @@ class CpuEngine {
  public:
   static constexpr const char* kName = "mamba";
   static constexpr const char* kDescription = "the readable reference, on the CPU";
-  static constexpr const char* kBenchOps = "decode, prefill, bandwidth or matmul";
   static constexpr bool kHasDevice = false;
   static constexpr Index kPiece = 256;      // tokens that the parallel form takes at once
   static constexpr std::size_t kBatch = 1;  // one text after the other
@@ -481,6 +431,7 @@ class CpuEngine {
   CpuEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : config_(config),
         model_(load_model<ssm::Model<float, Weight>>(checkpoint, config, options.dtype)) {
+    if (options.threads > 0) omp_set_num_threads(options.threads);
     // Walked in order, a scan costs the CPU least; an SSD is cheapest as matrix products.
     options_.form = config.version == 1 ? ssm::Form::sequential : ssm::Form::chunked;
     options_.delta_ratio = options.delta_ratio;
@@ -510,78 +461,11 @@ class CpuEngine {
     generate_on_host(*this, sequences, options, on_token);
   }
 
-  static void bench(const BenchOptions& options);
-
  private:
   Config config_;
   ssm::Model<float, Weight> model_;
   ssm::Options<float> options_;
 };
-
-// ---------------------------------------------------------------------------------------
-// Measurements: one JSON object a line, against this machine's own limits measured in the same run
-// ---------------------------------------------------------------------------------------
-
-inline double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
-inline void CpuEngine::bench(const BenchOptions& options) {
-  const int threads = omp_get_max_threads();
-  if (options.op == "bandwidth") {
-    std::cout << Json{{"op", "bandwidth"}, {"threads", threads}, {"GB/s", read_bandwidth() / 1e9}}
-              << "\n";
-    return;
-  }
-  if (options.op == "matmul") {
-    std::cout << Json{{"op", "matmul"}, {"threads", threads}, {"GFLOP/s", matmul_peak() / 1e9}}
-              << "\n";
-    return;
-  }
-  const bool decode = options.op == "decode";
-  if (!decode && options.op != "prefill")
-    fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
-  if (options.batch != 1) fail_usage("--batch: expected 1: the CPU takes one text after the other");
-  const Config config = published_config(options.shape);
-  std::size_t parameters = 0;  // of matrices: each is read once and costs a multiply-add a token
-  for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-    if (shape.size() == 2) parameters += static_cast<std::size_t>(shape[0] * shape[1]);
-  });
-  CpuEngine engine(random_checkpoint(config, options.dtype), config, {});
-  State state = engine.new_state();
-  const std::vector<Token> ids(static_cast<std::size_t>(options.length), 1234);
-  const auto limit = [&] { return decode ? read_bandwidth() : matmul_peak(); };
-  double most = limit();
-  std::vector<double> seconds;
-  for (Index i = -2; i < options.repeat; ++i) {  // two to warm up
-    const double start = now();
-    if (decode)
-      engine.step(state, ids[0]);
-    else
-      mamba::prefill(engine, state, ids.data(), options.length);
-    if (i >= 0) seconds.push_back(now() - start);
-  }
-  most = std::max(most, limit());
-  const double bytes = static_cast<double>(parameters * dtype_size(options.dtype));
-  const double head = static_cast<double>(config.vocab_size * config.d_model),
-               L = decode ? 1.0 : static_cast<double>(options.length);
-  const double flops = 2 * ((static_cast<double>(parameters) - head) * L + head);
-  const double floor = (decode ? bytes : flops) / most,
-               best = *std::min_element(seconds.begin(), seconds.end());
-  std::cout << Json{{"op", options.op},
-                    {"shape", options.shape},
-                    {"dtype", dtype_name(options.dtype)},
-                    {"length", decode ? 1 : options.length},
-                    {"threads", threads},
-                    {"median ms", median(seconds) * 1e3},
-                    {"best ms", best * 1e3},
-                    {"bytes", bytes},
-                    {"flops", flops},
-                    {"floor ms", floor * 1e3},
-                    {"% of floor", 100 * floor / best}}
-            << "\n";
-}
 
 }  // namespace mamba
 

@@ -23,21 +23,25 @@
 //   ssd_fused_kernel                   ssd_chunked             chunks on tensor cores     batch, rows of h, pieces of t
 //   ssd_warpgroup_kernel               ssd_chunked             the same on Hopper's       batch, rows of h, pieces of t
 //                                                              wgmma, a warpgroup feeds
-//   ssd_step_kernel                    ssd_step                one token, h in place      batch, H, P
+//   ssd_step_kernel                    ssd_step                one token, h in place,     batch, H, P
+//                                                              with or without the gate
 //   rms_norm_kernel                    rms_norm                a row stays on chip        rows
 //   gated_rms_norm_kernel              gated_rms_norm          the same                   rows, groups
 //   linear_step_kernel                 linear, rms_norm,       W read once, with what     rows of W, pieces of rows
 //                                      causal_conv1d_step      surrounds the product
 //   scan_decode_kernel                 selective_scan_step     with dt_proj before        batch, d, quarters of N
-//   ssd_decode_kernel                  ssd_step                with the gate after        batch, H, P
 //   embedding_kernel                   backbone                a row of the table         tokens
-//   best_kernel, sample_kernel         sample (mamba.hpp)      bisection, no sort         batch, vocabulary
+//   best_kernel, weight_kernel,        sample (mamba.hpp)      CUB's radix sort, sums     batch, vocabulary
+//     sample_kernel                                            of 32 stretches
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
+#include <cuda_awbarrier_primitives.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+
+#include <cub/device/device_radix_sort.cuh>
 
 namespace mamba {
 
@@ -56,13 +60,11 @@ inline void check_cublas(cublasStatus_t status, const char* call, int line) {
 #define CUDA_CHECK(call) ::mamba::check_cuda((call), #call, __LINE__)
 #define CUBLAS_CHECK(call) ::mamba::check_cublas((call), #call, __LINE__)
 
-inline std::string mebibytes(std::size_t bytes) {
-  return std::to_string((bytes >> 20) + 1) + " MiB";
-}
+inline std::string mebibytes(size_t bytes) { return std::to_string((bytes >> 20) + 1) + " MiB"; }
 
 /// Fails, with what is needed and what there is, unless so many bytes can be had on the GPU.
-inline void need_memory(std::size_t bytes, const char* what) {
-  std::size_t available = 0, total = 0;
+inline void need_memory(size_t bytes, const char* what) {
+  size_t available = 0, total = 0;
   CUDA_CHECK(cudaMemGetInfo(&available, &total));
   if (bytes > available)
     fail("out of GPU memory: ", what, ": needed ", mebibytes(bytes), ", available ",
@@ -75,13 +77,13 @@ template <class T>
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
-  explicit DeviceBuffer(std::size_t size) : size_(size) {
+  explicit DeviceBuffer(size_t size) : size_(size) {
     if (size == 0) return;
     const cudaError_t error = cudaMalloc(&data_, bytes());
     if (error == cudaErrorMemoryAllocation) cudaGetLastError(), need_memory(bytes(), "a buffer");
     CUDA_CHECK(error);
   }
-  DeviceBuffer(const T* from, std::size_t size) : DeviceBuffer(size) { copy_from(from); }
+  DeviceBuffer(const T* from, size_t size) : DeviceBuffer(size) { copy_from(from); }
   DeviceBuffer(DeviceBuffer&& other) noexcept { *this = std::move(other); }
   DeviceBuffer& operator=(DeviceBuffer&& other) noexcept {
     std::swap(data_, other.data_);
@@ -91,8 +93,8 @@ class DeviceBuffer {
   ~DeviceBuffer() { cudaFree(data_); }
 
   T* data() const { return data_; }
-  std::size_t size() const { return size_; }
-  std::size_t bytes() const { return size_ * sizeof(T); }
+  size_t size() const { return size_; }
+  size_t bytes() const { return size_ * sizeof(T); }
   void copy_from(const T* host) {
     CUDA_CHECK(cudaMemcpy(data_, host, bytes(), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
@@ -104,7 +106,7 @@ class DeviceBuffer {
     CUDA_CHECK(cudaMemset(data_, 0, bytes()));
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
   }
-  void grow(std::size_t size) {  // to at least so many; what it held is lost
+  void grow(size_t size) {  // to at least so many; what it held is lost
     if (size <= size_) return;
     *this = DeviceBuffer();
     *this = DeviceBuffer(size);
@@ -112,7 +114,7 @@ class DeviceBuffer {
 
  private:
   T* data_ = nullptr;
-  std::size_t size_ = 0;
+  size_t size_ = 0;
 };
 
 // A mark in a stream: to wait for, or to measure between.
@@ -167,7 +169,7 @@ class Graph {
 template <class T, int n>
 struct alignas(n * sizeof(T)) Vector {
   // Words, not T: a load that is taken apart at once is a load that is waited for at once.
-  using Word = std::conditional_t<n * sizeof(T) % 4 == 0, std::uint32_t, std::uint16_t>;
+  using Word = std::conditional_t<n * sizeof(T) % 4 == 0, uint32_t, uint16_t>;
   Word word[n * sizeof(T) / sizeof(Word)] = {};
 };
 
@@ -227,7 +229,7 @@ __device__ inline Vector<T, n> pack(const float (&from)[n]) {
 // kBytes (4, 8 or 16) from global to shared memory, behind the threads' backs; zeros, and nothing is read,
 // where !valid.
 template <int kBytes = 16>
-__device__ inline void copy_async(std::uint32_t to, const void* from, bool valid) {
+__device__ inline void copy_async(uint32_t to, const void* from, bool valid) {
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(valid ? 16 : 0)
@@ -247,7 +249,7 @@ __device__ void copy_async_wait_but() {
 // The same for n numbers.
 template <class T, int n>
 __device__ inline void copy_async(Vector<T, n>* to, const T* from, bool valid) {
-  copy_async<int(sizeof *to)>(std::uint32_t(__cvta_generic_to_shared(to)), from, valid);
+  copy_async<int(sizeof *to)>(uint32_t(__cvta_generic_to_shared(to)), from, valid);
 }
 
 constexpr float kLog2e = 1.44269504f;
@@ -290,21 +292,24 @@ __device__ inline float silu(float x) {
 }
 
 // Sequences lie one behind another as rows of the same matrices: sequence b owns the rows
-// b L .. (b + 1) L, or, if their lengths differ, row_offsets[b] .. row_offsets[b + 1].
+// b L .. (b + 1) L, or, if their lengths differ, cu_seqlens[b] .. cu_seqlens[b + 1].
 struct Rows {
-  std::int64_t first, count;
+  int64_t first, count;
 };
-__device__ inline Rows rows_of(std::int64_t b, std::int64_t L, const std::int64_t* row_offsets) {
-  if (!row_offsets) return {b * L, L};
-  return {row_offsets[b], row_offsets[b + 1] - row_offsets[b]};
+__device__ inline Rows rows_of(int64_t b, int64_t L, const int64_t* cu_seqlens) {
+  if (!cu_seqlens) return {b * L, L};
+  return {cu_seqlens[b], cu_seqlens[b + 1] - cu_seqlens[b]};
 }
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+template <class A, class B>
+__host__ __device__ constexpr auto ceil_div(A a, B b) {
+  return (a + b - 1) / b;
+}
 
 // May rows that start at p and lie `stride` apart be read four numbers at a time?
 template <class T>
-bool aligned4(const T* p, std::int64_t stride) {
-  return reinterpret_cast<std::uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
+bool aligned4(const T* p, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(p) % (4 * sizeof(T)) == 0 && stride % 4 == 0;
 }
 
 // --- kernels that start early (programmatic dependent launch): while the kernel before them still runs, if that
@@ -349,22 +354,22 @@ void launch_early(void (*kernel)(Parameters...), dim3 blocks, int threads, int s
 
 template <class T>
 struct ConvArgs {
-  std::int64_t batch = 1, L = 0, d = 0;
+  int64_t batch = 1, L = 0, d = 0;
   int width = 4;                                   // 2 to 8
   const T* x = nullptr;                            // (batch L, d), rows x_stride apart
   const float *weight = nullptr, *bias = nullptr;  // (d, width); (d) or null
   const T* state = nullptr;                        // (batch, width - 1, d) or null
   T *out = nullptr, *state_out = nullptr;          // (batch L, d); (batch, width - 1, d) or null
-  std::int64_t x_stride = 0, out_stride = 0;
+  int64_t x_stride = 0, out_stride = 0;
   bool activate = true;
-  const int* done = nullptr;                  // step: (batch), where not 0 the state stays
-  const std::int64_t* row_offsets = nullptr;  // (batch + 1); L is then the longest length
+  const int* done = nullptr;            // step: (batch), where not 0 the state stays
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1); L is then the longest length
 };
 
 // The n inputs at position t of a sequence, t >= -(width - 1).
 template <int n, class T>
-__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b, const Rows& rows,
-                                          std::int64_t t, std::int64_t d) {
+__device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, int64_t b, const Rows& rows,
+                                          int64_t t, int64_t d) {
   if (t >= 0) return load<n>(a.x + (rows.first + t) * a.x_stride + d, t < rows.count);
   return load<n>(a.state + (b * (a.width - 1) + a.width - 1 + t) * a.d + d, a.state != nullptr);
 }
@@ -372,14 +377,14 @@ __device__ inline Vector<T, n> conv_input(const ConvArgs<T>& a, std::int64_t b, 
 // One thread computes one output. Grid: all of batch L d in blocks of 256.
 template <class T>
 __global__ void causal_conv1d_naive_kernel(ConvArgs<T> a) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.batch * a.L * a.d) return;
-  const std::int64_t d = i % a.d, t = i / a.d % a.L, b = i / a.d / a.L;
-  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const int64_t d = i % a.d, t = i / a.d % a.L, b = i / a.d / a.L;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   if (t >= rows.count) return;
   float sum = a.bias ? a.bias[d] : 0.f;
   for (int k = 0; k < a.width; ++k) {
-    const std::int64_t s = t - (a.width - 1) + k;
+    const int64_t s = t - (a.width - 1) + k;
     float x_s = 0.f;
     if (s >= 0) {
       x_s = to_float(a.x[(rows.first + s) * a.x_stride + d]);
@@ -412,18 +417,18 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
   static_assert(kConvRows >= kWidth - 1, "what comes before a later piece lies in x alone");
   launch_next();
   wait_for_previous();
-  const std::int64_t b = blockIdx.x / blocks / pieces, piece = blockIdx.x / blocks % pieces;
-  const std::int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
-  const std::int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
-  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const int64_t b = blockIdx.x / blocks / pieces, piece = blockIdx.x / blocks % pieces;
+  const int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
+  const int64_t begin = (piece * kConvWarps + threadIdx.x / 32) * kConvRows;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   if (d >= a.d || (begin >= rows.count && begin > 0)) return;
 
   const bool first = begin == 0, has_past = !first || a.state;
   const T* x = a.x + (rows.first + begin) * a.x_stride + d;
-  const std::int64_t past_stride = first ? a.d : a.x_stride;
+  const int64_t past_stride = first ? a.d : a.x_stride;
   const T* past =
       (first ? a.state + (b + 1) * (a.width - 1) * a.d + d : x) - (kWidth - 1) * past_stride;
-  const int count = min(std::int64_t(kConvRows), rows.count - begin);
+  const int count = min(int64_t(kConvRows), rows.count - begin);
   Vector<T, kVector> before[kWidth - 1], arrived[kConvRows];
 #pragma unroll
   for (int k = 0; k + 1 < kWidth; ++k)
@@ -483,9 +488,9 @@ __global__ void __launch_bounds__(32 * kConvWarps, kConvBlocks<T, kWidth>)
 // place. One thread per channel, so that it alone reads and writes its column of the state.
 template <class T>
 __global__ void causal_conv1d_step_kernel(ConvArgs<T> a) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= a.batch * a.d) return;
-  const std::int64_t d = i % a.d, b = i / a.d;
+  const int64_t d = i % a.d, b = i / a.d;
   if (a.done && a.done[b]) return;
   const T x_t = a.x[b * a.x_stride + d];
   const float* weight = a.weight + d * a.width;
@@ -501,7 +506,7 @@ __global__ void causal_conv1d_step_kernel(ConvArgs<T> a) {
 
 template <class T>
 void causal_conv1d_naive(const ConvArgs<T>& a, cudaStream_t stream) {
-  const std::int64_t outputs = a.batch * a.L * a.d;
+  const int64_t outputs = a.batch * a.L * a.d;
   if (outputs == 0) return;
   causal_conv1d_naive_kernel<<<ceil_div(outputs, 256), 256, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
@@ -514,8 +519,8 @@ void causal_conv1d(const ConvArgs<T>& a, cudaStream_t stream) {
   const bool aligned = aligned4(a.x, a.x_stride) && aligned4(a.out, a.out_stride) &&
                        aligned4(a.state, a.d) && aligned4(a.state_out, a.d) &&
                        aligned4(a.weight, 4) && aligned4(a.bias, 4);
-  const std::int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * 32);
-  const std::int64_t pieces = std::max<std::int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
+  const int64_t blocks = ceil_div(a.d, (aligned ? 4 : 1) * 32);
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(a.L, kConvWarps * kConvRows));
   const auto kernel =
       a.width == 4
           ? (aligned ? causal_conv1d_fused_kernel<T, 4, 4> : causal_conv1d_fused_kernel<T, 4, 1>)
@@ -542,7 +547,7 @@ void causal_conv1d_step(const ConvArgs<T>& a, cudaStream_t stream) {
 
 template <class T>
 struct ScanArgs {
-  std::int64_t batch = 1, L = 0, d_inner = 0, d_state = 0, n_groups = 1;
+  int64_t batch = 1, L = 0, d_inner = 0, d_state = 0, n_groups = 1;
   const T *x = nullptr, *delta = nullptr;  // (batch L, d_inner)
   const float* A = nullptr;                // (d_inner, d_state)
   const T *B = nullptr, *C = nullptr;      // (batch L, n_groups d_state)
@@ -551,39 +556,39 @@ struct ScanArgs {
   const float* delta_bias = nullptr;       // (d_inner) or null
   const float* h0 = nullptr;               // (batch, d_inner, d_state) or null
   T* out = nullptr;                        // (batch L, d_inner)
-  float* h_T = nullptr;                    // (batch, d_inner, d_state) or null; may be h0
+  float* hT = nullptr;                     // (batch, d_inner, d_state) or null; may be h0
   // Numbers from one row to the next.
-  std::int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
-  std::int64_t z_stride = 0, out_stride = 0;
+  int64_t x_stride = 0, delta_stride = 0, B_stride = 0, C_stride = 0;
+  int64_t z_stride = 0, out_stride = 0;
   bool delta_softplus = true;
   float delta_ratio = 1.f;
-  const int* done = nullptr;                  // step: (batch), where not 0 the state stays
-  const std::int64_t* row_offsets = nullptr;  // (batch + 1); L is then the longest length
+  const int* done = nullptr;            // step: (batch), where not 0 the state stays
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1); L is then the longest length
 };
 
-constexpr std::int64_t kMaxStates = 256;
+constexpr int64_t kMaxStates = 256;
 
 // One thread owns one channel and walks time. Grid: all of batch d_inner in blocks of 128.
 // The state lies in local memory because d_state is only known at run time.
 template <class T>
 __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
   if (i >= a.batch * a.d_inner) return;
-  const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
-  const std::int64_t group = d / (a.d_inner / a.n_groups);
-  const Rows rows = rows_of(b, a.L, a.row_offsets);
+  const int64_t d = i % a.d_inner, b = i / a.d_inner;
+  const int64_t group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
   const float* A = a.A + d * N;
 
   float h[kMaxStates];
   for (int n = 0; n < N; ++n) h[n] = a.h0 ? a.h0[i * N + n] : 0.f;
 
-  for (std::int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
     const T* B_t = a.B + t * a.B_stride + group * N;
     const T* C_t = a.C + t * a.C_stride + group * N;
     const float x_t = to_float(a.x[t * a.x_stride + d]);
     float delta_t =
         to_float(a.delta[t * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
-    if (a.delta_softplus) delta_t = fmaxf(delta_t, 0.f) + log1pf(expf(-fabsf(delta_t)));
+    if (a.delta_softplus) delta_t = softplus(delta_t);
     delta_t *= a.delta_ratio;
 
     float y_t = a.D ? a.D[d] * x_t : 0.f;
@@ -594,7 +599,7 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
     if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
     a.out[t * a.out_stride + d] = from_float<T>(y_t);
   }
-  for (int n = 0; n < N && a.h_T; ++n) a.h_T[i * N + n] = h[n];
+  for (int n = 0; n < N && a.hT; ++n) a.hT[i * N + n] = h[n];
 }
 
 // Since the rung before: a channel's states are split over kLanes threads, kStates each, in
@@ -660,13 +665,13 @@ __device__ inline void meet(int threads) {
 
 // What one block works on: some rows of one sequence, some channels of one group.
 struct ScanBlock {
-  std::int64_t sequence;  // index of the states: sequence, or chunk of one
+  int64_t sequence;  // index of the states: sequence, or chunk of one
   Rows rows;
-  std::int64_t group;
-  std::int64_t channel;  // the first
-  int width;             // channels of a block
-  int n_channels;        // how many of them exist
-  int threads;           // that work
+  int64_t group;
+  int64_t channel;  // the first
+  int width;        // channels of a block
+  int n_channels;   // how many of them exist
+  int threads;      // that work
 };
 
 // The shape of a block: `width` channels, feeders and finishers with schedulers first_server .. 3.
@@ -677,26 +682,26 @@ struct ScanShape {
 // Sequences cut into chunks of `length` rows; chunk k of sequence b has its states at b
 // count + k.
 struct Chunks {
-  std::int64_t count = 1, length = 0;
+  int64_t count = 1, length = 0;
   float* total = nullptr;  // (batch, count, d_inner): sum of delta_t over the chunk
 };
 
 template <class T>
 __device__ inline ScanBlock scan_block(const ScanArgs<T>& a, const Chunks& chunks, int width,
                                        int threads) {
-  const std::int64_t channels = a.d_inner / a.n_groups;
-  const std::int64_t blocks = (channels + width - 1) / width;
-  const std::int64_t first = blockIdx.x % blocks * width;
-  const std::int64_t group = blockIdx.x / blocks % a.n_groups;
-  const std::int64_t sequence = blockIdx.x / blocks / a.n_groups;
-  Rows rows = rows_of(sequence / chunks.count, a.L, a.row_offsets);
+  const int64_t channels = a.d_inner / a.n_groups;
+  const int64_t blocks = ceil_div(channels, width);
+  const int64_t first = blockIdx.x % blocks * width;
+  const int64_t group = blockIdx.x / blocks % a.n_groups;
+  const int64_t sequence = blockIdx.x / blocks / a.n_groups;
+  Rows rows = rows_of(sequence / chunks.count, a.L, a.cu_seqlens);
   if (chunks.count > 1) {
-    const std::int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
+    const int64_t skip = min(rows.count, sequence % chunks.count * chunks.length);
     rows = {rows.first + skip, min(chunks.length, rows.count - skip)};
   }
   return {sequence, rows,
           group,    group * channels + first,
-          width,    int(min(channels - first, std::int64_t(width))),
+          width,    int(min(channels - first, int64_t(width))),
           threads};
 }
 
@@ -743,7 +748,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
   const int lane = threadIdx.x % 32;
   const int s = lane_bits<Tile::kStateBits>(lane),
             c = threadIdx.x / 32 * Tile::kPerWarp + lane_bits<31 - Tile::kStateBits>(lane);
-  const std::int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
+  const int64_t d = block.channel + c, state = (block.sequence * a.d_inner + d) * a.d_state;
   const bool exists = c < block.n_channels;
 
   // A log2(e) is kept, so that exp(delta A) is one multiply and one exp2.
@@ -789,7 +794,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
       }
   };
 
-  const int tiles = (block.rows.count + Tile::kSteps - 1) / Tile::kSteps;
+  const int tiles = ceil_div(block.rows.count, Tile::kSteps);
   for (int i = 0; i < tiles; ++i) {
     // Feeders wrote input and BC of tile i, finishers have read y of tile i - 2.
     meet(block.threads);
@@ -830,7 +835,7 @@ __device__ inline void walk_time(const ScanArgs<T>& a, const Chunks& chunks, con
 #pragma unroll
   for (int p = 0; p < kStates; ++p) {
     const int n = s * kStates + p;
-    if (exists && n < a.d_state && a.h_T) a.h_T[state + n] = h[p];
+    if (exists && n < a.d_state && a.hT) a.hT[state + n] = h[p];
   }
 }
 
@@ -843,7 +848,7 @@ struct Share {
   static constexpr int rows() {
     int most = 0;
     for (int threads = 1; threads <= kColumns / kServed; ++threads) {
-      const int stride = kThreads / threads, rows = (Tile::kSteps + stride - 1) / stride;
+      const int stride = kThreads / threads, rows = ceil_div(Tile::kSteps, stride);
       most = rows > most ? rows : most;
     }
     return most;
@@ -876,9 +881,9 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   const typename Ring::ShareD my(me, block.width / n);
   const typename Ring::ShareN my_N(Tile::kFeeders - 1 - me,
                                    Tile::kN / n);  // from the other end
-  const std::int64_t d = block.channel + my.column;
+  const int64_t d = block.channel + my.column;
   const bool exists = my.column < block.n_channels, exists_N = my_N.column < a.d_state;
-  const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
+  const int length = block.rows.count, tiles = ceil_div(length, kSteps);
 
   float bias[n], total[n];
 #pragma unroll
@@ -886,8 +891,8 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
     bias[k] = a.delta_bias && exists ? a.delta_bias[d + k] : 0.f;
     total[k] = 0.f;  // of delta_t
   }
-  const std::int64_t first = block.rows.first + my.first, first_N = block.rows.first + my_N.first;
-  const std::int64_t column_N = block.group * a.d_state + my_N.column;
+  const int64_t first = block.rows.first + my.first, first_N = block.rows.first + my_N.first;
+  const int64_t column_N = block.group * a.d_state + my_N.column;
   const T* x = a.x + first * a.x_stride + d;
   const T* delta = a.delta + first * a.delta_stride + d;
   const T* B = a.B + first_N * a.B_stride + column_N;
@@ -898,7 +903,7 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int r = 0; r < Ring::ShareD::kRows; ++r) {
       if (!my.has(r)) break;
-      const std::int64_t row = r * my.stride;
+      const int64_t row = r * my.stride;
       const bool inside = exists && i * kSteps + my.row(r) < length;
       copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside);
       copy_async(&ring.delta[slot][r][me], delta + row * a.delta_stride, inside);
@@ -906,7 +911,7 @@ __device__ inline void feed_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int r = 0; r < Ring::ShareN::kRows; ++r) {
       if (!my_N.has(r)) break;
-      const std::int64_t row = r * my_N.stride;
+      const int64_t row = r * my_N.stride;
       const bool inside = exists_N && i * kSteps + my_N.row(r) < length;
       copy_async(&ring.B[slot][r][me], B + row * a.B_stride, inside);
       copy_async(&ring.C[slot][r][me], C + row * a.C_stride, inside);
@@ -992,9 +997,9 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
   using Ring = FinisherRing<T, Tile>;
   constexpr int kSteps = Tile::kSteps, kDepth = Ring::kDepth, n = kServed;
   const typename Ring::ShareD my(me, block.width / n);
-  const std::int64_t d = block.channel + my.column, first = block.rows.first + my.first;
+  const int64_t d = block.channel + my.column, first = block.rows.first + my.first;
   const bool exists = my.column < block.n_channels;
-  const int length = block.rows.count, tiles = (length + kSteps - 1) / kSteps;
+  const int length = block.rows.count, tiles = ceil_div(length, kSteps);
   float D[n];
 #pragma unroll
   for (int k = 0; k < n; ++k) D[k] = a.D && exists ? a.D[d + k] : 0.f;
@@ -1007,7 +1012,7 @@ __device__ inline void finish_tiles(const ScanArgs<T>& a, const Chunks& chunks,
 #pragma unroll
     for (int r = 0; r < Ring::ShareD::kRows; ++r) {
       if (!my.has(r)) break;
-      const std::int64_t row = r * my.stride;
+      const int64_t row = r * my.stride;
       const bool inside = exists && a.out && i * kSteps + my.row(r) < length;
       copy_async(&ring.x[slot][r][me], x + row * a.x_stride, inside && a.D);
       copy_async(&ring.z[slot][r][me], z + row * a.z_stride, inside && a.z);
@@ -1087,21 +1092,21 @@ __global__ void __launch_bounds__(Tile::kThreads, kBlocksPerSM)
 // the exps, for `count` times the parallelism.
 template <class T>
 __global__ void selective_scan_chunk_start_kernel(ScanArgs<T> a, Chunks chunks, float* states) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  const std::int64_t per_sequence = a.d_inner * a.d_state;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t per_sequence = a.d_inner * a.d_state;
   if (i >= a.batch * per_sequence) return;
-  const std::int64_t dn = i % per_sequence, d = dn / a.d_state, b = i / per_sequence;
+  const int64_t dn = i % per_sequence, d = dn / a.d_state, b = i / per_sequence;
   const float A = kLog2e * a.A[dn];
   float h = a.h0 ? a.h0[i] : 0.f;
-  for (std::int64_t k = b * chunks.count; k < (b + 1) * chunks.count; ++k) {
+  for (int64_t k = b * chunks.count; k < (b + 1) * chunks.count; ++k) {
     const float last = states[k * per_sequence + dn];
     states[k * per_sequence + dn] = h;
     h = fmaf(exp2_approx(A * chunks.total[k * a.d_inner + d]), h, last);
   }
-  if (a.h_T) a.h_T[i] = h;
+  if (a.hT) a.hT[i] = h;
 }
 
-// One token: x, delta, z, out (batch, d_inner), h_T (batch, d_inner, d_state) advanced in
+// One token: x, delta, z, out (batch, d_inner), hT (batch, d_inner, d_state) advanced in
 // place. Four lanes share a channel and take kVector (4, or 1 if not aligned) neighbouring
 // states each, so a warp reads and writes whole lines of h, which is nearly all the
 // traffic. Grid: batch d_inner channels in blocks of 32.
@@ -1109,16 +1114,16 @@ constexpr int kStepLanes = 4, kStepThreads = 128;
 
 template <class T, int kVector>
 __global__ void __launch_bounds__(kStepThreads) selective_scan_step_kernel(ScanArgs<T> a) {
-  const std::int64_t i = (std::int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
+  const int64_t i = (int64_t(blockIdx.x) * kStepThreads + threadIdx.x) / kStepLanes;
   const int lane = threadIdx.x % kStepLanes, N = a.d_state;
   if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
-  const std::int64_t d = i % a.d_inner, b = i / a.d_inner;
+  const int64_t d = i % a.d_inner, b = i / a.d_inner;
   if (a.done && a.done[b]) return;
-  const std::int64_t group = d / (a.d_inner / a.n_groups);
+  const int64_t group = d / (a.d_inner / a.n_groups);
   const T* B = a.B + b * a.B_stride + group * N;
   const T* C = a.C + b * a.C_stride + group * N;
   const float* A = a.A + d * N;
-  float* h = a.h_T + i * N;
+  float* h = a.hT + i * N;
   const float x = to_float(a.x[b * a.x_stride + d]);
   float delta = to_float(a.delta[b * a.delta_stride + d]) + (a.delta_bias ? a.delta_bias[d] : 0.f);
   if (a.delta_softplus) delta = softplus(delta);
@@ -1182,7 +1187,7 @@ constexpr int scan_bytes() {  // of shared memory
 
 template <class Tile, int kBlocksPerSM, class T>
 void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStream_t stream) {
-  const std::int64_t blocks =
+  const int64_t blocks =
       a.batch * chunks.count * a.n_groups * ceil_div(a.d_inner / a.n_groups, width);
   const int walkers = width * Tile::kLanes / 32;  // warps
   const auto warps = [&](int first_server) {
@@ -1204,34 +1209,34 @@ void launch_fused(const ScanArgs<T>& a, const Chunks& chunks, int width, cudaStr
 // part of the GPU idle, and the sequence is so long that two passes by all of it win.
 // Measured on an H100, a row costs 18 ns in one pass, 200 ns in both passes over a chunk,
 // and splitting costs 22 us.
-inline std::int64_t scan_chunks(std::int64_t batch, std::int64_t L, std::int64_t d_inner) {
+inline int64_t scan_chunks(int64_t batch, int64_t L, int64_t d_inner) {
   if (batch * ceil_div(d_inner, 16) >= multiprocessors()) return 1;
-  const std::int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
-  const std::int64_t count = std::max<std::int64_t>(1, std::min(room, L / 128));
+  const int64_t room = 2 * multiprocessors() / (batch * ceil_div(d_inner, 64));
+  const int64_t count = std::max<int64_t>(1, std::min(room, L / 128));
   return 18 * L > 200 * L / count + 22000 ? count : 1;
 }
 
 template <class Tile, int kBlocksPerSM, class T>
-void launch_scan(const ScanArgs<T>& a, std::int64_t count, float* workspace, cudaStream_t stream,
+void launch_scan(const ScanArgs<T>& a, int64_t count, float* workspace, cudaStream_t stream,
                  int width = Tile::kChannels) {
   if (count == 1) return launch_fused<Tile, kBlocksPerSM>(a, Chunks{}, width, stream);
-  const std::int64_t states = a.batch * a.d_inner * a.d_state;
+  const int64_t states = a.batch * a.d_inner * a.d_state;
   const Chunks chunks{count, ceil_div(a.L, count), workspace + count * states};
   ScanArgs<T> pass = a;
-  pass.h0 = nullptr, pass.h_T = workspace, pass.out = nullptr;
+  pass.h0 = nullptr, pass.hT = workspace, pass.out = nullptr;
   launch_fused<Tile, kBlocksPerSM>(pass, chunks, width, stream);
   selective_scan_chunk_start_kernel<<<ceil_div(states, 128), 128, 0, stream>>>(a, chunks,
                                                                                workspace);
   CUDA_CHECK(cudaGetLastError());
-  pass.h0 = workspace, pass.h_T = nullptr, pass.out = a.out;
+  pass.h0 = workspace, pass.hT = nullptr, pass.out = a.out;
   launch_fused<Tile, kBlocksPerSM>(pass, Chunks{count, chunks.length, nullptr}, width, stream);
 }
 
 // Bytes of workspace that `selective_scan` needs: 0 unless it cuts the sequence.
 template <class T>
-std::size_t selective_scan_workspace(const ScanArgs<T>& a) {
+size_t selective_scan_workspace(const ScanArgs<T>& a) {
   if (a.batch * a.d_inner == 0) return 0;
-  const std::int64_t count = scan_chunks(a.batch, a.L, a.d_inner);
+  const int64_t count = scan_chunks(a.batch, a.L, a.d_inner);
   return count == 1 ? 0 : sizeof(float) * count * a.batch * a.d_inner * (a.d_state + 1);
 }
 
@@ -1252,16 +1257,16 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
          a.d_inner);
   }
   if (a.batch * a.d_inner == 0) return;
-  const std::int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
+  const int64_t chunks = scan_chunks(a.batch, a.L, a.d_inner), N = a.d_state;
   if (!reads_four(a)) return selective_scan_naive(a, stream);
   if (N > 64)
     return launch_scan<ScanTile<8, 32, 4, 8, 64, 4, 256>, 2>(a, chunks, workspace, stream);
   if (N > 16)
     return launch_scan<ScanTile<4, 16, 8, 32, 64, 2, 256>, 2>(a, chunks, workspace, stream);
-  const std::int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
-                     width = a.d_inner / a.n_groups;
+  const int64_t SMs = multiprocessors(), groups = a.batch * a.n_groups,
+                width = a.d_inner / a.n_groups;
   // Channels of a block, in steps, if an SM takes `rounds` of them; past `most` if it cannot.
-  const auto share = [&](int step, int most, std::int64_t rounds) {
+  const auto share = [&](int step, int most, int64_t rounds) {
     int channels = step;
     while (channels <= most && groups * ceil_div(width, channels) > rounds * SMs) channels += step;
     return channels;
@@ -1273,7 +1278,7 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
     const int narrow = share(NarrowScan::kPerWarp, NarrowScan::kChannels, 1);
     if (narrow <= NarrowScan::kChannels && scan_bytes<T, NarrowScan>() <= shared_bytes())
       return launch_scan<NarrowScan, 1>(a, chunks, workspace, stream, narrow);
-    for (std::int64_t rounds = 1; scan_bytes<T, WideScan>() <= shared_bytes(); ++rounds) {
+    for (int64_t rounds = 1; scan_bytes<T, WideScan>() <= shared_bytes(); ++rounds) {
       const int wide = share(WideScan::kPerWarp, WideScan::kChannels, rounds);
       if (wide <= WideScan::kChannels)
         return launch_scan<WideScan, 1>(a, chunks, workspace, stream, wide);
@@ -1285,9 +1290,9 @@ void selective_scan(const ScanArgs<T>& a, float* workspace, cudaStream_t stream)
 template <class T>
 void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
   if (a.batch * a.d_inner == 0) return;
-  const bool aligned = aligned4(a.A, a.d_state) && aligned4(a.h_T, a.d_state) &&
+  const bool aligned = aligned4(a.A, a.d_state) && aligned4(a.hT, a.d_state) &&
                        aligned4(a.B, a.B_stride) && aligned4(a.C, a.C_stride);
-  const std::int64_t blocks = ceil_div(a.batch * a.d_inner * kStepLanes, kStepThreads);
+  const int64_t blocks = ceil_div(a.batch * a.d_inner * kStepLanes, kStepThreads);
   const auto kernel = aligned ? selective_scan_step_kernel<T, 4> : selective_scan_step_kernel<T, 1>;
   kernel<<<blocks, kStepThreads, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
@@ -1306,14 +1311,10 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
 //   Y  = a(-1, t) (C h^T)  +  M X          M[t,s] = a(s, t) delta_s (C_t . B_s) for s <= t
 //   h' = a(-1, Q-1) h      +  X^T diag(a(s, Q-1) delta_s) B
 //
-// kernel                idea                                         parallel over
-// ssd_naive_kernel      the recurrence as written                    batch, head, p
-// ssd_fused_kernel      the matrix form on tensor cores              batch, 64-128 rows (head, p)
-// ssd_warpgroup_kernel  the same on Hopper's asynchronous ones       batch, 192 rows (head, p)
-// ssd_step_kernel       one step: read h, write h                    batch, head
-//
-// Either fused kernel can cut a sequence into segments: first the states at their ends, then,
-// each segment from the state before it, the outputs (ssd_split). float32 takes the naive one.
+// The two kernels that do so, ssd_fused_kernel and on Hopper ssd_warpgroup_kernel, share their
+// parts. Either can cut a sequence into segments: first the states at their ends, then, each
+// segment from the state before it, the outputs (ssd_split). float32, and shapes that are not in
+// tiles (head_dim not a multiple of 64, or d_state above 256), take the naive one.
 // ---------------------------------------------------------------------------------------
 
 // A batch of sequences, time-major. A row (one token) of x holds heads * head_dim values, of B
@@ -1322,7 +1323,7 @@ void selective_scan_step(const ScanArgs<T>& a, cudaStream_t stream) {
 template <class T>
 struct SsdArgs {
   int64_t batch = 0, L = 0;
-  int heads = 0, head_dim = 0, d_state = 0, groups = 1;
+  int n_heads = 0, head_dim = 0, d_state = 0, n_groups = 1;
   const T* x = nullptr;   // (batch, L, heads, head_dim)
   const T* dt = nullptr;  // (batch, L, heads), raw
   const T* B = nullptr;   // (batch, L, groups, d_state)
@@ -1339,164 +1340,63 @@ struct SsdArgs {
   // cu_seqlens[b] .. cu_seqlens[b + 1] of one long batch, none longer than L. Null: all have L.
   const int64_t* cu_seqlens = nullptr;  // (batch + 1)
   const int* done = nullptr;            // step: (batch), where not 0 the state stays
-  void* workspace = nullptr;            // ssd_workspace_bytes(args) bytes, if that is not 0
+  void* workspace = nullptr;            // ssd_workspace_bytes(a) bytes, if that is not 0
 };
 
-struct SsdSpan {
-  int64_t first, length;
-};  // tokens of one sequence
-
+// delta of a head: softplus(dt + dt_bias), clamped.
 template <class T>
-__device__ SsdSpan ssd_span(const SsdArgs<T>& args, int64_t b) {
-  if (!args.cu_seqlens) return {b * args.L, args.L};
-  return {args.cu_seqlens[b], args.cu_seqlens[b + 1] - args.cu_seqlens[b]};
-}
-
-// softplus(v) = log(1 + exp(v)), clamped; above 20 it is v to the last bit.
-__device__ inline float ssd_delta(float v, float dt_min, float dt_max) {
-  return fminf(fmaxf(v > 20.f ? v : log1pf(expf(v)), dt_min), dt_max);
+__device__ inline float ssd_delta(const SsdArgs<T>& a, float v) {
+  return a.delta_ratio * fminf(fmaxf(softplus(v), a.dt_min), a.dt_max);
 }
 
 // --- naive: the recurrence as written. One warp per (batch, head, p) walks time; lane i keeps
 // states i, i + 32, ... of h[p,:] in registers and the lanes add up h_t . C_t.
 
-inline constexpr int kSsdNaiveStates = 8;  // registers per lane: d_state <= 256
+constexpr int kSsdNaiveStates = 8;  // registers per lane: d_state <= 256
 
 template <class T>
-__global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> args) {
+__global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> a) {
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x * int64_t{4} + threadIdx.x / 32;  // (b, head, p)
-  if (row >= args.batch * args.heads * args.head_dim) return;
-  const int64_t channel = row % (args.heads * args.head_dim);
-  const int head = channel / args.head_dim, N = args.d_state;
-  const int64_t group = head / (args.heads / args.groups);
-  const SsdSpan span = ssd_span(args, row / (args.heads * args.head_dim));
-  const float A = args.A[head], D = args.D ? args.D[head] : 0.f;
-  const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
+  if (row >= a.batch * a.n_heads * a.head_dim) return;
+  const int64_t channel = row % (a.n_heads * a.head_dim);
+  const int head = channel / a.head_dim, N = a.d_state;
+  const int64_t group = head / (a.n_heads / a.n_groups);
+  const Rows rows = rows_of(row / (a.n_heads * a.head_dim), a.L, a.cu_seqlens);
+  const float A = a.A[head], D = a.D ? a.D[head] : 0.f;
+  const float dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
 
   float h[kSsdNaiveStates];
   for (int i = 0; i < kSsdNaiveStates; ++i) {
     const int n = lane + 32 * i;
-    h[i] = args.h0 && n < N ? args.h0[row * N + n] : 0.f;
+    h[i] = a.h0 && n < N ? a.h0[row * N + n] : 0.f;
   }
-  for (int64_t t = span.first; t < span.first + span.length; ++t) {
-    const float dt = to_float(args.dt[t * args.dt_stride + head]);
-    const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const float dt = to_float(a.dt[t * a.dt_stride + head]);
+    const float delta = ssd_delta(a, dt + dt_bias);
     const float decay = expf(delta * A);
-    const float x = to_float(args.x[t * args.x_stride + channel]);
+    const float x = to_float(a.x[t * a.x_stride + channel]);
     float y = 0;
     for (int i = 0; i < kSsdNaiveStates; ++i) {
       const int n = lane + 32 * i;
       if (n >= N) break;
-      const float B = to_float(args.B[t * args.B_stride + group * N + n]);
-      const float C = to_float(args.C[t * args.C_stride + group * N + n]);
+      const float B = to_float(a.B[t * a.B_stride + group * N + n]);
+      const float C = to_float(a.C[t * a.C_stride + group * N + n]);
       h[i] = decay * h[i] + delta * x * B;
       y += h[i] * C;
     }
     for (int d = 16; d > 0; d /= 2) y += __shfl_xor_sync(~0u, y, d);
-    if (lane == 0) args.out[t * args.out_stride + channel] = from_float<T>(y + D * x);
+    if (lane == 0) a.out[t * a.out_stride + channel] = from_float<T>(y + D * x);
   }
   for (int i = 0; i < kSsdNaiveStates; ++i) {
     const int n = lane + 32 * i;
-    if (args.hT && n < N) args.hT[row * N + n] = h[i];
+    if (a.hT && n < N) a.hT[row * N + n] = h[i];
   }
 }
 
-// --- tensor-core vocabulary (PTX ISA, "mma.m16n8k16" and "ldmatrix"). In a warp, lane l is
-// g = l / 4, q = l % 4. Operand A (16 x 16): register pairs at rows g, g + 8 and columns 2q, 2q + 1
-// (+ 8). Operand B (16 x 8): rows 2q, 2q + 1 (+ 8), column g. Result (16 x 8): rows g, g + 8,
-// columns 2q, 2q + 1. So a result packed to 16 bits is operand A as it stands, and the
-// transpose of a result is operand B as it stands.
+// --- what a block of a tensor-core rung works on
 
-template <class T>
-struct Pair;  // two 16-bit values in one register, the first in the low half
-
-template <>
-struct Pair<__nv_bfloat16> {
-  __device__ static uint32_t pack(float lo, float hi) {
-    uint32_t r;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-  }
-  __device__ static float2 unpack(uint32_t r) {
-    return {__uint_as_float(r << 16), __uint_as_float(r & 0xffff0000u)};
-  }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-template <>
-struct Pair<__half> {
-  __device__ static uint32_t pack(float lo, float hi) {
-    uint32_t r;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-    return r;
-  }
-  __device__ static float2 unpack(uint32_t r) {
-    return __half22float2(reinterpret_cast<const __half2&>(r));
-  }
-  __device__ static void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-        "{%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
-};
-
-// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8 (16 bytes of shared memory).
-__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ inline uint32_t transpose_matrix(uint32_t r) {
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
-  return r;
-}
-
-// Tiles in shared memory: rows of kCols 16-bit values in pieces of 16 bytes. Piece c of row r
-// lies at c ^ (r % 8), so that the eight rows of a matrix, and one row, touch all banks once.
-template <int kCols>
-__device__ uint32_t tile_offset(uint32_t row, uint32_t piece) {
-  return row * (kCols * 2) + piece / 8 * 128 + ((piece ^ row) & 7) * 16;
-}
-
-// The address `pieces` to the right in the same row, where that carries nothing: the piece that
-// `address` names has no bit in common with `pieces`.
-__device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
-  return (address ^ (pieces % 8 * 16)) + pieces / 8 * 128;
-}
-
-// --- fused: the matrix form, one pass over global memory.
-//
-// Block: 4 warps, one segment of one sequence, 4 * 16 * kRowTiles rows (head, p) of one group
-//        (P = 64, kRowTiles = 2: two heads). A warp owns 16 * kRowTiles rows of one head.
-// Registers: the warp's rows of h in float32, for the whole segment.
-// Shared: C, B and x of two chunks (this one, and the next on its way); the decays of both;
-//        M of this chunk, one for each head of the block from one product C B^T.
-// Everything is computed transposed, rows p down and time across: Y^T = h C^T + X^T M^T and
-// h' = X^T B. Then h, a result, is operand A of the next product without leaving its
-// registers, and so is the only large thing that is carried from chunk to chunk.
-// Rounding to 16 bits, beside inputs and outputs: M, h (as a factor; the carried h stays
-// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for h_T,
-// to first order. In float16, as in every such format, M and h must also stay below 65504.
-//
-// kOutputs = false makes the state at the end of the segment from a zero start, and nothing
-// else: the first of the two launches when the sequence is split (see ssd).
-
-inline constexpr int kSsdChunk = 64;
-inline constexpr int kSsdSteps = 64;  // columns t of Y^T in registers at a time
+constexpr int kSsdChunk = 64;  // steps of a chunk
 
 struct SsdSegments {
   int64_t length = 0;      // tokens in a segment, a multiple of kSsdChunk
@@ -1505,7 +1405,55 @@ struct SsdSegments {
   float* decay = nullptr;  // (count - 1, batch, heads): of a state that passes the segment
 };
 
-// The decays of one head in one chunk, in shared memory.
+// One segment of one sequence, and some rows (head, p) of one group.
+struct SsdBlock {
+  int64_t b, segment;       // the sequence; its segment
+  int64_t row, begin, end;  // row of the sequence's first token; the segment's steps
+  int group, first;         // the group; the block's first row (head, p) in it
+  bool last, idle;          // the sequence's last segment; nothing to do
+};
+
+// Neighbouring blocks have the same segment and group, and share B and C through L2.
+template <int kRows, bool kOutputs, class T>
+__device__ inline SsdBlock ssd_block(const SsdArgs<T>& a, const SsdSegments& segments) {
+  const int tiles = ceil_div(a.n_heads / a.n_groups * a.head_dim, kRows);
+  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
+  SsdBlock block;
+  int64_t i = blockIdx.x;
+  block.first = i % tiles * kRows;
+  block.group = (i /= tiles) % a.n_groups;
+  block.segment = (i /= a.n_groups) % launched, block.b = i / launched;
+  const Rows rows = rows_of(block.b, a.L, a.cu_seqlens);
+  block.row = rows.first, block.begin = block.segment * segments.length;
+  block.last = block.begin + segments.length >= rows.count;
+  block.end = block.last ? rows.count : block.begin + segments.length;
+  // A shorter sequence has fewer segments, and no segment wants the state after the last.
+  block.idle = (block.begin > 0 && block.begin >= rows.count) || (!kOutputs && block.last);
+  return block;
+}
+
+// Steps of the chunk that starts at t, 0 or less beyond the end of the segment.
+__device__ inline int steps_from(const SsdBlock& block, int64_t t) {
+  return min(block.end - t, int64_t{kSsdChunk});
+}
+
+// Rows of one head, from row `offset` of the block. Those beyond the group are computed on zeros,
+// with the decays of the block's first head, and stored nowhere.
+struct SsdRows {
+  bool active;
+  int head, p;
+};
+template <class T>
+__device__ inline SsdRows ssd_rows(const SsdArgs<T>& a, const SsdBlock& block, int offset) {
+  const int heads = a.n_heads / a.n_groups;
+  const bool active = block.first + offset < heads * a.head_dim;
+  const int row = block.first + (active ? offset : 0);
+  return {active, block.group * heads + row / a.head_dim, row % a.head_dim};
+}
+
+// --- decays
+
+// Those of one head in one chunk, in shared memory.
 struct SsdDecays {
   float cum[kSsdChunk];     // log2 a(-1, t), so that a(s, t) delta_s = 2^(cum[t] - source[s])
   float source[kSsdChunk];  // cum[s] - log2 delta_s: infinite beyond the end, where delta is 0
@@ -1513,47 +1461,36 @@ struct SsdDecays {
   float fade[kSsdChunk];    // a(s, 63) delta_s
 };
 
-template <int kStates, int kRowTiles, bool kOutputs>
-struct SsdTiles {  // bytes of shared memory
-  static constexpr int kRows = 4 * 16 * kRowTiles;
-  static constexpr int kHeads = kRowTiles == 2 ? 2 : 4;  // at most, in these rows
-  static constexpr int kBC = kSsdChunk * kStates * 2, kX = kSsdChunk * kRows * 2;
-  static constexpr int kStage = (kOutputs ? 2 : 1) * kBC + kX;
-  static constexpr int kMask = kOutputs ? 10 * 512 : 0;  // M of a head: 10 tiles of 16 x 16
-  static constexpr int kTurn = kOutputs ? 8 * kRows * 2 : 0;
-  static constexpr int kMasks = 2 * kStage, kTurns = kMasks + kHeads * kMask;  // offsets
-  static constexpr int kDecays = kTurns + kTurn;
-  static constexpr int kBytes = kDecays + 2 * kHeads * int(sizeof(SsdDecays));
+struct SsdHead {
+  int index;
+  float A_log2, dt_bias;  // A log2(e)
 };
-
-// 64 rows of a (time, channel) matrix, valid_rows of them and valid_cols columns real.
-template <int kCols, class T>
-__device__ void ssd_copy_tile(uint32_t tile, const T* from, int64_t stride, int valid_rows,
-                              int valid_cols) {
-  constexpr int kPieces = kCols / 8, kRowStep = 128 / kPieces;
-  const int piece = threadIdx.x % kPieces;
-  int row = threadIdx.x / kPieces;
-  from += row * stride + piece * 8;
-  if (piece * 8 >= valid_cols) valid_rows = 0;
-#pragma unroll
-  for (int i = 0; i < kSsdChunk / kRowStep; ++i, row += kRowStep, from += kRowStep * stride)
-    copy_async(tile + tile_offset<kCols>(row, piece), from, row < valid_rows);
+template <class T>
+__device__ inline SsdHead ssd_head(const SsdArgs<T>& a, int head) {
+  return {head, a.A[head] * kLog2e, a.dt_bias ? a.dt_bias[head] : 0.f};
 }
 
-// By one warp; lane i has raw dt, bias added, of steps 2i and 2i + 1.
+// Raw dt of a head for make_decays: lane i has steps t + 2i and t + 2i + 1.
 template <class T>
-__device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, float A_log2,
-                           int valid_rows) {
+__device__ inline void load_dt(T (&dt)[2], const SsdArgs<T>& a, const SsdBlock& block, int head,
+                               int64_t t) {
+  const int lane = threadIdx.x % 32, left = steps_from(block, t) - 2 * lane;
+  const T* from = a.dt + (block.row + t + 2 * lane) * a.dt_stride + head;
+  dt[0] = left > 0 ? from[0] : T();
+  dt[1] = left > 1 ? from[a.dt_stride] : T();
+}
+
+// By one warp, from dt of load_dt; `steps` of the chunk exist.
+template <class T>
+__device__ inline void make_decays(SsdDecays& to, const SsdArgs<T>& a, const SsdHead& head,
+                                   const T (&dt)[2], int steps) {
   const int lane = threadIdx.x % 32;
-  const float delta0 =
-      2 * lane < valid_rows ? args.delta_ratio * ssd_delta(dt.x, args.dt_min, args.dt_max) : 0.f;
-  const float delta1 = 2 * lane + 1 < valid_rows
-                           ? args.delta_ratio * ssd_delta(dt.y, args.dt_min, args.dt_max)
-                           : 0.f;
+  const float delta0 = 2 * lane < steps ? ssd_delta(a, to_float(dt[0]) + head.dt_bias) : 0.f;
+  const float delta1 = 2 * lane + 1 < steps ? ssd_delta(a, to_float(dt[1]) + head.dt_bias) : 0.f;
   // A step that decays by 2^-152 or more leaves 0 in float32; stopping there bounds the sums
   // to 64 * 152, and so the rounding of their differences.
-  const float first = fmaxf(delta0 * A_log2, -152.f);
-  const float both = first + fmaxf(delta1 * A_log2, -152.f);
+  const float first = fmaxf(delta0 * head.A_log2, -152.f);
+  const float both = first + fmaxf(delta1 * head.A_log2, -152.f);
   float sum = both;  // inclusive scan over the lanes
   for (int d = 1; d < 32; d *= 2) {
     const float left = __shfl_up_sync(~0u, sum, d);
@@ -1569,376 +1506,117 @@ __device__ void ssd_decays(SsdDecays& to, const SsdArgs<T>& args, float2 dt, flo
                                               exp2_approx(total - source.y)};
 }
 
-template <class T, int kStates, int kRowTiles, bool kOutputs>
-__global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
-    ssd_fused_kernel(SsdArgs<T> args, SsdSegments segments) {
-  using Tiles = SsdTiles<kStates, kRowTiles, kOutputs>;
-  using P2 = Pair<T>;
-  constexpr int kWarpRows = 16 * kRowTiles, kRows = Tiles::kRows, kHeads = Tiles::kHeads;
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int P = args.head_dim, N = args.d_state;
+// --- tiles in shared memory: 64 rows of 16-bit values, one row a step, in columns of 64 values
+// (128 bytes), each column 64 x 128 bytes on its own. In a column, piece c (16 bytes) of row r lies
+// at c ^ (r % 8), so that the eight rows of a matrix, and one row, touch all banks once ("128-byte
+// swizzle").
 
-  // Block -> (b, segment, group, rows). Neighbouring blocks share B and C through L2.
-  const int heads_per_group = args.heads / args.groups, group_rows = heads_per_group * P;
-  const int tiles = (group_rows + kRows - 1) / kRows;
-  int64_t block = blockIdx.x;
-  const int row0 = block % tiles * kRows;  // first row of the block in its group
-  const int group = (block /= tiles) % args.groups;
-  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
-  const int64_t segment = (block /= args.groups) % launched, b = block / launched;
-  const SsdSpan span = ssd_span(args, b);
-  const int64_t begin = segment * segments.length;
-  const bool last = begin + segments.length >= span.length;
-  const int64_t end = last ? span.length : begin + segments.length;
-  if (begin > 0 && begin >= span.length) return;  // a shorter sequence has fewer segments
-  if (!kOutputs && last) return;                  // no segment follows that would want it
+constexpr int kSsdColumn = 64 * 128;
 
-  // Warp -> rows of one head; a warp beyond the group computes on zeros and stores nothing.
-  const int warp_row = row0 + warp * kWarpRows;
-  const bool active = warp_row < group_rows;
-  const int head0 = group * heads_per_group + row0 / P;  // the block's first
-  const int heads = min(row0 + kRows - 1, group_rows - 1) / P - row0 / P + 1;
-  const int slot = active ? warp_row / P - row0 / P : 0, head = head0 + slot;
-  const int p0 = active ? warp_row % P : 0;
-
-  extern __shared__ __align__(128) char shared[];
-  const uint32_t stage0 = __cvta_generic_to_shared(shared);
-  uint4* masks = reinterpret_cast<uint4*>(shared + Tiles::kMasks) + lane;
-  char* turn = shared + Tiles::kTurns + warp * (Tiles::kTurn / 4);
-  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2][kHeads]
-
-  // Where a lane points ldmatrix: at matrices side by side (two pieces of 8 rows, then the
-  // next 8 rows), or one above the other (two times 8 rows, then the next piece).
-  const int beside_row = lane / 16 * 8 + lane % 8, beside_piece = lane / 8 % 2;
-  const int above_row = lane / 8 % 2 * 8 + lane % 8, above_piece = lane / 16;
-  const uint32_t beside_BC = tile_offset<kStates>(beside_row, beside_piece);
-  const uint32_t above_BC = tile_offset<kStates>(above_row, above_piece);
-  const uint32_t beside_x =
-      Tiles::kBC + tile_offset<kRows>(beside_row, warp * kWarpRows / 8 + beside_piece);
-  constexpr int kRowBC = kStates * 2, kRowX = kRows * 2;  // in bytes
-
-  const auto copy_chunk = [&](int64_t t, uint32_t stage) {
-    const int64_t token = span.first + t;
-    const int64_t bc = int64_t{group} * N;
-    const int rows = min(end - t, int64_t{kSsdChunk});
-    ssd_copy_tile<kStates>(stage, args.B + token * args.B_stride + bc, args.B_stride, rows, N);
-    ssd_copy_tile<kRows>(stage + Tiles::kBC,
-                         args.x + token * args.x_stride + int64_t{group} * group_rows + row0,
-                         args.x_stride, rows, group_rows - row0);
-    if (kOutputs)
-      ssd_copy_tile<kStates>(stage + Tiles::kBC + Tiles::kX, args.C + token * args.C_stride + bc,
-                             args.C_stride, rows, N);
-    copy_async_commit();
-  };
-
-  // The last warps, which have the fewest tiles of M, each make the decays of one head.
-  const int decay_slot = 3 - warp, decay_head = head0 + min(decay_slot, heads - 1);
-  const float A_log2 = args.A[decay_head] * 1.44269504f;
-  const float dt_bias = args.dt_bias ? args.dt_bias[decay_head] : 0.f;
-  const auto load_dt = [&](int64_t t) {
-    const T* dt = args.dt + (span.first + t + 2 * lane) * args.dt_stride + decay_head;
-    const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
-    return float2{left > 0 ? to_float(dt[0]) + dt_bias : 0.f,
-                  left > 1 ? to_float(dt[args.dt_stride]) + dt_bias : 0.f};
-  };
-
-  // h[i][j]: rows p0 + 16i + g (+ 8 for elements 2, 3), columns 8j + 2q, + 1. visit calls
-  // f(offset in (heads, P, N), two elements) for each pair that exists.
-  float h[kRowTiles][kStates / 8][4];
-  const auto visit = [&](auto f) {
-#pragma unroll
-    for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-      for (int j = 0; j < kStates / 8; ++j)
-#pragma unroll
-        for (int k = 0; k < 4; k += 2)
-          if (active && 8 * j + 2 * q < N)
-            f((int64_t{head} * P + p0 + 16 * i + g + 4 * k) * N + 8 * j + 2 * q, h[i][j][k],
-              h[i][j][k + 1]);
-  };
-  const int64_t state_size = int64_t{args.heads} * P * N;
-
-  if (begin < end) copy_chunk(begin, stage0);
-  float2 dt = load_dt(begin);
-  if (decay_slot < heads)
-    ssd_decays(decays[decay_slot], args, dt, A_log2, min(end - begin, int64_t{kSsdChunk}));
-  dt = load_dt(begin + kSsdChunk);
-  for (auto& rows : h)
-    for (auto& tile : rows) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-  if (kOutputs && args.h0)
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(args.h0 + b * state_size + offset);
-      h0 = v.x, h1 = v.y;
-    });
-  for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
-    const float decay = segments.decay[(s * args.batch + b) * args.heads + head];
-    const float* state = segments.state + (s * args.batch + b) * state_size;
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(state + offset);
-      h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
-    });
-  }
-  float segment_decay = 1;
-
-  int parity = 0;  // of the chunk: which stage, which decays
-#pragma unroll 1
-  for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk, parity ^= 1) {
-    const uint32_t stage = stage0 + parity * Tiles::kStage;
-    const uint32_t tile_B = stage, tile_C = stage + Tiles::kBC + Tiles::kX;
-    const SsdDecays* now = decays + parity * kHeads;
-    const int64_t next = t0 + kSsdChunk;
-    copy_async_wait();
-    // This chunk's copies and decays before their reads; and all reads of the previous chunk
-    // (its stage, decays and M) before the writes that follow.
-    __syncthreads();
-    if (next < end) {
-      copy_chunk(next, stage0 + (parity ^ 1) * Tiles::kStage);
-      if (decay_slot < heads)
-        ssd_decays(decays[(parity ^ 1) * kHeads + decay_slot], args, dt, A_log2,
-                   min(end - next, int64_t{kSsdChunk}));
-      dt = load_dt(next + kSsdChunk);
-    }
-
-    if (kOutputs) {
-      // S[t,s] = C_t . B_s where s <= t: tiles of 16 x 16 below and on the diagonal, numbered
-      // row by row; warp w makes tiles w, w + 4 and w + 8.
-      float S[3][2][4] = {};
-      int t[3], u[3];  // tile's first step t, first step s
-#pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        const int e = warp + 4 * i, row = (e > 0) + (e > 2) + (e > 5);
-        t[i] = 16 * row, u[i] = 16 * (e - row * (row + 1) / 2);
-      }
-      const auto multiply = [&](int i, int k) {
-        uint32_t a[4], c[4];
-        load_matrices(a, move_right(tile_C + t[i] * kRowBC + above_BC, 2 * k));
-        load_matrices(c, move_right(tile_B + u[i] * kRowBC + beside_BC, 2 * k));
-        P2::mma(S[i][0], a, c[0], c[1]);
-        P2::mma(S[i][1], a, c[2], c[3]);
-      };
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k) multiply(0, k), multiply(1, k);
-      if (warp < 2)
-#pragma unroll
-        for (int k = 0; k < kStates / 16; ++k) multiply(2, k);
-          // M[t,s] of each head, D added on the diagonal (y_t has D x_t), stored as the operand B
-          // that the transpose of this result is: 16 bytes a lane.
-#pragma unroll 1
-      for (int j = 0; j < heads; ++j) {
-        const float D = args.D ? args.D[head0 + j] : 0.f;
-#pragma unroll
-        for (int i = 0; i < 3; ++i)
-          if (i < 2 || warp < 2) {
-            float2 M[4];  // steps t: 8 (r / 2) + g, steps s: 8 (r % 2) + 2q
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const float cum = now[j].cum[t[i] + r / 2 * 8 + g];
-              const float2 source =
-                  *reinterpret_cast<const float2*>(&now[j].source[u[i] + r % 2 * 8 + 2 * q]);
-              M[r] = {S[i][r % 2][r / 2 * 2] * exp2_approx(cum - source.x),
-                      S[i][r % 2][r / 2 * 2 + 1] * exp2_approx(cum - source.y)};
-            }
-            if (t[i] == u[i])  // on the diagonal, s <= t only
-#pragma unroll
-              for (int r = 0; r < 4; ++r) {
-                const int ahead = 8 * (r % 2) + 2 * q - 8 * (r / 2) - g;  // s - t
-                M[r].x = ahead < 0 ? M[r].x : ahead == 0 ? M[r].x + D : 0.f;
-                M[r].y = ahead < -1 ? M[r].y : ahead == -1 ? M[r].y + D : 0.f;
-              }
-            masks[(10 * j + warp + 4 * i) * 32] = {
-                P2::pack(M[0].x, M[0].y), P2::pack(M[1].x, M[1].y), P2::pack(M[2].x, M[2].y),
-                P2::pack(M[3].x, M[3].y)};
-          }
-      }
-    }
-
-    const auto load_X = [&](uint32_t(&X)[4], int i,
-                            int k) {  // rows 16i.. of X^T, steps 16k..
-      load_matrices_transposed(X, move_right(stage + beside_x, 2 * i) + 16 * k * kRowX);
-    };
-
-    if (kOutputs) {
-#pragma unroll
-      for (int first = 0; first < kSsdChunk; first += kSsdSteps) {
-        float Y[kRowTiles][kSsdSteps / 8][4] = {};  // Y^T: rows p, columns t in tiles of 8
-#pragma unroll
-        for (int k = 0; k < kStates / 16; ++k) {  // h C^T
-          uint32_t a[kRowTiles][4], c[4];
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-            for (int r = 0; r < 4; ++r)
-              a[i][r] =
-                  P2::pack(h[i][2 * k + r / 2][r % 2 * 2], h[i][2 * k + r / 2][r % 2 * 2 + 1]);
-#pragma unroll
-          for (int j = 0; j < kSsdSteps / 16; ++j) {
-            load_matrices(c, move_right(tile_C + beside_BC, 2 * k) + (first + 16 * j) * kRowBC);
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-              P2::mma(Y[i][2 * j], a[i], c[0], c[1]);
-              P2::mma(Y[i][2 * j + 1], a[i], c[2], c[3]);
-            }
-          }
-        }
-#pragma unroll
-        for (int j = 0; j < kSsdSteps / 8; ++j) {
-          const float2 carry =
-              *reinterpret_cast<const float2*>(&now[slot].carry[first + 8 * j + 2 * q]);
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) Y[i][j][r] *= r % 2 ? carry.y : carry.x;
-        }
-        if (first == 0) __syncthreads();  // M, by all warps, before its reads
-#pragma unroll
-        for (int k = 0; k < (first + kSsdSteps) / 16; ++k) {  // X^T M^T, steps s 16k..
-          uint32_t X[kRowTiles][4];
-#pragma unroll
-          for (int i = 0; i < kRowTiles; ++i) load_X(X[i], i, k);
-#pragma unroll
-          for (int j = max(0, k - first / 16); j < kSsdSteps / 16; ++j) {
-            const int row = first / 16 + j;  // of tiles
-            const uint4 m = masks[(10 * slot + row * (row + 1) / 2 + k) * 32];
-#pragma unroll
-            for (int i = 0; i < kRowTiles; ++i) {
-              P2::mma(Y[i][2 * j], X[i], m.x, m.y);
-              P2::mma(Y[i][2 * j + 1], X[i], m.z, m.w);
-            }
-          }
-        }
-        // Y^T -> out, 8 steps at a time: turned over in the warp's own corner of shared memory,
-        // 8 rows of kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), see above.
-        constexpr int kPieces = kWarpRows / 8, kRowsPerLine = 8 / kPieces;
-        const auto turned = [&](int row, int piece) {
-          return turn + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
-        };
-        const int row = lane / kPieces, piece = lane % kPieces;
-        T* out = args.out + (span.first + t0 + first + row) * args.out_stride + int64_t{head} * P +
-                 p0 + piece * 8;
-        const int rows = active && row < 8 ? min(end - t0, int64_t{kSsdChunk}) - first - row : 0;
-#pragma unroll
-        for (int j = 0; j < kSsdSteps / 8; ++j, out += 8 * args.out_stride) {
-          __syncwarp();  // the reads of the 8 steps before, before these writes
-#pragma unroll
-          for (int i = 0; i < kPieces; ++i)
-            *reinterpret_cast<uint32_t*>(turned(g, i) + 4 * q) =
-                transpose_matrix(P2::pack(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]));
-          __syncwarp();  // these writes before the reads
-          if (8 * j < rows)
-            *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(turned(row, piece));
-        }
-      }
-    }
-
-    // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
-    uint32_t X[4][kRowTiles][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i) {
-        load_X(X[k][i], i, k);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float2 fade =
-              *reinterpret_cast<const float2*>(&now[slot].fade[16 * k + r / 2 * 8 + 2 * q]);
-          const float2 v = P2::unpack(X[k][i][r]);
-          X[k][i][r] = P2::pack(v.x * fade.x, v.y * fade.y);
-        }
-      }
-    const float chunk_decay = now[slot].carry[kSsdChunk - 1];
-#pragma unroll
-    for (int n = 0; n < kStates / 16; ++n) {
-#pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
-#pragma unroll
-        for (int r = 0; r < 8; ++r) h[i][2 * n + r / 4][r % 4] *= chunk_decay;
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        uint32_t c[4];
-        load_matrices_transposed(c, move_right(tile_B + above_BC, 2 * n) + 16 * k * kRowBC);
-#pragma unroll
-        for (int i = 0; i < kRowTiles; ++i) {
-          P2::mma(h[i][2 * n], X[k][i], c[0], c[1]);
-          P2::mma(h[i][2 * n + 1], X[k][i], c[2], c[3]);
-        }
-      }
-    }
-    segment_decay *= chunk_decay;
-  }
-
-  float* hT = kOutputs ? args.hT ? args.hT + b * state_size : nullptr
-                       : segments.state + (segment * args.batch + b) * state_size;
-  if (hT && (last || !kOutputs))
-    visit([&](int64_t offset, float& h0, float& h1) {
-      *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
-    });
-  if (!kOutputs && active && p0 == 0 && lane == 0)
-    segments.decay[(segment * args.batch + b) * args.heads + head] = segment_decay;
+__device__ constexpr uint32_t tile_offset(uint32_t row, uint32_t piece) {
+  return piece / 8 * kSsdColumn + row * 128 + ((piece ^ row) & 7) * 16;
 }
 
-// --- fused on warpgroups (Hopper): the same algorithm, and the same roundings, with the tensor
-// cores fed by wgmma. What limits the kernel above is shared memory: each of its warps fetches
-// every B and C for its own 32 rows. A warpgroup of 4 warps fetches them once for 64 rows, in the
-// background, and multiplies at nearly twice the rate.
-//
-// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128;
-//        and a fourth that fetches chunks and makes decays for them. A warpgroup makes its own
-//        M, so that the three never wait for one another: while one computes exponentials or
-//        stores, the others multiply.
-// Registers: 64 rows of h to a warpgroup, in the layout of the kernel above (warp: 16 rows).
-// Shared: C, B, x and decays of three chunks; an M for each warpgroup. Tiles are columns of 128
-//        bytes: see ssd_tile. Stages are handed over by two barriers each: full and empty.
+// The address `pieces` to the right in the same row. In binary, the piece that `address` names
+// must have no 1 where `pieces` has one; so with rows, downwards.
+__device__ inline uint32_t move_right(uint32_t address, uint32_t pieces) {
+  return (address ^ (pieces % 8 * 16)) + pieces / 8 * kSsdColumn;
+}
+__device__ inline uint32_t move_down(uint32_t address, uint32_t rows) {
+  return (address ^ (rows % 8 * 16)) + rows * 128;
+}
 
-// The 64 x 64 result d, as text for the assembler and as its operands 0 to 31.
-#define SSD_D                                        \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,"  \
-  "%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25," \
-  "%26,%27,%28,%29,%30,%31}"
-#define SSD_D_OPERANDS                                                                          \
-  "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]),     \
-      "+f"(d[1][2]), "+f"(d[1][3]), "+f"(d[2][0]), "+f"(d[2][1]), "+f"(d[2][2]), "+f"(d[2][3]), \
-      "+f"(d[3][0]), "+f"(d[3][1]), "+f"(d[3][2]), "+f"(d[3][3]), "+f"(d[4][0]), "+f"(d[4][1]), \
-      "+f"(d[4][2]), "+f"(d[4][3]), "+f"(d[5][0]), "+f"(d[5][1]), "+f"(d[5][2]), "+f"(d[5][3]), \
-      "+f"(d[6][0]), "+f"(d[6][1]), "+f"(d[6][2]), "+f"(d[6][3]), "+f"(d[7][0]), "+f"(d[7][1]), \
-      "+f"(d[7][2]), "+f"(d[7][3])
+// Where a lane points ldmatrix and stmatrix, for the four 8 x 8 matrices from a piece on: side by
+// side (two pieces of 8 rows, then of the next 8 rows), or one above the other (a piece of two
+// times 8 rows, then the next piece).
+__device__ inline uint32_t beside(uint32_t piece = 0) {
+  const uint32_t lane = threadIdx.x % 32;
+  return tile_offset(lane / 16 * 8 + lane % 8, piece + lane / 8 % 2);
+}
+__device__ inline uint32_t above() {
+  const uint32_t lane = threadIdx.x % 32;
+  return tile_offset(lane / 8 % 2 * 8 + lane % 8, lane / 16);
+}
 
-// d (64 x 64) = A (64 x 16) B (16 x 64) + (add ? d : 0). shared: both lie along k in shared
-// memory. registers: A in registers; B along k, or (kTransposed) along its other side.
-#define SSD_WGMMA(TYPE)                                                                           \
-  __device__ static void shared(float(&d)[8][4], uint64_t a, uint64_t b, int add) {               \
-    asm volatile(                                                                                 \
-        "{.reg .pred p; setp.ne.b32 p, %34, 0; "                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D                     \
-        ", %32, %33, p, 1, 1, 0, 0;}"                                                             \
-        : SSD_D_OPERANDS                                                                          \
-        : "l"(a), "l"(b), "r"(add));                                                              \
-  }                                                                                               \
-  template <int kTransposed>                                                                      \
-  __device__ static void registers(float(&d)[8][4], const uint32_t(&a)[4], uint64_t b, int add) { \
-    asm volatile(                                                                                 \
-        "{.reg .pred p; setp.ne.b32 p, %37, 0; "                                                  \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " " SSD_D                     \
-        ", {%32,%33,%34,%35}, %36, p, 1, 1, %38;}"                                                \
-        : SSD_D_OPERANDS                                                                          \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed));        \
-  }
+// Shared memory of a block, as offsets: kStages chunks of B, x and C; M; for each warp a corner in
+// which kCornerSteps rows of out are transposed; the decays; two barriers for each stage.
+template <int kStates, int kRows_, int kStages_, int kBytesOfM, int kCornerSteps, bool kOutputs>
+struct SsdTiles {
+  static constexpr int kRows = kRows_, kHeads = kRows / 64, kStages = kStages_;
+  static constexpr int kBColumns = kStates / 64, kXColumns = kRows / 64;
+  static constexpr int kX = kBColumns * kSsdColumn, kC = kX + kXColumns * kSsdColumn;
+  static constexpr int kStage = kC + (kOutputs ? kBColumns * kSsdColumn : 0);
+  static constexpr int kM = kStages * kStage;
+  static constexpr int kCorners = kM + (kOutputs ? kHeads * kBytesOfM : 0);
+  static constexpr int kDecays = kCorners + (kOutputs ? kCornerSteps * kRows * 2 : 0);
+  static constexpr int kBarriers = kDecays + kStages * kHeads * int(sizeof(SsdDecays));
+};
 
+// Column c of the chunk at t to its place in a stage, by kThreads threads, 16 bytes each at a
+// time: of B, then of x, then of C. Zeros where the segment, the group or the states end.
+template <class Tiles, int kThreads, class T>
+__device__ inline void copy_column(uint32_t stage, int c, const SsdArgs<T>& a,
+                                   const SsdBlock& block, int64_t t) {
+  constexpr int kBx = Tiles::kBColumns + Tiles::kXColumns, kRowStep = kThreads / 8;
+  const bool is_B = c < Tiles::kBColumns, is_x = !is_B && c < kBx;
+  const T* from = is_x ? a.x : is_B ? a.B : a.C;
+  const int64_t stride = is_x ? a.x_stride : is_B ? a.B_stride : a.C_stride;
+  const int width = is_x ? a.n_heads / a.n_groups * a.head_dim : a.d_state;  // of a group
+  const int column = 64 * (is_x ? c - Tiles::kBColumns : c % kBx);
+  const int row = threadIdx.x % kThreads / 8, piece = threadIdx.x % 8;
+  const int left_columns = width - (is_x ? block.first : 0) - 8 * piece;
+  const int left = column < left_columns ? steps_from(block, t) - row : 0;
+  from += (block.row + t + row) * stride + int64_t{block.group + 1} * width - left_columns + column;
+  const uint32_t to = stage + c * kSsdColumn + tile_offset(row, piece);
+#pragma unroll
+  for (int i = 0; i < kSsdChunk; i += kRowStep, from += kRowStep * stride)
+    copy_async(static_cast<Vector<T, 8>*>(__cvta_shared_to_generic(move_down(to, i))), from,
+               i < left);
+}
+
+// --- tensor cores (PTX ISA, "mma.m16n8k16" and "ldmatrix"). In a warp, lane l is g = l / 4,
+// q = l % 4. Operand A (16 x 16): register pairs at rows g, g + 8 and columns 2q, 2q + 1 (+ 8).
+// Operand B (16 x 8): rows 2q, 2q + 1 (+ 8), column g. Result (16 x 8): rows g, g + 8, columns
+// 2q, 2q + 1. So a result packed to 16 bits is operand A as it stands, and the transpose of a
+// result is operand B as it stands.
+
+template <class T>  // two 16-bit values in one register, the first in the low half
+__device__ inline uint32_t pack_pair(float low, float high) {
+  return pack<T>({low, high}).word[0];
+}
+__device__ inline float2 pair_at(const float* p) { return *reinterpret_cast<const float2*>(p); }
+
+// d (16 x 16, two tiles) += a (16 x 16) b (16 x 16).
 template <class T>
-struct Warpgroup;
-template <>
-struct Warpgroup<__nv_bfloat16> {
-  SSD_WGMMA("bf16")
-};
-template <>
-struct Warpgroup<__half> {
-  SSD_WGMMA("f16")
-};
-#undef SSD_WGMMA
-#undef SSD_D_OPERANDS
-#undef SSD_D
+__device__ inline void mma(float (*d)[4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+#define MAMBA_MMA(TYPE, D, B0, B1)                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE       \
+      ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+      : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])             \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(B0), "r"(B1));
+  for (int i = 0; i < 2; ++i)
+    if constexpr (std::is_same_v<T, __half>) {
+      MAMBA_MMA("f16", d[i], b[2 * i], b[2 * i + 1])
+    } else {
+      MAMBA_MMA("bf16", d[i], b[2 * i], b[2 * i + 1])
+    }
+#undef MAMBA_MMA
+}
 
-// Four 8 x 8 matrices to shared memory; lane l names the place of row l % 8 of matrix l / 8.
+// Four 8 x 8 matrices; lane l names row l % 8 of matrix l / 8 (16 bytes of shared memory).
+__device__ inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+// Four to shared memory, likewise (Hopper).
 __device__ inline void store_matrices(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2,
                                       uint32_t r3) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address),
@@ -1951,16 +1629,415 @@ __device__ inline void store_matrices_transposed(uint32_t address, uint32_t r0, 
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                : "memory");
 }
+__device__ inline uint32_t transpose_matrix(uint32_t r) {  // one, in the registers of a warp
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(r));
+  return r;
+}
+
+// --- what both kernels do with their registers. A warp's rows of h, 16 kRowTiles rows (head, p),
+// are h[i][j]: rows p + 16i + g (+ 8 for elements 2 and 3), columns 8j + 2q, + 1. All loops over
+// registers are unrolled, or they would be arrays in memory; the long ones say so.
+
+template <class T>
+__host__ __device__ int64_t ssd_state_size(const SsdArgs<T>& a) {  // of one sequence
+  return int64_t{a.n_heads} * a.head_dim * a.d_state;
+}
+
+// f(place in `state` (heads, P, N), element of h, its right neighbour) for all pairs that exist.
+template <class T, class Float, int kRowTiles, int kTiles, class Function>
+__device__ inline void each_pair(Float* state, float (&h)[kRowTiles][kTiles][4],
+                                 const SsdArgs<T>& a, const SsdRows& rows, const Function& f) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  state += (int64_t{rows.head} * a.head_dim + rows.p + g) * a.d_state + 2 * q;
+#pragma unroll
+  for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+    for (int k = 0; k < 4; k += 2, state += 8 * a.d_state)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+        if (rows.active && 8 * j + 2 * q < a.d_state) f(state + 8 * j, h[i][j][k], h[i][j][k + 1]);
+}
+
+// h = h0, or 0. pass_segments: past the segments before this one, h = decay h + (their state from
+// zero).
+template <bool kOutputs, class T, int kRowTiles, int kTiles>
+__device__ inline void load_state(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
+                                  const SsdBlock& block, const SsdRows& rows) {
+  for (auto& row : h)
+    for (auto& tile : row) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+  if (kOutputs && a.h0)
+    each_pair(a.h0 + block.b * ssd_state_size(a), h, a, rows,
+              [](const float* from, float& h0, float& h1) {
+                const float2 v = pair_at(from);
+                h0 = v.x, h1 = v.y;
+              });
+}
+template <class T, int kRowTiles, int kTiles>
+__device__ inline void pass_segments(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
+                                     const SsdSegments& segments, const SsdBlock& block,
+                                     const SsdRows& rows) {
+  for (int64_t s = 0; s < block.segment; ++s) {
+    const int64_t i = s * a.batch + block.b;
+    const float decay = segments.decay[i * a.n_heads + rows.head];
+    each_pair(segments.state + i * ssd_state_size(a), h, a, rows,
+              [&](const float* from, float& h0, float& h1) {
+                const float2 v = pair_at(from);
+                h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
+              });
+  }
+}
+
+// To hT after a sequence's last segment; without outputs, to the segments' states, with its decay.
+template <bool kOutputs, class T, int kRowTiles, int kTiles>
+__device__ inline void store_state(float (&h)[kRowTiles][kTiles][4], const SsdArgs<T>& a,
+                                   const SsdSegments& segments, const SsdBlock& block,
+                                   const SsdRows& rows, float segment_decay) {
+  const int64_t i = kOutputs ? block.b : block.segment * a.batch + block.b;
+  float* to = kOutputs ? a.hT : segments.state;
+  if (to && (block.last || !kOutputs))
+    each_pair(to + i * ssd_state_size(a), h, a, rows, [](float* to, float& h0, float& h1) {
+      *reinterpret_cast<float2*>(to) = {h0, h1};
+    });
+  if (!kOutputs && rows.active && rows.p == 0 && threadIdx.x % 32 == 0)
+    segments.decay[i * a.n_heads + rows.head] = segment_decay;
+}
+
+// Two tiles of h, rounded, as operand A of 16 columns.
+template <class T>
+__device__ inline void round_state(uint32_t (&A)[4], const float (*h)[4]) {
+  for (int r = 0; r < 4; ++r) A[r] = pack_pair<T>(h[r / 2][r % 2 * 2], h[r / 2][r % 2 * 2 + 1]);
+}
+
+// A tile (16 x 16) of M[t,s] = a(s, t) delta_s S[t,s] from its S[t,s] = C_t . B_s; on the diagonal
+// s <= t only, and D is added (y_t has D x_t). m[j][i]: steps t + 8i + g; s + 8j + 2q, + 1.
+template <class T>
+__device__ inline void make_M_tile(uint32_t (&m)[2][2], const float (*S)[4], const SsdDecays& now,
+                                   int t, int s, float D) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const float cum[2] = {now.cum[t + g], now.cum[t + 8 + g]};
+  float2 v[2][2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const float2 source = pair_at(&now.source[s + 8 * j + 2 * q]);
+    for (int i = 0; i < 2; ++i)
+      v[j][i] = {S[j][2 * i] * exp2_approx(cum[i] - source.x),
+                 S[j][2 * i + 1] * exp2_approx(cum[i] - source.y)};
+  }
+  if (t == s)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float2& w = v[k / 2][k % 2];
+      const int ahead = 8 * (k / 2) + 2 * q - 8 * (k % 2) - g;  // s - t of this element
+      w.x = ahead < 0 ? w.x : ahead == 0 ? w.x + D : 0.f;
+      w.y = ahead < -1 ? w.y : ahead == -1 ? w.y + D : 0.f;
+    }
+  for (int k = 0; k < 4; ++k) m[k / 2][k % 2] = pack_pair<T>(v[k / 2][k % 2].x, v[k / 2][k % 2].y);
+}
+
+// Y^T diag(a(-1, t)): 16 rows p, the steps t of a chunk in tiles of 8.
+__device__ inline void carry_start(float (&Y)[8][4], const SsdDecays& now) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const float2 carry = pair_at(&now.carry[8 * j + threadIdx.x % 4 * 2]);
+    Y[j][0] *= carry.x, Y[j][1] *= carry.y, Y[j][2] *= carry.x, Y[j][3] *= carry.y;
+  }
+}
+
+// X^T diag(a(s, 63) delta_s): 16 rows p, 16 steps s.
+template <class T>
+__device__ inline void fade_X(uint32_t (&faded)[4], const uint32_t (&X)[4], const SsdDecays& now,
+                              int s) {
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    const float2 fade = pair_at(&now.fade[s + r / 2 * 8 + threadIdx.x % 4 * 2]);
+    float v[2];
+    unpack(Vector<T, 2>{{X[r]}}, v);
+    faded[r] = pack_pair<T>(v[0] * fade.x, v[1] * fade.y);
+  }
+}
+
+// Y^T -> out, kSteps steps at a time: transposed in the warp's own corner of shared memory, kSteps
+// rows of kPieces pieces; piece c of row r lies at c ^ (r / kRowsPerLine), as in a tile. A lane
+// then stores one piece of a row. kSteps = 16 is for Hopper, and for kRowTiles = 1.
+template <int kSteps, class T, int kRowTiles>
+__device__ inline void write_transposed(const SsdArgs<T>& a, const SsdBlock& block,
+                                        const SsdRows& rows, int64_t t,
+                                        const float (&Y)[kRowTiles][8][4], char* corner) {
+  constexpr int kPieces = 2 * kRowTiles, kRowsPerLine = 8 / kPieces;
+  const int lane = threadIdx.x % 32, row = lane / kPieces, piece = lane % kPieces;
+  const int left = rows.active && row < kSteps ? steps_from(block, t) - row : 0;
+  T* out = a.out + (block.row + t + row) * a.out_stride + int64_t{rows.head} * a.head_dim + rows.p +
+           8 * piece;
+  const auto place = [&](int row, int piece) {
+    return corner + (row * kPieces + (piece ^ (row / kRowsPerLine % kPieces))) * 16;
+  };
+  const auto pair = [&](int i, int j) {  // rows p 8i + g, steps 8j + 2q, + 1
+    return pack_pair<T>(Y[i / 2][j][i % 2 * 2], Y[i / 2][j][i % 2 * 2 + 1]);
+  };
+#pragma unroll
+  for (int j = 0; j < 8; j += kSteps / 8, out += kSteps * a.out_stride) {
+    __syncwarp();  // the reads of the steps before, before these writes
+    if constexpr (kSteps == 16)
+      store_matrices_transposed(
+          __cvta_generic_to_shared(place(lane / 16 * 8 + lane % 8, lane / 8 % 2)), pair(0, j),
+          pair(1, j), pair(0, j + 1), pair(1, j + 1));
+    else
+      for (int i = 0; i < kPieces; ++i)
+        *reinterpret_cast<uint32_t*>(place(lane / 4, i) + lane % 4 * 4) =
+            transpose_matrix(pair(i, j));
+    __syncwarp();  // these writes before the reads
+    if (8 * j < left)
+      *reinterpret_cast<uint4*>(out) = *reinterpret_cast<const uint4*>(place(row, piece));
+  }
+}
+
+// --- fused: the matrix form, one pass over global memory.
+//
+// Block: 4 warps, one segment of one sequence, 128 rows (head, p) of one group (64 if d_state is
+//        above 128). A warp owns 32 (16) rows of one head.
+// Registers: the warp's rows of h in float32, for the whole segment.
+// Shared: C, B and x of two chunks (this one, and the next on its way); the decays of both;
+//        M of this chunk, one for each head of the block from one product C B^T.
+// Everything is computed transposed, rows p down and time across: Y^T = h C^T + X^T M^T and
+// h' = X^T B. Then h, a result, is operand A of the next product without leaving its
+// registers, and so is the only large thing that is carried from chunk to chunk.
+// Rounding to 16 bits, beside inputs and outputs: M, h (as a factor; the carried h stays
+// float32) and the weighted X, so |error| <= 3 eps m for y (X and h, or M; y) and eps m for hT,
+// to first order. In float16, as in every such format, M and h must also stay below 65504.
+//
+// kOutputs = false makes the state at the end of the segment from a zero start, and nothing
+// else: the first of the two launches when the sequence is split (see ssd).
+
+// M of a head: 10 tiles (16 x 16) on and below the diagonal, numbered row by row, each stored as
+// the operand B that the transpose of this result is, 16 bytes a lane.
+constexpr int kSsdBytesOfM = 10 * 512;
+template <int kStates>
+constexpr int kSsdFusedRows = kStates <= 128 ? 128 : 64;
+template <int kStates, bool kOutputs>
+using SsdFusedTiles = SsdTiles<kStates, kSsdFusedRows<kStates>, 2, kSsdBytesOfM, 8, kOutputs>;
+
+// M of each head of the block; warp w makes tiles w, w + 4 and w + 8 of all.
+template <class T, int kStates>
+__device__ inline void make_M(Vector<T, 8>* M, uint32_t tile_B, uint32_t tile_C,
+                              const SsdDecays* now, int warp, int heads, const float* D,
+                              int head0) {
+  float S[3][2][4] = {};
+  int t[3], s[3];  // a tile's first steps
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    const int tile = warp + 4 * i, row = (tile > 0) + (tile > 2) + (tile > 5);
+    t[i] = 16 * row, s[i] = 16 * (tile - row * (row + 1) / 2);
+  }
+  const uint32_t A = tile_C + above(), B = tile_B + beside();
+  const auto multiply = [&](int i, int k) {
+    uint32_t a[4], b[4];
+    load_matrices(a, move_right(A + tile_offset(t[i], 0), 2 * k));
+    load_matrices(b, move_right(B + tile_offset(s[i], 0), 2 * k));
+    mma<T>(S[i], a, b);
+  };
+#pragma unroll
+  for (int k = 0; k < kStates / 16; ++k) multiply(0, k), multiply(1, k);
+  if (warp < 2)
+#pragma unroll
+    for (int k = 0; k < kStates / 16; ++k) multiply(2, k);
+#pragma unroll 1
+  for (int j = 0; j < heads; ++j) {
+    const float D_j = D ? D[head0 + j] : 0.f;
+#pragma unroll
+    for (int i = 0; i < 3; ++i)
+      if (i < 2 || warp < 2) {
+        uint32_t m[2][2];
+        make_M_tile<T>(m, S[i], now[j], t[i], s[i], D_j);
+        M[(10 * j + warp + 4 * i) * 32 + threadIdx.x % 32] = {{m[0][0], m[1][0], m[0][1], m[1][1]}};
+      }
+  }
+}
+
+// Y^T = (h C^T) diag(a(-1, t)).
+template <class T, int kRowTiles, int kTiles>
+__device__ inline void from_start(float (&Y)[kRowTiles][8][4],
+                                  const float (&h)[kRowTiles][kTiles][4], uint32_t tile_C,
+                                  const SsdDecays& now) {
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) {
+    uint32_t a[kRowTiles][4], b[4];
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) round_state<T>(a[i], &h[i][2 * k]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      load_matrices(b, move_right(tile_C + beside(), 2 * k) + tile_offset(16 * j, 0));
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&Y[i][2 * j], a[i], b);
+    }
+  }
+  for (int i = 0; i < kRowTiles; ++i) carry_start(Y[i], now);
+}
+
+// Y^T += X^T M^T. x: where this lane points ldmatrix for the warp's rows of X^T.
+template <class T, int kRowTiles>
+__device__ inline void within_chunk(float (&Y)[kRowTiles][8][4], uint32_t x,
+                                    const Vector<T, 8>* M) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {  // steps s
+    uint32_t X[kRowTiles][4];
+    for (int i = 0; i < kRowTiles; ++i)
+      load_matrices_transposed(X[i], move_right(x, 2 * i) + tile_offset(16 * k, 0));
+#pragma unroll
+    for (int j = k; j < 4; ++j) {  // steps t
+      const Vector<T, 8> m = M[(j * (j + 1) / 2 + k) * 32 + threadIdx.x % 32];
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&Y[i][2 * j], X[i], m.word);
+    }
+  }
+}
+
+// h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B.
+template <class T, int kRowTiles, int kTiles>
+__device__ inline void advance_state(float (&h)[kRowTiles][kTiles][4], uint32_t x, uint32_t tile_B,
+                                     const SsdDecays& now) {
+  uint32_t X[4][kRowTiles][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) {
+      load_matrices_transposed(X[k][i], move_right(x, 2 * i) + tile_offset(16 * k, 0));
+      fade_X<T>(X[k][i], X[k][i], now, 16 * k);
+    }
+  const float decay = now.carry[kSsdChunk - 1];
+#pragma unroll
+  for (int n = 0; n < kTiles / 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+      for (int r = 0; r < 8; ++r) h[i][2 * n + r / 4][r % 4] *= decay;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t b[4];
+      load_matrices_transposed(b, move_right(tile_B + above(), 2 * n) + tile_offset(16 * k, 0));
+      for (int i = 0; i < kRowTiles; ++i) mma<T>(&h[i][2 * n], X[k][i], b);
+    }
+  }
+}
+
+template <class T, int kStates, bool kOutputs>
+__global__ void __launch_bounds__(128, kStates <= 128 ? 2 : 1)
+    ssd_fused_kernel(SsdArgs<T> a, SsdSegments segments) {
+  using Tiles = SsdFusedTiles<kStates, kOutputs>;
+  const SsdBlock block = ssd_block<Tiles::kRows, kOutputs>(a, segments);
+  if (block.idle) return;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  const SsdRows rows = ssd_rows(a, block, warp * Tiles::kRows / 4);
+  const int head0 = ssd_rows(a, block, 0).head, slot = rows.head - head0;
+  const int heads = ssd_rows(a, block, Tiles::kRows - 64).head - head0 + 1;
+
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  Vector<T, 8>* M = reinterpret_cast<Vector<T, 8>*>(shared + Tiles::kM);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2][kHeads]
+
+  // The last warps, which have the fewest tiles of M, each make the decays of one head.
+  const int decay_slot = 3 - warp;
+  const SsdHead head = ssd_head(a, head0 + min(decay_slot, heads - 1));
+  T dt[2] = {};
+  const auto fetch = [&](int64_t t, int parity) {  // a chunk, its decays, and dt of the next
+#pragma unroll
+    for (int c = 0; c < Tiles::kStage / kSsdColumn; ++c)
+      copy_column<Tiles, 128>(base + parity * Tiles::kStage, c, a, block, t);
+    copy_async_commit();
+    if (decay_slot < heads)
+      make_decays(decays[parity * Tiles::kHeads + decay_slot], a, head, dt, steps_from(block, t));
+    load_dt(dt, a, block, head.index, t + kSsdChunk);
+  };
+  load_dt(dt, a, block, head.index, block.begin);
+  if (block.begin < block.end) fetch(block.begin, 0);
+
+  float h[Tiles::kRows / 64][kStates / 8][4], segment_decay = 1;
+  load_state<kOutputs>(h, a, block, rows);
+  if (kOutputs) pass_segments(h, a, segments, block, rows);
+  int parity = 0;  // of the chunk: which stage, which decays
+#pragma unroll 1
+  for (int64_t t = block.begin; t < block.end; t += kSsdChunk, parity ^= 1) {
+    copy_async_wait();
+    // This chunk's copies and decays before their reads; and all reads of the previous chunk
+    // (its stage, decays and M) before the writes that follow.
+    __syncthreads();
+    if (t + kSsdChunk < block.end) fetch(t + kSsdChunk, parity ^ 1);
+    const uint32_t stage = base + parity * Tiles::kStage;
+    const uint32_t x = stage + Tiles::kX + beside(warp * Tiles::kRows / 32);
+    const SsdDecays* now = decays + parity * Tiles::kHeads;
+    if constexpr (kOutputs) {
+      float Y[Tiles::kRows / 64][8][4] = {};
+      make_M<T, kStates>(M, stage, stage + Tiles::kC, now, warp, heads, a.D, head0);
+      from_start<T>(Y, h, stage + Tiles::kC, now[slot]);
+      __syncthreads();  // M, by all warps, before its reads
+      within_chunk(Y, x, M + slot * (kSsdBytesOfM / 16));
+      write_transposed<8>(a, block, rows, t, Y, shared + Tiles::kCorners + warp * 4 * Tiles::kRows);
+    }
+    advance_state<T>(h, x, stage, now[slot]);
+    segment_decay *= now[slot].carry[kSsdChunk - 1];
+  }
+  store_state<kOutputs>(h, a, segments, block, rows, segment_decay);
+}
+
+// --- fused on warpgroups (Hopper): the same algorithm, and the same roundings, with the tensor
+// cores fed by wgmma. What limits the kernel above is shared memory: each of its warps fetches
+// every B and C for its own 32 rows. A warpgroup of 4 warps fetches them once for 64 rows, in the
+// background, and multiplies at nearly twice the rate.
+//
+// Block: 3 warpgroups of 64 rows (head, p) each: three heads of P = 64, or half heads of P = 128;
+//        and a fourth that fetches chunks and makes decays for them. A warpgroup makes its own
+//        M, so that the three never wait for one another: while one computes exponentials or
+//        stores, the others multiply.
+// Registers: 64 rows of h to a warpgroup, in the layout of the kernel above (warp: 16 rows).
+// Shared: C, B, x and decays of three chunks; an M for each warpgroup, a tile. Stages are handed
+//        over by two barriers each: full and empty.
+
+constexpr int kSsdWarpgroups = 3;
+template <int kStates, bool kOutputs>
+using SsdWarpgroupTiles = SsdTiles<kStates, 64 * kSsdWarpgroups, 3, kSsdColumn, 16, kOutputs>;
+template <class Tiles>
+constexpr int kSsdWarpgroupBytes = Tiles::kBarriers + 16 * Tiles::kStages + 1024;  // to align
+
+// wgmma: d (64 x 64) = A (64 x 16) B (16 x 64) + (add ? d : 0), in the background. A: registers, or
+// along k in shared memory; B: along k in shared memory, or (kTransposed) along its other side.
+template <class T, int kTransposed = 0, class A>
+__device__ inline void multiply_async(float (*d)[4], const A& a, uint64_t b, int add) {
+#define MAMBA_D4(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define MAMBA_WGMMA(TYPE, ADD, A_B, ...)                                                          \
+  asm volatile("{.reg .pred p; setp.ne.b32 p, " ADD                                               \
+               ", 0; "                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                        \
+               " {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+               "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " A_B ";}"                              \
+               : MAMBA_D4(0), MAMBA_D4(1), MAMBA_D4(2), MAMBA_D4(3), MAMBA_D4(4), MAMBA_D4(5),    \
+                 MAMBA_D4(6), MAMBA_D4(7)                                                         \
+               : __VA_ARGS__);
+#define MAMBA_WGMMA_SHARED(TYPE) \
+  MAMBA_WGMMA(TYPE, "%34", "%32, %33, p, 1, 1, 0, 0", "l"(a), "l"(b), "r"(add))
+#define MAMBA_WGMMA_REGISTERS(TYPE)                                                      \
+  MAMBA_WGMMA(TYPE, "%37", "{%32,%33,%34,%35}, %36, p, 1, 1, %38", "r"(a[0]), "r"(a[1]), \
+              "r"(a[2]), "r"(a[3]), "l"(b), "r"(add), "n"(kTransposed))
+  constexpr bool kHalf = std::is_same_v<T, __half>, kShared = std::is_same_v<A, uint64_t>;
+  if constexpr (kHalf && kShared) {
+    MAMBA_WGMMA_SHARED("f16")
+  } else if constexpr (kShared) {
+    MAMBA_WGMMA_SHARED("bf16")
+  } else if constexpr (kHalf) {
+    MAMBA_WGMMA_REGISTERS("f16")
+  } else {
+    MAMBA_WGMMA_REGISTERS("bf16")
+  }
+#undef MAMBA_WGMMA_REGISTERS
+#undef MAMBA_WGMMA_SHARED
+#undef MAMBA_WGMMA
+#undef MAMBA_D4
+}
 
 // Registers that wgmma will read or add to are written, before it starts.
-__device__ inline void warpgroup_arrive() {
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ inline void warpgroup_commit() {
+__device__ inline void multiply_start() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void multiply_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 template <int kPending>  // all but the last kPending commits are done
-__device__ void warpgroup_wait() {
+__device__ inline void multiply_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 // This thread's writes to shared memory become visible to wgmma after the next barrier.
@@ -1968,396 +2045,297 @@ __device__ inline void publish_to_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A tile of 64 rows: columns of 64 values (128 bytes), each 64 x 128 bytes on its own; in a
-// column, piece c of row r lies at c ^ (r % 8) ("128-byte swizzle").
-__device__ inline uint32_t ssd_tile(uint32_t row, uint32_t piece) {
-  return piece / 8 * 8192 + row * 128 + ((piece ^ row) & 7) * 16;
-}
-// What wgmma wants to know of one (PTX ISA, "matrix descriptor"): where it starts, 8192 bytes to
+// What wgmma wants to know of a tile (PTX ISA, "matrix descriptor"): where it starts, 8192 bytes to
 // the next column, 1024 to the next 8 rows, 128-byte swizzle.
-__device__ inline uint64_t ssd_describe(uint32_t address) {
-  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{8192 / 16} << 16 |
+__device__ inline uint64_t describe(uint32_t address) {
+  return uint64_t{1} << 62 | uint64_t{1024 / 16} << 32 | uint64_t{kSsdColumn / 16} << 16 |
          (address & 0x3ffff) / 16;
 }
-
-inline constexpr int kSsdWarpgroups = 3;
-
-template <int kStates, bool kOutputs>
-struct SsdWarpgroupTiles {  // offsets in shared memory; tiles are aligned to 1024 bytes
-  static constexpr int kStages = 3;
-  static constexpr int kBC = kSsdChunk * kStates * 2, kX = kSsdWarpgroups * 8192;
-  static constexpr int kStage = (kOutputs ? 2 : 1) * kBC + kX;  // B, x, C
-  static constexpr int kM = kStages * kStage;
-  static constexpr int kTurn = kM + (kOutputs ? kSsdWarpgroups * 8192 : 0);
-  static constexpr int kDecays = kTurn + (kOutputs ? kSsdWarpgroups * 4 * 512 : 0);
-  static constexpr int kBarriers = kDecays + kStages * kSsdWarpgroups * int(sizeof(SsdDecays));
-  static constexpr int kBytes = kBarriers + kStages * 16 + 1024;  // to align
-};
-
-// Barriers in shared memory (PTX ISA, "mbarrier"): a phase ends when `count` threads arrived, and
-// wait returns once the phase of that parity has ended.
-__device__ inline void barrier_init(uint32_t barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+__device__ inline uint64_t describe_states(uint32_t tile, int k) {  // columns 16k.. of B or C
+  return describe(tile + k / 4 * kSsdColumn + k % 4 * 32);
 }
-__device__ inline void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+
+__device__ inline void wait_for(__mbarrier_t* barrier, bool parity) {  // the phase's end
+  while (!__mbarrier_try_wait_parity(barrier, parity, 10'000'000)) {
+  }
 }
-__device__ inline void barrier_wait(uint32_t barrier, int parity) {
-  asm volatile(
-      "{.reg .pred done; again: mbarrier.try_wait.parity.shared.b64 done, [%0], %1; "
-      "@!done bra again;}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+__device__ inline void sync_warpgroup(int warpgroup) {
+  asm volatile("bar.sync %0, 128;" ::"r"(1 + warpgroup) : "memory");
+}
+
+// The last warpgroup fetches chunks, and makes their decays (a warp for each of the others), as far
+// ahead as there are stages. It hands its registers to the others.
+template <class Tiles, class T>
+__device__ inline void feed_chunks(char* shared, __mbarrier_t* full, __mbarrier_t* empty,
+                                   const SsdArgs<T>& a, const SsdBlock& block, int warp) {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
+  const bool decaying = warp < Tiles::kHeads;
+  const SsdHead head = ssd_head(a, ssd_rows(a, block, decaying ? 64 * warp : 0).head);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays) + warp;
+  const auto hand_over = [&](int stage) {  // its copies have arrived
+    publish_to_wgmma();
+    __mbarrier_arrive(full + stage);
+  };
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  T next_dt[2] = {};
+  load_dt(next_dt, a, block, head.index, block.begin);
+  int stage = 0, parity = 1, previous = -1;
+#pragma unroll 1
+  for (int64_t t = block.begin; t < block.end; t += kSsdChunk) {
+    const T dt[2] = {next_dt[0], next_dt[1]};
+    load_dt(next_dt, a, block, head.index, t + kSsdChunk);
+    wait_for(empty + stage, parity);  // passes at once in the first round
+#pragma unroll 1
+    for (int c = (warp + 1) % 4; c < Tiles::kStage / kSsdColumn; c += 4)
+      copy_column<Tiles, 32>(base + stage * Tiles::kStage, c, a, block, t);
+    copy_async_commit();
+    if (decaying) make_decays(decays[stage * Tiles::kHeads], a, head, dt, steps_from(block, t));
+    if (previous >= 0) copy_async_wait_but<1>(), hand_over(previous);
+    previous = stage;
+    if (++stage == Tiles::kStages) stage = 0, parity ^= 1;
+  }
+  if (previous >= 0) copy_async_wait_but<0>(), hand_over(previous);
+}
+
+// M of the warpgroup's head, as a tile.
+template <class T, int kStates>
+__device__ inline void warpgroup_make_M(uint32_t M, uint32_t tile_B, uint32_t tile_C,
+                                        const SsdDecays& now, int warp, float D) {
+  float S[8][4];  // S[t,s] = C_t . B_s
+  multiply_start();
+#pragma unroll
+  for (int k = 0; k < kStates / 16; ++k)
+    multiply_async<T>(S, describe_states(tile_C, k), describe_states(tile_B, k), k > 0);
+  multiply_commit();
+  multiply_wait<0>();
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    uint32_t m[2][2] = {};
+    if (j <= warp) make_M_tile<T>(m, &S[2 * j], now, 16 * warp, 16 * j, D);
+    store_matrices(move_right(M + tile_offset(16 * warp, 0) + above(), 2 * j), m[0][0], m[0][1],
+                   m[1][0], m[1][1]);
+  }
+  publish_to_wgmma();
+}
+
+// Y^T = (h C^T) diag(a(-1, t)).
+template <class T, int kTiles>
+__device__ inline void warpgroup_from_start(float (&Y)[8][4], const float (&h)[kTiles][4],
+                                            uint32_t tile_C, const SsdDecays& now) {
+  uint32_t A[kTiles / 2][4];
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) round_state<T>(A[k], &h[2 * k]);
+  multiply_start();
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k)
+    multiply_async<T>(Y, A[k], describe_states(tile_C, k), k > 0);
+  multiply_commit();
+  multiply_wait<0>();
+  carry_start(Y, now);
+}
+
+// Y^T += X^T M^T, begun.
+template <class T>
+__device__ inline void warpgroup_within_chunk(float (&Y)[8][4], const uint32_t (&X)[4][4],
+                                              uint32_t M) {
+  multiply_start();
+  for (int k = 0; k < 4; ++k) multiply_async<T>(Y, X[k], describe(M + 32 * k), 1);
+  multiply_commit();
+}
+
+// h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B, begun.
+template <class T, int kTiles>
+__device__ inline void warpgroup_advance_state(float (&h)[kTiles][4], const uint32_t (&X)[4][4],
+                                               uint32_t tile_B, const SsdDecays& now) {
+  uint32_t faded[4][4];
+  for (int k = 0; k < 4; ++k) fade_X<T>(faded[k], X[k], now, 16 * k);
+  const float decay = now.carry[kSsdChunk - 1];
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+    for (int r = 0; r < 4; ++r) h[j][r] *= decay;
+  multiply_start();
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+#pragma unroll
+    for (int c = 0; c < kTiles / 8; ++c)
+      multiply_async<T, 1>(&h[8 * c], faded[k],
+                           describe(tile_B + c * kSsdColumn + tile_offset(16 * k, 0)), 1);
+  multiply_commit();
+}
+
+// The other warpgroups walk the segment, each with its 64 rows.
+template <class Tiles, bool kOutputs, int kStates, class T>
+__device__ inline void walk_chunks(char* shared, __mbarrier_t* full, __mbarrier_t* empty,
+                                   const SsdArgs<T>& a, const SsdSegments& segments,
+                                   const SsdBlock& block, int wg, int warp) {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+  const SsdRows rows = ssd_rows(a, block, 64 * wg + 16 * warp);
+  const float D = a.D ? a.D[rows.head] : 0.f;
+  const uint32_t base = __cvta_generic_to_shared(shared), M = base + Tiles::kM + wg * kSsdColumn;
+  char* corner = shared + Tiles::kCorners + 512 * (4 * wg + warp);
+  const SsdDecays* decays = reinterpret_cast<const SsdDecays*>(shared + Tiles::kDecays) + wg;
+
+  float h[1][kStates / 8][4], segment_decay = 1;
+  load_state<kOutputs>(h, a, block, rows);
+  if (kOutputs) pass_segments(h, a, segments, block, rows);
+  int number = 0, parity = 0;  // of the stage; of its phase
+#pragma unroll 1
+  for (int64_t t = block.begin; t < block.end; t += kSsdChunk) {
+    const uint32_t stage = base + number * Tiles::kStage, tile_C = stage + Tiles::kC;
+    const SsdDecays& now = decays[number * Tiles::kHeads];
+    wait_for(full + number, parity);
+    float Y[1][8][4];  // Y^T: rows p, columns t in tiles of 8
+    if (kOutputs) {
+      warpgroup_make_M<T, kStates>(M, stage, tile_C, now, warp, D);
+      warpgroup_from_start<T>(Y[0], h[0], tile_C, now);
+    }
+    uint32_t X[4][4];  // X^T: rows p, steps s in tiles of 16
+    for (int k = 0; k < 4; ++k)
+      load_matrices_transposed(
+          X[k], stage + Tiles::kX + beside(8 * wg + 2 * warp) + tile_offset(16 * k, 0));
+    if (kOutputs) {
+      sync_warpgroup(wg);  // M, by the warps of the warpgroup, before its reads
+      warpgroup_within_chunk<T>(Y[0], X, M);
+    }
+    warpgroup_advance_state<T>(h[0], X, stage, now);
+    segment_decay *= now.carry[kSsdChunk - 1];
+    if (kOutputs) {
+      multiply_wait<1>();  // Y is done; h' goes on
+      write_transposed<16>(a, block, rows, t, Y, corner);
+    }
+    multiply_wait<0>();
+    sync_warpgroup(wg);  // reads of the stage and of M, before they are written again
+    if (threadIdx.x % 128 == 0) __mbarrier_arrive(empty + number);
+    if (++number == Tiles::kStages) number = 0, parity ^= 1;
+  }
+  store_state<kOutputs>(h, a, segments, block, rows, segment_decay);
 }
 
 template <class T, int kStates, bool kOutputs>
 __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
-    ssd_warpgroup_kernel(SsdArgs<T> args, SsdSegments segments) {
+    ssd_warpgroup_kernel(SsdArgs<T> a, SsdSegments segments) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // wgmma exists in sm_90a only; see ssd_has_warpgroups
   using Tiles = SsdWarpgroupTiles<kStates, kOutputs>;
-  using P2 = Pair<T>;
-  constexpr int kRows = 64 * kSsdWarpgroups, kStages = Tiles::kStages;
-  const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
-  const int warps = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-  const int wg = warps / 4, warp = warps % 4;
-  const int P = args.head_dim, N = args.d_state;
-
-  // Block -> (b, segment, group, rows), as above.
-  const int heads_per_group = args.heads / args.groups, group_rows = heads_per_group * P;
-  const int tiles = (group_rows + kRows - 1) / kRows;
-  int64_t block = blockIdx.x;
-  const int row0 = block % tiles * kRows;
-  const int group = (block /= tiles) % args.groups;
-  const int64_t launched = kOutputs ? segments.count : segments.count - 1;
-  const int64_t segment = (block /= args.groups) % launched, b = block / launched;
-  const SsdSpan span = ssd_span(args, b);
-  const int64_t begin = segment * segments.length;
-  const bool last = begin + segments.length >= span.length;
-  const int64_t end = last ? span.length : begin + segments.length;
-  if (begin > 0 && begin >= span.length) return;
-  if (!kOutputs && last) return;
-
-  // Warpgroup -> 64 rows of one head; one beyond the group computes on zeros, stores nothing.
-  const auto is_active = [&](int w) { return row0 + 64 * w < group_rows; };
-  const auto head_of = [&](int w) {
-    return group * heads_per_group + (is_active(w) ? (row0 + 64 * w) / P : 0);
-  };
-
+  const SsdBlock block = ssd_block<Tiles::kRows, kOutputs>(a, segments);
+  if (block.idle) return;
   extern __shared__ __align__(1024) char unaligned[];
   char* shared = unaligned + (-__cvta_generic_to_shared(unaligned) & 1023);
-  const uint32_t base = __cvta_generic_to_shared(shared);
-  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);
-  const uint32_t full = base + Tiles::kBarriers,
-                 empty = full + 8 * kStages;  // of each stage
+  __mbarrier_t* full = reinterpret_cast<__mbarrier_t*>(shared + Tiles::kBarriers);  // [kStages]
+  __mbarrier_t* empty = full + Tiles::kStages;
   if (threadIdx.x == 0)
-    for (int i = 0; i < kStages; ++i) {
-      barrier_init(full + 8 * i, 128);
-      barrier_init(empty + 8 * i, kSsdWarpgroups);
+    for (int i = 0; i < Tiles::kStages; ++i) {
+      __mbarrier_init(full + i, 128);
+      __mbarrier_init(empty + i, kSsdWarpgroups);
     }
   __syncthreads();  // the barriers, before their use
 
-  if (wg == kSsdWarpgroups) {
-    // The last warpgroup fetches chunks, and makes their decays (a warp for each of the others),
-    // as far ahead as there are stages. It hands its registers to the others.
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 32;");
-    const bool decaying = warp < kSsdWarpgroups;
-    const int head = head_of(decaying ? warp : 0);
-    const float A_log2 = args.A[head] * 1.44269504f;
-    const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
-    T dt[2] = {}, next_dt[2] = {};
-    const auto load_dt = [&](int64_t t) {
-      const int left = min(end - t, int64_t{kSsdChunk}) - 2 * lane;
-      const T* from = args.dt + (span.first + t + 2 * lane) * args.dt_stride + head;
-      if (left > 0) next_dt[0] = from[0];
-      if (left > 1) next_dt[1] = from[args.dt_stride];
-    };
-    load_dt(begin);
-    int stage = 0, parity = 1, previous = -1;
-#pragma unroll 1
-    for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
-      const int rows = min(end - t0, int64_t{kSsdChunk});
-      dt[0] = next_dt[0], dt[1] = next_dt[1];
-      load_dt(t0 + kSsdChunk);
-      barrier_wait(empty + 8 * stage, parity);  // passes at once in the first round
-      constexpr int kBColumns = kStates / 64, kBxColumns = kBColumns + kSsdWarpgroups;
-#pragma unroll 1
-      for (int c = (warp + 1) % 4; c < Tiles::kStage / 8192; c += 4) {  // columns: B, x, C
-        const bool is_x = c >= kBColumns && c < kBxColumns;
-        const int col = 64 * (is_x ? c - kBColumns : c % kBxColumns) + lane % 8 * 8;
-        const T* from = is_x ? args.x : c < kBColumns ? args.B : args.C;
-        const int64_t stride = is_x ? args.x_stride : c < kBColumns ? args.B_stride : args.C_stride;
-        const int limit = is_x ? group_rows - row0 : N;
-        from += (span.first + t0 + lane / 8) * stride +
-                (is_x ? int64_t{group} * group_rows + row0 : int64_t{group} * N) + col;
-        const int left = col < limit ? rows - lane / 8 : 0;
-        const uint32_t to = base + stage * Tiles::kStage + 8192 * c;
-#pragma unroll
-        for (int i = 0; i < kSsdChunk / 4; ++i, from += 4 * stride)
-          copy_async(to + ssd_tile(4 * i + lane / 8, lane % 8), from, 4 * i < left);
-      }
-      copy_async_commit();
-      if (decaying)
-        ssd_decays(decays[stage * kSsdWarpgroups + warp], args,
-                   {to_float(dt[0]) + dt_bias, to_float(dt[1]) + dt_bias}, A_log2, rows);
-      if (previous >= 0) {  // the copies of the chunk before have arrived
-        copy_async_wait_but<1>();
-        publish_to_wgmma();
-        barrier_arrive(full + 8 * previous);
-      }
-      previous = stage;
-      if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-    if (previous >= 0) {
-      copy_async_wait_but<0>();
-      publish_to_wgmma();
-      barrier_arrive(full + 8 * previous);
-    }
-    return;
-  }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-
-  const bool active = is_active(wg);
-  const int head = head_of(wg), p0 = active ? (row0 + 64 * wg) % P + 16 * warp : 0;
-  const float D = args.D ? args.D[head] : 0.f;
-  const uint32_t M = base + Tiles::kM + 8192 * wg;
-  const uint32_t lane_M = M + ssd_tile(16 * warp + lane / 8 % 2 * 8 + lane % 8, lane / 16);
-  char* turn = shared + Tiles::kTurn + 512 * warps;
-  const uint32_t lane_x =
-      Tiles::kBC + ssd_tile(lane / 16 * 8 + lane % 8, 8 * wg + 2 * warp + lane / 8 % 2);
-  const auto meet = [&] { asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory"); };
-
-  // h[c][j]: rows p0 + g (+ 8), columns 64c + 8j + 2q, + 1.
-  float h[kStates / 64][8][4] = {};
-  const auto visit = [&](auto f) {
-#pragma unroll
-    for (int c = 0; c < kStates / 64; ++c)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int k = 0; k < 4; k += 2)
-          if (active && 64 * c + 8 * j + 2 * q < N)
-            f((int64_t{head} * P + p0 + g + 4 * k) * N + 64 * c + 8 * j + 2 * q, h[c][j][k],
-              h[c][j][k + 1]);
-  };
-  const int64_t state_size = int64_t{args.heads} * P * N;
-
-  if (kOutputs && args.h0)
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(args.h0 + b * state_size + offset);
-      h0 = v.x, h1 = v.y;
-    });
-  for (int64_t s = 0; kOutputs && s < segment; ++s) {  // pass the segments before this one
-    const float decay = segments.decay[(s * args.batch + b) * args.heads + head];
-    const float* state = segments.state + (s * args.batch + b) * state_size;
-    visit([&](int64_t offset, float& h0, float& h1) {
-      const float2 v = *reinterpret_cast<const float2*>(state + offset);
-      h0 = decay * h0 + v.x, h1 = decay * h1 + v.y;
-    });
-  }
-  float segment_decay = 1;
-
-  int number = 0, parity = 0;  // of the stage; of its phase
-#pragma unroll 1
-  for (int64_t t0 = begin; t0 < end; t0 += kSsdChunk) {
-    const uint32_t stage = base + number * Tiles::kStage;
-    const uint32_t tile_C = stage + Tiles::kBC + Tiles::kX;
-    const SsdDecays& now = decays[number * kSsdWarpgroups + wg];
-    barrier_wait(full + 8 * number, parity);
-
-    float Y[8][4];  // Y^T: rows p, columns t in tiles of 8
-    if (kOutputs) {
-      float S[8][4];  // S[t,s] = C_t . B_s
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k) {
-        const uint32_t along = k / 4 * 8192 + k % 4 * 32;
-        Warpgroup<T>::shared(S, ssd_describe(tile_C + along), ssd_describe(stage + along), k > 0);
-      }
-      warpgroup_commit();
-      warpgroup_wait<0>();
-      // M[t,s], D added on the diagonal (y_t has D x_t).
-      const float cum[2] = {now.cum[16 * warp + g], now.cum[16 * warp + 8 + g]};
-#pragma unroll
-      for (int j = 0; j < 8; j += 2) {
-        uint32_t m[2][2] = {};  // steps s: 8 (j + i) + 2q, + 1; steps t: 16 warp + 8r + g
-        if (8 * j <= 16 * warp)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const float2 source =
-                *reinterpret_cast<const float2*>(&now.source[8 * (j + i) + 2 * q]);
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              float2 v = {S[j + i][2 * r] * exp2_approx(cum[r] - source.x),
-                          S[j + i][2 * r + 1] * exp2_approx(cum[r] - source.y)};
-              if (8 * j == 16 * warp) {                       // on the diagonal, s <= t only
-                const int ahead = 8 * i + 2 * q - 8 * r - g;  // s - t
-                v.x = ahead < 0 ? v.x : ahead == 0 ? v.x + D : 0.f;
-                v.y = ahead < -1 ? v.y : ahead == -1 ? v.y + D : 0.f;
-              }
-              m[i][r] = P2::pack(v.x, v.y);
-            }
-          }
-        store_matrices(move_right(lane_M, j), m[0][0], m[0][1], m[1][0], m[1][1]);
-      }
-      publish_to_wgmma();
-
-      uint32_t a[kStates / 16][4];  // h, rounded
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float* v = &h[k / 4][k % 4 * 2 + r / 2][r % 2 * 2];
-          a[k][r] = P2::pack(v[0], v[1]);
-        }
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < kStates / 16; ++k)  // h C^T
-        Warpgroup<T>::template registers<0>(
-            Y, a[k], ssd_describe(tile_C + k / 4 * 8192 + k % 4 * 32), k > 0);
-      warpgroup_commit();
-      warpgroup_wait<0>();
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 carry = *reinterpret_cast<const float2*>(&now.carry[8 * j + 2 * q]);
-        Y[j][0] *= carry.x, Y[j][1] *= carry.y, Y[j][2] *= carry.x, Y[j][3] *= carry.y;
-      }
-    }
-    uint32_t X[4][4];  // X^T: rows p, steps s in tiles of 16
-#pragma unroll
-    for (int k = 0; k < 4; ++k) load_matrices_transposed(X[k], stage + lane_x + 2048 * k);
-    if (kOutputs) {
-      meet();  // M, by the warps of the warpgroup, before its reads
-      warpgroup_arrive();
-#pragma unroll
-      for (int k = 0; k < 4; ++k)  // X^T M^T
-        Warpgroup<T>::template registers<0>(Y, X[k], ssd_describe(M + 32 * k), 1);
-      warpgroup_commit();
-    }
-
-    // h' = a(-1, 63) h + (a(s, 63) delta_s X)^T B
-    uint32_t fading_X[4][4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int r = 0; r < 4; ++r) {
-        const float2 fade = *reinterpret_cast<const float2*>(&now.fade[16 * k + r / 2 * 8 + 2 * q]);
-        const float2 v = P2::unpack(X[k][r]);
-        fading_X[k][r] = P2::pack(v.x * fade.x, v.y * fade.y);
-      }
-    const float chunk_decay = now.carry[kSsdChunk - 1];
-    segment_decay *= chunk_decay;
-#pragma unroll
-    for (auto& column : h)
-#pragma unroll
-      for (int j = 0; j < 8; ++j)
-#pragma unroll
-        for (int r = 0; r < 4; ++r) column[j][r] *= chunk_decay;
-    warpgroup_arrive();
-#pragma unroll
-    for (int k = 0; k < 4; ++k)
-#pragma unroll
-      for (int c = 0; c < kStates / 64; ++c)
-        Warpgroup<T>::template registers<1>(h[c], fading_X[k],
-                                            ssd_describe(stage + 8192 * c + 2048 * k), 1);
-    warpgroup_commit();
-
-    if (kOutputs) {
-      warpgroup_wait<1>();  // Y is done; h' goes on
-      // Y^T -> out, 16 steps at a time: turned over in the warp's own corner of shared memory,
-      // 16 rows of 2 pieces; piece c of row r lies at c ^ (r / 4 % 2).
-      const auto turned = [&](int row, int piece) {
-        return turn + row * 32 + (piece ^ (row / 4 % 2)) * 16;
-      };
-      T* out = args.out + (span.first + t0 + lane / 2) * args.out_stride + int64_t{head} * P + p0 +
-               lane % 2 * 8;
-      const int rows = active ? min(end - t0, int64_t{kSsdChunk}) - lane / 2 : 0;
-#pragma unroll
-      for (int j = 0; j < 8; j += 2, out += 16 * args.out_stride) {
-        __syncwarp();  // the reads of the 16 steps before, before these writes
-        store_matrices_transposed(base + (turned(lane / 16 * 8 + lane % 8, lane / 8 % 2) - shared),
-                                  P2::pack(Y[j][0], Y[j][1]), P2::pack(Y[j][2], Y[j][3]),
-                                  P2::pack(Y[j + 1][0], Y[j + 1][1]),
-                                  P2::pack(Y[j + 1][2], Y[j + 1][3]));
-        __syncwarp();  // these writes before the reads
-        if (8 * j < rows)
-          *reinterpret_cast<uint4*>(out) =
-              *reinterpret_cast<const uint4*>(turned(lane / 2, lane % 2));
-      }
-    }
-    warpgroup_wait<0>();
-    meet();  // reads of the stage and of M, by the warpgroup, before they are written again
-    if (threadIdx.x % 128 == 0) barrier_arrive(empty + 8 * number);
-    if (++number == kStages) number = 0, parity ^= 1;
-  }
-
-  float* hT = kOutputs ? args.hT ? args.hT + b * state_size : nullptr
-                       : segments.state + (segment * args.batch + b) * state_size;
-  if (hT && (last || !kOutputs))
-    visit([&](int64_t offset, float& h0, float& h1) {
-      *reinterpret_cast<float2*>(hT + offset) = {h0, h1};
-    });
-  if (!kOutputs && active && p0 == 0 && lane == 0)
-    segments.decay[(segment * args.batch + b) * args.heads + head] = segment_decay;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+  if (warp / 4 == kSsdWarpgroups)
+    feed_chunks<Tiles>(shared, full, empty, a, block, warp % 4);
+  else
+    walk_chunks<Tiles, kOutputs, kStates>(shared, full, empty, a, segments, block, warp / 4,
+                                          warp % 4);
 #endif
 }
 
-// --- step: one token for every sequence of a batch (args.L = 1). The state of a large batch is
-// most of what a step moves, so it is read and written exactly once, 16 bytes a lane: a row of h
-// is spread over `lanes` lanes (a power of two), B and C stay in registers for all its rows.
-// args.h0 is the state before, args.hT after; they are normally the same buffer.
+// --- step: one token for every sequence of a batch (a.L = 1). The state is most of what a step
+// moves: it is requested before the wait for the kernel before (which cannot change it) and read
+// and written exactly once. A block owns kSsdStepRows rows (head, p) of one head; a row of h is
+// spread over `lanes` lanes (a power of two), four neighbouring states each. a.h0 is the state
+// before, a.hT after; they are normally the same buffer. Grid: x = heads, blocks of rows; y =
+// batch.
 
-inline constexpr int kSsdStepRows = 4;  // loads in flight per lane
+constexpr int kSsdStepRows = 16, kSsdStepThreads = 256;
+constexpr int kSsdStepFlight = 2;  // rows that a lane holds at once
+static_assert(kSsdStepFlight * kSsdStepThreads / 32 >= kSsdStepRows, "a lane holds all its rows");
+
+inline int ssd_step_blocks(int64_t head_dim) { return int(ceil_div(head_dim, kSsdStepRows)); }
+
+// What decode asks for in place of a.out: the gated output in float, and what its norm needs.
+template <class T>
+struct SsdGate {
+  const T* z = nullptr;  // (batch, d_inner)
+  int64_t z_stride = 0;
+  float* gated = nullptr;    // (batch, d_inner): y silu(z)
+  float* squares = nullptr;  // (batch, n_heads * ssd_step_blocks): sums of their squares, or null
+};
+
+// The sum of v over the block goes to *to.
+__device__ inline void store_block_sum(float v, float* to) {
+  __shared__ float of_warp[kSsdStepThreads / 32];
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x > 0) return;
+  v = 0.f;
+  for (const float sum : of_warp) v += sum;
+  *to = v;
+}
 
 template <class T>
-__global__ void __launch_bounds__(128) ssd_step_kernel(SsdArgs<T> args, int lanes) {
-  const int64_t b = blockIdx.x / args.heads;
-  if (args.done && args.done[b]) return;
-  const int head = blockIdx.x % args.heads, group = head / (args.heads / args.groups);
-  const int P = args.head_dim, N = args.d_state;
-  const int lane = threadIdx.x % lanes, rows = blockDim.x / lanes, n0 = 4 * lane;
-  const float dt = to_float(args.dt[b * args.dt_stride + head]);
-  const float dt_bias = args.dt_bias ? args.dt_bias[head] : 0.f;
-  const float delta = args.delta_ratio * ssd_delta(dt + dt_bias, args.dt_min, args.dt_max);
-  const float decay = expf(delta * args.A[head]), D = args.D ? args.D[head] : 0.f;
-  const T* B = args.B + b * args.B_stride + group * N;
-  const T* C = args.C + b * args.C_stride + group * N;
-  const int64_t base = (b * args.heads + head) * P * N;
+__global__ void __launch_bounds__(kSsdStepThreads)
+    ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
+  const int P = a.head_dim, N = a.d_state, blocks = gridDim.x / a.n_heads;
+  const int b = blockIdx.y, head = blockIdx.x / blocks, group = head / (a.n_heads / a.n_groups);
+  const int p0 = blockIdx.x % blocks * kSsdStepRows, rows = min(kSsdStepRows, P - p0);
+  const int lane = threadIdx.x % lanes;
+  const auto p_of = [&](int i) { return int(threadIdx.x) / lanes + i * (int(blockDim.x) / lanes); };
+  const int64_t channel = int64_t{head} * P + p0, row = int64_t{b} * a.n_heads * P + channel;
+  const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
+  const bool done = a.done && a.done[b];
+  float h[kSsdStepFlight][4];
+  const auto load_h = [&](int n) {
+#pragma unroll
+    for (int i = 0; i < kSsdStepFlight; ++i) {
+      const int p = p_of(i);
+      unpack(load<4>(a.h0 + (row + p) * N + n, a.h0 && p < rows && n < N), h[i]);
+    }
+  };
+  load_h(4 * lane);
+  launch_next();
+  wait_for_previous();
+  if (done) return;
 
-  for (int first = threadIdx.x / lanes; first - int(threadIdx.x) / lanes < P;
-       first += kSsdStepRows * rows) {
-    float y[kSsdStepRows] = {}, x[kSsdStepRows];
-    for (int i = 0; i < kSsdStepRows; ++i) {
-      const int p = first + i * rows;
-      x[i] = p < P ? to_float(args.x[b * args.x_stride + int64_t{head} * P + p]) : 0.f;
-    }
-    for (int n = n0; n < N; n += 4 * lanes) {
-      float4 h[kSsdStepRows];
+  const T* B = a.B + b * a.B_stride + group * N;
+  const T* C = a.C + b * a.C_stride + group * N;
+  float y[kSsdStepFlight] = {}, x[kSsdStepFlight], z[kSsdStepFlight];
 #pragma unroll
-      for (int i = 0; i < kSsdStepRows; ++i) {
-        const int p = first + i * rows;
-        h[i] = args.h0 && p < P
-                   ? *reinterpret_cast<const float4*>(args.h0 + base + int64_t{p} * N + n)
-                   : float4{0, 0, 0, 0};
-      }
-      float dB[4], c[4];
-      for (int k = 0; k < 4; ++k) dB[k] = delta * to_float(B[n + k]), c[k] = to_float(C[n + k]);
+  for (int i = 0; i < kSsdStepFlight; ++i) {
+    const int p = p_of(i);
+    x[i] = p < rows ? to_float(a.x[b * a.x_stride + channel + p]) : 0.f;
+    z[i] = gate.z && p < rows ? to_float(gate.z[b * gate.z_stride + channel + p]) : 0.f;
+  }
+  const float delta = ssd_delta(a, to_float(a.dt[b * a.dt_stride + head]) + dt_bias);
+  const float decay = exp2_approx(delta * (kLog2e * A));
+  for (int n = 4 * lane; n < N; n += 4 * lanes) {
+    if (n >= 4 * lanes) load_h(n);
+    float B_n[4], C_n[4];
+    unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
 #pragma unroll
-      for (int i = 0; i < kSsdStepRows; ++i) {
-        const int p = first + i * rows;
-        h[i] = {decay * h[i].x + dB[0] * x[i], decay * h[i].y + dB[1] * x[i],
-                decay * h[i].z + dB[2] * x[i], decay * h[i].w + dB[3] * x[i]};
-        y[i] += h[i].x * c[0] + h[i].y * c[1] + h[i].z * c[2] + h[i].w * c[3];
-        if (args.hT && p < P)
-          *reinterpret_cast<float4*>(args.hT + base + int64_t{p} * N + n) = h[i];
+    for (int i = 0; i < kSsdStepFlight; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        h[i][k] = fmaf(decay, h[i][k], delta * B_n[k] * x[i]);
+        y[i] = fmaf(C_n[k], h[i][k], y[i]);
       }
-    }
-    for (int i = 0; i < kSsdStepRows; ++i) {
-      const int p = first + i * rows;
-      for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
-      if (lane == 0 && p < P)
-        args.out[b * args.out_stride + int64_t{head} * P + p] = from_float<T>(y[i] + D * x[i]);
+      const int p = p_of(i);
+      if (a.hT && p < rows) store(a.hT + (row + p) * N + n, pack<float>(h[i]));
     }
   }
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kSsdStepFlight; ++i) {
+    const int p = p_of(i);
+    for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
+    if (lane != 0 || p >= rows) continue;
+    const float out = fmaf(D, x[i], y[i]), gated = out * silu(z[i]);
+    squares = fmaf(gated, gated, squares);
+    if (gate.gated)
+      gate.gated[row + p] = gated;
+    else
+      a.out[b * a.out_stride + channel + p] = from_float<T>(out);
+  }
+  if (gate.squares) store_block_sum(squares, gate.squares + int64_t{b} * gridDim.x + blockIdx.x);
 }
 
 // --- launchers
@@ -2375,28 +2353,24 @@ inline bool ssd_has_warpgroups() {
   return has;
 }
 
-// The fastest rung that can do it: tensor-core tiles are 16 (64) rows of a head; copies 16 bytes.
+// The fastest rung that can do it: tensor-core tiles are 64 rows of a head; copies 16 bytes.
 template <class T>
 SsdRung ssd_rung(const SsdArgs<T>& a) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
-  if (sizeof(T) != 2 || a.head_dim % 16 || a.d_state % 8 || a.d_state > 256 ||
+  if (sizeof(T) != 2 || a.head_dim % 64 || a.d_state % 8 || a.d_state > 256 ||
       (a.x_stride | a.B_stride | a.C_stride | a.out_stride) % 8 || !aligned(a.x) || !aligned(a.B) ||
       !aligned(a.C) || !aligned(a.out))
     return SsdRung::kNaive;
-  return a.head_dim % 64 == 0 && a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup
-                                                                          : SsdRung::kFused;
-}
-
-template <class T>
-bool ssd_wide(const SsdArgs<T>& a) {  // ssd_fused_kernel with 32 rows to a warp instead of 16
-  return a.head_dim % 64 == 0 && a.d_state <= 128;
+  return a.d_state <= 128 && ssd_has_warpgroups() ? SsdRung::kWarpgroup : SsdRung::kFused;
 }
 
 template <class T>
 int64_t ssd_blocks(const SsdArgs<T>& a, SsdRung rung) {  // for one segment of each sequence
-  const int64_t group_rows = int64_t{a.heads} / a.groups * a.head_dim;
-  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups : ssd_wide(a) ? 128 : 64;
-  return a.batch * a.groups * ((group_rows + rows - 1) / rows);
+  const int64_t group_rows = int64_t{a.n_heads} / a.n_groups * a.head_dim;
+  const int64_t rows = rung == SsdRung::kWarpgroup ? 64 * kSsdWarpgroups
+                       : a.d_state <= 128          ? kSsdFusedRows<128>
+                                                   : kSsdFusedRows<256>;
+  return a.batch * a.n_groups * ceil_div(group_rows, rows);
 }
 
 // How many segments? More fill the GPU, but all except the last are walked twice (the first
@@ -2405,12 +2379,12 @@ template <class T>
 SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
   constexpr double kStatePass = 0.35, kLaunch = 2;
   const int64_t at_once = (rung == SsdRung::kWarpgroup ? 1 : 2) * multiprocessors();
-  const int64_t chunks = (a.L + kSsdChunk - 1) / kSsdChunk, blocks = ssd_blocks(a, rung);
-  const auto rounds = [&](int64_t n) { return (n + at_once - 1) / at_once; };
+  const int64_t chunks = ceil_div(a.L, kSsdChunk), blocks = ssd_blocks(a, rung);
+  const auto rounds = [&](int64_t n) { return ceil_div(n, at_once); };
   SsdSegments best{chunks * kSsdChunk, 1, nullptr, nullptr};
   double least = rounds(blocks) * chunks;
   for (int64_t count = 2; count <= chunks && count <= 32; ++count) {
-    const int64_t length = (chunks + count - 1) / count;
+    const int64_t length = ceil_div(chunks, count);
     if ((count - 1) * length >= chunks) continue;
     const double cost = rounds(blocks * count) * (length + 0.1 * count) +
                         rounds(blocks * (count - 1)) * length * kStatePass + kLaunch;
@@ -2421,98 +2395,107 @@ SsdSegments ssd_segments(const SsdArgs<T>& a, SsdRung rung) {
 
 template <class T>
 size_t ssd_state_bytes(const SsdArgs<T>& a) {
-  return sizeof(float) * a.batch * a.heads * a.head_dim * a.d_state;
+  return sizeof(float) * a.batch * ssd_state_size(a);
 }
 
 // States and decays of all segments but the last, and h0 where hT would overwrite it.
 template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a, SsdRung rung) {
   const int64_t count = rung == SsdRung::kNaive ? 1 : ssd_segments(a, rung).count;
-  return count == 1 ? 0
-                    : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.heads;
+  return count == 1
+             ? 0
+             : count * ssd_state_bytes(a) + (count - 1) * sizeof(float) * a.batch * a.n_heads;
 }
 template <class T>
 size_t ssd_workspace_bytes(const SsdArgs<T>& a) {
   return ssd_workspace_bytes(a, ssd_rung(a));
 }
 
-template <class T>
-void ssd_launch(void (*kernel)(SsdArgs<T>, SsdSegments), int64_t blocks, int threads, int bytes,
-                const SsdArgs<T>& args, const SsdSegments& segments, cudaStream_t stream) {
+template <int kStates, bool kOutputs, class T>
+void ssd_launch(const SsdArgs<T>& a, SsdRung rung, const SsdSegments& segments,
+                cudaStream_t stream) {
+  auto kernel = ssd_fused_kernel<T, kStates, kOutputs>;
+  int threads = 128, bytes = SsdFusedTiles<kStates, kOutputs>::kBarriers;
+  if constexpr (kStates <= 128)
+    if (rung == SsdRung::kWarpgroup) {
+      kernel = ssd_warpgroup_kernel<T, kStates, kOutputs>;
+      threads = 128 * kSsdWarpgroups + 128;
+      bytes = kSsdWarpgroupBytes<SsdWarpgroupTiles<kStates, kOutputs>>;
+    }
+  const int64_t blocks = ssd_blocks(a, rung) * (kOutputs ? segments.count : segments.count - 1);
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<blocks, threads, bytes, stream>>>(args, segments);
+  kernel<<<blocks, threads, bytes, stream>>>(a, segments);
   CUDA_CHECK(cudaGetLastError());
 }
 
 template <bool kOutputs, class T>
-void ssd_pass(const SsdArgs<T>& args, SsdRung rung, const SsdSegments& segments,
-              cudaStream_t stream) {
-  const int64_t blocks = ssd_blocks(args, rung) * (kOutputs ? segments.count : segments.count - 1);
-  const auto fused = [&](auto states, auto row_tiles) {
-    constexpr int kStates = decltype(states)::value, kRowTiles = decltype(row_tiles)::value;
-    ssd_launch(ssd_fused_kernel<T, kStates, kRowTiles, kOutputs>, blocks, 128,
-               SsdTiles<kStates, kRowTiles, kOutputs>::kBytes, args, segments, stream);
-  };
-  const auto warpgroup = [&](auto states) {
-    constexpr int kStates = decltype(states)::value;
-    ssd_launch(ssd_warpgroup_kernel<T, kStates, kOutputs>, blocks, 128 * kSsdWarpgroups + 128,
-               SsdWarpgroupTiles<kStates, kOutputs>::kBytes, args, segments, stream);
-  };
-  using std::integral_constant;
-  constexpr integral_constant<int, 1> one;
-  constexpr integral_constant<int, 2> two;
-  constexpr integral_constant<int, 64> n64;
-  constexpr integral_constant<int, 128> n128;
-  constexpr integral_constant<int, 256> n256;
-  if (rung == SsdRung::kWarpgroup) return args.d_state > 64 ? warpgroup(n128) : warpgroup(n64);
-  if (args.d_state > 128) return fused(n256, one);
-  if (args.d_state > 64) return ssd_wide(args) ? fused(n128, two) : fused(n128, one);
-  return ssd_wide(args) ? fused(n64, two) : fused(n64, one);
+void ssd_pass(const SsdArgs<T>& a, SsdRung rung, const SsdSegments& segments, cudaStream_t stream) {
+  if (a.d_state <= 64) return ssd_launch<64, kOutputs>(a, rung, segments, stream);
+  if (a.d_state <= 128) return ssd_launch<128, kOutputs>(a, rung, segments, stream);
+  ssd_launch<256, kOutputs>(a, rung, segments, stream);
 }
 
 template <class T>
-void ssd_naive(const SsdArgs<T>& args, cudaStream_t stream) {
-  if (args.d_state > 32 * kSsdNaiveStates)
-    fail("ssd: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", args.d_state);
-  const int64_t rows = args.batch * args.heads * args.head_dim;
-  ssd_naive_kernel<<<(rows + 3) / 4, 128, 0, stream>>>(args);
+void ssd_naive(const SsdArgs<T>& a, cudaStream_t stream) {
+  if (a.d_state > 32 * kSsdNaiveStates)
+    fail("ssd: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", a.d_state);
+  const int64_t rows = a.batch * a.n_heads * a.head_dim;
+  ssd_naive_kernel<<<(rows + 3) / 4, 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 
 // A tensor-core rung with a split of the caller's: one pass, or states and then outputs.
 template <class T>
-void ssd_split(SsdArgs<T> args, SsdRung rung, SsdSegments segments, cudaStream_t stream) {
+void ssd_split(SsdArgs<T> a, SsdRung rung, SsdSegments segments, cudaStream_t stream) {
   if (segments.count > 1) {
-    const size_t state_bytes = ssd_state_bytes(args);
-    segments.state = static_cast<float*>(args.workspace);
+    const size_t state_bytes = ssd_state_bytes(a);
+    segments.state = static_cast<float*>(a.workspace);
     float* h0 = segments.state + (segments.count - 1) * state_bytes / sizeof(float);
     segments.decay = h0 + state_bytes / sizeof(float);
-    if (args.h0 && args.h0 == args.hT) {  // early segments still read h0 when hT is written
-      CUDA_CHECK(cudaMemcpyAsync(h0, args.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
-      args.h0 = h0;
+    if (a.h0 && a.h0 == a.hT) {  // early segments still read h0 when hT is written
+      CUDA_CHECK(cudaMemcpyAsync(h0, a.h0, state_bytes, cudaMemcpyDeviceToDevice, stream));
+      a.h0 = h0;
     }
-    ssd_pass<false>(args, rung, segments, stream);
+    ssd_pass<false>(a, rung, segments, stream);
   }
-  ssd_pass<true>(args, rung, segments, stream);
+  ssd_pass<true>(a, rung, segments, stream);
 }
 
 template <class T>
-void ssd(const SsdArgs<T>& args, cudaStream_t stream) {
-  if (args.batch == 0 || args.heads == 0) return;
-  const SsdRung rung = ssd_rung(args);
+void ssd(const SsdArgs<T>& a, cudaStream_t stream) {
+  if (a.batch == 0 || a.n_heads == 0) return;
+  const SsdRung rung = ssd_rung(a);
   if constexpr (sizeof(T) == 2)
-    if (rung != SsdRung::kNaive) return ssd_split(args, rung, ssd_segments(args, rung), stream);
-  ssd_naive(args, stream);
+    if (rung != SsdRung::kNaive) return ssd_split(a, rung, ssd_segments(a, rung), stream);
+  ssd_naive(a, stream);
+}
+
+inline int ssd_step_lanes(int d_state) {
+  int lanes = 1;
+  while (lanes < 32 && 4 * lanes < d_state) lanes *= 2;
+  return lanes;
+}
+template <class T>
+dim3 ssd_step_grid(const SsdArgs<T>& a) {
+  return dim3(unsigned(a.n_heads * ssd_step_blocks(a.head_dim)), unsigned(a.batch));
 }
 
 template <class T>
-void ssd_step(const SsdArgs<T>& args, cudaStream_t stream) {
-  if (args.batch == 0 || args.heads == 0) return;
-  if (args.d_state % 4 != 0) return ssd_naive(args, stream);
-  int lanes = 1;
-  while (lanes < 32 && 4 * lanes < args.d_state) lanes *= 2;
-  ssd_step_kernel<<<args.batch * args.heads, 128, 0, stream>>>(args, lanes);
+void ssd_step(const SsdArgs<T>& a, cudaStream_t stream) {
+  if (a.batch == 0 || a.n_heads == 0) return;
+  if (a.d_state % 4 || !aligned4(a.B, a.B_stride) || !aligned4(a.C, a.C_stride))
+    return ssd_naive(a, stream);
+  // not launched early: the kernel before may be the step before, whose state is read at once
+  ssd_step_kernel<<<ssd_step_grid(a), kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{},
+                                                                    ssd_step_lanes(a.d_state));
   CUDA_CHECK(cudaGetLastError());
+}
+
+// The same with the gate, launched early: the kernel before must not be a step of the same state.
+template <class T>
+void ssd_gated_step(const SsdArgs<T>& a, const SsdGate<T>& gate, cudaStream_t stream) {
+  launch_early(ssd_step_kernel<T>, ssd_step_grid(a), kSsdStepThreads, 0, stream, a, gate,
+               ssd_step_lanes(a.d_state));
 }
 
 // ---------------------------------------------------------------------------------------
@@ -2524,7 +2507,7 @@ void ssd_step(const SsdArgs<T>& args, cudaStream_t stream) {
 // between the two passes, so global memory is read and written once, 4 values at a time.
 // ---------------------------------------------------------------------------------------
 
-inline constexpr int kNormThreads = 256;
+constexpr int kNormThreads = 256;
 
 // Sum over the block, the same bits in every thread on every run.
 __device__ inline float block_sum(float v) {
@@ -2537,32 +2520,23 @@ __device__ inline float block_sum(float v) {
   return v;
 }
 
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T v[4];
-};
-
-template <class T>
-__device__ float4 load_four(const T* p) {
-  const Four<T> f = *reinterpret_cast<const Four<T>*>(p);
-  return {to_float(f.v[0]), to_float(f.v[1]), to_float(f.v[2]), to_float(f.v[3])};
+__device__ inline float sum_of_squares(const float (&v)[4]) {
+  return v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
 }
 template <class T>
-__device__ void store_four(T* p, float4 v) {
-  *reinterpret_cast<Four<T>*>(p) = {from_float<T>(v.x), from_float<T>(v.y), from_float<T>(v.z),
-                                    from_float<T>(v.w)};
-}
-__device__ inline float sum_of_squares(float4 v) {
-  return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+__device__ inline void load4(float (&v)[4], const T* from) {
+  unpack(load<4>(from, true), v);
 }
 
-// out (rows, d), from = values in shared memory, 4 a thread as they were written.
+// out (d) = values * scale * weight, the values 4 a thread as it left them in shared memory.
 template <class T>
-__device__ void scale_row(T* out, const float4* from, const float* weight, int d, float scale) {
-  for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
-    const float4 v = from[i], w = reinterpret_cast<const float4*>(weight)[i];
-    store_four(out + 4 * i,
-               {v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w});
+__device__ inline void scale_row(T* out, const float* values, const float* weight, int d,
+                                 float scale) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], w[4];
+    load4(v, values + i), load4(w, weight + i);
+    for (int k = 0; k < 4; ++k) v[k] = v[k] * scale * w[k];
+    store(out + i, pack<T>(v));
   }
 }
 
@@ -2570,21 +2544,22 @@ template <class In, class T>
 __global__ void __launch_bounds__(kNormThreads)
     rms_norm_kernel(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
                     int d, T* out, int64_t out_stride) {
-  extern __shared__ float4 values[];
+  extern __shared__ __align__(16) float row_values[];
   const int64_t row = blockIdx.x;
   float sum = 0;
-  for (int i = threadIdx.x; i < d / 4; i += kNormThreads) {
-    float4* r = reinterpret_cast<float4*>(residual + row * d) + i;
-    float4 v = *r;
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], add[4];
+    load4(v, residual + row * d + i);
     if (x) {
-      const float4 add = load_four(x + row * x_stride + 4 * i);
-      *r = v = {v.x + add.x, v.y + add.y, v.z + add.z, v.w + add.w};
+      load4(add, x + row * x_stride + i);
+      for (int k = 0; k < 4; ++k) v[k] += add[k];
+      store(residual + row * d + i, pack<float>(v));
     }
-    values[i] = v;
+    store(row_values + i, pack<float>(v));
     sum += sum_of_squares(v);
   }
   const float scale = rsqrtf(block_sum(sum) / d + eps);
-  scale_row(out + row * out_stride, values, weight, d, scale);
+  scale_row(out + row * out_stride, row_values, weight, d, scale);
 }
 
 template <class In, class T>
@@ -2592,19 +2567,18 @@ __global__ void __launch_bounds__(kNormThreads)
     gated_rms_norm_kernel(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
                           const float* weight, float eps, int group_size, T* out,
                           int64_t out_stride) {
-  extern __shared__ float4 values[];
+  extern __shared__ __align__(16) float row_values[];
   const int64_t row = blockIdx.x, first = int64_t{blockIdx.y} * group_size;
-  const auto silu = [](float v) { return v / (1.f + expf(-v)); };
   float sum = 0;
-  for (int i = threadIdx.x; i < group_size / 4; i += kNormThreads) {
-    const float4 u = load_four(y + row * y_stride + first + 4 * i);
-    const float4 w = load_four(z + row * z_stride + first + 4 * i);
-    const float4 v = {u.x * silu(w.x), u.y * silu(w.y), u.z * silu(w.z), u.w * silu(w.w)};
-    values[i] = v;
+  for (int i = 4 * threadIdx.x; i < group_size; i += 4 * kNormThreads) {
+    float v[4], gate[4];
+    load4(v, y + row * y_stride + first + i), load4(gate, z + row * z_stride + first + i);
+    for (int k = 0; k < 4; ++k) v[k] *= silu(gate[k]);
+    store(row_values + i, pack<float>(v));
     sum += sum_of_squares(v);
   }
   const float scale = rsqrtf(block_sum(sum) / group_size + eps);
-  scale_row(out + row * out_stride + first, values, weight + first, group_size, scale);
+  scale_row(out + row * out_stride + first, row_values, weight + first, group_size, scale);
 }
 
 // residual (rows, d) float32, x (rows, d) or null, out (rows, d).
@@ -2636,330 +2610,317 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 // One token: matrix-vector products fused with what stands around them
 // ============================================================================================
 //
-// For a few sequences at a time a layer costs the reading of its weights, if nothing else is in the
-// way: four kernels a layer for Mamba, three for Mamba-2, each a product with what precedes and
-// follows it, one CUDA graph for the whole token, and every kernel requests its first weights while
-// the one before it is still at work (programmatic dependent launch). What a kernel may touch before
-// wait_for_previous() are weights, which never change, and what changes once a token: its own states and
-// `done`. A token's first kernel starts when all of the token before is done.
+// For a few sequences at a time a layer costs the reading of its weights, if nothing else is in
+// the way: four kernels a layer for Mamba, three for Mamba-2, each a product with what precedes
+// and follows it, one CUDA graph for the whole token, and every kernel requests its first weights
+// while the one before it is still at work (programmatic dependent launch). Before
+// wait_for_previous() a kernel may read weights, which never change, and what changes once a
+// token: its own states and `done`. A token's first kernel starts when all of the token before is
+// done.
 //
-//   Mamba     linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> x, z
-//             linear_step_kernel   x -> x_proj -> dt, B, C
-//             scan_decode_kernel   dt_proj, selective_scan_step, gate -> y
-//             linear_step_kernel   y -> out_proj, added to the residual
-//   Mamba-2   linear_step_kernel   residual -> rms_norm, in_proj, causal_conv1d_step, silu -> z x B C dt
-//             ssd_decode_kernel    ssd_step, gate -> y (with several groups, its sums of squares)
-//             linear_step_kernel   y -> gated_rms_norm, out_proj, added to the residual
+//   Mamba     linear_step_kernel  residual -> rms_norm, in_proj, causal_conv1d_step, silu -> x, z
+//             linear_step_kernel  x -> x_proj -> dt, B, C
+//             scan_decode_kernel  dt_proj, selective_scan_step, gate -> y
+//             linear_step_kernel  y -> out_proj, added to the residual
+//   Mamba-2   linear_step_kernel  residual -> rms_norm, in_proj, causal_conv1d_step, silu
+//                                 -> z, x, B, C, dt
+//             ssd_step_kernel     ssd_step, gate -> y (with several groups, its sums of squares)
+//             linear_step_kernel  y -> gated_rms_norm, out_proj, added to the residual
+
+constexpr int kFewSequences = 4;  // that one launch takes
+constexpr int kMostGroups = 8;    // of Mamba-2's norm
+constexpr int kStepTaps = 4;      // of the convolution; missing ones are zero
+
+// What is read: x, or in its place
+//   rms      x weight / rms(x). W (x weight / rms) = W (x weight) / rms, so nobody waits for the
+//            sum of squares: each warp gathers it on its way along the row, and divides at the end
+//   grouped  the same with one rms for each group of columns; with several groups from the sums of
+//            squares that ssd_step_kernel left
+enum class Norm { none, rms, grouped };
+
+// What becomes of v = W[row] . x:
+//   plain     out = v
+//   residual  out += v + bias
+//   conv      out = v + bias; the rows [first, first + count) then take causal_conv1d_step and silu
+enum class Store { plain, residual, conv };
+
+struct NormStep {
+  const float* weight = nullptr;  // (cols)
+  float eps = 0;
+  int n_groups = 1, slots = 0;     // slots: sums of squares per group
+  const float* squares = nullptr;  // (batch, n_groups slots)
+};
+template <class T>
+struct ConvStep {
+  T* state = nullptr;             // (batch, width - 1, count)
+  const float* weight = nullptr;  // (count, width)
+  const float* bias = nullptr;    // (count) or null
+  const int* done = nullptr;      // (batch) or null: where not 0 the state stays
+  int64_t first = 0, count = 0;
+  int width = 0;
+};
+
+// out[b, row] = store(W[row] . norm(x[b])) for b < batch <= kFewSequences.
+template <class T, Norm kNorm, Store kStore>
+struct LinearStep {
+  using In = std::conditional_t<kNorm == Norm::none, T, float>;
+  using Out = std::conditional_t<kStore == Store::conv, T, float>;
+  const T* W = nullptr;  // (rows, cols), cols a multiple of 16 bytes
+  int64_t rows = 0, cols = 0;
+  int batch = 0;
+  const In* x = nullptr;  // (batch, cols)
+  int64_t x_stride = 0;
+  Out* out = nullptr;           // (batch, rows)
+  const float* bias = nullptr;  // (rows) or null
+  NormStep norm = {};
+  ConvStep<T> conv = {};
+};
 
 // Asks for the cache lines (128 bytes) of p[0, size).
-__device__ inline void prefetch_row(const float* p, std::int64_t size) {
-  for (std::int64_t i = 32 * threadIdx.x; i < size; i += 32 * blockDim.x)
+__device__ inline void prefetch_row(const float* p, int64_t size) {
+  for (int64_t i = 32 * threadIdx.x; i < size; i += 32 * blockDim.x)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p + i));
 }
 
-constexpr int kMostGroups = 8,
-              kMostFewRows = 4;  // of Mamba-2's norm; sequences that count as few
-
-// --- what a product reads: x (batch, cols), n neighbouring columns at a time ---
-
-template <class T>
-struct PlainInput {
-  const T* x;  // rows `stride` apart
-  std::int64_t stride;
-  static constexpr bool kNormed = false;
-  template <int n>
-  struct Weights {};
-  __device__ void ahead() const {}
-  __device__ void begin(int, float*) const {}
-  template <int n>
-  __device__ void weights(std::int64_t, Weights<n>&) const {}
-  template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>&, const float*, float (&to)[n],
-                       float&) const {
-    unpack(mamba::load<n>(x + b * stride + column, true), to);
+// scales[b n_groups + group] = 1 / rms of the group, for several groups.
+__device__ inline void scales_of_groups(const NormStep& norm, int batch, int64_t cols,
+                                        float* scales) {
+  if (norm.n_groups == 1) return;
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i < batch * norm.n_groups; i += blockDim.x / 32) {
+    float sum = 0.f;
+    for (int s = lane; s < norm.slots; s += 32) sum += norm.squares[i * norm.slots + s];
+    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    if (lane == 0) scales[i] = rsqrtf(sum * norm.n_groups / cols + norm.eps);
   }
-  __device__ float scale(float) const { return 1.f; }
-};
+  __syncthreads();  // scales are written before anybody reads them
+}
 
-// rms_norm: W (r * weight / rms) = W (r * weight) / rms, so nobody waits for the sum of squares: each
-// warp gathers it on its way along the row, and divides once, at the end.
-struct NormedInput {
-  const float *residual, *weight;
-  std::int64_t cols;
-  float eps;
-  static constexpr bool kNormed = true;
-  template <int n>
-  struct Weights {
-    float of[n];
-  };
-  __device__ void ahead() const { prefetch_row(weight, cols); }
-  __device__ void begin(int, float*) const {}
-  template <int n>
-  __device__ void weights(std::int64_t column, Weights<n>& w) const {
-    unpack(mamba::load<n>(weight + column, true), w.of);
-  }
-  template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float*,
-                       float (&to)[n], float& squares) const {
-    unpack(mamba::load<n>(residual + b * cols + column, true), to);
+// x[b, column ..], times what the norm asks for but the scale of a row; its squares are added.
+template <int n, class T, Norm kNorm, Store kStore>
+__device__ inline void load_input(const LinearStep<T, kNorm, kStore>& a, int b, int64_t column,
+                                  const float (&weight)[n], const float* scales, float (&x)[n],
+                                  float& squares) {
+  unpack(load<n>(a.x + b * a.x_stride + column, true), x);
+  if constexpr (kNorm != Norm::none) {
+    float scale = 1.f;
+    if (kNorm == Norm::grouped && a.norm.n_groups > 1)  // n columns lie in one group
+      scale = scales[b * a.norm.n_groups + int(column) / int(a.cols / a.norm.n_groups)];
 #pragma unroll
     for (int k = 0; k < n; ++k) {
-      squares = fmaf(to[k], to[k], squares);
-      to[k] *= w.of[k];
+      squares = fmaf(x[k], x[k], squares);
+      x[k] *= kNorm == Norm::grouped ? weight[k] * scale : weight[k];
     }
   }
-  __device__ float scale(float squares) const { return rsqrtf(squares / cols + eps); }
-};
+}
 
-// gated_rms_norm of g = y silu(z). With one group it is the rms_norm above. With more, a scale belongs to each
-// group of columns, and is made before the product from the sums of squares that ssd_decode_kernel left.
-struct GatedNormInput {
-  const float *g, *squares, *weight;  // (batch, cols), (batch, n_groups slots), (cols)
-  std::int64_t cols;
-  int n_groups, slots;  // slots: sums of squares per group
-  float eps;
-  static constexpr bool kNormed = true;
-  template <int n>
-  struct Weights {
-    float of[n];
-  };
-  __device__ void ahead() const { prefetch_row(weight, cols); }
-  __device__ void begin(int batch, float* scales) const {  // scales[b n_groups + group]
-    if (n_groups == 1) return;
-    const int lane = threadIdx.x % 32;
-    for (int i = threadIdx.x / 32; i < batch * n_groups; i += blockDim.x / 32) {
-      float sum = 0.f;
-      for (int s = lane; s < slots; s += 32) sum += squares[i * slots + s];
-      for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      if (lane == 0) scales[i] = rsqrtf(sum * n_groups / cols + eps);
-    }
-    __syncthreads();  // scales are written before anybody reads them
-  }
-  template <int n>
-  __device__ void weights(std::int64_t column, Weights<n>& w) const {
-    unpack(mamba::load<n>(weight + column, true), w.of);
-  }
-  template <int n>
-  __device__ void load(int b, std::int64_t column, const Weights<n>& w, const float* scales,
-                       float (&to)[n], float& squares) const {
-    unpack(mamba::load<n>(g + b * cols + column, true), to);
-    const int group = int(column) / int(cols / n_groups);  // a piece lies in one
-    const float scale = n_groups == 1 ? 1.f : scales[b * n_groups + group];
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
-      squares = fmaf(to[k], to[k], squares);
-      to[k] *= w.of[k] * scale;
-    }
-  }
-  __device__ float scale(float squares) const {
-    return n_groups == 1 ? rsqrtf(squares / cols + eps) : 1.f;
-  }
-};
-
-// --- where a product goes: one number, row `row` for sequence b. What it will be combined with is
-// requested before the product is made: ahead() before the wait, past() after it. ---
-
-struct PlainOutput {
-  float* out;  // (batch, stride)
-  std::int64_t stride;
-  struct Operands {};
-  __device__ void ahead(std::int64_t, int, Operands&) const {}
-  __device__ void past(std::int64_t, int, Operands&) const {}
-  __device__ void operator()(std::int64_t row, int b, float v, const Operands&) const {
-    out[b * stride + row] = v;
-  }
-};
-
-struct ResidualOutput {
-  float* residual;    // (batch, d_model)
-  const float* bias;  // (d_model) or null
-  std::int64_t d_model;
-  struct Operands {
-    float bias, residual;
-  };
-  __device__ void ahead(std::int64_t row, int, Operands& o) const {
-    o.bias = bias ? bias[row] : 0.f;
-  }
-  __device__ void past(std::int64_t row, int b, Operands& o) const {
-    o.residual = residual[b * d_model + row];
-  }
-  __device__ void operator()(std::int64_t row, int b, float v, const Operands& o) const {
-    residual[b * d_model + row] = o.residual + (v + o.bias);
-  }
-};
-
-// causal_conv1d_step and silu for the rows [first, first + count), as they are for the others.
-constexpr int kStepTaps = 4;  // at most; missing ones are zero
-
+// What one output is combined with, requested before the product is made.
 template <class T>
-struct ConvOutput {
-  T* out;    // (batch, stride)
-  T* state;  // (batch, width - 1, count)
-  const float *bias, *weight,
-      *conv_bias;   // (stride) or null; (count, width); (count) or null
-  const int* done;  // (batch) or null: where not 0 the state stays
-  std::int64_t stride, first, count;
-  int width;
-  struct Operands {
-    float bias, conv_bias, weight[kStepTaps];  // of the newest input first
-    T past[kStepTaps];                         // past[k]: k tokens ago
-    int keep;
-  };
-  __device__ bool passes(std::int64_t row) const { return row >= first && row < first + count; }
-  __device__ void ahead(std::int64_t row, int b, Operands& o) const {
-    o.keep = done ? done[b] : 0;
-    o.bias = bias ? bias[row] : 0.f;
-    const std::int64_t d = passes(row) ? row - first : 0;
-    o.conv_bias = conv_bias ? conv_bias[d] : 0.f;
-    const T* rows = state + b * (width - 1) * count + d;
+struct StoreOperands {
+  float bias, residual, conv_bias, taps[kStepTaps];  // taps: of the newest input first
+  T past[kStepTaps];                                 // past[k]: k tokens ago
+  int keep;
+};
+
+// What the kernel before does not change.
+template <class T, Norm kNorm, Store kStore>
+__device__ inline void load_operands(const LinearStep<T, kNorm, kStore>& a, int64_t row, int b,
+                                     StoreOperands<T>& o) {
+  if constexpr (kStore != Store::plain) o.bias = a.bias ? a.bias[row] : 0.f;
+  if constexpr (kStore == Store::conv) {
+    const ConvStep<T>& conv = a.conv;
+    const bool convolved = row >= conv.first && row < conv.first + conv.count;
+    const int64_t d = convolved ? row - conv.first : 0;
+    o.keep = conv.done ? conv.done[b] : 0;
+    o.conv_bias = conv.bias ? conv.bias[d] : 0.f;
+    const T* state = conv.state + b * (conv.width - 1) * conv.count + d;
 #pragma unroll
     for (int k = 0; k < kStepTaps; ++k) {
-      o.weight[k] = k < width ? weight[d * width + width - 1 - k] : 0.f;
-      if (k > 0) o.past[k] = k < width ? rows[(width - 1 - k) * count] : from_float<T>(0.f);
+      const bool there = k < conv.width;
+      o.taps[k] = there ? conv.weight[d * conv.width + conv.width - 1 - k] : 0.f;
+      if (k > 0) o.past[k] = there ? state[(conv.width - 1 - k) * conv.count] : from_float<T>(0.f);
     }
   }
-  __device__ void past(std::int64_t, int, Operands&) const {}
-  __device__ void operator()(std::int64_t row, int b, float v, Operands& o) const {
-    v += o.bias;
-    if (passes(row)) {
-      o.past[0] = from_float<T>(v);
-      v = o.conv_bias;
-#pragma unroll
-      for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.weight[k], to_float(o.past[k]), v);
-      v = silu(v);
-      T* rows = state + b * (width - 1) * count + row - first;
-#pragma unroll
-      for (int k = 0; k + 1 < kStepTaps; ++k)
-        if (k + 1 < width && !o.keep) rows[(width - 2 - k) * count] = o.past[k];
-    }
-    out[b * stride + row] = from_float<T>(v);
-  }
-};
+}
 
-// output(row, b) = W[row] . input(b).  W (rows, cols), cols a multiple of 16 bytes; b < batch <= kBatch.
-// `split` warps of a block share a group of kLinearRows rows of W: each lane takes every 32 split-th piece of
-// 16 bytes and multiplies in float32. Pieces pass through a ring in shared memory, kLinearDepth of each row in
-// flight, across the end of a group too: while its sums are finished the next group's weights arrive. A
-// thread reads only what it has copied itself, so none waits for another. x comes through the L1 cache, in
-// which all warps of the SM find it.
-//
-// Where all that a warp has to read fits its ring, nothing is left to stream: such a product is as long as
-// its way from the wait to the last store. It takes blocks of 12 warps, over which a row can be split in
-// more ways, and no more of the ring than it fills, so that blocks of the next kernel find room beside it.
+// The convolution's new output from its new input; its state moves on by one token.
+template <class T>
+__device__ inline float conv_step(const ConvStep<T>& conv, int64_t d, int b, float v,
+                                  StoreOperands<T>& o) {
+  o.past[0] = from_float<T>(v);
+  v = o.conv_bias;
+#pragma unroll
+  for (int k = kStepTaps - 1; k >= 0; --k) v = fmaf(o.taps[k], to_float(o.past[k]), v);
+  T* state = conv.state + b * (conv.width - 1) * conv.count + d;
+#pragma unroll
+  for (int k = 0; k + 1 < kStepTaps; ++k)
+    if (k + 1 < conv.width && !o.keep) state[(conv.width - 2 - k) * conv.count] = o.past[k];
+  return silu(v);
+}
+
+template <class T, Norm kNorm, Store kStore>
+__device__ inline void store_output(const LinearStep<T, kNorm, kStore>& a, int64_t row, int b,
+                                    float v, StoreOperands<T>& o) {
+  if constexpr (kStore == Store::plain) a.out[b * a.rows + row] = v;
+  if constexpr (kStore == Store::residual) a.out[b * a.rows + row] = o.residual + (v + o.bias);
+  if constexpr (kStore == Store::conv) {
+    v += o.bias;
+    const int64_t d = row - a.conv.first;
+    if (d >= 0 && d < a.conv.count) v = conv_step(a.conv, d, b, v, o);
+    a.out[b * a.rows + row] = from_float<T>(v);
+  }
+}
+
+// Where all that a warp has to read fits its ring (below), nothing is left to stream: such a
+// product is as long as its way from the wait to the last store. It takes blocks of 12 warps, over
+// which a row can be split in more ways, and no more of the ring than it fills, so that blocks of
+// the next kernel find room beside it.
 constexpr int kLinearRows = 4, kLinearDepth = 4;
 struct LinearShape {
   int warps, blocks;  // of a block; on an SM at once
 };
 constexpr LinearShape kBriefShape{12, 2}, kStreamShape{8, 3}, kFewShape{8, 2};
 
-template <int kBatch, int kWarps, int kBlocks, class T, class Input, class Output>
-__global__ void __launch_bounds__(32 * kWarps, kBlocks)
-    linear_step_kernel(const T* W, std::int64_t rows, std::int64_t cols, int batch, int split,
-                       Input input, Output output) {
-  constexpr int n = 16 / sizeof(T), kSums = kLinearRows * kBatch, kThreads = 32 * kWarps;
-  static_assert(kSums <= 32, "a lane finishes one sum");
-  __shared__ float scales[kBatch * kMostGroups], partial[kWarps][kSums + kBatch];
-  extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, kThreads)
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
-  const int pieces = cols / n, steps = (pieces + 32 * split - 1) / (32 * split);
-  const int groups = (rows + kLinearRows - 1) / kLinearRows, at_once = gridDim.x * (kWarps / split);
-  int group = warp / split * gridDim.x + blockIdx.x;  // dealt out to all blocks in turn
-  const int rounds =
-      (groups + at_once - 1) / at_once;  // the same for all warps: they meet at barriers
-  const auto piece_of = [&](int step) { return (step * split + part) * 32 + lane; };
+// W on its way: `split` warps share a group of kLinearRows rows, each lane takes every 32 split-th
+// piece of 16 bytes. Pieces pass through a ring in shared memory, kLinearDepth of each row in
+// flight, across the end of a group too: while its sums are finished the next group's weights
+// arrive. A thread reads only what it has copied itself, so none waits for another.
+template <class T, int kWarps>
+struct WeightStream {
+  static constexpr int n = 16 / sizeof(T);
+  const T* W;
+  int64_t rows, cols;
+  int split, part, pieces, steps, groups, at_once;
+  int next_group, next_step = 0;
 
-  const auto place = [&](int slot, int r) {  // of this thread in the ring
-    return linear_ring + (slot * kLinearRows + r) * kThreads + threadIdx.x;
-  };
-  int next_group = group, next_step = 0;
-  const auto fetch = [&](int slot) {
-    const int piece = piece_of(next_step);
-    if (piece < pieces && next_group < groups) {
+  __device__ WeightStream(const T* W, int64_t rows, int64_t cols, int split)
+      : W(W), rows(rows), cols(cols), split(split), part(threadIdx.x / 32 % split) {
+    pieces = cols / n, steps = ceil_div(pieces, 32 * split);
+    groups = ceil_div(rows, kLinearRows), at_once = gridDim.x * (kWarps / split);
+    next_group = threadIdx.x / 32 / split * gridDim.x + blockIdx.x;  // spread over all blocks
+  }
+  __device__ int piece(int step) const {
+    return (step * split + part) * 32 + int(threadIdx.x % 32);
+  }
+  __device__ Vector<T, n>* place(int slot, int r) const {
+    extern __shared__ float4 linear_ring[];  // (kLinearDepth, kLinearRows, threads)
+    return reinterpret_cast<Vector<T, n>*>(linear_ring) + (slot * kLinearRows + r) * (32 * kWarps) +
+           threadIdx.x;
+  }
+  __device__ void fetch(int slot) {
+    if (piece(next_step) < pieces && next_group < groups) {
 #pragma unroll
       for (int r = 0; r < kLinearRows; ++r) {
-        const std::int64_t row = min(std::int64_t(next_group) * kLinearRows + r, rows - 1);
-        copy_async(std::uint32_t(__cvta_generic_to_shared(place(slot, r))),
-                   W + row * cols + std::int64_t(piece) * n, true);
+        const int64_t row = min(int64_t(next_group) * kLinearRows + r, rows - 1);
+        copy_async(place(slot, r), W + row * cols + int64_t(piece(next_step)) * n, true);
       }
     }
     copy_async_commit();
     if (++next_step == steps) next_step = 0, next_group += at_once;
-  };
+  }
+};
+
+// This lane's part of sum[r kBatch + b] = W[4 group + r] . x[b], for the rows of a group. x comes
+// through the L1 cache, in which all warps of the SM find it.
+template <int kBatch, int kWarps, class T, Norm kNorm, Store kStore>
+__device__ inline void multiply(const LinearStep<T, kNorm, kStore>& a, WeightStream<T, kWarps>& W,
+                                int group, int& slot, const float* scales,
+                                float (&sum)[kLinearRows * kBatch], float (&squares)[kBatch]) {
+  constexpr int n = WeightStream<T, kWarps>::n;
+  for (int step = 0; step < W.steps; ++step) {
+    copy_async_wait_but<kLinearDepth - 1>();
+    const int64_t column = int64_t(W.piece(step)) * n;
+    if (W.piece(step) < W.pieces && group < W.groups) {
+      float norm_weight[n], w[kLinearRows][n];
+      if constexpr (kNorm != Norm::none) unpack(load<n>(a.norm.weight + column, true), norm_weight);
+#pragma unroll
+      for (int r = 0; r < kLinearRows; ++r) unpack(*W.place(slot, r), w[r]);
+#pragma unroll
+      for (int b = 0; b < kBatch; ++b) {
+        if (b >= a.batch) break;
+        float x[n];
+        load_input(a, b, column, norm_weight, scales, x, squares[b]);
+#pragma unroll
+        for (int r = 0; r < kLinearRows; ++r)
+#pragma unroll
+          for (int k = 0; k < n; ++k)
+            sum[r * kBatch + b] = fmaf(w[r][k], x[k], sum[r * kBatch + b]);
+      }
+    }
+    W.fetch(slot);  // into the place just read
+    slot = slot + 1 < kLinearDepth ? slot + 1 : 0;
+  }
+}
+
+// Sums over the lanes of a warp and the warps of a group: lane i of its first warp gets number i,
+// and the squares of sequence i % kBatch.
+template <bool kSquares, int kWarps, int kSums, int kBatch>
+__device__ inline float2 add_up(float (&sum)[kSums], float (&squares)[kBatch], int split,
+                                bool again) {
+  __shared__ float partial[kWarps][kSums + kBatch];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % split;
+  float mine = 0.f, my_squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+    if (lane == i) mine = sum[i];
+  }
+#pragma unroll
+  for (int b = 0; b < kBatch && kSquares; ++b) {
+    for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
+    if (lane % kBatch == b) my_squares = squares[b];
+  }
+  if (split == 1) return {mine, my_squares};
+  if (again) __syncthreads();  // the partial sums of the round before have been read
+  if (lane < kSums) partial[warp][lane] = mine;
+  if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
+  __syncthreads();  // partial sums are written before the first warp of each group adds them
+#pragma unroll
+  for (int p = 1; p < kWarps; ++p) {
+    if (part != 0 || p >= split) continue;
+    if (lane < kSums) mine += partial[warp + p][lane];
+    my_squares += partial[warp + p][kSums + lane % kBatch];
+  }
+  return {mine, my_squares};
+}
+
+template <int kBatch, int kWarps, int kBlocks, class T, Norm kNorm, Store kStore>
+__global__ void __launch_bounds__(32 * kWarps, kBlocks)
+    linear_step_kernel(LinearStep<T, kNorm, kStore> a, int split) {
+  constexpr int kSums = kLinearRows * kBatch;
+  static_assert(kSums <= 32, "a lane finishes one sum");
+  __shared__ float scales[kBatch * kMostGroups];
+  WeightStream<T, kWarps> W(a.W, a.rows, a.cols, split);
+  int group = W.next_group;
+  const int rounds = ceil_div(W.groups, W.at_once);  // all warps: they share barriers
   // Lane i finishes the sum of row i / kBatch of the group for sequence i % kBatch.
-  const int b_mine = lane % kBatch;
-  const auto row_mine = [&] { return std::int64_t(group) * kLinearRows + lane / kBatch; };
+  const int lane = threadIdx.x % 32, b = lane % kBatch;
+  const auto row = [&] { return int64_t(group) * kLinearRows + lane / kBatch; };
   const auto finishes = [&] {
-    return part == 0 && lane < kSums && row_mine() < rows && b_mine < batch;
+    return W.part == 0 && lane < kSums && row() < a.rows && b < a.batch;
   };
 
 #pragma unroll 1
-  for (int slot = 0; slot < kLinearDepth; ++slot) fetch(slot);
-  typename Output::Operands operands;
-  input.ahead();
-  if (finishes()) output.ahead(row_mine(), b_mine, operands);
+  for (int slot = 0; slot < kLinearDepth; ++slot) W.fetch(slot);
+  StoreOperands<T> operands;
+  if constexpr (kNorm != Norm::none) prefetch_row(a.norm.weight, a.cols);
+  if (finishes()) load_operands(a, row(), b, operands);
   launch_next();
   wait_for_previous();
-  input.begin(batch, scales);
+  if constexpr (kNorm == Norm::grouped) scales_of_groups(a.norm, a.batch, a.cols, scales);
 
   int slot = 0;
-  for (int round = 0; round < rounds; ++round, group += at_once) {
+  for (int round = 0; round < rounds; ++round, group += W.at_once) {
     if (finishes()) {
-      if (round > 0) output.ahead(row_mine(), b_mine, operands);
-      output.past(row_mine(), b_mine, operands);
+      if (round > 0) load_operands(a, row(), b, operands);
+      if constexpr (kStore == Store::residual) operands.residual = a.out[b * a.rows + row()];
     }
     float sum[kSums] = {}, squares[kBatch] = {};
-    for (int step = 0; step < steps; ++step) {
-      copy_async_wait_but<kLinearDepth - 1>();
-      const int piece = piece_of(step);
-      if (piece < pieces && group < groups) {
-        typename Input::template Weights<n> weights;
-        input.weights(std::int64_t(piece) * n, weights);
-        float w[kLinearRows][n];
-#pragma unroll
-        for (int r = 0; r < kLinearRows; ++r)
-          unpack(*reinterpret_cast<const Vector<T, n>*>(place(slot, r)), w[r]);
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          if (b >= batch) break;
-          float x[n];
-          input.load(b, std::int64_t(piece) * n, weights, scales, x, squares[b]);
-#pragma unroll
-          for (int r = 0; r < kLinearRows; ++r)
-#pragma unroll
-            for (int k = 0; k < n; ++k)
-              sum[r * kBatch + b] = fmaf(w[r][k], x[k], sum[r * kBatch + b]);
-        }
-      }
-      fetch(slot);  // into the place just read
-      slot = slot + 1 < kLinearDepth ? slot + 1 : 0;
-    }
-
-    float mine = 0.f, my_squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
-      if (lane == i) mine = sum[i];
-    }
-    if (Input::kNormed) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
-        if (b_mine == b) my_squares = squares[b];
-      }
-    }
-    if (split > 1) {
-      if (round > 0) __syncthreads();  // the partial sums of the round before have been read
-      if (lane < kSums) partial[warp][lane] = mine;
-      if (lane < kBatch) partial[warp][kSums + lane] = my_squares;
-      __syncthreads();  // partial sums are written before the first warp of each group adds them
-#pragma unroll
-      for (int p = 1; p < kWarps; ++p) {
-        if (part != 0 || p >= split) continue;
-        if (lane < kSums) mine += partial[warp + p][lane];
-        my_squares += partial[warp + p][kSums + b_mine];
-      }
-    }
-    if (finishes()) output(row_mine(), b_mine, mine * input.scale(my_squares), operands);
+    multiply<kBatch>(a, W, group, slot, scales, sum, squares);
+    float2 v = add_up<kNorm != Norm::none, kWarps>(sum, squares, split, round > 0);
+    if (kNorm == Norm::rms || (kNorm == Norm::grouped && a.norm.n_groups == 1))
+      v.x *= rsqrtf(v.y / a.cols + a.norm.eps);
+    if (finishes()) store_output(a, row(), b, v.x, operands);
   }
 }
 
@@ -2967,111 +2928,112 @@ struct LinearPlan {
   int warps, split, steps, rounds, blocks;
 };
 
-// As few steps along a row as the warps that fit the GPU can make of it, and no more warps than that takes;
-// as few rounds as fit it, and all of one length. What streams takes as many blocks on every multiprocessor, so
-// that all have the same to read.
-inline LinearPlan linear_plan(const LinearShape& shape, std::int64_t groups, std::int64_t pieces) {
-  const std::int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
+// As few steps along a row as the warps that fit the GPU can make of it, and no more warps than
+// that takes; as few rounds as fit it, and all of one length. What streams takes as many blocks on
+// every multiprocessor, so that all have the same to read.
+inline LinearPlan linear_plan(const LinearShape& shape, int64_t groups, int64_t pieces) {
+  const int64_t SMs = multiprocessors(), slots = shape.blocks * shape.warps * SMs;
   const auto steps = [&](int split) { return ceil_div(pieces, 32 * split); };
   int split = 1;
   for (int s = 2; s <= shape.warps; ++s)
     if (shape.warps % s == 0 && s * groups <= slots && steps(s) < steps(split)) split = s;
-  const std::int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
-  std::int64_t blocks = ceil_div(at_once * split, shape.warps);
+  const int64_t rounds = ceil_div(groups * split, slots), at_once = ceil_div(groups, rounds);
+  int64_t blocks = ceil_div(at_once * split, shape.warps);
   if (blocks > SMs && steps(split) * rounds > kLinearDepth) blocks = ceil_div(blocks, SMs) * SMs;
   return {shape.warps, split, int(steps(split)), int(rounds), int(blocks)};
 }
 
-template <class T, class Input, class Output>
-void linear_step(const T* W, std::int64_t rows, std::int64_t cols, int batch, const Input& input,
-                 const Output& output, cudaStream_t stream) {
-  const std::int64_t groups = ceil_div(rows, kLinearRows), pieces = cols * sizeof(T) / 16;
+template <class T, Norm kNorm, Store kStore>
+void linear_step(const LinearStep<T, kNorm, kStore>& a, cudaStream_t stream) {
+  const int64_t groups = ceil_div(a.rows, kLinearRows), pieces = a.cols * sizeof(T) / 16;
   const auto launch = [&](auto* kernel, const LinearPlan& plan) {
     const int slot = kLinearRows * plan.warps * 32 * 16,           // bytes of the ring
         slots = std::min(kLinearDepth, plan.steps * plan.rounds);  // no more are ever filled
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     kLinearDepth * slot));
-    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream, W,
-                 rows, cols, batch, plan.split, input, output);
+    launch_early(kernel, dim3(unsigned(plan.blocks)), 32 * plan.warps, slots * slot, stream, a,
+                 plan.split);
   };
   const LinearPlan brief = linear_plan(kBriefShape, groups, pieces);
-  if (batch > 1)
-    launch(linear_step_kernel<kMostFewRows, kFewShape.warps, kFewShape.blocks, T, Input, Output>,
+  if (a.batch > 1)
+    launch(linear_step_kernel<kFewSequences, kFewShape.warps, kFewShape.blocks, T, kNorm, kStore>,
            linear_plan(kFewShape, groups, pieces));
   else if (brief.steps * brief.rounds > kLinearDepth)
-    launch(linear_step_kernel<1, kStreamShape.warps, kStreamShape.blocks, T, Input, Output>,
+    launch(linear_step_kernel<1, kStreamShape.warps, kStreamShape.blocks, T, kNorm, kStore>,
            linear_plan(kStreamShape, groups, pieces));
   else
-    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, Input, Output>, brief);
+    launch(linear_step_kernel<1, kBriefShape.warps, kBriefShape.blocks, T, kNorm, kStore>, brief);
 }
 
 // --- Mamba: dt_proj, selective_scan_step and the gate ---
 
 template <class T>
-struct ScanDecodeArgs {
-  int batch, d_inner, d_state, dt_rank;
-  const float* dt_B_C;              // (batch, dt_rank + 2 d_state)
-  const T *x, *z, *dt_proj;         // (batch, d_inner) twice, (d_inner, dt_rank)
-  std::int64_t x_stride, z_stride;  // from row to row
-  const float *dt_bias, *A, *D;     // (d_inner), (d_inner, d_state), (d_inner)
-  float* h;                         // (batch, d_inner, d_state)
-  T* out;                           // (batch, d_inner)
-  float delta_ratio;
-  const int* done;  // (batch) or null: where not 0 the state stays
+struct DtProjection {
+  const float* dt_B_C;  // (batch, rank + 2 d_state), in place of ScanArgs' delta, B and C
+  const T* weight;      // (d_inner, rank)
+  int rank;
 };
 
-// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and of the states, four
-// numbers a piece, both in registers before the wait. dt, B and C pass through shared memory.
-// Grid: x = channels in blocks of 32, y = sequences.
-constexpr int kScanDecodePieces = 10;           // of dt_proj in registers: dt_rank 160
+constexpr int kScanDecodePieces = 10;           // of dt_proj in registers: rank 160
 constexpr int kMostStepInputs = 48 * 1024 / 4;  // numbers of dt, B and C in shared memory
 
+// A quarter of a row of dt_proj, one lane's of four: every fourth piece of four numbers in
+// registers, what does not fit or is not aligned from memory.
 template <class T>
-__global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
-  const int lane = threadIdx.x % 4, b = blockIdx.y, N = a.d_state;
-  const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
-  const std::int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // or works in vain
-  const int width = a.dt_rank + 2 * N;
-  const bool aligned = a.dt_rank % 4 == 0;  // otherwise all of the row is `rest`
-  const int pieces = aligned ? min(a.dt_rank / 4, 4 * kScanDecodePieces) : 0, rest = 4 * pieces;
-  const T* row = a.dt_proj + d * a.dt_rank;
-  const int done = a.done ? a.done[b] : 0;
-  float* h = a.h + (std::int64_t(b) * a.d_inner + d) * N;
-  float h_n[4];
-  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+struct DtProjectionRow {
+  const T* row;
+  int rank, lane, pieces;
   Vector<T, 4> w[kScanDecodePieces];
+
+  __device__ DtProjectionRow(const T* row, int rank, int lane) : row(row), rank(rank), lane(lane) {
+    pieces = rank % 4 == 0 ? min(rank / 4, 4 * kScanDecodePieces) : 0;
 #pragma unroll
-  for (int i = 0; i < kScanDecodePieces; ++i)
-    w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
-  const float bias = a.dt_bias[d], D = a.D[d];
-  float A[4];
+    for (int i = 0; i < kScanDecodePieces; ++i)
+      w[i] = load<4>(row + 4 * (4 * i + lane), 4 * i + lane < pieces);
+  }
+  __device__ float dot(const float* dt) const {  // the sum over the four lanes
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kScanDecodePieces; ++i) {
+      const int piece = 4 * i + lane;
+      if (piece >= pieces) break;
+      float w_i[4];
+      unpack(w[i], w_i);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum = fmaf(w_i[k], dt[4 * piece + k], sum);
+    }
+    for (int k = 4 * pieces + lane; k < rank; k += 4) sum = fmaf(to_float(row[k]), dt[k], sum);
+    sum += __shfl_xor_sync(~0u, sum, 1);
+    return sum + __shfl_xor_sync(~0u, sum, 2);
+  }
+};
+
+// Four lanes share a channel: each takes every fourth piece of the row of dt_proj and of the
+// states, four numbers a piece, both in registers before the wait. dt, B and C pass through shared
+// memory. Grid: x = channels in blocks of 32, y = sequences.
+template <class T>
+__global__ void __launch_bounds__(128) scan_decode_kernel(ScanArgs<T> a, DtProjection<T> p) {
+  const int lane = threadIdx.x % 4, b = blockIdx.y, N = int(a.d_state);
+  const bool exists = blockIdx.x * 32 + threadIdx.x / 4 < a.d_inner;
+  const int64_t d = exists ? blockIdx.x * 32 + threadIdx.x / 4 : 0;  // else nothing is stored
+  const int width = p.rank + 2 * N;
+  const int done = a.done ? a.done[b] : 0;
+  float* h = a.hT + (int64_t(b) * a.d_inner + d) * N;
+  float h_n[4], A[4];
+  unpack(load<4>(h + 4 * lane, 4 * lane < N), h_n);
+  const DtProjectionRow<T> dt_proj(p.weight + d * p.rank, p.rank, lane);
+  const float bias = a.delta_bias[d], D = a.D[d];
   unpack(load<4>(a.A + d * N + 4 * lane, 4 * lane < N), A);
   launch_next();
   wait_for_previous();
 
   extern __shared__ float dt[];  // (width): dt, B, C
-  const float *B = dt + a.dt_rank, *C = B + N;
-  const float x = to_float(a.x[std::int64_t(b) * a.x_stride + d]),
-              z = to_float(a.z[std::int64_t(b) * a.z_stride + d]);
-  for (int i = threadIdx.x; i < width; i += blockDim.x)
-    dt[i] = a.dt_B_C[std::int64_t(b) * width + i];
+  const float *B = dt + p.rank, *C = B + N;
+  const float x = to_float(a.x[b * a.x_stride + d]), z = to_float(a.z[b * a.z_stride + d]);
+  for (int i = threadIdx.x; i < width; i += blockDim.x) dt[i] = p.dt_B_C[int64_t(b) * width + i];
   __syncthreads();  // dt, B and C are written before anybody reads them
 
-  float delta = 0.f;
-#pragma unroll
-  for (int i = 0; i < kScanDecodePieces; ++i) {
-    const int piece = 4 * i + lane;
-    if (piece >= pieces) break;
-    float w_i[4];
-    unpack(w[i], w_i);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) delta = fmaf(w_i[k], dt[4 * piece + k], delta);
-  }
-  for (int k = rest + lane; k < a.dt_rank; k += 4) delta = fmaf(to_float(row[k]), dt[k], delta);
-  delta += __shfl_xor_sync(~0u, delta, 1);
-  delta += __shfl_xor_sync(~0u, delta, 2);
-  delta = a.delta_ratio * softplus(delta + bias);
-
+  const float delta = a.delta_ratio * softplus(dt_proj.dot(dt) + bias);
   float y = 0.f;
   for (int n = 4 * lane; n < N; n += 16) {
     if (n >= 16) unpack(load<4>(h + n, true), h_n);
@@ -3085,121 +3047,13 @@ __global__ void __launch_bounds__(128) scan_decode_kernel(ScanDecodeArgs<T> a) {
   }
   y += __shfl_xor_sync(~0u, y, 1);
   y += __shfl_xor_sync(~0u, y, 2);
-  if (lane == 0 && exists)
-    a.out[b * std::int64_t(a.d_inner) + d] = from_float<T>(fmaf(D, x, y) * silu(z));
+  if (lane == 0 && exists) a.out[b * a.out_stride + d] = from_float<T>(fmaf(D, x, y) * silu(z));
 }
 
 template <class T>
-void scan_decode(const ScanDecodeArgs<T>& a, cudaStream_t stream) {
+void scan_decode(const ScanArgs<T>& a, const DtProjection<T>& p, cudaStream_t stream) {
   launch_early(scan_decode_kernel<T>, dim3(unsigned(ceil_div(a.d_inner, 32)), unsigned(a.batch)),
-               128, int((a.dt_rank + 2 * a.d_state) * sizeof(float)), stream, a);
-}
-
-// --- Mamba-2: ssd_step and the gate ---
-
-template <class T>
-struct SsdDecodeArgs {
-  int batch, n_heads, head_dim, d_state, n_groups;
-  const T *z, *x, *dt;  // (batch, d_inner), (batch, conv_width): x B C, (batch, n_heads)
-  std::int64_t z_stride, x_stride, dt_stride;  // from row to row
-  const float *A, *D, *dt_bias;                // (n_heads)
-  float dt_min, dt_max, delta_ratio;
-  float* h;         // (batch, n_heads, head_dim, d_state)
-  float* g;         // (batch, d_inner): y silu(z)
-  float* squares;   // (batch, blocks of a sequence): sums of g^2, for several groups only
-  const int* done;  // (batch) or null: where not 0 the state stays
-};
-
-// A block owns kSsdDecodeRows rows (head, p) of one head; a row of h is spread over `lanes` lanes, four
-// neighbouring states each, and read, before the wait, and written once. Grid: x = heads times blocks of
-// rows, y = batch.
-constexpr int kSsdDecodeRows = 16, kSsdDecodeThreads = 256,
-              kSsdDecodeFlight = 2;  // rows in flight per lane
-
-template <class T>
-__global__ void __launch_bounds__(kSsdDecodeThreads)
-    ssd_decode_kernel(SsdDecodeArgs<T> a, int lanes) {
-  const int P = a.head_dim, N = a.d_state, d_inner = a.n_heads * P, blocks = gridDim.x / a.n_heads;
-  const int head = blockIdx.x / blocks, b = blockIdx.y, group = head / (a.n_heads / a.n_groups);
-  const int p0 = blockIdx.x % blocks * kSsdDecodeRows;
-  const int lane = threadIdx.x % lanes, step = blockDim.x / lanes,
-            rows = min(kSsdDecodeRows, P - p0);
-  const float A = a.A[head], D = a.D[head], dt_bias = a.dt_bias[head];
-  float* h = a.h + ((std::int64_t(b) * a.n_heads + head) * P + p0) * N;
-  const int done = a.done ? a.done[b] : 0;
-  static_assert(kSsdDecodeFlight * kSsdDecodeThreads / 32 >= kSsdDecodeRows,
-                "a lane holds all its rows");
-  const int first = threadIdx.x / lanes;
-  float h_n[kSsdDecodeFlight][4];
-  const auto load_h = [&](int n) {
-#pragma unroll
-    for (int i = 0; i < kSsdDecodeFlight; ++i) {
-      const int p = first + i * step;
-      unpack(load<4>(h + std::int64_t(p) * N + n, p < rows && n < N), h_n[i]);
-    }
-  };
-  load_h(4 * lane);
-  launch_next();
-  wait_for_previous();
-
-  const T *x = a.x + b * a.x_stride, *B = x + d_inner + group * N, *C = B + a.n_groups * N;
-  const T *z = a.z + b * a.z_stride, *dt = a.dt + b * a.dt_stride;
-  float y[kSsdDecodeFlight] = {}, x_p[kSsdDecodeFlight], z_p[kSsdDecodeFlight];
-#pragma unroll
-  for (int i = 0; i < kSsdDecodeFlight; ++i) {
-    const int p = first + i * step, column = head * P + p0 + p;
-    x_p[i] = p < rows ? to_float(x[column]) : 0.f;
-    z_p[i] = p < rows ? to_float(z[column]) : 0.f;
-  }
-  const float delta =
-      a.delta_ratio * fminf(fmaxf(softplus(to_float(dt[head]) + dt_bias), a.dt_min), a.dt_max);
-  const float decay = exp2_approx(delta * (kLog2e * A));
-  for (int n = 4 * lane; n < N; n += 4 * lanes) {
-    if (n >= 4 * lanes) load_h(n);
-    float B_n[4], C_n[4];
-    unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
-#pragma unroll
-    for (int i = 0; i < kSsdDecodeFlight; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        h_n[i][k] = fmaf(decay, h_n[i][k], delta * B_n[k] * x_p[i]);
-        y[i] = fmaf(C_n[k], h_n[i][k], y[i]);
-      }
-      const int p = first + i * step;
-      if (p < rows && !done) store(h + std::int64_t(p) * N + n, pack<float>(h_n[i]));
-    }
-  }
-  float squares = 0.f;
-#pragma unroll
-  for (int i = 0; i < kSsdDecodeFlight; ++i) {
-    const int p = first + i * step;
-    for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
-    if (lane != 0 || p >= rows) continue;
-    const float g = fmaf(D, x_p[i], y[i]) * silu(z_p[i]);
-    a.g[std::int64_t(b) * d_inner + head * P + p0 + p] = g;
-    squares = fmaf(g, g, squares);
-  }
-  if (a.n_groups == 1) return;  // nobody wants the squares
-  __shared__ float partial[kSsdDecodeThreads / 32];
-  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(~0u, squares, d);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = squares;
-  __syncthreads();  // the warps' sums are written before they are added
-  if (threadIdx.x > 0) return;
-  squares = 0.f;
-  for (const float of_warp : partial) squares += of_warp;
-  a.squares[std::int64_t(b) * gridDim.x + blockIdx.x] = squares;
-}
-
-inline int ssd_decode_blocks(int head_dim) {
-  return ceil_div(head_dim, kSsdDecodeRows);
-}  // per head
-
-template <class T>
-void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
-  int lanes = 1;
-  while (lanes < 32 && 4 * lanes < a.d_state) lanes *= 2;
-  launch_early(ssd_decode_kernel<T>, dim3(a.n_heads * ssd_decode_blocks(a.head_dim), a.batch),
-               kSsdDecodeThreads, 0, stream, a, lanes);
+               128, int((p.rank + 2 * a.d_state) * sizeof(float)), stream, a, p);
 }
 
 // ============================================================================================
@@ -3207,17 +3061,27 @@ void ssd_decode(const SsdDecodeArgs<T>& a, cudaStream_t stream) {
 // ============================================================================================
 
 template <class T>  // residual[t] = embedding[ids[t]].  Grid: one block a token
-__global__ void embedding_kernel(const T* embedding, const Token* ids, std::int64_t d_model,
+__global__ void embedding_kernel(const T* embedding, const Token* ids, int64_t d_model,
                                  float* residual) {
   const T* row = embedding + ids[blockIdx.x] * d_model;
-  for (std::int64_t i = threadIdx.x; i < d_model; i += blockDim.x)
+  for (int64_t i = threadIdx.x; i < d_model; i += blockDim.x)
     residual[blockIdx.x * d_model + i] = to_float(row[i]);
 }
 
-// Section 5 of mamba.hpp on the GPU, in double and in its order: best_kernel finds the best id of each
-// stretch of them on many multiprocessors, then a block draws the next token of one sequence. Nothing is
-// sorted. "The entries that stay, from the best one down, until they make up the limit" is a threshold, and
-// the sum above a threshold only grows as it falls: it is found by bisection over the bits of the score.
+// Section 5 of mamba.hpp on the GPU, in double and in its order:
+//
+//   best_kernel    the best id of each stretch of ids, and every id's key for the sort
+//   CUB            the ids of each sequence in the order of their scores, for top-k and top-p
+//   weight_kernel  exp((score - best) / temperature), 0 for what top-k drops
+//   sample_kernel  top-p, min-p, the draw, and the embedding of the token for the next step
+//
+// Greedy takes the first and the last. The kernels are static: they are no templates, and several
+// tests include this file.
+
+constexpr int kSampleThreads = 1024, kSampleWarps = 32;
+constexpr int kStretches = kSampleWarps;  // of a vocabulary: each a block's, or a warp's
+constexpr int64_t kMostSequences = 256;   // that draw together
+
 struct Best {  // of some ids: the largest score and the first id that has it
   double score;
   Token id;
@@ -3225,106 +3089,56 @@ struct Best {  // of some ids: the largest score and the first id that has it
 };
 struct SampleArgs {
   const float* logits;  // (batch, vocab_size)
-  std::int64_t vocab_size, batch;
+  int64_t vocab_size, batch;
   double temperature, top_p, min_p, penalty;
-  std::int64_t top_k;
-  std::uint64_t seed;
-  const std::uint64_t* sequence;  // (batch) numbers of the sequences
-  std::uint64_t* position;        // (batch) of the token to be drawn; moves on by one
-  std::int64_t* made;             // (batch) tokens drawn so far
-  unsigned char* seen;            // (batch, vocab_size) tokens of the history, or null: no penalty
-  double* weights;                // (batch, vocab_size) room for what stays, null if greedy
-  Token* candidates;              // (batch, vocab_size) and for its ids
-  Best* best;                     // (batch, kBestStretches)
-  int* done;                      // (batch) set when the stop token was drawn
-  Token stop;
-  Token* next;  // (batch) the tokens drawn
-  Token* log;   // (longest, batch) the same for the host, -1: no number among logits
+  int64_t top_k;
+  uint64_t seed;
+  const uint64_t* sequence;    // (batch) numbers of the sequences
+  const uint64_t* start;       // (batch) positions of the first tokens drawn
+  int64_t* made;               // (batch) tokens drawn so far
+  unsigned char* seen;         // (batch, vocab_size) tokens of the history, or null: no penalty
+  const unsigned char* never;  // (vocab_size) ids that are not drawn, or null
+  const Token* end_tokens;     // (n_end_tokens)
+  int64_t n_end_tokens;
+  int* done;                      // (batch) set when one of them was drawn
+  Best* best;                     // (batch, kStretches)
+  uint64_t *keys, *sorted_keys;   // (batch, vocab_size) twice, and the ids that belong to them;
+  Token *ids, *sorted_ids;        // null where nothing is sorted
+  double *weights, *weight_sums;  // (batch, vocab_size), (batch, kStretches); null if greedy
+  Token* log;  // (longest, batch) the tokens for the host, -1: no number among logits
 };
 
 // A logit of sequence b, and what the penalty makes of it.
-__device__ inline double score_of(const SampleArgs& a, std::int64_t b, std::int64_t id) {
+__device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
+  if (a.never && a.never[id]) return -INFINITY;
   const double s = a.logits[b * a.vocab_size + id];
   if (!a.seen || !a.seen[b * a.vocab_size + id]) return s;
   return s < 0 ? s * a.penalty : s / a.penalty;
 }
 
-constexpr int kSampleThreads = 1024, kSampleWarps = kSampleThreads / 32;
+// An unsigned integer in the order of (b, score): the sequence in 8 bits, then the 56 upper bits of
+// the score. A float has no more; scores with a penalty that agree in them (44 bits of the
+// fraction) count as equal.
+constexpr int kScoreBits = 56, kFloatBits = 35;
+__device__ inline uint64_t sort_key(int64_t b, double score) {
+  const uint64_t bits = __double_as_longlong(score + 0.);  // no -0
+  return uint64_t(b) << kScoreBits | (bits >> 63 ? ~bits : bits | 1ull << 63) >> (64 - kScoreBits);
+}
+
+// CUB's sort is stable: of equal scores the lower id comes first. Without room: the bytes it needs.
+inline void sort_by_score(const SampleArgs& a, void* room, size_t& bytes, cudaStream_t stream) {
+  int end = kScoreBits;
+  while ((a.batch - 1) >> (end - kScoreBits)) ++end;
+  CUDA_CHECK(cub::DeviceRadixSort::SortPairs(room, bytes, a.keys, a.sorted_keys, a.ids,
+                                             a.sorted_ids, a.batch * a.vocab_size,
+                                             a.seen ? 0 : kScoreBits - kFloatBits, end, stream));
+}
 
 template <class V>
 __device__ inline V warp_sum(V v) {
   for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
   return v;
 }
-template <int n>  // the sums over all threads: the same bits in all of them, on every run
-__device__ inline void sample_sums(double (&v)[n]) {
-  __shared__ double partial[n][kSampleWarps];
-#pragma unroll
-  for (int j = 0; j < n; ++j) v[j] = warp_sum(v[j]);
-  __syncthreads();  // the sums of the call before have been read
-#pragma unroll
-  for (int j = 0; j < n; ++j)
-    if (threadIdx.x % 32 == 0) partial[j][threadIdx.x / 32] = v[j];
-  __syncthreads();  // the warps' sums are written before they are added
-#pragma unroll
-  for (int j = 0; j < n; ++j) v[j] = warp_sum(partial[j][threadIdx.x % 32]);
-}
-__device__ inline double sample_sum(double v) {
-  double sums[1] = {v};
-  sample_sums(sums);
-  return sums[0];
-}
-
-// Unsigned integers in the order of the doubles.
-__device__ inline std::uint64_t order_key(double v) {
-  const std::uint64_t bits = __double_as_longlong(v);
-  return bits >> 63 ? ~bits : bits | 1ull << 63;
-}
-
-// The least key from low to high with: the sum of weight(i) over all i < count with key(i) > it is below
-// limit. Every pass divides the range by eight.
-template <class Key, class Weight>
-__device__ inline std::uint64_t least_key(std::int64_t count, double limit, std::uint64_t low,
-                                          std::uint64_t high, const Key& key,
-                                          const Weight& weight) {
-  constexpr int kCuts = 7;
-  while (low < high) {
-    const std::uint64_t step = (high - low) / (kCuts + 1);
-    double above[kCuts] = {};
-#pragma unroll 4
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const std::uint64_t key_i = key(i);
-      const double w = weight(i);
-#pragma unroll
-      for (int j = 0; j < kCuts; ++j) above[j] += key_i > low + (j + 1) * step ? w : 0.;
-    }
-    sample_sums(above);
-    // The sums fall from cut to cut: the answer is at most the first cut whose sum is below the limit.
-    int cut = 0;
-#pragma unroll
-    for (int j = 0; j < kCuts; ++j) cut += !(above[j] < limit);
-    const std::uint64_t from = low;
-    if (cut < kCuts) high = from + (cut + 1) * step;
-    if (cut > 0) low = from + cut * step + 1;
-  }
-  return low;
-}
-
-// uniform() of mamba.hpp: 53 bits of the Philox4x32-10 block of (position, sequence) under seed.
-__device__ inline double draw_uniform(std::uint64_t seed, std::uint64_t sequence,
-                                      std::uint64_t position) {
-  std::uint32_t c[4] = {std::uint32_t(position), std::uint32_t(position >> 32),
-                        std::uint32_t(sequence), std::uint32_t(sequence >> 32)};
-  std::uint32_t key[2] = {std::uint32_t(seed), std::uint32_t(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
-    c[0] = std::uint32_t(p1 >> 32) ^ c[1] ^ key[0], c[1] = std::uint32_t(p1);
-    c[2] = std::uint32_t(p0 >> 32) ^ c[3] ^ key[1], c[3] = std::uint32_t(p0);
-    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
-  }
-  return double((std::uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
-}
-
 __device__ inline Best warp_best(Best best) {
   for (int d = 16; d > 0; d /= 2) {
     const double score = __shfl_xor_sync(~0u, best.score, d);
@@ -3335,21 +3149,23 @@ __device__ inline Best warp_best(Best best) {
   }
   return best;
 }
+__device__ inline Best best_of_sequence(const SampleArgs& a, int64_t b) {
+  return warp_best(a.best[b * kStretches + threadIdx.x % 32]);
+}
 
-// The best of each stretch of ids. Grid: x = stretches, y = sequences. static: as sample_kernel.
-constexpr int kBestStretches = 32;  // a lane each
+// Grid of this kernel and the next: x = stretches of ids, y = sequences.
 static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs a) {
   launch_next();
   wait_for_previous();
-  const std::int64_t b = blockIdx.y, V = a.vocab_size,
-                     stretch = (V + kBestStretches - 1) / kBestStretches,
-                     end = min(V, (blockIdx.x + 1) * stretch);
+  const int64_t b = blockIdx.y, V = a.vocab_size, stretch = ceil_div(V, kStretches),
+                end = min(V, (blockIdx.x + 1) * stretch);
   Best best{-INFINITY, 0, 0};
 #pragma unroll 2
-  for (std::int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
+  for (int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
     const double s = score_of(a, b, i);
     if (!(s < INFINITY)) best.wrong = 1;
     if (s > best.score) best.score = s, best.id = Token(i);
+    if (a.keys) a.keys[b * V + i] = sort_key(b, s), a.ids[b * V + i] = Token(i);
   }
   __shared__ Best of_warp[kSampleWarps];
   best = warp_best(best);
@@ -3357,172 +3173,255 @@ static __global__ void __launch_bounds__(kSampleThreads) best_kernel(SampleArgs 
   __syncthreads();  // the warps' best are written before they are read
   if (threadIdx.x >= 32) return;
   best = warp_best(of_warp[threadIdx.x]);
-  if (threadIdx.x == 0) a.best[b * kBestStretches + blockIdx.x] = best;
+  if (threadIdx.x == 0) a.best[b * kStretches + blockIdx.x] = best;
 }
 
-// Draws from what temperature, top-k, top-p and min-p leave of the distribution; best: its best token.
-template <class Score>
-__device__ inline Token draw(const SampleArgs& a, std::int64_t b, Token best, const Score& score) {
-  const std::int64_t V = a.vocab_size;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  double* weights = a.weights + b * V;
-  Token* candidates = a.candidates + b * V;
-  const auto score_key = [&](std::int64_t id) { return order_key(score(id)); };
-  const auto one = [](std::int64_t) { return 1.; };
-  const std::uint64_t least_score =
-      a.top_k > 0 && a.top_k < V ? least_key(V, a.top_k, 0, order_key(score(best)), score_key, one)
-                                 : 0;
-
-  const double largest = score(best);
-  const auto weight = [&](std::int64_t id) {
-    const double s = score(id);
-    return order_key(s) < least_score ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
-  };
-  // Each warp looks through its own stretch of ids, so that candidates keep the order of ids.
-  const std::int64_t stretch = (V + kSampleWarps - 1) / kSampleWarps;
-  const std::int64_t begin = min(V, warp * stretch), end = min(V, begin + stretch);
-  double total = 0.;
-  for (std::int64_t i = begin + lane; i < end; i += 32) total += weights[i] = weight(i);
-  total = sample_sum(total);
-
-  // Weights below this go whatever the order: all of them together are below 1 - top_p.
-  const double certain = a.top_p < 1 ? (1 - a.top_p) * total / double(V) : 0.;
-  const auto may_stay = [&](std::int64_t i) {
-    return i < end && weights[i] >= fmax(certain, 1e-300);
-  };
-  __shared__ std::int64_t counts[kSampleWarps];
-  std::int64_t count = 0;
-  for (std::int64_t i = begin; i < end; i += 32)
-    count += __popc(__ballot_sync(~0u, may_stay(i + lane)));
-  if (lane == 0) counts[warp] = count;
-  __syncthreads();  // counts are written before they are added
-  std::int64_t first = 0;
-  count = 0;
-  for (int w = 0; w < kSampleWarps; ++w) first += w < warp ? counts[w] : 0, count += counts[w];
-  for (std::int64_t i = begin; i < end; i += 32) {
-    const bool stays = may_stay(i + lane);
-    const unsigned staying = __ballot_sync(~0u, stays);
-    if (stays) candidates[first + __popc(staying & ((1u << lane) - 1))] = Token(i + lane);
-    first += __popc(staying);
-  }
-  __syncthreads();  // candidates are written before others read them
-
-  if (a.top_p < 1) {
-    const double limit = a.top_p * total;
-    const auto weight_of = [&](std::int64_t i) { return weights[candidates[i]]; };
-    const std::uint64_t least = least_key(
-        count, limit, 0, order_key(largest),
-        [&](std::int64_t i) { return score_key(candidates[i]); }, weight_of);
-    // Of equal scores the higher ids stay: where there are such, the same search among them, by id.
-    double sums[2] = {};  // of weights above, and the number of equals
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const std::uint64_t key = score_key(candidates[i]);
-      sums[0] += key > least ? weight_of(i) : 0.;
-      sums[1] += key == least ? 1. : 0.;
-    }
-    sample_sums(sums);
-    const std::uint64_t least_id =
-        sums[1] < 2 ? 0
-                    : least_key(
-                          count, limit - sums[0], 0, std::uint64_t(V),
-                          [&](std::int64_t i) { return std::uint64_t(candidates[i]); },
-                          [&](std::int64_t i) {
-                            return score_key(candidates[i]) == least ? weight_of(i) : 0.;
-                          });
-    __syncthreads();  // all weights have been read before some are erased
-    for (std::int64_t i = threadIdx.x; i < count; i += kSampleThreads) {
-      const std::uint64_t key = score_key(candidates[i]);
-      if (key < least || (key == least && std::uint64_t(candidates[i]) < least_id))
-        weights[candidates[i]] = 0.;
-    }
-    __syncthreads();  // weights are erased before they are added
-  }
-  const auto kept = [&](std::int64_t i) {
-    const double w = i < count ? weights[candidates[i]] : 0.;
-    return w < fmax(a.min_p, 1e-300) ? 0. : w;
-  };
-
-  // The first candidate, in order of ids, at which the sum exceeds u; or the last one with a weight.
-  __shared__ double sums[kSampleWarps];
-  __shared__ Token drawn;
-  const std::int64_t share = (count + kSampleThreads - 1) / kSampleThreads * 32;  // of a warp
+// Weights of the ids, and their sum over a stretch of the sorted ids, or of all in order.
+static __global__ void __launch_bounds__(kSampleThreads) weight_kernel(SampleArgs a) {
+  launch_next();
+  wait_for_previous();
+  const int64_t b = blockIdx.y, V = a.vocab_size, stretch = ceil_div(V, kStretches),
+                end = min(V, (blockIdx.x + 1) * stretch);
+  const double largest = best_of_sequence(a, b).score;
+  const uint64_t least_key =  // of those that top-k keeps
+      a.top_k > 0 && a.top_k < V ? a.sorted_keys[(b + 1) * V - a.top_k] : 0;
   double sum = 0.;
-  for (std::int64_t i = warp * share + lane; i < min(count, (warp + 1) * share); i += 32)
-    sum += kept(i);
-  sum = warp_sum(sum);
-  if (lane == 0) sums[warp] = sum;
-  __syncthreads();  // the warps' sums are written before they are read
-  if (warp == 0) {
-    double all = 0., before = 0.;
-    for (int w = 0; w < kSampleWarps; ++w) all += sums[w];
-    const double u = draw_uniform(a.seed, a.sequence[b], a.position[b]) * all;
-    int w = 0;
-    while (w + 1 < kSampleWarps && before + sums[w] <= u) before += sums[w++];
-    Token token = best;
-    for (std::int64_t i = w * share; i < count; i += 32) {
-      const double w_i = kept(i + lane);
-      double upto = w_i;  // sum over the lanes up to this one
-      for (int d = 1; d < 32; d *= 2) {
-        const double left = __shfl_up_sync(~0u, upto, d);
-        if (lane >= d) upto += left;
-      }
-      const unsigned any = __ballot_sync(~0u, w_i > 0.),
-                     past = __ballot_sync(~0u, w_i > 0. && before + upto > u);
-      if (any) token = candidates[i + (past ? __ffs(past) - 1 : 31 - __clz(any))];
-      if (past) break;
-      before += __shfl_sync(~0u, upto, 31);
-    }
-    if (lane == 0) drawn = token;
+  for (int64_t i = blockIdx.x * stretch + threadIdx.x; i < end; i += kSampleThreads) {
+    const int64_t id = a.sorted_ids ? a.sorted_ids[b * V + i] : i;
+    const bool dropped = a.sorted_keys && a.sorted_keys[b * V + i] < least_key;
+    const double s = score_of(a, b, id);
+    const double weight = dropped ? 0. : exp(fmax((s - largest) / a.temperature, -700.));
+    a.weights[b * V + id] = weight;
+    sum += weight;
   }
-  __syncthreads();  // the token is written before it is read
-  return drawn;
+  __shared__ double of_warp[kSampleWarps];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x >= 32) return;
+  sum = warp_sum(of_warp[threadIdx.x]);
+  if (threadIdx.x == 0) a.weight_sums[b * kStretches + blockIdx.x] = sum;
+}
+
+// The first i < count at which the running sum of weight(i) exceeds `part` of the whole, or, should
+// rounding leave it below, the last one with a weight. Each round sums 32 stretches, a warp each,
+// and goes on with the one in which the sum passes the limit, until that is a single i: 50,280
+// numbers, then 1,572, 50, 2. The same bits in all threads, on every run. `sums`: of the first
+// round's stretches, or null.
+template <class Weight>
+__device__ inline int64_t first_above(int64_t count, double part, const double* sums,
+                                      const Weight& weight) {
+  __shared__ double of_warp[kSampleWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t first = 0;
+  double before = 0., limit = -1.;
+  for (;; sums = nullptr) {
+    const int64_t stretch = ceil_div(count, kStretches);
+    if (!sums) {
+      double sum = 0.;
+#pragma unroll 4
+      for (int64_t i = warp * stretch + lane; i < min(count, (warp + 1) * stretch); i += 32)
+        sum += weight(first + i);
+      sum = warp_sum(sum);
+      __syncthreads();  // the sums of the round before have been read
+      if (lane == 0) of_warp[warp] = sum;
+      __syncthreads();  // the warps' sums are written before they are read
+    }
+    const double mine = sums ? sums[lane] : of_warp[lane];
+    double upto = mine;  // the sum over the stretches up to this lane's
+    for (int d = 1; d < 32; d *= 2) {
+      const double left = __shfl_up_sync(~0u, upto, d);
+      if (lane >= d) upto += left;
+    }
+    if (limit < 0) limit = part * __shfl_sync(~0u, upto, 31);
+    const unsigned any = __ballot_sync(~0u, mine > 0.),
+                   past = __ballot_sync(~0u, mine > 0. && before + upto > limit);
+    const int pick = past ? __ffs(past) - 1 : any ? 31 - __clz(any) : 0;
+    const double left = __shfl_sync(~0u, upto, pick > 0 ? pick - 1 : 0);
+    if (pick > 0) before += left;
+    first += pick * stretch, count = min(stretch, count - pick * stretch);
+    if (stretch == 1) return first;
+  }
+}
+
+// uniform() of mamba.hpp: 53 bits of the Philox4x32-10 block of (position, sequence) under seed.
+__device__ inline double draw_uniform(uint64_t seed, uint64_t sequence, uint64_t position) {
+  uint32_t c[4] = {uint32_t(position), uint32_t(position >> 32), uint32_t(sequence),
+                   uint32_t(sequence >> 32)};
+  uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = 0xD2511F53ull * c[0], p1 = 0xCD9E8D57ull * c[2];
+    c[0] = uint32_t(p1 >> 32) ^ c[1] ^ key[0], c[1] = uint32_t(p1);
+    c[2] = uint32_t(p0 >> 32) ^ c[3] ^ key[1], c[3] = uint32_t(p0);
+    key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+  }
+  return double((uint64_t{c[1]} << 32 | c[0]) >> 11) * 0x1p-53;
+}
+
+// Draws, in order of ids, from what top-p and min-p leave. Top-p drops the least scores as long as
+// all that it drops weigh no more than 1 - top_p of the whole.
+__device__ inline Token draw(const SampleArgs& a, int64_t b) {
+  const int64_t V = a.vocab_size;
+  const double* weights = a.weights + b * V;
+  const uint64_t* keys = a.keys + b * V;
+  Token least = 0;  // the last that stays
+  if (a.top_p < 1) {
+    const Token* sorted = a.sorted_ids + b * V;
+    least = sorted[first_above(V, 1 - a.top_p, a.weight_sums + b * kStretches,
+                               [&](int64_t i) { return weights[sorted[i]]; })];
+  }
+  const double cut = a.top_p < 1 ? weights[least] : 0., least_weight = fmax(a.min_p, 1e-300);
+  const uint64_t cut_key = a.top_p < 1 ? keys[least] : 0;
+  const auto kept = [&](int64_t id) {
+    const double w = weights[id];
+    if (w < cut || w < least_weight) return 0.;
+    if (w > cut) return w;  // else by the score, and of equal ones by the id
+    return keys[id] > cut_key || (keys[id] == cut_key && id >= least) ? w : 0.;
+  };
+  const double u = draw_uniform(a.seed, a.sequence[b], a.start[b] + uint64_t(a.made[b]));
+  return Token(first_above(V, u, nullptr, kept));
 }
 
 // A matrix whose type is known only at run time: not a reason to compile the sampler three times.
 struct StoredMatrix {
   const void* data;
   DType dtype;
-  __device__ float operator[](std::int64_t i) const {
+  __device__ float operator[](int64_t i) const {
     if (dtype == DType::BF16) return to_float(static_cast<const __nv_bfloat16*>(data)[i]);
     if (dtype == DType::F16) return to_float(static_cast<const __half*>(data)[i]);
     return static_cast<const float*>(data)[i];
   }
 };
 
-// Draws the next token, notes it, and looks up its embedding for the next step. Grid: one block a sequence.
-// static: it is no template, and several tests include this file.
+// Draws the next token, notes it, and looks up its embedding for the next step: residual (batch,
+// d_model). Grid: one block a sequence.
 static __global__ void __launch_bounds__(kSampleThreads)
-    sample_kernel(SampleArgs a, StoredMatrix embedding, std::int64_t d_model, float* residual) {
+    sample_kernel(SampleArgs a, StoredMatrix embedding, int64_t d_model, float* residual) {
   launch_next();
   wait_for_previous();
-  const std::int64_t b = blockIdx.x, V = a.vocab_size;
-  unsigned char* seen = a.seen ? a.seen + b * V : nullptr;
-  const auto score = [&](std::int64_t id) { return score_of(a, b, id); };
-  const Best best = warp_best(a.best[b * kBestStretches + threadIdx.x % 32]);
+  const int64_t b = blockIdx.x;
+  const Best best = best_of_sequence(a, b);
   if (a.done[b]) return;
   Token token = best.wrong || best.score == -INFINITY ? -1 : best.id;
-  if (token >= 0 && a.temperature > 0) token = draw(a, b, token, score);
-  __syncthreads();  // all have read seen, made and position before they change
+  if (token >= 0 && a.temperature > 0) token = draw(a, b);
+  __syncthreads();  // all have read seen and made before they change
   if (threadIdx.x == 0) {
-    a.next[b] = token;
     a.log[a.made[b] * a.batch + b] = token;
     a.made[b] += 1;
-    a.position[b] += 1;
-    if (seen && token >= 0) seen[token] = 1;
-    if (token == a.stop || token < 0) a.done[b] = 1;
+    if (a.seen && token >= 0) a.seen[b * a.vocab_size + token] = 1;
+    if (token < 0) a.done[b] = 1;
+    for (int64_t i = 0; i < a.n_end_tokens; ++i)
+      if (token == a.end_tokens[i]) a.done[b] = 1;
   }
-  const std::int64_t row = std::int64_t(max(token, 0)) * d_model;
-  for (std::int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
+  const int64_t row = int64_t(max(token, 0)) * d_model;
+  for (int64_t i = threadIdx.x; i < d_model; i += kSampleThreads)
     residual[b * d_model + i] = embedding[row + i];
 }
 
-// embedding (vocab_size, d_model), residual (batch, d_model).
-inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, std::int64_t d_model,
-                        float* residual, cudaStream_t stream) {
-  launch_early(best_kernel, dim3(kBestStretches, unsigned(a.batch)), kSampleThreads, 0, stream, a);
-  launch_early(sample_kernel, dim3(unsigned(a.batch)), kSampleThreads, 0, stream, a, embedding,
-               d_model, residual);
-}
+/// Numbers that the GPU writes and the host reads without asking for a copy.
+class HostTokens {
+ public:
+  explicit HostTokens(size_t size) {
+    CUDA_CHECK(
+        cudaHostAlloc(&data_, std::max<size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
+  }
+  HostTokens(const HostTokens&) = delete;
+  HostTokens& operator=(const HostTokens&) = delete;
+  ~HostTokens() { cudaFreeHost(data_); }
+  Token* data() const { return data_; }
+
+ private:
+  Token* data_ = nullptr;
+};
+
+/// Draws the next tokens of a batch of texts, options.n each at most, and keeps what that needs.
+class Sampler {
+ public:
+  struct Text {
+    uint64_t number;  // with the seed it fixes the random numbers
+    const std::vector<Token>& ids;
+  };
+  /// logits (batch, vocab_size): where they will be before each draw.
+  Sampler(const GenerateOptions& options, const std::vector<Text>& texts, int64_t vocab_size,
+          const float* logits)
+      : log_(texts.size() * static_cast<size_t>(options.n)) {
+    const size_t batch = texts.size(), all = batch * static_cast<size_t>(vocab_size);
+    if (batch > kMostSequences) fail("sampler: expected at most ", kMostSequences, " sequences");
+    const SamplerOptions& o = options.sampler;
+    args_.logits = logits, args_.vocab_size = vocab_size, args_.batch = int64_t(batch);
+    args_.temperature = o.temperature, args_.top_k = o.top_k, args_.top_p = o.top_p;
+    args_.min_p = o.min_p, args_.penalty = o.repetition_penalty, args_.seed = o.seed;
+    set_never(options.never);
+    set_texts(texts);
+    end_tokens_ = {options.end_tokens.data(), options.end_tokens.size()};
+    args_.end_tokens = end_tokens_.data(), args_.n_end_tokens = int64_t(end_tokens_.size());
+    args_.made = zeros(made_, batch), args_.done = zeros(done_, batch);
+    args_.best = zeros(best_, batch * kStretches), args_.log = log_.data();
+    if (o.temperature == 0) return;
+    args_.weights = zeros(weights_, all),
+    args_.weight_sums = zeros(weight_sums_, batch * kStretches);
+    if (o.top_p == 1 && (o.top_k == 0 || o.top_k >= vocab_size)) return;
+    args_.keys = zeros(keys_, all), args_.sorted_keys = zeros(sorted_keys_, all);
+    args_.ids = zeros(ids_, all), args_.sorted_ids = zeros(sorted_ids_, all);
+    sort_by_score(args_, nullptr, sort_bytes_, nullptr);
+    zeros(sort_room_, sort_bytes_);
+  }
+
+  /// residual (batch, d_model): the embeddings of the tokens drawn.
+  void draw(const StoredMatrix& embedding, int64_t d_model, float* residual, cudaStream_t stream) {
+    const dim3 stretches(kStretches, unsigned(args_.batch));
+    launch_early(best_kernel, stretches, kSampleThreads, 0, stream, args_);
+    if (args_.keys) sort_by_score(args_, sort_room_.data(), sort_bytes_, stream);
+    if (args_.weights) launch_early(weight_kernel, stretches, kSampleThreads, 0, stream, args_);
+    launch_early(sample_kernel, dim3(unsigned(args_.batch)), kSampleThreads, 0, stream, args_,
+                 embedding, d_model, residual);
+  }
+  const int* done() const { return args_.done; }  // (batch) not 0: the text is finished
+  /// The i-th token drawn for text b, once the GPU has done it.
+  Token drawn(int64_t i, size_t b) const { return log_.data()[i * args_.batch + int64_t(b)]; }
+
+ private:
+  void set_never(const std::vector<Token>& ids) {
+    if (ids.empty()) return;
+    std::vector<unsigned char> never(static_cast<size_t>(args_.vocab_size));
+    for (const Token id : ids) never[static_cast<size_t>(id)] = 1;
+    never_ = {never.data(), never.size()}, args_.never = never_.data();
+  }
+  void set_texts(const std::vector<Text>& texts) {
+    const auto V = static_cast<size_t>(args_.vocab_size);
+    std::vector<uint64_t> numbers, starts;
+    std::vector<unsigned char> seen(args_.penalty == 1 ? 0 : texts.size() * V);
+    for (const Text& text : texts) {
+      if (!seen.empty())
+        for (const Token id : text.ids) seen[numbers.size() * V + static_cast<size_t>(id)] = 1;
+      numbers.push_back(text.number), starts.push_back(text.ids.size());
+    }
+    numbers_ = {numbers.data(), numbers.size()}, starts_ = {starts.data(), starts.size()};
+    seen_ = {seen.data(), seen.size()};
+    args_.sequence = numbers_.data(), args_.start = starts_.data(), args_.seen = seen_.data();
+  }
+
+  template <class V>
+  static V* zeros(DeviceBuffer<V>& buffer, size_t size) {
+    buffer = DeviceBuffer<V>(size);
+    buffer.zero();
+    return buffer.data();
+  }
+
+  SampleArgs args_ = {};
+  DeviceBuffer<uint64_t> numbers_, starts_;
+  DeviceBuffer<unsigned char> seen_, never_;
+  DeviceBuffer<Token> end_tokens_;
+  DeviceBuffer<int64_t> made_;
+  DeviceBuffer<int> done_;
+  DeviceBuffer<Best> best_;
+  DeviceBuffer<uint64_t> keys_, sorted_keys_;
+  DeviceBuffer<Token> ids_, sorted_ids_;
+  DeviceBuffer<double> weights_, weight_sums_;
+  DeviceBuffer<std::byte> sort_room_;
+  size_t sort_bytes_ = 0;
+  HostTokens log_;
+};
 
 // ============================================================================================
 // The model on the GPU
@@ -3530,7 +3429,7 @@ inline void sample_step(const SampleArgs& a, const StoredMatrix& embedding, std:
 
 // A (rows, cols) matrix of weights as stored.
 struct DeviceMatrix {
-  std::int64_t rows = 0, cols = 0;
+  int64_t rows = 0, cols = 0;
   DeviceBuffer<std::byte> bytes;
   template <class T>
   const T* as() const {
@@ -3565,6 +3464,21 @@ struct DeviceModel {
   bool tied = true;
 };
 
+/// What all weights take on the GPU: matrices as stored, the rest in float32.
+inline size_t weight_bytes(const Config& config, DType dtype) {
+  DeviceModel model;
+  model.layers.resize(static_cast<size_t>(config.n_layer));
+  model.tied = config.tie_embeddings;
+  size_t bytes = 0;
+  for_each_weight(config, model, [&](const std::string&, const auto& shape, const auto& to) {
+    const bool matrix = std::is_same_v<decltype(to), const DeviceMatrix&>;
+    size_t size = matrix ? dtype_size(dtype) : sizeof(float);
+    for (const int64_t extent : shape) size *= static_cast<size_t>(extent);
+    bytes += size;
+  });
+  return bytes;
+}
+
 inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMatrix& matrix) {
   const Tensor stored = tensor.dtype == *storage ? tensor : to_dtype(tensor, *storage);
   matrix.rows = tensor.shape[0], matrix.cols = tensor.shape[1];
@@ -3573,13 +3487,13 @@ inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceMat
 inline void assign(const Tensor& tensor, std::optional<DType> storage, DeviceRow& row) {
   ssm::Row<float> host;
   assign(tensor, storage, host);
-  row = DeviceBuffer<float>(host.data(), static_cast<std::size_t>(host.size()));
+  row = DeviceBuffer<float>(host.data(), static_cast<size_t>(host.size()));
 }
 inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStateMatrix& A) {
   ssm::StateMatrix<float> columns;
   assign(A_log, storage, columns);
   const Matrix<float> rows = columns;
-  A = DeviceBuffer<float>(rows.data(), static_cast<std::size_t>(rows.size()));
+  A = DeviceBuffer<float>(rows.data(), static_cast<size_t>(rows.size()));
 }
 
 // Calls f with a null pointer to the type of the weights.
@@ -3600,11 +3514,11 @@ void with_type(DType dtype, const Function& f) {
 // What is remembered of `batch` texts, in the order in which the kernels read it:
 // conv (n_layer, batch, d_conv - 1, conv_width) as stored, h (n_layer, batch, d_inner, d_state).
 struct DeviceState {
-  std::int64_t batch = 0;
+  int64_t batch = 0;
   DeviceBuffer<std::byte> conv;
   DeviceBuffer<float> h;
   DeviceState() = default;
-  DeviceState(const Config& c, DType dtype, std::int64_t batch)
+  DeviceState(const Config& c, DType dtype, int64_t batch)
       : batch(batch),
         conv(dtype_size(dtype) * c.n_layer * batch * (c.d_conv - 1) * c.conv_width()),
         h(c.n_layer * batch * c.d_inner * c.d_state) {
@@ -3621,12 +3535,12 @@ struct DeviceState {
 };
 
 template <class T>  // x (L, d) += bias (d).  One thread a number.
-__global__ void add_bias_kernel(T* x, const float* bias, std::int64_t L, std::int64_t d) {
-  const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void add_bias_kernel(T* x, const float* bias, int64_t L, int64_t d) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i < L * d) x[i] = from_float<T>(to_float(x[i]) + bias[i % d]);
 }
 template <class T>
-void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaStream_t stream) {
+void add_bias(T* x, const DeviceRow& bias, int64_t L, int64_t d, cudaStream_t stream) {
   if (bias.size() == 0 || L == 0) return;
   add_bias_kernel<<<ceil_div(L * d, 256), 256, 0, stream>>>(x, bias.data(), L, d);
   CUDA_CHECK(cudaGetLastError());
@@ -3635,14 +3549,14 @@ void add_bias(T* x, const DeviceRow& bias, std::int64_t L, std::int64_t d, cudaS
 template <class T>
 constexpr cudaDataType_t kCudaType = CUDA_R_32F;
 template <>
-inline constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
+constexpr cudaDataType_t kCudaType<__nv_bfloat16> = CUDA_R_16BF;
 template <>
-inline constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
+constexpr cudaDataType_t kCudaType<__half> = CUDA_R_16F;
 
 // The stream that all work goes to, and cuBLAS on it.
 class Queue {
  public:
-  Queue() : workspace_(std::size_t{32} << 20) {
+  Queue() : workspace_(size_t{32} << 20) {
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
     CUBLAS_CHECK(cublasCreate(&cublas_));
     CUBLAS_CHECK(cublasSetStream(cublas_, stream_));
@@ -3662,8 +3576,8 @@ class Queue {
 
   // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
   template <class T, class Out>
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const T* W, std::int64_t rows,
-              std::int64_t cols, Out* y, std::int64_t y_stride, float beta = 0.f) const {
+  void linear(const T* x, int64_t L, int64_t x_stride, const T* W, int64_t rows, int64_t cols,
+              Out* y, int64_t y_stride, float beta = 0.f) const {
     const float one = 1.f;
     if (L == 0) return;
     CUBLAS_CHECK(cublasGemmEx(cublas_, CUBLAS_OP_T, CUBLAS_OP_N, int(rows), int(L), int(cols), &one,
@@ -3685,16 +3599,18 @@ struct Activations {
   T* u;             // (rows, d_model)     rms_norm of it
   T* projected;     // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt
   T* x;             // (rows, conv_width)  Mamba: x;  Mamba-2: x B C
-  T *dt_B_C, *delta,
-      *y;  // (rows, dt_rank + 2 d_state), (rows, d_inner) twice; normed: in delta
-  float *dt_B_C_step = nullptr, *g = nullptr,
-        *squares = nullptr;  // where few sequences take one token
+  T* dt_B_C;        // (rows, dt_rank + 2 d_state)
+  T *delta, *y;     // (rows, d_inner) twice; Mamba-2's normed y: in delta
+  // for the fused step of a few sequences:
+  float* dt_B_C_step = nullptr;  // (rows, dt_rank + 2 d_state)
+  float* gated = nullptr;        // (rows, d_inner)
+  float* squares = nullptr;      // (rows, n_heads ssd_step_blocks)
 
-  Activations(const Config& c, std::int64_t rows, DeviceBuffer<std::byte>& room) {
-    std::size_t used = 0;
+  Activations(const Config& c, int64_t rows, DeviceBuffer<std::byte>& room) {
+    size_t used = 0;
     for (const bool measure : {true, false}) {
       used = 0;
-      const auto take = [&](auto*& p, std::int64_t per_row) {
+      const auto take = [&](auto*& p, int64_t per_row) {
         using Number = std::remove_reference_t<decltype(*p)>;
         p = measure ? nullptr : reinterpret_cast<Number*>(room.data() + used);
         used += (sizeof(Number) * rows * per_row + 255) / 256 * 256;
@@ -3706,18 +3622,19 @@ struct Activations {
       take(dt_B_C, c.dt_rank + 2 * c.d_state);
       take(delta, c.d_inner);
       take(y, c.d_inner);
-      if (rows <= kMostFewRows) {
+      if (rows <= kFewSequences) {
         take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
-        take(g, c.d_inner);
-        take(squares, c.n_heads * ssd_decode_blocks(std::max<Index>(1, c.head_dim)));
+        take(gated, c.d_inner);
+        take(squares, c.n_heads * ssd_step_blocks(c.head_dim));
       }
       if (measure) room.grow(used);
     }
   }
 };
 
-// All operations of ssm_reference.hpp's blocks and model, on the GPU. T: what matrices are stored in,
-// and what is handed from operation to operation; the residual stream and the states are float32.
+// All operations of ssm_reference.hpp's blocks and model, on the GPU. T: what matrices are stored
+// in, and what is handed from operation to operation; the residual stream and the states are
+// float32.
 template <class T>
 struct Compute {
   const Config& config;
@@ -3727,57 +3644,51 @@ struct Compute {
   float delta_ratio;
 
   const T* head() const { return (model.tied ? model.embedding : model.lm_head).template as<T>(); }
+  float eps() const { return float(config.norm_eps); }
 
-  void linear(const T* x, std::int64_t L, std::int64_t x_stride, const DeviceMatrix& W,
-              T* y) const {
+  void linear(const T* x, int64_t L, int64_t x_stride, const DeviceMatrix& W, T* y) const {
     queue.linear(x, L, x_stride, W.as<T>(), W.rows, W.cols, y, W.rows);
   }
-  void rms_norm(const Activations<T>& a, const DeviceRow& weight, std::int64_t L) const {
-    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), float(config.norm_eps), L,
-                          int(config.d_model), a.u, config.d_model, queue.stream());
-  }
-  void add_out_proj(const Activations<T>& a, const DeviceLayer& w, const T* y,
-                    std::int64_t L) const {
-    queue.linear(y, L, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
-                 a.residual, config.d_model, 1.f);
-    add_bias(a.residual, w.out_proj_bias, L, config.d_model, queue.stream());
+  void rms_norm(const Activations<T>& a, const DeviceRow& weight, int64_t L) const {
+    mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), eps(), L, int(config.d_model), a.u,
+                          config.d_model, queue.stream());
   }
 
-  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, std::int64_t first,
-                        T* state) const {
+  ConvArgs<T> conv_args(const Activations<T>& a, const DeviceLayer& w, T* state) const {
     ConvArgs<T> conv;
     conv.d = config.conv_width(), conv.width = int(config.d_conv);
-    conv.x = a.projected + first, conv.x_stride = config.in_proj_width();
+    conv.x = a.projected + (config.version == 1 ? 0 : config.d_inner);
+    conv.x_stride = config.in_proj_width();
     conv.weight = w.conv_weight.data(), conv.bias = w.conv_bias.data();
     conv.state = state, conv.state_out = state;
     conv.out = a.x, conv.out_stride = config.conv_width();
     return conv;
   }
 
-  ScanArgs<T> scan_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
+  // x: after the convolution, its rows x_stride apart.
+  ScanArgs<T> scan_args(const Activations<T>& a, const DeviceLayer& w, const T* x, int64_t x_stride,
+                        float* h) const {
     ScanArgs<T> scan;
     scan.d_inner = config.d_inner, scan.d_state = config.d_state;
-    scan.x = a.x, scan.x_stride = config.d_inner;
+    scan.x = x, scan.x_stride = x_stride;
     scan.delta = a.delta, scan.delta_stride = config.d_inner;
     scan.A = w.A.data(), scan.D = w.D.data(), scan.delta_bias = w.dt_bias.data();
     scan.B = a.dt_B_C + config.dt_rank, scan.C = scan.B + config.d_state;
     scan.B_stride = scan.C_stride = config.dt_rank + 2 * config.d_state;
     scan.z = a.projected + config.d_inner, scan.z_stride = config.in_proj_width();
-    scan.h0 = h, scan.h_T = h;
+    scan.h0 = h, scan.hT = h;
     scan.out = a.y, scan.out_stride = config.d_inner;
     scan.delta_ratio = delta_ratio;
     return scan;
   }
-
-  SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, float* h) const {
-    const std::int64_t GN = config.n_groups * config.d_state;
+  SsdArgs<T> ssd_args(const Activations<T>& a, const DeviceLayer& w, const T* x, int64_t x_stride,
+                      float* h) const {
     SsdArgs<T> in;
-    in.heads = int(config.n_heads), in.head_dim = int(config.head_dim),
-    in.d_state = int(config.d_state);
-    in.groups = int(config.n_groups);
-    in.x = a.x, in.B = a.x + config.d_inner, in.C = in.B + GN;
-    in.x_stride = in.B_stride = in.C_stride = config.conv_width();
-    in.dt = a.projected + config.d_inner + config.conv_width(),
+    in.n_heads = int(config.n_heads), in.head_dim = int(config.head_dim);
+    in.d_state = int(config.d_state), in.n_groups = int(config.n_groups);
+    in.x = x, in.B = x + config.d_inner, in.C = in.B + config.n_groups * config.d_state;
+    in.x_stride = in.B_stride = in.C_stride = x_stride;
+    in.dt = a.projected + config.d_inner + config.conv_width();
     in.dt_stride = config.in_proj_width();
     in.A = w.A.data(), in.D = w.D.data(), in.dt_bias = w.dt_bias.data();
     in.dt_min = float(config.dt_min), in.dt_max = float(config.dt_max);
@@ -3787,115 +3698,94 @@ struct Compute {
     return in;
   }
 
-  // x: after the convolution, its rows x_stride apart.
-  ScanDecodeArgs<T> scan_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
-                                     const T* x, std::int64_t x_stride, float* h,
-                                     const int* done) const {
-    return {batch,
-            int(config.d_inner),
-            int(config.d_state),
-            int(config.dt_rank),
-            a.dt_B_C_step,
-            x,
-            a.projected + config.d_inner,
-            w.dt_proj.as<T>(),
-            x_stride,
-            config.in_proj_width(),
-            w.dt_bias.data(),
-            w.A.data(),
-            w.D.data(),
-            h,
-            a.y,
-            delta_ratio,
-            done};
-  }
-  SsdDecodeArgs<T> ssd_decode_args(const Activations<T>& a, const DeviceLayer& w, int batch,
-                                   const T* x, std::int64_t x_stride, float* h,
-                                   const int* done) const {
-    const Config& c = config;
-    const std::int64_t width = c.in_proj_width();
-    return {batch,
-            int(c.n_heads),
-            int(c.head_dim),
-            int(c.d_state),
-            int(c.n_groups),
-            a.projected,
-            x,
-            a.projected + width - c.n_heads,
-            width,
-            x_stride,
-            width,
-            w.A.data(),
-            w.D.data(),
-            w.dt_bias.data(),
-            float(c.dt_min),
-            float(c.dt_max),
-            delta_ratio,
-            h,
-            a.g,
-            a.squares,
-            done};
-  }
+  // The tokens that a layer takes: L of each of `batch` sequences. step: L is 1, and the step
+  // functions do it; done as in ConvArgs.
+  struct Tokens {
+    int64_t batch, L;
+    bool step;
+    const int* done;
+    template <class Args>
+    void to(Args& args) const {
+      args.batch = batch, args.L = L, args.done = done;
+    }
+  };
 
-  // residual += the Mamba block of rms_norm(residual), for `batch` sequences of L tokens each. step: L is
-  // 1, and the step functions do it; done as in ConvArgs.
-  void mamba_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
-                   std::int64_t L, T* conv_state, float* h, bool step, const int* done) const {
-    const std::int64_t rows = batch * L;
+  // residual -> rms_norm, in_proj -> a.projected, causal_conv1d and silu -> a.x
+  void project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                  T* conv_state) const {
+    const int64_t rows = tokens.batch * tokens.L;
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
-    ConvArgs<T> conv = conv_args(a, w, 0, conv_state);
-    conv.batch = batch, conv.L = L, conv.done = done;
-    step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+    ConvArgs<T> conv = conv_args(a, w, conv_state);
+    tokens.to(conv);
+    tokens.step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+  }
+  // residual += out_proj(y)
+  void project_out(const DeviceLayer& w, const Activations<T>& a, const T* y, int64_t rows) const {
+    queue.linear(y, rows, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
+                 a.residual, config.d_model, 1.f);
+    add_bias(a.residual, w.out_proj_bias, rows, config.d_model, queue.stream());
+  }
+
+  // residual += the Mamba block of rms_norm(residual)
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                   T* conv_state, float* h) const {
+    const int64_t rows = tokens.batch * tokens.L;
+    project_in(w, a, tokens, conv_state);
     linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
     linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
-    ScanArgs<T> scan = scan_args(a, w, h);
-    scan.batch = batch, scan.L = L, scan.done = done;
-    scan_room.grow(step ? 0 : selective_scan_workspace(scan));
-    step ? selective_scan_step(scan, queue.stream())
-         : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
-    add_out_proj(a, w, a.y, rows);
+    ScanArgs<T> scan = scan_args(a, w, a.x, config.d_inner, h);
+    tokens.to(scan);
+    scan_room.grow(tokens.step ? 0 : selective_scan_workspace(scan));
+    tokens.step ? selective_scan_step(scan, queue.stream())
+                : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
+    project_out(w, a, a.y, rows);
   }
 
   // The same for Mamba-2.
-  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, std::int64_t batch,
-                    std::int64_t L, T* conv_state, float* h, bool step, const int* done) const {
-    const std::int64_t rows = batch * L;
-    rms_norm(a, w.norm, rows);
-    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
-    add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
-    ConvArgs<T> conv = conv_args(a, w, config.d_inner, conv_state);
-    conv.batch = batch, conv.L = L, conv.done = done;
-    step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
-    SsdArgs<T> in = ssd_args(a, w, h);
-    in.batch = batch, in.L = L, in.done = done;
-    scan_room.grow(step ? 0 : ssd_workspace_bytes(in));
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                    T* conv_state, float* h) const {
+    const int64_t rows = tokens.batch * tokens.L;
+    project_in(w, a, tokens, conv_state);
+    SsdArgs<T> in = ssd_args(a, w, a.x, config.conv_width(), h);
+    tokens.to(in);
+    scan_room.grow(tokens.step ? 0 : ssd_workspace_bytes(in));
     in.workspace = scan_room.data();
-    step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
+    tokens.step ? ssd_step(in, queue.stream()) : ssd(in, queue.stream());
     gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
-                   float(config.norm_eps), rows, int(config.d_inner), int(config.n_groups), a.delta,
-                   config.d_inner, queue.stream());
-    add_out_proj(a, w, a.delta, rows);
+                   eps(), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
+                   queue.stream());
+    project_out(w, a, a.delta, rows);
   }
 
-  // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
-  Activations<T> backbone(const Token* ids, std::int64_t L, DeviceState& state) const {
-    const Activations<T> a(config, L, activation_room);
+  using Block = void (Compute::*)(const DeviceLayer&, const Activations<T>&, const Tokens&, T*,
+                                  float*) const;
+  void all_layers(Block block, const Activations<T>& a, const Tokens& tokens,
+                  DeviceState& state) const {
+    for (Index l = 0; l < config.n_layer; ++l)
+      (this->*block)(model.layers[l], a, tokens, state.layer_conv<T>(config, l),
+                     state.layer_h(config, l));
+  }
+
+  // a.residual = embedding[ids], ids (L) on the GPU.
+  void embed(const Activations<T>& a, const Token* ids, int64_t L) const {
     embedding_kernel<<<unsigned(L), 256, 0, queue.stream()>>>(model.embedding.as<T>(), ids,
                                                               config.d_model, a.residual);
     CUDA_CHECK(cudaGetLastError());
-    for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
-      (this->*block)(model.layers[l], a, 1, L, state.layer_conv<T>(config, l),
-                     state.layer_h(config, l), false, nullptr);
-    }
+  }
+
+  // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
+  Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
+    const Activations<T> a(config, L, activation_room);
+    embed(a, ids, L);
+    all_layers(config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block, a,
+               {1, L, false, nullptr}, state);
     return a;
   }
 
   // rows [first, first + count) of a.residual -> logits (count, vocab_size); a.u is overwritten.
-  void lm_head(const Activations<T>& a, std::int64_t first, std::int64_t count,
-               float* logits) const {
+  void lm_head(const Activations<T>& a, int64_t first, int64_t count, float* logits) const {
     Activations<T> rows = a;
     rows.residual += first * config.d_model;
     rms_norm(rows, model.norm_f, count);
@@ -3903,67 +3793,86 @@ struct Compute {
                  config.vocab_size);
   }
 
-  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C four numbers.
-  bool takes_few(std::int64_t batch) const {
-    const std::int64_t n = 16 / sizeof(T);
-    return batch <= kMostFewRows && config.d_model % n == 0 && config.d_inner % n == 0 &&
+  // Can the fused kernels take this batch? They read rows of matrices 16 bytes at a time, B and C
+  // four numbers.
+  bool can_fuse(int64_t batch) const {
+    const int64_t n = 16 / sizeof(T);
+    return batch <= kFewSequences && config.d_model % n == 0 && config.d_inner % n == 0 &&
            config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
            (batch == 1 || config.in_proj_width() % 4 == 0) &&
            config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps &&
            config.dt_rank + 2 * config.d_state <= kMostStepInputs;
   }
 
-  // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch, vocab_size).
+  // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch,
+  // vocab_size).
   void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
-    if (takes_few(state.batch)) return step_few(a, state, done, logits);
-    for (Index l = 0; l < config.n_layer; ++l) {
-      const auto block = config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block;
-      (this->*block)(model.layers[l], a, state.batch, 1, state.layer_conv<T>(config, l),
-                     state.layer_h(config, l), true, done);
+    const bool one = config.version == 1;
+    const Tokens tokens{state.batch, 1, true, done};
+    if (!can_fuse(state.batch)) {
+      all_layers(one ? &Compute::mamba_block : &Compute::mamba2_block, a, tokens, state);
+      return lm_head(a, 0, state.batch, logits);
     }
-    lm_head(a, 0, state.batch, logits);
+    all_layers(one ? &Compute::fused_mamba_block : &Compute::fused_mamba2_block, a, tokens, state);
+    LinearStep<T, Norm::rms, Store::plain> last{
+        head(),     config.vocab_size, config.d_model, int(state.batch),
+        a.residual, config.d_model,    logits};
+    last.norm = {model.norm_f.data(), eps()};
+    linear_step(last, queue.stream());
   }
 
-  // The same by the fused kernels.
-  void step_few(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
+  // project_in, fused: all rows of in_proj in a.projected, those of the convolution after it.
+  void fused_project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                        T* conv_state) const {
     const Config& c = config;
-    const int batch = int(state.batch);
-    const cudaStream_t stream = queue.stream();
-    const float eps = float(c.norm_eps);
-    for (Index l = 0; l < c.n_layer; ++l) {
-      const DeviceLayer& w = model.layers[l];
-      const NormedInput u{a.residual, w.norm.data(), c.d_model, eps};
-      const ResidualOutput residual{a.residual, w.out_proj_bias.data(), c.d_model};
-      const ConvOutput<T> projected{a.projected,           state.layer_conv<T>(c, l),
-                                    w.in_proj_bias.data(), w.conv_weight.data(),
-                                    w.conv_bias.data(),    done,
-                                    c.in_proj_width(),     c.version == 1 ? 0 : c.d_inner,
-                                    c.conv_width(),        int(c.d_conv)};
-      linear_step(w.in_proj.as<T>(), c.in_proj_width(), c.d_model, batch, u, projected, stream);
-      if (c.version == 1) {
-        const std::int64_t width = c.dt_rank + 2 * c.d_state;
-        linear_step(w.x_proj.as<T>(), width, c.d_inner, batch,
-                    PlainInput<T>{a.projected, c.in_proj_width()},
-                    PlainOutput{a.dt_B_C_step, width}, stream);
-        scan_decode(scan_decode_args(a, w, batch, a.projected, c.in_proj_width(),
-                                     state.layer_h(c, l), done),
-                    stream);
-        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch, PlainInput<T>{a.y, c.d_inner},
-                    residual, stream);
-      } else {
-        ssd_decode(ssd_decode_args(a, w, batch, a.projected + c.d_inner, c.in_proj_width(),
-                                   state.layer_h(c, l), done),
-                   stream);
-        const int slots = int(c.n_heads / c.n_groups) * ssd_decode_blocks(int(c.head_dim));
-        linear_step(w.out_proj.as<T>(), c.d_model, c.d_inner, batch,
-                    GatedNormInput{a.g, a.squares, w.gated_norm.data(), c.d_inner, int(c.n_groups),
-                                   slots, eps},
-                    residual, stream);
-      }
-    }
-    linear_step(head(), c.vocab_size, c.d_model, batch,
-                NormedInput{a.residual, model.norm_f.data(), c.d_model, eps},
-                PlainOutput{logits, c.vocab_size}, stream);
+    LinearStep<T, Norm::rms, Store::conv> in_proj{
+        w.in_proj.as<T>(), c.in_proj_width(), c.d_model,   int(tokens.batch),
+        a.residual,        c.d_model,         a.projected, w.in_proj_bias.data()};
+    in_proj.norm = {w.norm.data(), eps()};
+    in_proj.conv = {conv_state,   w.conv_weight.data(),           w.conv_bias.data(),
+                    tokens.done,  c.version == 1 ? 0 : c.d_inner, c.conv_width(),
+                    int(c.d_conv)};
+    linear_step(in_proj, queue.stream());
+  }
+
+  void fused_mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                         T* conv_state, float* h) const {
+    const Config& c = config;
+    const int batch = int(tokens.batch);
+    const int64_t width = c.dt_rank + 2 * c.d_state;
+    fused_project_in(w, a, tokens, conv_state);
+    linear_step(
+        LinearStep<T, Norm::none, Store::plain>{w.x_proj.as<T>(), width, c.d_inner, batch,
+                                                a.projected, c.in_proj_width(), a.dt_B_C_step},
+        queue.stream());
+    ScanArgs<T> scan = scan_args(a, w, a.projected, c.in_proj_width(), h);
+    tokens.to(scan);
+    scan_decode(scan, {a.dt_B_C_step, w.dt_proj.as<T>(), int(c.dt_rank)}, queue.stream());
+    linear_step(LinearStep<T, Norm::none, Store::residual>{w.out_proj.as<T>(), c.d_model, c.d_inner,
+                                                           batch, a.y, c.d_inner, a.residual,
+                                                           w.out_proj_bias.data()},
+                queue.stream());
+  }
+
+  void fused_mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                          T* conv_state, float* h) const {
+    const Config& c = config;
+    fused_project_in(w, a, tokens, conv_state);
+    SsdArgs<T> in = ssd_args(a, w, a.projected + c.d_inner, c.in_proj_width(), h);
+    tokens.to(in);
+    float* squares = c.n_groups > 1 ? a.squares : nullptr;
+    ssd_gated_step(in, {a.projected, c.in_proj_width(), a.gated, squares}, queue.stream());
+    LinearStep<T, Norm::grouped, Store::residual> out_proj{w.out_proj.as<T>(),
+                                                           c.d_model,
+                                                           c.d_inner,
+                                                           int(tokens.batch),
+                                                           a.gated,
+                                                           c.d_inner,
+                                                           a.residual,
+                                                           w.out_proj_bias.data()};
+    out_proj.norm = {w.gated_norm.data(), eps(), int(c.n_groups),
+                     int(c.n_heads / c.n_groups) * ssd_step_blocks(c.head_dim), squares};
+    linear_step(out_proj, queue.stream());
   }
 };
 
@@ -3971,7 +3880,8 @@ struct Compute {
 // The engine
 // ============================================================================================
 
-/// Makes GPU `device` the current one; fails in one line where there is none that can run this program.
+/// Makes GPU `device` the current one; fails in one line where there is none that can run this
+/// program.
 inline void use_device(int device) {
   int count = 0, driver = 0, runtime = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
@@ -3997,44 +3907,25 @@ inline void use_device(int device) {
   }
 }
 
-/// Numbers that the GPU writes and the host reads without asking for a copy.
-class HostTokens {
- public:
-  explicit HostTokens(std::size_t size) {
-    CUDA_CHECK(
-        cudaHostAlloc(&data_, std::max<std::size_t>(1, size) * sizeof(Token), cudaHostAllocMapped));
-  }
-  HostTokens(const HostTokens&) = delete;
-  HostTokens& operator=(const HostTokens&) = delete;
-  ~HostTokens() { cudaFreeHost(data_); }
-  Token* data() const { return data_; }
-
- private:
-  Token* data_ = nullptr;
-};
-
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
   static constexpr const char* kDescription = "the same as fused kernels, on the GPU";
-  static constexpr const char* kBenchOps =
-      "decode, prefill, bandwidth, matmul, causal_conv1d, selective_scan, ssd, rms_norm, "
-      "gated_rms_norm or sample";
   static constexpr bool kHasDevice = true;
-  static constexpr Index kPiece = 16384;              // tokens that the parallel form takes at once
-  static constexpr std::size_t kBatch = 256;          // texts that are generated together
-  static constexpr std::size_t kMostSequences = 256;  // that are continued together
+  static constexpr Index kPiece = 16384;                    // tokens that forward takes at once
+  static constexpr size_t kBatch = size_t(kMostSequences);  // texts that are generated together
 
   using State = DeviceState;
 
   CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
+    need_memory(weight_bytes(config, dtype_), "weights");
     model_ = load_model<DeviceModel>(checkpoint, config, dtype_);
   }
-  /// Random weights, as wide and as large as config says: for measurements.
-  CudaEngine(const Config& config, const EngineOptions& options)
+  /// A model that is on the GPU already, its matrices stored as *options.dtype.
+  CudaEngine(DeviceModel model, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, *options.dtype) {
-    fill_random();
+    model_ = std::move(model);
   }
 
   const Config& config() const { return config_; }
@@ -4042,41 +3933,34 @@ class CudaEngine {
   State from_host(const ssm::State<float>& host) const;
   ssm::State<float> to_host(const State& state) const;
 
+  /// A single token takes the step functions.
   Matrix<float> prefill(State& state, const Token* ids, Index L);
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
-  Matrix<float> step(State& state, Token id);
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
-  static void bench(const BenchOptions& options);
 
  private:
+  friend struct ModelBench;  // tests/bench.cu
+
   CudaEngine(const Config& config, const EngineOptions& options, DType dtype)
       : config_(config), dtype_(dtype), delta_ratio_(options.delta_ratio) {
-    std::size_t bytes = 0;
-    for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-      std::size_t size = shape.size() == 2 ? dtype_size(dtype) : sizeof(float);
-      for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
-      bytes += size;
-    });
     use_device(options.device);
-    need_memory(bytes, "weights");
     queue_ = std::make_unique<Queue>();
   }
   static DType storage(const Checkpoint& checkpoint, const Config& config,
                        const EngineOptions& options) {
     const DType file =
-        weight(checkpoint, "backbone.embeddings.weight", {config.vocab_size, config.d_model}).dtype;
+        find_weight(checkpoint, "backbone.embeddings.weight", config.tie_embeddings).dtype;
     const bool stored = file == DType::BF16 || file == DType::F16;
     return options.dtype.value_or(stored ? file : DType::F32);
   }
-  void fill_random();
 
   template <class T>
   Compute<T> compute() {
     return {config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
   }
   const Token* upload(const Token* ids, Index L) {
-    ids_.grow(static_cast<std::size_t>(L));
+    ids_.grow(static_cast<size_t>(L));
     CUDA_CHECK(cudaMemcpyAsync(ids_.data(), ids, L * sizeof(Token), cudaMemcpyHostToDevice,
                                queue_->stream()));
     return ids_.data();
@@ -4088,12 +3972,14 @@ class CudaEngine {
     queue_->wait();
     return host;
   }
-  /// After this, logits_ holds the logits after the last of L > 0 tokens in row `row`.
+  /// After this, row `row` of logits_ holds the logits after the last of L > 0 tokens.
   template <class T>
-  void prefill_on_device(State& state, const Token* ids, Index L, Index row);
+  void prefill_as(State& state, const Token* ids, Index L, Index row);
   template <class T>
-  void generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
-                         const GenerateOptions& options, const OnToken& on_token);
+  void take_prompts(std::vector<Sequence<State>>& sequences, Index left_out);
+  template <class T>
+  void generate_as(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
+                   const OnToken& on_token);
 
   Config config_;
   DType dtype_;
@@ -4115,7 +4001,7 @@ inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
     conv.insert(conv.end(), layer.conv.data(), layer.conv.data() + layer.conv.size());
     h.insert(h.end(), rows.data(), rows.data() + rows.size());
   }
-  const auto n = static_cast<std::int64_t>(conv.size());
+  const auto n = static_cast<int64_t>(conv.size());
   const Tensor plain = tensor_view("conv", {n}, conv.data());
   const Tensor stored = dtype_ == DType::F32 ? plain : to_dtype(plain, dtype_);
   if (n > 0) state.conv.copy_from(static_cast<const std::byte*>(stored.data));
@@ -4133,7 +4019,7 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
   const std::byte* next_conv = conv.data();
   const float* next_h = h.data();
   for (auto& layer : host.layers) {
-    const std::size_t bytes = layer.conv.size() * dtype_size(dtype_);
+    const size_t bytes = layer.conv.size() * dtype_size(dtype_);
     convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
     layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
     next_conv += bytes;
@@ -4145,26 +4031,31 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
 // --- whole texts ---
 
 template <class T>
-void CudaEngine::prefill_on_device(State& state, const Token* ids, Index L, Index row) {
+void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) {
+  float* logits = logits_.data() + row * config_.vocab_size;
+  if (L == 1) {
+    const Activations<T> a(config_, 1, activation_room_);
+    compute<T>().embed(a, upload(ids, 1), 1);
+    return compute<T>().step(a, state, nullptr, logits);
+  }
   for (Index t = 0; t < L; t += kPiece) {
     const Index count = std::min(kPiece, L - t);
     const auto a = compute<T>().backbone(upload(ids + t, count), count, state);
-    if (t + count == L)
-      compute<T>().lm_head(a, count - 1, 1, logits_.data() + row * config_.vocab_size);
+    if (t + count == L) compute<T>().lm_head(a, count - 1, 1, logits);
   }
 }
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
-  logits_.grow(static_cast<std::size_t>(config_.vocab_size));
+  logits_.grow(static_cast<size_t>(config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
-    prefill_on_device<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
+    prefill_as<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
   });
   return download_logits(std::min<Index>(L, 1));
 }
 
 inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
-  logits_.grow(static_cast<std::size_t>(std::min(L, kRows) * config_.vocab_size));
+  logits_.grow(static_cast<size_t>(std::min(L, kRows) * config_.vocab_size));
   with_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (Index t = 0; t < L; t += kPiece) {
@@ -4179,30 +4070,18 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
   });
 }
 
-inline Matrix<float> CudaEngine::step(State& state, Token id) {
-  logits_.grow(static_cast<std::size_t>(config_.vocab_size));
-  with_type(dtype_, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const Activations<T> a(config_, 1, activation_room_);
-    embedding_kernel<<<1, 256, 0, queue_->stream()>>>(model_.embedding.as<T>(), upload(&id, 1),
-                                                      config_.d_model, a.residual);
-    CUDA_CHECK(cudaGetLastError());
-    compute<T>().step(a, state, nullptr, logits_.data());
-  });
-  return download_logits(1);
-}
-
 // --- generation ---
 //
-// Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One step,
-// from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches it a few
-// tokens ahead and only reads along: a sequence that has drawn the stop token stands still on the GPU.
+// Each sequence takes its prompt alone, in the parallel form; then all draw and step together. One
+// step, from the embedding of the last tokens to the next ones, is a CUDA graph. The host launches
+// it a few tokens ahead and only reads along: a sequence that has drawn an end token stands still
+// on the GPU.
 
 /// What is copied between the layers of one sequence's state and those of a batch.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
                        const DeviceState& to, Index to_row, cudaStream_t stream) {
-  const auto copy = [&](auto* to_data, const auto* from_data, std::size_t bytes_of_layer_and_row) {
-    const std::size_t bytes = bytes_of_layer_and_row;
+  const auto copy = [&](auto* to_data, const auto* from_data, size_t bytes_of_layer_and_row) {
+    const size_t bytes = bytes_of_layer_and_row;
     if (bytes == 0) return;
     CUDA_CHECK(
         cudaMemcpy2DAsync(reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
@@ -4213,109 +4092,95 @@ inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
   copy(to.h.data(), from.h.data(), from.h.bytes() / (c.n_layer * from.batch));
 }
 
-template <class T>
-void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first, std::size_t batch,
-                                   const GenerateOptions& options, const OnToken& on_token) {
-  const cudaStream_t stream = queue_->stream();
-  const Index V = config_.vocab_size;
-  logits_.grow(batch * V);
-  const bool penalty = options.sampler.repetition_penalty != 1;
-  std::vector<std::uint64_t> numbers(batch), positions(batch);
-  std::vector<unsigned char> seen(penalty ? batch * V : 0);
-  for (std::size_t i = 0; i < batch; ++i) {
-    auto& s = sequences[i];
-    const std::size_t end = s.ids.size() - (options.n == 0 ? 1 : 0),
-                      begin = std::exchange(s.taken, end);
-    prefill_on_device<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin),
-                         static_cast<Index>(i));
-    queue_->wait();  // before the pieces' ids are replaced
-    numbers[i] = s.index, positions[i] = s.ids.size();
-    for (const Token id : s.ids)
-      if (penalty) seen[i * V + id] = 1;
+/// Reads along: appends drawn tokens to their sequences, and hands them on sequence by sequence:
+/// those of a later one wait until the earlier ones are finished.
+class TokenReader {
+ public:
+  TokenReader(std::vector<Sequence<DeviceState>>& sequences, const GenerateOptions& options,
+              const OnToken& on_token)
+      : sequences_(sequences), options_(options), on_token_(on_token) {
+    finished_.resize(sequences.size());
+    for (const auto& s : sequences) handed_on_.push_back(s.ids.size());
   }
+  bool all_finished() const { return current_ == sequences_.size(); }
+
+  /// The i-th token of every sequence.
+  void read(const Sampler& sampler, Index i) {
+    for (size_t b = 0; b < sequences_.size(); ++b) {
+      if (finished_[b]) continue;
+      const Token token = sampler.drawn(i, b);
+      if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
+      sequences_[b].ids.push_back(token);
+      finished_[b] = i + 1 == options_.n || contains(options_.end_tokens, token);
+    }
+    for (; !all_finished(); ++current_) {
+      const auto& ids = sequences_[current_].ids;
+      size_t& next = handed_on_[current_];
+      while (next < ids.size()) on_token_(current_, ids[next++]);
+      if (!finished_[current_]) return;
+    }
+  }
+
+ private:
+  std::vector<Sequence<DeviceState>>& sequences_;
+  const GenerateOptions& options_;
+  const OnToken& on_token_;
+  std::vector<char> finished_;
+  std::vector<size_t> handed_on_;  // ids of each sequence that were handed on, or are its prompt
+  size_t current_ = 0;             // the first unfinished sequence
+};
+
+/// All ids but the last `left_out`; row i of logits_ then holds the logits after sequence i.
+template <class T>
+void CudaEngine::take_prompts(std::vector<Sequence<State>>& sequences, Index left_out) {
+  logits_.grow(sequences.size() * config_.vocab_size);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    auto& s = sequences[i];
+    const size_t end = s.ids.size() - left_out, begin = std::exchange(s.taken, end);
+    prefill_as<T>(s.state, s.ids.data() + begin, static_cast<Index>(end - begin),
+                  static_cast<Index>(i));
+    queue_->wait();  // before the pieces' ids are replaced
+  }
+}
+
+template <class T>
+void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
+                             const GenerateOptions& options, const OnToken& on_token) {
+  take_prompts<T>(sequences, options.n == 0);
   if (options.n == 0) return;
-
+  const cudaStream_t stream = queue_->stream();
+  const auto batch = static_cast<Index>(sequences.size());
   State state(config_, dtype_, batch);
-  for (std::size_t i = 0; i < batch; ++i)
+  std::vector<Sampler::Text> texts;
+  for (Index i = 0; i < batch; ++i) {
     copy_state(config_, sequences[i].state, 0, state, i, stream);
+    texts.push_back({sequences[i].index, sequences[i].ids});
+  }
+  Sampler sampler(options, texts, config_.vocab_size, logits_.data());
   const Activations<T> a(config_, batch, activation_room_);
-  const bool greedy = options.sampler.temperature == 0;
-  const DeviceBuffer<std::uint64_t> sequence_d(numbers.data(), batch),
-      position_d(positions.data(), batch);
-  const DeviceBuffer<unsigned char> seen_d(seen.data(), seen.size());
-  DeviceBuffer<std::int64_t> made_d(batch);
-  DeviceBuffer<int> done_d(batch);
-  const DeviceBuffer<Best> best_d(batch * kBestStretches);
-  const DeviceBuffer<Token> next_d(batch), candidates_d(greedy ? 0 : batch * V);
-  const DeviceBuffer<double> weights_d(greedy ? 0 : batch * V);
-  const HostTokens log(options.n * batch);
-  made_d.zero();
-  done_d.zero();
-  const SamplerOptions& o = options.sampler;
-  const SampleArgs args{logits_.data(),
-                        V,
-                        static_cast<std::int64_t>(batch),
-                        o.temperature,
-                        o.top_p,
-                        o.min_p,
-                        o.repetition_penalty,
-                        o.top_k,
-                        o.seed,
-                        sequence_d.data(),
-                        position_d.data(),
-                        made_d.data(),
-                        seen_d.data(),
-                        weights_d.data(),
-                        candidates_d.data(),
-                        best_d.data(),
-                        done_d.data(),
-                        options.stop,
-                        next_d.data(),
-                        log.data()};
-  const auto sample = [&] {
-    sample_step(args, {model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual, stream);
-  };
-
   CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
-  Graph graph(stream, [&] {
-    compute<T>().step(a, state, done_d.data(), logits_.data());
-    sample();
+  const auto draw = [&] {
+    sampler.draw({model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual, stream);
+  };
+  const Graph step(stream, [&] {
+    compute<T>().step(a, state, sampler.done(), logits_.data());
+    draw();
   });
+
   constexpr Index kAhead = 8;  // tokens that the GPU may be ahead of the host
   std::vector<Event> drawn(kAhead);
-  std::vector<char> finished(batch, 0);
-  std::size_t turn =
-      0;  // the first unfinished sequence; tokens of later ones are told in their turn
-  std::vector<std::size_t> told(batch);
-  for (std::size_t i = 0; i < batch; ++i) told[i] = sequences[i].ids.size();
-  const auto tell = [&] {
-    for (; turn < batch; ++turn) {
-      auto& ids = sequences[turn].ids;
-      while (told[turn] < ids.size()) on_token(first + turn, ids[told[turn]++]);
-      if (!finished[turn]) return;
-    }
-  };
+  TokenReader reader(sequences, options, on_token);
   Index launched = 0;
-  for (Index made = 0; made < options.n && turn < batch; ++made) {
-    for (; launched < std::min(options.n, made + kAhead); ++launched) {
-      if (launched == 0)
-        sample();
-      else
-        graph.launch(stream);
+  for (Index i = 0; i < options.n && !reader.all_finished(); ++i) {
+    for (; launched < std::min(options.n, i + kAhead); ++launched) {
+      launched == 0 ? draw() : step.launch(stream);
       drawn[launched % kAhead].record(stream);
     }
-    drawn[made % kAhead].wait();
-    for (std::size_t i = 0; i < batch; ++i) {
-      if (finished[i]) continue;
-      const Token token = log.data()[made * batch + i];
-      if (token < 0) fail("sampler: logits: expected numbers, found NaN or infinity");
-      sequences[i].ids.push_back(token);
-      finished[i] = token == options.stop || made + 1 == options.n;
-    }
-    tell();
+    drawn[i % kAhead].wait();
+    reader.read(sampler, i);
   }
   queue_->wait();
-  for (std::size_t i = 0; i < batch; ++i) {
+  for (Index i = 0; i < batch; ++i) {
     copy_state(config_, state, i, sequences[i].state, 0, stream);
     sequences[i].taken = sequences[i].ids.size() - 1;
   }
@@ -4325,428 +4190,9 @@ void CudaEngine::generate_together(Sequence<State>* sequences, std::size_t first
 inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
                                  const GenerateOptions& options, const OnToken& on_token) {
   check(options.sampler);
+  if (sequences.empty()) return;
   with_type(dtype_, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (std::size_t first = 0; first < sequences.size(); first += kMostSequences)
-      generate_together<T>(sequences.data() + first, first,
-                           std::min(kMostSequences, sequences.size() - first), options, on_token);
-  });
-}
-
-// ============================================================================================
-// Measurements: one JSON object a line, against this GPU's own limits measured in the same run
-// ============================================================================================
-
-// Uniform numbers in [-scale, scale) plus `offset`, by hashing the index (splitmix64).
-template <class T>
-__global__ void random_kernel(T* out, std::int64_t size, float scale, float offset,
-                              std::uint64_t seed) {
-  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < size;
-       i += std::int64_t(gridDim.x) * blockDim.x) {
-    std::uint64_t v = (i + seed * 0x100000001B3ull + 1) * 0x9E3779B97F4A7C15ull;
-    v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9ull;
-    v = (v ^ v >> 27) * 0x94D049BB133111EBull;
-    out[i] = from_float<T>(fmaf(scale, float((v ^ v >> 31) >> 40) * 0x1p-23f - 1.f, offset));
-  }
-}
-
-// Spread as at the start of training, so that nothing overflows.
-inline void CudaEngine::fill_random() {
-  model_.sizes = config_;
-  model_.layers.resize(static_cast<std::size_t>(config_.n_layer));
-  std::uint64_t seed = 1;
-  const auto fill = [&](auto* data, std::size_t size, float scale, float offset) {
-    random_kernel<<<1024, 256>>>(data, static_cast<std::int64_t>(size), scale, offset, ++seed);
-    CUDA_CHECK(cudaGetLastError());
-  };
-  for_each_weight(config_, model_, [&](const std::string& name, const auto& shape, auto& to) {
-    using To = std::remove_reference_t<decltype(to)>;
-    std::size_t size = 1;
-    for (const std::int64_t extent : shape) size *= static_cast<std::size_t>(extent);
-    if constexpr (std::is_same_v<To, DeviceMatrix>) {
-      to.rows = shape[0], to.cols = shape[1];
-      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
-      with_type(dtype_, [&](auto* type) {
-        fill(reinterpret_cast<decltype(type)>(to.bytes.data()), size,
-             std::sqrt(3.f / float(shape[1])), 0.f);
-      });
-    } else {
-      to = DeviceBuffer<float>(size);
-      const bool dt_bias = name.find("dt_") != std::string::npos;
-      const bool conv = name.find("conv1d.weight") != std::string::npos;
-      if (std::is_same_v<To, DeviceStateMatrix>)
-        fill(to.data(), size, 7.f, -8.f);
-      else if (dt_bias)
-        fill(to.data(), size, 2.f, -4.6f);
-      else
-        fill(to.data(), size, conv ? 0.5f : 0.f, conv ? 0.f : 1.f);
-    }
-  });
-  CUDA_CHECK(cudaDeviceSynchronize());
-}
-
-/// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs. `before`
-/// comes ahead of each run and is not timed.
-template <class Function, class Before>
-double median_ms(cudaStream_t stream, Index repeat, const Function& f, const Before& before) {
-  std::vector<double> times;
-  for (Index i = -3; i < repeat; ++i) {  // three to warm up
-    Event start(true), end(true);
-    before();
-    start.record(stream);
-    f();
-    end.record(stream);
-    end.wait();
-    if (i >= 0) times.push_back(start.milliseconds_to(end));
-  }
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
-}
-
-template <class Function>
-double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
-  return median_ms(stream, repeat, f, [] {});
-}
-
-/// Bytes a second, read and written, that a large copy reaches.
-inline double copy_bandwidth(cudaStream_t stream) {
-  const DeviceBuffer<std::byte> from(std::size_t{1} << 30), to(std::size_t{1} << 30);
-  random_kernel<<<1024, 256, 0, stream>>>(reinterpret_cast<float*>(from.data()),
-                                          std::int64_t{1} << 28, 1.f, 0.f, 7);
-  const double ms = median_ms(stream, 10, [&] {
-    CUDA_CHECK(
-        cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
-  });
-  return 2e3 * double(from.bytes()) / ms;
-}
-
-/// Multiply-adds a second, times two, that a large product of this type reaches on random numbers.
-template <class T>
-double matmul_peak(const Queue& queue) {
-  constexpr std::int64_t n = 8192;
-  const DeviceBuffer<T> x(n * n), W(n * n), y(n * n);
-  for (const T* p : {x.data(), W.data()})
-    random_kernel<<<1024, 256, 0, queue.stream()>>>(const_cast<T*>(p), n * n, 1.f, 0.f,
-                                                    p == W.data());
-  return 2e3 * double(n) * n * n / median_ms(queue.stream(), 10, [&] {
-           queue.linear(x.data(), n, n, W.data(), n, n, y.data(), n);
-         });
-}
-
-/// Every kernel of one operation, a line each: on random data, at the sizes of --shape, with a cold cache. The
-/// floor is the time to move each input and output once.
-template <class T>
-class KernelBench {
- public:
-  KernelBench(const BenchOptions& options, const Config& config, cudaStream_t stream)
-      : o_(options),
-        c_(config),
-        rows_(options.batch * options.length),
-        stream_(stream),
-        bandwidth_(copy_bandwidth(stream)),
-        cold_(std::size_t{256} << 20) {}
-
-  /// False if there is no such operation.
-  bool run() {
-    const bool ssd = c_.version == 2;
-    if (o_.op == "causal_conv1d") return conv(), true;
-    if (o_.op == "rms_norm") return norm(), true;
-    if (o_.op == "sample") return sample(), true;
-    if (o_.op == "selective_scan" || o_.op == "ssd" || o_.op == "gated_rms_norm") {
-      if (ssd == (o_.op == "selective_scan"))
-        fail_usage("bench ", o_.op, ": --shape: expected a Mamba", ssd ? "" : "-2",
-                   " shape, found ", quote(o_.shape));
-      return o_.op == "ssd" ? this->ssd() : ssd ? gated_norm() : scan(), true;
-    }
-    return false;
-  }
-
- private:
-  template <class V>
-  DeviceBuffer<V> random(std::int64_t size, float scale = 1, float offset = 0) {
-    DeviceBuffer<V> buffer(static_cast<std::size_t>(size));
-    random_kernel<<<1024, 256, 0, stream_>>>(buffer.data(), size, scale, offset, ++seed_);
-    CUDA_CHECK(cudaGetLastError());
-    return buffer;
-  }
-
-  template <class Launch>
-  void report(const char* kernel, std::int64_t length, double bytes, double flops,
-              const Launch& launch) {
-    const double floor = bytes / bandwidth_ * 1e3;
-    const double ms = median_ms(stream_, o_.repeat, launch, [&] {
-      CUDA_CHECK(cudaMemsetAsync(cold_.data(), 0, cold_.bytes(), stream_));
-    });
-    std::cout << Json{{"op", o_.op},       {"kernel", kernel},
-                      {"shape", o_.shape}, {"dtype", dtype_name(o_.dtype)},
-                      {"batch", o_.batch}, {"length", length},
-                      {"ms", ms},          {"bytes", bytes},
-                      {"flops", flops},    {"GB/s", bandwidth_ / 1e9},
-                      {"floor ms", floor}, {"% of floor", 100 * floor / ms}}
-              << std::endl;
-  }
-
-  void conv() {
-    const std::int64_t d = c_.conv_width(), width = c_.d_conv;
-    const auto x = random<T>(rows_ * d), state = random<T>(o_.batch * (width - 1) * d);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
-    const auto weight = random<float>(d * width), bias = random<float>(d);
-    ConvArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.d = d, a.width = int(width);
-    a.x = x.data(), a.weight = weight.data(), a.bias = bias.data();
-    a.state = a.state_out = state.data(), a.out = out.data();
-    a.x_stride = a.out_stride = d;
-    const auto bytes = [&](std::int64_t rows) {
-      return double(2 * rows * d + 2 * o_.batch * (width - 1) * d) * sizeof(T);
-    };
-    const double flops = 2. * double(width * d);
-    report("causal_conv1d_naive_kernel", a.L, bytes(rows_), flops * double(rows_),
-           [&] { causal_conv1d_naive(a, stream_); });
-    report("causal_conv1d_fused_kernel", a.L, bytes(rows_), flops * double(rows_),
-           [&] { causal_conv1d(a, stream_); });
-    a.L = 1;
-    report("causal_conv1d_step_kernel", 1, bytes(o_.batch), flops * double(o_.batch),
-           [&] { causal_conv1d_step(a, stream_); });
-  }
-
-  void scan() {
-    const std::int64_t d = c_.d_inner, N = c_.d_state;
-    const auto x = random<T>(rows_ * d), delta = random<T>(rows_ * d), z = random<T>(rows_ * d),
-               B = random<T>(rows_ * N), C = random<T>(rows_ * N);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
-    const auto A = random<float>(d * N, 7.f, -8.f), D = random<float>(d),
-               bias = random<float>(d, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
-    ScanArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.d_inner = d, a.d_state = N;
-    a.x = x.data(), a.delta = delta.data(), a.A = A.data(), a.B = B.data();
-    a.C = C.data(), a.D = D.data(), a.z = z.data(), a.delta_bias = bias.data();
-    a.h_T = h.data(), a.out = out.data();
-    a.x_stride = a.delta_stride = a.z_stride = a.out_stride = d;
-    a.B_stride = a.C_stride = N;
-    const DeviceBuffer<std::byte> workspace(selective_scan_workspace(a));
-    const auto bytes = [&](std::int64_t rows, int states) {
-      return double(rows * (4 * d + 2 * N)) * sizeof(T) +
-             double(states * o_.batch * d * N) * sizeof(float);
-    };
-    const double flops = 7. * double(d * N);  // a product and exp for A_bar, two for B_bar x, ...
-    report("selective_scan_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
-           [&] { selective_scan_naive(a, stream_); });
-    report("selective_scan_fused_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
-           [&] { selective_scan(a, reinterpret_cast<float*>(workspace.data()), stream_); });
-    a.L = 1, a.h0 = h.data();
-    report("selective_scan_step_kernel", 1, bytes(o_.batch, 2), flops * double(o_.batch),
-           [&] { selective_scan_step(a, stream_); });
-  }
-
-  void ssd() {
-    const std::int64_t d = c_.d_inner, H = c_.n_heads, N = c_.d_state, GN = c_.n_groups * N;
-    const auto x = random<T>(rows_ * d), dt = random<T>(rows_ * H), B = random<T>(rows_ * GN),
-               C = random<T>(rows_ * GN);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
-    const auto A = random<float>(H, 7.f, -8.f), D = random<float>(H),
-               bias = random<float>(H, 2.f, -4.6f), h = random<float>(o_.batch * d * N);
-    SsdArgs<T> a;
-    a.batch = o_.batch, a.L = o_.length, a.heads = int(H), a.head_dim = int(c_.head_dim);
-    a.d_state = int(N), a.groups = int(c_.n_groups);
-    a.x = x.data(), a.dt = dt.data(), a.B = B.data(), a.C = C.data(), a.A = A.data();
-    a.D = D.data(), a.dt_bias = bias.data(), a.hT = h.data(), a.out = out.data();
-    a.x_stride = a.out_stride = d, a.dt_stride = H, a.B_stride = a.C_stride = GN;
-    const auto bytes = [&](std::int64_t rows, int states) {
-      return double(rows * (2 * d + H + 2 * GN)) * sizeof(T) +
-             double(states * o_.batch * d * N) * sizeof(float);
-    };
-    const double flops = 5. * double(d * N);  // of the recurrence
-    report("ssd_naive_kernel", a.L, bytes(rows_, 1), flops * double(rows_),
-           [&] { ssd_naive(a, stream_); });
-    for (const SsdRung rung : {SsdRung::kFused, SsdRung::kWarpgroup}) {
-      if constexpr (sizeof(T) == 2) {
-        if (rung == SsdRung::kWarpgroup && ssd_rung(a) != rung) continue;
-        const SsdSegments segments = ssd_segments(a, rung);
-        const DeviceBuffer<std::byte> workspace(ssd_workspace_bytes(a, rung));
-        a.workspace = workspace.data();
-        report(rung == SsdRung::kFused ? "ssd_fused_kernel" : "ssd_warpgroup_kernel", a.L,
-               bytes(rows_, 1), flops * double(rows_),
-               [&] { ssd_split(a, rung, segments, stream_); });
-        CUDA_CHECK(cudaStreamSynchronize(stream_));
-      }
-    }
-    a.L = 1, a.h0 = h.data();
-    report("ssd_step_kernel", 1, bytes(o_.batch, 2), flops * double(o_.batch),
-           [&] { ssd_step(a, stream_); });
-  }
-
-  void norm() {
-    const std::int64_t d = c_.d_model;
-    const auto x = random<T>(rows_ * d);
-    const auto residual = random<float>(rows_ * d), weight = random<float>(d);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
-    report("rms_norm_kernel", o_.length, double(rows_ * d) * (2 * sizeof(T) + 8),
-           5. * double(rows_ * d), [&] {
-             rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows_, int(d), out.data(),
-                      d, stream_);
-           });
-  }
-
-  void gated_norm() {
-    const std::int64_t d = c_.d_inner;
-    const auto y = random<T>(rows_ * d), z = random<T>(rows_ * d);
-    const auto weight = random<float>(d);
-    const DeviceBuffer<T> out(static_cast<std::size_t>(rows_ * d));
-    report("gated_rms_norm_kernel", o_.length, double(3 * rows_ * d) * sizeof(T),
-           8. * double(rows_ * d), [&] {
-             gated_rms_norm(y.data(), d, z.data(), d, weight.data(), 1e-5f, rows_, int(d),
-                            int(c_.n_groups), out.data(), d, stream_);
-           });
-  }
-
-  // Greedy, and with a filter.
-  void sample() {
-    const std::int64_t V = c_.vocab_size, batch = o_.batch;
-    const auto count = static_cast<std::size_t>(batch);
-    const auto logits = random<float>(batch * V, 10.f), residual = random<float>(batch);
-    const auto embedding = random<float>(V);
-    DeviceBuffer<std::uint64_t> numbers(count), positions(count);
-    DeviceBuffer<std::int64_t> made(count);
-    DeviceBuffer<int> done(count);
-    const DeviceBuffer<Token> next(count), candidates(count * V),
-        log(count * static_cast<std::size_t>(o_.repeat + 8));
-    const DeviceBuffer<Best> best(count * kBestStretches);
-    const DeviceBuffer<double> weights(count * V);
-    for (const double temperature : {0., 0.8}) {
-      numbers.zero(), positions.zero(), made.zero(), done.zero();
-      SampleArgs a{};
-      a.logits = logits.data(), a.vocab_size = V, a.batch = batch;
-      a.temperature = temperature, a.top_p = 0.95, a.penalty = 1;
-      a.sequence = numbers.data(), a.position = positions.data(), a.made = made.data();
-      a.weights = weights.data(), a.candidates = candidates.data(), a.done = done.data();
-      a.best = best.data();
-      a.stop = -1, a.next = next.data(), a.log = log.data();
-      CUDA_CHECK(cudaDeviceSynchronize());
-      report(temperature == 0 ? "sample_kernel, greedy" : "sample_kernel, top-p 0.95", 1,
-             double(batch * V) * 4, 0, [&] {
-               sample_step(a, {embedding.data(), DType::F32}, 1, residual.data(), stream_);
-             });
-    }
-  }
-
-  const BenchOptions& o_;
-  const Config c_;
-  const std::int64_t rows_;
-  const cudaStream_t stream_;
-  const double bandwidth_;
-  const DeviceBuffer<std::byte> cold_;  // larger than the L2 cache: written before each run
-  std::uint64_t seed_ = 0;
-};
-
-inline void CudaEngine::bench(const BenchOptions& options) {
-  const bool decode = options.op == "decode";
-  if (options.op == "bandwidth" || options.op == "matmul") {
-    use_device(options.device);
-    Queue queue;
-    with_type(options.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      const Json figure =
-          options.op == "matmul"
-              ? Json{{"op", "matmul"},
-                     {"dtype", dtype_name(options.dtype)},
-                     {"TFLOP/s", matmul_peak<T>(queue) / 1e12}}
-              : Json{{"op", "bandwidth"}, {"GB/s", copy_bandwidth(queue.stream()) / 1e9}};
-      std::cout << figure << "\n";
-    });
-    return;
-  }
-  const Config config = published_config(options.shape);
-  if (!decode && options.op != "prefill") {
-    use_device(options.device);
-    Queue queue;
-    bool known = false;
-    with_type(options.dtype, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      known = KernelBench<T>(options, config, queue.stream()).run();
-    });
-    if (!known) fail_usage("bench: op: expected ", kBenchOps, ", found ", quote(options.op));
-    return;
-  }
-  EngineOptions engine_options;
-  engine_options.dtype = options.dtype;
-  engine_options.device = options.device;
-  CudaEngine engine(config, engine_options);
-  const cudaStream_t stream = engine.queue_->stream();
-  double parameters = 0,
-         small = 0;  // of matrices: each is read once and costs a multiply-add a token
-  for_each_shape(config, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-    double size = 1;
-    for (const std::int64_t extent : shape) size *= double(extent);
-    (shape.size() == 2 && shape[1] != config.d_state ? parameters : small) += size;
-  });
-  const double head = double(config.vocab_size * config.d_model), batch = double(options.batch),
-               L = double(options.length);
-  const double weight_bytes = parameters * double(dtype_size(options.dtype)) + small * 4;
-  with_type(options.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const double bandwidth = copy_bandwidth(stream), peak = matmul_peak<T>(*engine.queue_);
-    State state(config, options.dtype, decode ? options.batch : 1);
-    const double state_bytes = 2 * double(state.h.bytes() + state.conv.bytes());
-    double ms = 0, bytes = weight_bytes, flops = 0;
-    if (decode) {
-      engine.logits_.grow(options.batch * config.vocab_size);
-      const Activations<T> a(config, options.batch, engine.activation_room_);
-      std::vector<std::uint64_t> zeros(options.batch);
-      const DeviceBuffer<std::uint64_t> numbers(zeros.data(), options.batch),
-          positions(zeros.data(), options.batch);
-      DeviceBuffer<std::int64_t> made(options.batch);
-      DeviceBuffer<int> done(options.batch);
-      const DeviceBuffer<Token> next(options.batch);
-      const DeviceBuffer<Best> best(options.batch * kBestStretches);
-      const Index kMost = 1 << 14;
-      const HostTokens log(kMost * options.batch);
-      made.zero(), done.zero();
-      CUDA_CHECK(cudaMemset(a.residual, 0, options.batch * config.d_model * sizeof(float)));
-      CUDA_CHECK(cudaDeviceSynchronize());
-      SampleArgs args{};
-      args.logits = engine.logits_.data(), args.vocab_size = config.vocab_size,
-      args.batch = options.batch;
-      args.sequence = numbers.data(), args.position = positions.data(), args.made = made.data();
-      args.best = best.data(), args.done = done.data(), args.stop = -1, args.next = next.data(),
-      args.log = log.data();
-      Graph graph(stream, [&] {
-        engine.compute<T>().step(a, state, done.data(), engine.logits_.data());
-        sample_step(args, {engine.model_.embedding.bytes.data(), options.dtype}, config.d_model,
-                    a.residual, stream);
-      });
-      constexpr Index kSteps = 20;
-      const Index repeat = std::min<Index>(options.repeat, kMost / kSteps - 4);
-      ms = median_ms(stream, repeat,
-                     [&] {
-                       for (Index i = 0; i < kSteps; ++i) graph.launch(stream);
-                     }) /
-           kSteps;
-      bytes += state_bytes;
-      flops = 2 * parameters * batch;
-    } else {
-      engine.logits_.grow(config.vocab_size);
-      std::vector<Token> ids(options.length);
-      for (Index t = 0; t < options.length; ++t)
-        ids[t] = static_cast<Token>(t * 7919 % config.vocab_size);
-      ms = median_ms(stream, options.repeat,
-                     [&] { engine.prefill_on_device<T>(state, ids.data(), options.length, 0); });
-      bytes = weight_bytes;
-      flops = 2 * ((parameters - head) * L + head);
-    }
-    const double floor = std::max(bytes / bandwidth, flops / peak) * 1e3;
-    std::cout << Json{{"op", options.op},
-                      {"shape", options.shape},
-                      {"dtype", dtype_name(options.dtype)},
-                      {"batch", decode ? options.batch : 1},
-                      {"length", decode ? 1 : options.length},
-                      {"ms", ms},
-                      {"bytes", bytes},
-                      {"flops", flops},
-                      {"GB/s", bandwidth / 1e9},
-                      {"TFLOP/s", peak / 1e12},
-                      {"floor ms", floor},
-                      {"% of floor", 100 * floor / ms}}
-              << "\n";
+    generate_as<std::remove_pointer_t<decltype(type)>>(sequences, options, on_token);
   });
 }
 

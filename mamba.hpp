@@ -1,51 +1,40 @@
 // mamba.hpp - the small loader and generator that mamba.cpp and mamba.cu share.
 //
-//   1. Errors and files     one line per error; files mapped in, written beside and renamed
-//   2. Config               config.json of both published layouts
-//   3. Checkpoints          safetensors, pytorch_model.bin; F32, F16, BF16
-//   4. Weights              the one table {name, shape, destination} that loads a model
-//   5. Sampler              greedy, temperature, top-k, top-p, min-p, repetition penalty
-//   6. Sequences            walking a text in pieces; saving and loading the state; generation
-//   7. Evaluation           logits to a file, perplexity, the pass-key task, LAMBADA
-//   8. Pictures             line charts and heat maps as PNG
-//   9. Inspection           what one layer's scan does with a text
-//  10. Command line
+//   1. Config         config.json of both published layouts
+//   2. Weights        the one table {name, shape, destination} that loads a model
+//   3. Sampler        greedy, temperature, top-k, top-p, min-p, repetition penalty
+//   4. Sequences      walking a text in pieces; generation; saving and loading the state
+//   5. Scoring        logits to a file, perplexity, continuations and choices
+//   6. Inspection     what one layer's scan does with a text
+//   7. Command line   one function a subcommand
 //
 // What a program brings is an Engine, a class with
 //   Engine(const Checkpoint&, const Config&, const EngineOptions&)
 //   config()                      the Config
 //   State, new_state()            what is remembered of one text; before the first token (zeros)
 //   to_host(state), from_host(s)  the same as ssm::State<float>, for files
-//   prefill(state, ids, L)        takes L tokens at once, returns the logits after the last
+//   prefill(state, ids, L)        takes 0 < L <= kPiece tokens, returns the logits after the last
 //   forward(state, ids, L, sink)  the same; calls sink(first, logits) for all positions, in order
-//   step(state, id)               takes one token by the step functions, returns its logits
-//   generate(...)                 section 6; generate_on_host does for a program without its own
-//   bench(BenchOptions)           its own measurements
-//   kPiece, kBatch                tokens that prefill and forward, sequences that generate is given at most
-//   kName, kDescription, kBenchOps, kHasDevice    for the command line
+//   generate(sequences, options, on_token)   section 4; or generate_on_host does it
+//   kPiece, kBatch                the most tokens for forward, the most sequences for generate
+//   kName, kDescription, kHasDevice          for the command line
 #pragma once
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <array>
-#include <cerrno>
 #include <charconv>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iomanip>
 #include <iostream>
-#include <iterator>
 #include <limits>
 #include <map>
 #include <memory>
@@ -54,12 +43,9 @@
 #include <optional>
 #include <set>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 #include <string_view>
-#include <tuple>
-#include <type_traits>
-#include <unordered_map>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -72,7 +58,6 @@
 #pragma GCC diagnostic ignored "-Wmissing-field-initializers"
 #define STB_IMAGE_WRITE_STATIC
 #define STB_IMAGE_WRITE_IMPLEMENTATION
-#include <stb/stb_easy_font.h>
 #include <stb/stb_image_write.h>
 #pragma GCC diagnostic pop
 
@@ -82,7 +67,7 @@ using ssm::Index;
 using ssm::Matrix;
 
 // =======================================================================================
-// 2. Config
+// 1. Config
 // =======================================================================================
 //
 // The sizes of a model, from config.json as published: in the Hugging Face layout
@@ -95,9 +80,10 @@ struct Config : ssm::Sizes {
   bool tie_embeddings = true;  // the head is the embedding, transposed
   bool use_bias = false;       // in in_proj and out_proj
   bool use_conv_bias = true;
-  bool residual_in_fp32 = true;  // what the file says; the stream is float32 here
-  Token bos_token_id = 0;        // -1: none
-  Token eos_token_id = 0;        // -1: none
+  bool residual_in_fp32 = true;            // what the file says; the stream is float32 here
+  Token bos_token_id = 0;                  // -1: none
+  std::vector<Token> eos_token_ids = {0};  // each ends a text
+  Json token_ids = Json::object();         // what the file says of bos, eos and pad, for convert
 };
 
 // No size may exceed its limit, so that products of sizes stay far below 2^63.
@@ -171,12 +157,17 @@ struct Fields {
     const Json* value = find(key);
     return value == nullptr ? absent : number(key, *value);
   }
-  /// A token id, of a list of ids the first; -1 is none.
-  Token token(const char* key, Token absent) const {
-    const Json* value = find(key);
-    if (value == nullptr) return object.contains(key) ? -1 : absent;
-    const Json one = {{key, value->is_array() && !value->empty() ? value->front() : *value}};
-    return static_cast<Token>(Fields{one, where}.integer(key, -1, -1, kMaxVocab));
+  /// A token id or a list of them; null and -1 are none.
+  std::vector<Token> tokens(const char* key, const std::vector<Token>& absent) const {
+    if (!object.contains(key)) return absent;
+    const Json list = object[key].is_array() ? object[key] : Json::array({object[key]});
+    std::vector<Token> ids;
+    for (const Json& each : list) {
+      const Json one = {{key, each}};
+      const std::int64_t id = Fields{one, where}.integer(key, -1, -1, kMaxVocab);
+      if (id >= 0) ids.push_back(static_cast<Token>(id));
+    }
+    return ids;
   }
 };
 
@@ -211,8 +202,11 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
   c.vocab_size = fields.integer("vocab_size", by_layout(50280, 32768, 50277), 1, kMaxVocab);
   c.tie_embeddings = fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
   c.residual_in_fp32 = fields.flag("residual_in_fp32", true);
-  c.bos_token_id = fields.token("bos_token_id", 0);
-  c.eos_token_id = fields.token("eos_token_id", static_cast<Token>(by_layout(0, 2, 0)));
+  const std::vector<Token> bos = fields.tokens("bos_token_id", {0});
+  c.bos_token_id = bos.empty() ? -1 : bos[0];
+  c.eos_token_ids = fields.tokens("eos_token_id", {static_cast<Token>(by_layout(0, 2, 0))});
+  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
+    if (json.contains(key)) c.token_ids[key] = json[key];
   c.norm_eps = original ? c.norm_eps : fields.number("layer_norm_epsilon", c.norm_eps);
   c.d_state = size(name("state_size", "d_state"), two ? 128 : 16);
   c.d_conv = size(name("conv_kernel", "d_conv"), 4);
@@ -259,12 +253,20 @@ inline Config config_from_json(const Json& json, bool original, const std::strin
   return c;
 }
 
+/// A file of settings, as Python writes them: one object.
+inline Json read_settings(const std::string& path) {
+  const Json json = parse_json(quote_bare_floats(MappedFile(path).bytes()), path);
+  if (!json.is_object()) fail("bad config: ", path, ": expected an object");
+  return json;
+}
+
 /// Reads DIR/config.json in either layout.
 inline Config read_config(const std::string& directory) {
   const std::string path = directory + "/config.json";
-  const MappedFile file(path);
-  const Json json = parse_json(quote_bare_floats(file.bytes()), path);
-  if (!json.is_object()) fail("bad config: ", path, ": expected an object");
+  const bool there = ::access(path.c_str(), F_OK) == 0;
+  if (const std::string what = there ? "" : what_folder_is(directory); !what.empty())
+    fail("no model: ", directory, ": found ", what);
+  const Json json = read_settings(path);
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
   if (!original && !json.contains("model_type"))
     fail("bad config: ", path, ": expected model_type (Hugging Face) or d_model (original), ",
@@ -280,6 +282,12 @@ inline Config read_config(const std::string& directory) {
     fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads, " heads, found ",
          c.n_groups);
   return c;
+}
+
+inline void write_text(const std::string& path, std::string_view text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
 }
 
 /// Writes DIR/config.json in the Hugging Face layout.
@@ -317,17 +325,16 @@ inline void write_config(const std::string& directory, const Config& c) {
     json["intermediate_size"] = c.d_inner;
     json["time_step_rank"] = c.dt_rank;
   }
-  for (const auto& [key, id] :
-       {std::pair("bos_token_id", c.bos_token_id), std::pair("eos_token_id", c.eos_token_id),
-        std::pair("pad_token_id", c.eos_token_id)})
-    json[key] = id < 0 ? nlohmann::ordered_json() : nlohmann::ordered_json(id);
-  AtomicFile file(directory + "/config.json");
-  file.write(json.dump(2) + "\n");
-  file.commit();
+  const auto& ends = c.eos_token_ids;
+  json["bos_token_id"] = c.bos_token_id < 0 ? Json() : Json(c.bos_token_id);
+  json["eos_token_id"] = ends.empty() ? Json() : ends.size() == 1 ? Json(ends[0]) : Json(ends);
+  json["pad_token_id"] = ends.empty() ? Json() : Json(ends[0]);
+  for (const auto& [key, ids] : c.token_ids.items()) json[key] = ids;
+  write_text(directory + "/config.json", json.dump(2) + "\n");
 }
 
 // =======================================================================================
-// 4. Weights
+// 2. Weights
 // =======================================================================================
 
 /// Calls visit(name, shape, destination) for every weight of the model, by its Hugging Face name.
@@ -389,12 +396,24 @@ inline std::string original_name(const std::string& name) {
   return name == "backbone.embeddings.weight" ? "backbone.embedding.weight" : name;
 }
 
-/// The tensor of this name in either layout, its shape checked. A vocabulary may be padded: more
-/// rows than vocab_size.
+/// The tensor of this name in either layout, saved with the head or by the backbone alone. Where
+/// the two are tied, the head stands for an embedding that is not there.
+inline const Tensor& find_weight(const Checkpoint& checkpoint, const std::string& name, bool tied) {
+  const std::string_view backbone = "backbone.";
+  for (const std::string& known : {original_name(name), name}) {
+    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
+    if (known.rfind(backbone, 0) != 0) continue;
+    if (const Tensor* tensor = checkpoint.find(known.substr(backbone.size()))) return *tensor;
+  }
+  const bool embedding = name == "backbone.embeddings.weight";
+  const Tensor* head = tied && embedding ? checkpoint.find("lm_head.weight") : nullptr;
+  return head != nullptr ? *head : checkpoint.at(name);
+}
+
+/// The same, its shape checked. A vocabulary may be padded: more rows than vocab_size.
 inline const Tensor& weight(const Checkpoint& checkpoint, const std::string& name,
-                            const std::vector<std::int64_t>& shape) {
-  const Tensor* original = checkpoint.find(original_name(name));
-  const Tensor& tensor = original ? *original : checkpoint.at(name);
+                            const std::vector<std::int64_t>& shape, bool tied = false) {
+  const Tensor& tensor = find_weight(checkpoint, name, tied);
   const bool by_token = name == "backbone.embeddings.weight" || name == "lm_head.weight";
   std::vector<std::int64_t> needed = tensor.shape;
   if (by_token && !needed.empty() && needed[0] > shape[0]) needed[0] = shape[0];
@@ -427,17 +446,30 @@ void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>&
   A = -log.array().exp();
 }
 
-inline bool same_values(const Tensor& a, const Tensor& b) {
-  return a.dtype == b.dtype && a.shape == b.shape && a.bytes() == b.bytes();
+/// Fails if weights and state would be out of all proportion to the file: in a pickle, many tensors
+/// may be one storage, and the state grows with products of sizes that weights have the sums of.
+inline void check_size(const Checkpoint& checkpoint, const Config& c) {
+  const auto product = [](std::initializer_list<Index> sizes) {
+    return std::accumulate(sizes.begin(), sizes.end(), 4.0,  // bytes of a float
+                           [](double n, Index size) { return n * static_cast<double>(size); });
+  };
+  double bytes = product({c.n_layer, c.d_inner, c.d_state}) +
+                 product({c.n_layer, c.conv_width(), c.d_conv - 1});
+  for_each_shape(c, [&](const std::string&, const std::vector<std::int64_t>& shape) {
+    bytes += std::accumulate(shape.begin(), shape.end(), 4.0, std::multiplies<double>());
+  });
+  const double most = std::max(64 * static_cast<double>(checkpoint.file_size), 0x1p26);
+  if (checkpoint.file_size > 0 && bytes > most)
+    fail("too large: ", checkpoint.where, ": config.json asks for ", bytes / 0x1p20,
+         " MiB of weights and state, expected at most ", most / 0x1p20, " for a file of this size");
 }
-
-inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
 
 /// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
 /// if not given. Warnings go to stderr.
 template <class Model>
 Model load_model(const Checkpoint& checkpoint, const Config& config,
                  std::optional<DType> storage = {}) {
+  check_size(checkpoint, config);
   Model model;
   model.sizes = config;
   model.layers.resize(static_cast<std::size_t>(config.n_layer));
@@ -445,96 +477,52 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   model.tied = config.tie_embeddings;
   if (model.tied && checkpoint.find("lm_head.weight")) {
     model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
-                             weight(checkpoint, "backbone.embeddings.weight", by_token));
+                             weight(checkpoint, "backbone.embeddings.weight", by_token, true));
     if (!model.tied)
       warn(checkpoint.where +
            ": lm_head.weight differs from the embedding that config.json ties"
            " it to: used as it is");
   }
-  std::set<std::string> used = {"lm_head.weight"};
+  std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
-    const Tensor& tensor = weight(checkpoint, name, shape);
+    const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
     assign(tensor, storage, to);
-    used.insert(tensor.name);
+    used.insert(&tensor);
   });
+  std::vector<std::string> ignored;
   for (const auto& [name, tensor] : checkpoint.tensors)
-    if (!used.count(name))
-      warn(checkpoint.where + ": " + quote(name) + " is not a weight of this model: ignored");
-  for (const std::string& line : non_finite(checkpoint)) warn(line);
+    if (!used.count(&tensor))
+      ignored.push_back(checkpoint.where + ": " + quote(tensor.name) +
+                        " is not a weight of this model: ignored");
+  warn(ignored);
+  warn(non_finite(checkpoint));
   return model;
 }
 
-/// Sizes of the published models, by the names they are known by.
+/// Sizes of the published models, by the names they are known by; the rest is the package's default.
 inline Config published_config(const std::string& name) {
-  struct Known {
-    const char* name;
-    int version;
-    Index d_model, n_layer;
-  };
-  static constexpr Known kKnown[] = {{"130m", 1, 768, 24},         {"370m", 1, 1024, 48},
-                                     {"790m", 1, 1536, 48},        {"1.4b", 1, 2048, 48},
-                                     {"2.8b", 1, 2560, 64},        {"mamba2-130m", 2, 768, 24},
-                                     {"mamba2-370m", 2, 1024, 48}, {"mamba2-780m", 2, 1536, 48},
-                                     {"mamba2-1.3b", 2, 2048, 48}, {"mamba2-2.7b", 2, 2560, 64}};
+  static const std::map<std::string, std::pair<Index, Index>> kSizes = {
+      // d_model, n_layer
+      {"130m", {768, 24}},         {"370m", {1024, 48}},        {"790m", {1536, 48}},
+      {"1.4b", {2048, 48}},        {"2.8b", {2560, 64}},        {"mamba2-130m", {768, 24}},
+      {"mamba2-370m", {1024, 48}}, {"mamba2-780m", {1536, 48}}, {"mamba2-1.3b", {2048, 48}},
+      {"mamba2-2.7b", {2560, 64}}};
+  const auto found = kSizes.find(name);
   std::string names;
-  for (const Known& known : kKnown) {
-    names += std::string(names.empty() ? "" : ", ") + known.name;
-    if (name != known.name) continue;
-    Config c;
-    c.version = known.version;
-    c.d_model = known.d_model;
-    c.n_layer = known.n_layer;
-    c.d_inner = 2 * c.d_model;
-    c.d_state = c.version == 1 ? 16 : 128;
-    c.d_conv = 4;
-    c.vocab_size = 50280;
-    c.dt_rank = c.version == 1 ? (c.d_model + 15) / 16 : 0;
-    c.head_dim = 64;
-    c.n_heads = c.version == 1 ? 0 : c.d_inner / c.head_dim;
-    return c;
-  }
-  fail_usage("--shape: expected one of ", names, ", found ", quote(name));
-}
-
-/// A checkpoint of random weights, spread as at the start of training so that nothing overflows.
-inline Checkpoint random_checkpoint(const Config& config, DType dtype, std::uint64_t seed = 1) {
-  Checkpoint checkpoint;
-  checkpoint.where = "random weights";
-  const auto ends_with = [](const std::string& s, std::string_view end) {
-    return s.size() >= end.size() && s.compare(s.size() - end.size(), end.size(), end) == 0;
-  };
-  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-    Tensor plan{name, DType::F32, shape, nullptr, nullptr};
-    const auto values = std::make_shared<std::vector<float>>(plan.size());
-    const bool matrix = shape.size() > 1;
-    const double fan_in = static_cast<double>(shape.size() == 3 ? shape[2] : shape.back());
-    for (std::size_t i = 0; i < values->size(); ++i) {
-      seed = seed * 6364136223846793005u + 1442695040888963407u;   // Knuth's linear congruence
-      const double u = static_cast<double>(seed >> 40) * 0x1p-24;  // in [0, 1)
-      double value = 1;
-      if (ends_with(name, "A_log"))
-        value = std::log(1 + static_cast<double>(i % 16));
-      else if (ends_with(name, "dt_proj.bias") || ends_with(name, "dt_bias"))
-        value = std::log(std::expm1(std::exp(std::log(1e-3) + u * std::log(100.0))));
-      else if (matrix)
-        value = (2 * u - 1) * std::sqrt(3 / fan_in);
-      else if (ends_with(name, "bias"))
-        value = 0;
-      (*values)[i] = static_cast<float>(value);
-    }
-    plan.data = values->data();
-    plan.keep_alive = values;
-    checkpoint.tensors[name] = dtype == DType::F32 ? plan : to_dtype(plan, dtype);
-  });
-  return checkpoint;
+  for (const auto& known : kSizes) names += (names.empty() ? "" : ", ") + known.first;
+  if (found == kSizes.end())
+    fail_usage("--shape: expected one of ", names, ", found ", quote(name));
+  const Json json = {{"d_model", found->second.first},
+                     {"n_layer", found->second.second},
+                     {"vocab_size", 50280},
+                     {"ssm_cfg", {{"layer", name.find("mamba2") == 0 ? "Mamba2" : "Mamba1"}}}};
+  return config_from_json(json, true, name);
 }
 
 // =======================================================================================
-// 5. Sampler
+// 3. Sampler
 // =======================================================================================
-// needs: <algorithm> <array> <cmath> <cstdint> <functional> <limits> <numeric> <utility>
-//        <vector> <Eigen/Core>, fail, Token
-
+//
 // From logits to the next token, by the rules and in the order of transformers'
 // generation/logits_process.py, in double:
 //
@@ -604,9 +592,7 @@ inline void keep_top_k(std::vector<double>& scores, std::size_t k) {
 }
 
 // Zeroes the weights of the least scores, as many as together make no more than 1 - top_p
-// of the total. No full sort: a weight < (1 - top_p) * total / size goes whatever the
-// order, and the last that stays is found by bisection over ever smaller partial orders,
-// O(size) in all.
+// of the total. A weight < (1 - top_p) * total / size goes whatever the order: few are sorted.
 inline void keep_top_p(const std::vector<double>& scores, std::vector<double>& weights,
                        double top_p) {
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
@@ -615,24 +601,13 @@ inline void keep_top_p(const std::vector<double>& scores, std::vector<double>& w
   std::vector<Entry> entries;
   for (std::size_t id = 0; id < weights.size(); ++id)
     if (weights[id] >= certain) entries.emplace_back(scores[id], id);
-
-  // Descending, an entry stays when the weights before it make less than top_p of the
-  // total. Before `first` lie entries that stay and weigh `above`; from `last` on, those
-  // that go.
-  auto first = entries.begin(), last = entries.end();
-  for (double above = 0; last - first > 1;) {
-    const auto middle = first + (last - first) / 2;
-    std::nth_element(first, middle, last, std::greater<Entry>());
-    double upto = above;
-    for (auto entry = first; entry != middle; ++entry) upto += weights[entry->second];
-    if (upto < top_p * total) {
-      first = middle;
-      above = upto;
-    } else {
-      last = middle;
-    }
+  std::sort(entries.begin(), entries.end(), std::greater<>());
+  Entry least(HUGE_VAL, 0);  // the last that stays: those before it make less than top_p
+  double above = 0;
+  for (auto entry = entries.begin(); entry != entries.end() && above < top_p * total; ++entry) {
+    least = *entry;
+    above += weights[entry->second];
   }
-  const Entry least = *first;
   for (std::size_t id = 0; id < weights.size(); ++id)
     if (Entry(scores[id], id) < least) weights[id] = 0;
 }
@@ -701,13 +676,14 @@ inline Token sample(const float* logits, std::size_t vocab_size, const std::vect
 }
 
 // =======================================================================================
-// 6. Sequences
+// 4. Sequences
 // =======================================================================================
 
 struct EngineOptions {
   std::optional<DType> dtype;  // storage of matrices; as in the file if not given
   float delta_ratio = 1;
-  int device = 0;  // mamba_cuda: which GPU
+  int device = 0;   // mamba_cuda: which GPU
+  int threads = 0;  // of the CPU; all cores if 0
 };
 
 /// How a text is walked. All ways give the same logits up to rounding; that is the point.
@@ -738,7 +714,7 @@ template <class Engine>
 void walk(Engine& engine, typename Engine::State& state, const Token* ids, Index L, Mode mode,
           const LogitsSink& sink) {
   if (mode.kind == Mode::recurrent) {
-    for (Index t = 0; t < L; ++t) sink(t, engine.step(state, ids[t]));
+    for (Index t = 0; t < L; ++t) sink(t, engine.prefill(state, ids + t, 1));
     return;
   }
   const Index piece = mode.kind == Mode::chunked ? mode.chunk : Engine::kPiece;
@@ -770,10 +746,16 @@ struct Sequence {
 struct GenerateOptions {
   Index n = 256;  // tokens to add at most
   SamplerOptions sampler;
-  Token stop = -1;  // ends a sequence; -1: none
+  std::vector<Token> end_tokens;  // each ends a sequence
+  std::vector<Token> never;       // ids that are not drawn: rows of the embedding without a token
 };
 
+/// Called with the tokens of the first sequence, then with those of the second, and so on.
 using OnToken = std::function<void(std::size_t sequence, Token token)>;
+
+inline bool contains(const std::vector<Token>& ids, Token id) {
+  return std::find(ids.begin(), ids.end(), id) != ids.end();
+}
 
 /// Prefill, then token by token, one sequence after the other.
 template <class Engine>
@@ -791,11 +773,12 @@ void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::Stat
     }
     Matrix<float> logits = take(s.ids.size());
     for (Index made = 0; made < options.n; ++made) {
-      if (made > 0) logits = engine.step(s.state, s.ids[s.taken++]);
+      if (made > 0) logits = engine.prefill(s.state, &s.ids[s.taken++], 1);
+      for (const Token id : options.never) logits(id) = -std::numeric_limits<float>::infinity();
       s.ids.push_back(sample(logits.data(), static_cast<std::size_t>(logits.cols()), s.ids,
                              options.sampler, s.index, s.ids.size()));
       on_token(i, s.ids.back());
-      if (s.ids.back() == options.stop) break;
+      if (contains(options.end_tokens, s.ids.back())) break;
     }
   }
 }
@@ -852,7 +835,7 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
 }
 
 // =======================================================================================
-// 7. Evaluation
+// 5. Scoring
 // =======================================================================================
 
 /// ids (L) and logits (L, vocab_size) of a text as a safetensors file, written as they are made.
@@ -874,8 +857,9 @@ void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode,
   file.commit();
 }
 
-/// -log softmax(logits)[target], in nats.
+/// -log softmax(logits)[target], in nats. Weights that are not numbers end here.
 inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
+  if (!logits.row(row).allFinite()) fail("logits: expected numbers, found NaN or infinity");
   const auto scores = logits.row(row).array().template cast<double>();
   const double largest = scores.maxCoeff();
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
@@ -948,565 +932,143 @@ Score perplexity(Engine& engine, const std::vector<Token>& ids, const Perplexity
   return score;
 }
 
-// --- The pass-key task: a number hidden at some depth in filler, asked for at the end ---
+// --- score: how likely a text is to go on so, asked and counted as lm-evaluation-harness does ---
 
-struct PasskeyOptions {
-  Index length = 1024;  // tokens of the prompt, at most
-  double depth = 0.5;   // where in the filler the key stands: 0 at the start, 1 at the end
-  Index tests = 5;
-  std::uint64_t seed = 1;  // with the number of the test it fixes the key
+/// A continuation to be scored. It may be one choice of a question.
+struct Request {
+  std::vector<Token> context, continuation;
+  double characters = 0, bytes = 0;  // of the continuation, without one leading space
+  std::string question;              // its "doc" as JSON; empty: none
+  std::size_t label = 0;             // which of the question's choices is right
 };
 
-struct PasskeyScore {
-  Index tests = 0, right = 0, tokens = 0;  // tokens of all prompts
+struct Likelihood {
+  double logprob = 0;  // log p(continuation | context), in nats
+  bool greedy = true;  // each token of the continuation is the likeliest
 };
 
-inline std::string passkey_prompt(const std::string& key, Index filler_before, Index filler_after) {
-  const auto filler = [](Index times) {
-    std::string text;
-    for (Index i = 0; i < times; ++i)
-      text += std::string(i > 0 ? " " : "") +
-              "The wind blows over the hills. The river runs down to the sea. The birds "
-              "sing in the trees. One day goes by, and then another.";
-    return text + "\n";
-  };
-  return "Somewhere in this long text a pass key is hidden. Find it and keep it in mind: "
-         "at the end you will be asked for it.\n" +
-         filler(filler_before) + "The pass key is " + key + ". Keep it in mind: " + key +
-         " is the pass key.\n" + filler(filler_after) + "What is the pass key? The pass key is";
-}
-
-/// How many pieces of filler fit into a prompt of `length` tokens. Fails if not even one does.
-inline Index passkey_filler(const Tokenizer& tokenizer, const std::string& key, Index length) {
-  const auto size = [&](Index filler) {
-    return static_cast<Index>(tokenizer.encode(passkey_prompt(key, filler, 0)).size());
-  };
-  const Index least = size(1), piece = size(2) - least;
-  if (length < least)
-    fail("passkey: --lengths: expected at least ", least,
-         ", the tokens of the shortest prompt, found ", length);
-  return 1 + (length - least) / piece;
-}
-
-/// How often the greedy continuation is the five-digit key. The prompt holds as much filler, in whole
-/// pieces, as fits into options.length tokens.
 template <class Engine>
-PasskeyScore passkey(Engine& engine, const Tokenizer& tokenizer, const PasskeyOptions& options) {
-  PasskeyScore score;
-  for (Index begin = 0; begin < options.tests; begin += static_cast<Index>(Engine::kBatch)) {
-    const Index end = std::min(options.tests, begin + static_cast<Index>(Engine::kBatch));
-    GenerateOptions greedy;
-    greedy.sampler.temperature = 0;
-    greedy.n = 0;
-    std::vector<std::string> keys;
-    std::vector<Sequence<typename Engine::State>> sequences;
-    for (Index test = begin; test < end; ++test) {
-      const auto i = static_cast<std::uint64_t>(test);
-      keys.push_back(std::to_string(10000 + static_cast<int>(90000 * uniform(options.seed, i, 0))));
-      const Index filler = passkey_filler(tokenizer, keys.back(), options.length);
-      const auto before =
-          static_cast<Index>(std::lround(options.depth * static_cast<double>(filler)));
-      sequences.push_back({tokenizer.encode(passkey_prompt(keys.back(), before, filler - before)),
-                           engine.new_state(), i, 0});
-      check_ids(sequences.back().ids, engine.config(), "tokenizer and model do not match");
-      score.tokens += static_cast<Index>(sequences.back().ids.size());
-      const std::size_t tokens = tokenizer.encode(" " + keys.back()).size();
-      greedy.n = std::max(greedy.n, static_cast<Index>(tokens));
+Likelihood likelihood(Engine& engine, const Request& request) {
+  const auto& context = request.context;
+  const auto& continuation = request.continuation;
+  Likelihood found;
+  const auto judge = [&](Index first, const Matrix<float>& logits) {
+    for (Index i = 0; i < logits.rows(); ++i) {
+      const Token target = continuation[static_cast<std::size_t>(first + i)];
+      Index likeliest = 0;
+      logits.row(i).maxCoeff(&likeliest);
+      found.greedy = found.greedy && likeliest == target;
+      found.logprob -= negative_log_likelihood(logits, i, target);
     }
-    std::vector<std::vector<Token>> made(keys.size());
-    engine.generate(sequences, greedy,
-                    [&](std::size_t i, Token token) { made[i].push_back(token); });
-    for (std::size_t i = 0; i < keys.size(); ++i) {
-      const std::string answer = tokenizer.decode(made[i]);
-      const std::size_t first = answer.find_first_not_of(' ');
-      score.right += first != std::string::npos && answer.compare(first, 5, keys[i]) == 0;
-      ++score.tests;
-    }
-  }
-  return score;
-}
-
-// --- LAMBADA (Paperno et al. 2016), scored as the lm-evaluation-harness does lambada_openai ---
-
-struct LambadaScore {
-  Index examples = 0, right = 0;
-  double log_likelihood = 0;  // of all last words, in nats
-  double accuracy() const { return static_cast<double>(right) / static_cast<double>(examples); }
-  double perplexity() const { return std::exp(-log_likelihood / static_cast<double>(examples)); }
-};
-
-/// Adds one text to the score: its last word, with the space before it, given all that stands before.
-/// The word is right if each of its tokens is the likeliest.
-template <class Engine>
-void lambada(Engine& engine, const Tokenizer& tokenizer, const std::string& text,
-             LambadaScore& score) {
-  const std::size_t space = text.find_last_of(' ');
-  std::size_t end = space == std::string::npos ? 0 : space;
-  while (end > 0 && std::isspace(static_cast<unsigned char>(text[end - 1]))) --end;
-  const std::vector<Token> ids = tokenizer.encode(text);
-  const std::size_t context = tokenizer.encode(text.substr(0, end)).size();
-  if (context == 0 || context >= ids.size() || text.back() == ' ')
-    fail("expected two words or more, found ", quote(text));
-  check_ids(ids, engine.config(), "tokenizer and model do not match");
+  };
   auto state = engine.new_state();
-  Matrix<float> logits = prefill(engine, state, ids.data(), static_cast<Index>(context));
-  bool right = true;
-  for (std::size_t t = context; t < ids.size(); ++t) {
-    if (t > context) logits = engine.step(state, ids[t - 1]);
-    Index likeliest = 0;
-    logits.row(0).maxCoeff(&likeliest);
-    right = right && likeliest == ids[t];
-    score.log_likelihood -= negative_log_likelihood(logits, 0, ids[t]);
+  judge(0, prefill(engine, state, context.data(), static_cast<Index>(context.size())));
+  walk(engine, state, continuation.data(), static_cast<Index>(continuation.size()) - 1, {},
+       [&](Index first, const Matrix<float>& logits) { judge(first + 1, logits); });
+  return found;
+}
+
+/// How many bytes of the text are left without the white space at its end, as Python sees it.
+inline std::size_t stripped_size(std::string_view text) {
+  std::size_t end = text.size();
+  while (end > 0) {
+    std::size_t begin = end - 1;
+    while (begin > 0 && (text[begin] & 0xC0) == 0x80) --begin;  // to the character's first byte
+    utf8proc_int32_t c = -1;
+    utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + begin,
+                     static_cast<utf8proc_ssize_t>(end - begin), &c);
+    const auto* is = utf8proc_get_property(c);
+    if (is->bidi_class != UTF8PROC_BIDI_CLASS_WS && is->bidi_class != UTF8PROC_BIDI_CLASS_B &&
+        is->bidi_class != UTF8PROC_BIDI_CLASS_S && is->category != UTF8PROC_CATEGORY_ZS)
+      break;
+    end = begin;
   }
-  score.right += right;
-  ++score.examples;
+  return end;
+}
+
+/// Context and continuation are encoded together and cut where the context ends; spaces at the
+/// context's end go to the continuation.
+inline Request encode_request(const Tokenizer& tokenizer, std::string context,
+                              std::string continuation) {
+  Request request;
+  const std::size_t size = stripped_size(context);
+  continuation.insert(0, context, size);
+  context.resize(size);
+  const std::string text = context + continuation;
+  request.continuation = context.empty() ? tokenizer.encode(text) : tokenizer.encode_prompt(text);
+  const auto cut = static_cast<std::ptrdiff_t>(std::min(
+      context.empty() ? 0 : tokenizer.encode_prompt(context).size(), request.continuation.size()));
+  const auto begin = request.continuation.begin();
+  request.context.assign(begin, begin + cut);
+  request.continuation.erase(begin, begin + cut);
+  return request;
+}
+
+/// What comes first in a text follows the end token, which may be written out.
+inline void begin_text(Request& request, const Config& config, const std::string& where) {
+  if (!request.context.empty()) return;
+  if (config.eos_token_ids.empty())
+    fail(where, ": expected a context: this model has no end token");
+  request.context = {config.eos_token_ids[0]};
+  if (!request.continuation.empty() && request.continuation[0] == request.context[0])
+    request.continuation.erase(request.continuation.begin());
+}
+
+/// The continuation's length, without one leading space.
+inline void measure(Request& request, std::string_view text) {
+  if (!text.empty() && text[0] == ' ') text.remove_prefix(1);
+  request.bytes = static_cast<double>(text.size());
+  request.characters = static_cast<double>(
+      std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+}
+
+/// The requests that are the choices of each question, in their order.
+using Questions = std::map<std::string, std::vector<std::size_t>>;
+
+inline Questions questions_of(const std::vector<Request>& requests) {
+  Questions questions;
+  for (std::size_t i = 0; i < requests.size(); ++i)
+    if (!requests[i].question.empty()) questions[requests[i].question].push_back(i);
+  for (const auto& [question, choices] : questions)
+    for (const std::size_t i : choices)
+      if (requests[i].label != requests[choices[0]].label || requests[i].label >= choices.size())
+        fail("--requests: doc ", quote(question), ": label: expected one number below its ",
+             choices.size(), " choices, found ", requests[i].label);
+  return questions;
+}
+
+/// What a file of requests comes to. A question is answered right if its right choice has the highest
+/// log-probability: acc; per character: acc_norm; per byte: acc_bytes. Of equals the first counts.
+inline nlohmann::ordered_json summary(const std::vector<Likelihood>& found,
+                                      const Questions& questions,
+                                      const std::vector<Request>& requests) {
+  double greedy = 0, logprob = 0, acc = 0, acc_norm = 0, acc_bytes = 0;
+  for (const Likelihood& each : found) greedy += each.greedy, logprob += each.logprob;
+  for (const auto& question : questions) {
+    const auto right = [&, &choices = question.second](double Request::*length) {
+      std::vector<double> scores;
+      for (const std::size_t i : choices)
+        scores.push_back(length ? found[i].logprob / requests[i].*length : found[i].logprob);
+      const auto best = std::max_element(scores.begin(), scores.end()) - scores.begin();
+      return static_cast<std::size_t>(best) == requests[choices[0]].label;
+    };
+    acc += right(nullptr);
+    acc_norm += right(&Request::characters);
+    acc_bytes += right(&Request::bytes);
+  }
+  const auto n = static_cast<double>(found.size()), q = static_cast<double>(questions.size());
+  nlohmann::ordered_json sum = {
+      {"requests", found.size()}, {"greedy", greedy / n}, {"perplexity", std::exp(-logprob / n)}};
+  if (q > 0)
+    sum.update({{"questions", questions.size()},
+                {"acc", acc / q},
+                {"acc_norm", acc_norm / q},
+                {"acc_bytes", acc_bytes / q}});
+  return sum;
 }
 
 // =======================================================================================
-// 8. Pictures
-// =======================================================================================
-
-struct Colour {
-  std::uint8_t r, g, b;
-};
-constexpr Colour kWhite{255, 255, 255}, kBlack{0, 0, 0}, kGrid{225, 225, 225},
-    kMissing{170, 170, 170};
-
-// Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow.
-constexpr std::array<Colour, 7> kLineColours{{{0, 114, 178},
-                                              {213, 94, 0},
-                                              {0, 158, 115},
-                                              {204, 121, 167},
-                                              {230, 159, 0},
-                                              {86, 180, 233},
-                                              {0, 0, 0}}};
-
-// Viridis at `part` of its way from dark to bright, between nine colours; NaN is grey.
-inline Colour heat_colour(double part) {
-  static constexpr double kStops[9][3] = {{68, 1, 84},    {71, 45, 123},  {59, 82, 139},
-                                          {44, 114, 142}, {33, 145, 140}, {40, 174, 128},
-                                          {94, 201, 98},  {173, 220, 48}, {253, 231, 37}};
-  if (std::isnan(part)) return kMissing;
-  const double at = std::clamp(part, 0.0, 1.0) * 8;
-  const int stop = std::min(static_cast<int>(at), 7);
-  const auto mix = [&](int c) {
-    return static_cast<std::uint8_t>(
-        std::lround(kStops[stop][c] + (at - stop) * (kStops[stop + 1][c] - kStops[stop][c])));
-  };
-  return {mix(0), mix(1), mix(2)};
-}
-
-// A white canvas; (0, 0) is the upper left corner. What falls outside is not drawn.
-class Canvas {
- public:
-  static constexpr int kBorder = 16;  // pixels at each edge that stay white
-  const int width, height;
-
-  Canvas(int width, int height) : width(width), height(height) {
-    if (width < 600 || height < 400 || width > 10000 || height > 10000)
-      fail("picture: expected 600 x 400 to 10000 x 10000 pixels, found ", width, " x ", height);
-    pixels_.assign(static_cast<std::size_t>(width) * height, kWhite);
-  }
-
-  // Mixes the colour into one pixel, by its coverage from 0 to 1.
-  void dot(int x, int y, Colour colour, double coverage = 1) {
-    if (x < 0 || y < 0 || x >= width || y >= height || coverage <= 0) return;
-    Colour& pixel = pixels_[static_cast<std::size_t>(y) * width + x];
-    const auto mix = [&](std::uint8_t from, std::uint8_t to) {
-      return static_cast<std::uint8_t>(std::lround(from + std::min(coverage, 1.0) * (to - from)));
-    };
-    pixel = {mix(pixel.r, colour.r), mix(pixel.g, colour.g), mix(pixel.b, colour.b)};
-  }
-
-  // The pixels x0 <= x < x1, y0 <= y < y1.
-  void fill(int x0, int y0, int x1, int y1, Colour colour) {
-    for (int y = std::max(y0, 0); y < std::min(y1, height); ++y)
-      for (int x = std::max(x0, 0); x < std::min(x1, width); ++x) dot(x, y, colour);
-  }
-
-  // The outline of the rectangle that holds those pixels.
-  void frame(int x0, int y0, int x1, int y1, Colour colour) {
-    fill(x0 - 2, y0 - 2, x1 + 2, y0, colour);
-    fill(x0 - 2, y1, x1 + 2, y1 + 2, colour);
-    fill(x0 - 2, y0, x0, y1, colour);
-    fill(x1, y0, x1 + 2, y1, colour);
-  }
-
-  // A stroke three pixels wide: coverage falls off over the last pixel.
-  void line(double x0, double y0, double x1, double y1, Colour colour) {
-    const double dx = x1 - x0, dy = y1 - y0, length2 = dx * dx + dy * dy;
-    for (int y = static_cast<int>(std::min(y0, y1)) - 2; y <= std::max(y0, y1) + 2; ++y)
-      for (int x = static_cast<int>(std::min(x0, x1)) - 2; x <= std::max(x0, x1) + 2; ++x) {
-        const double along = length2 > 0 ? ((x - x0) * dx + (y - y0) * dy) / length2 : 0;
-        const double at = std::clamp(along, 0.0, 1.0);
-        dot(x, y, colour, 2 - std::hypot(x - x0 - at * dx, y - y0 - at * dy));
-      }
-  }
-
-  // A disc, a square or a diamond: circles of the norms l2, l-infinity and l1.
-  void marker(double x, double y, int shape, Colour colour) {
-    for (int j = static_cast<int>(y) - 9; j <= static_cast<int>(y) + 10; ++j)
-      for (int i = static_cast<int>(x) - 9; i <= static_cast<int>(x) + 10; ++i) {
-        const double u = std::abs(i - x), v = std::abs(j - y);
-        const double norms[] = {std::hypot(u, v) - 6, std::max(u, v) - 5, u + v - 7.5};
-        dot(i, j, colour, 0.5 - norms[shape % 3]);
-      }
-  }
-
-  // Text with its upper left corner at (x, y); turned, it runs up from its lower left one.
-  void text(int x, int y, const std::string& words, int scale = 2, bool turned = false) {
-    std::string ascii = printable(words);
-    std::vector<float> quads(1 + ascii.size() * 24 * 16);  // at most 24 quads a letter
-    const int count = stb_easy_font_print(0, 0, ascii.data(), nullptr, quads.data(),
-                                          static_cast<int>(quads.size() * sizeof(float)));
-    for (int i = 0; i < count; ++i) {  // a quad: 4 corners of x, y, z, colour; 0 and 2 opposite
-      const float* q = &quads[static_cast<std::size_t>(i) * 16];
-      const int u0 = scaled(q[0], scale), v0 = scaled(q[1], scale);
-      const int u1 = scaled(q[8], scale), v1 = scaled(q[9], scale);
-      if (turned)
-        fill(x + v0, y - u1, x + v1, y - u0, kBlack);
-      else
-        fill(x + u0, y + v0, x + u1, y + v1, kBlack);
-    }
-  }
-
-  static int text_width(const std::string& words, int scale = 2) {
-    return scale * stb_easy_font_width(printable(words).data());
-  }
-  static int text_height(int scale = 2) { return scale * 10; }  // with the descender
-
-  // The text itself, or as much of its beginning as fits with three dots.
-  static std::string fitted(const std::string& words, int width, int scale = 2) {
-    if (text_width(words, scale) <= width) return words;
-    std::string head = words;
-    while (!head.empty() && text_width(head + "...", scale) > width) head.pop_back();
-    return head.empty() ? head : head + "...";
-  }
-
-  void write_png(const std::string& path) const {
-    std::string bytes;
-    const auto append = [](void* to, void* data, int size) {
-      static_cast<std::string*>(to)->append(static_cast<const char*>(data),
-                                            static_cast<std::size_t>(size));
-    };
-    if (!stbi_write_png_to_func(append, &bytes, width, height, 3, pixels_.data(), width * 3))
-      fail("picture: ", path, ": out of memory");
-    AtomicFile file(path);
-    file.write(bytes);
-    file.commit();
-  }
-
- private:
-  // The font knows ASCII alone.
-  static std::string printable(std::string words) {
-    for (char& c : words)
-      if (c < ' ' || c > '~') c = '?';
-    return words;
-  }
-  static int scaled(float v, int scale) { return static_cast<int>(std::lround(v * scale)); }
-
-  std::vector<Colour> pixels_;  // (height, width)
-};
-
-inline std::string tick_label(double value) {
-  char label[32];
-  std::snprintf(label, sizeof label, "%.10g", value);
-  return label;
-}
-
-// The values from low to high along one side of a plot, linear or logarithmic.
-struct Axis {
-  double low = 0, high = 1;
-  bool log = false, powers_of_two = true;
-
-  // Whether a value can be drawn; the limit keeps differences of values finite.
-  bool takes(double v) const { return std::abs(v) < 1e300 && (!log || v > 1e-300); }
-
-  void include(double v) {
-    if (!takes(v)) return;
-    low = seen_ ? std::min(low, v) : v;
-    high = seen_ ? std::max(high, v) : v;
-    powers_of_two = powers_of_two && std::exp2(std::round(std::log2(std::abs(v)))) == v;
-    seen_ = true;
-  }
-
-  // Called once, after the last include: room around constants and, by `padding`, all.
-  void close(double padding) {
-    if (!seen_) low = log ? 1 : 0, high = log ? 10 : 1;
-    powers_of_two = powers_of_two && log && seen_;
-    if (high - low <= 1e-9 * std::max(std::abs(low), std::abs(high)) || high - low < 1e-290) {
-      const double room = low == 0 ? 1 : std::abs(low) / 2;
-      low -= room, high += room;
-    }
-    const double pad = padding * (to_line(high) - to_line(low));
-    if (pad == 0) return;
-    const double from = to_line(low) - pad, to = to_line(high) + pad;
-    low = log ? std::pow(10, from) : from;
-    high = log ? std::pow(10, to) : to;
-  }
-
-  double part(double v) const {  // 0 at low, 1 at high
-    return (to_line(v) - to_line(low)) / (to_line(high) - to_line(low));
-  }
-
-  // At most `count` round numbers: 1, 2, 5 times powers of ten, or powers of two or ten.
-  std::vector<double> ticks(int count) const {
-    std::vector<double> found;
-    if (log) {
-      const double base = powers_of_two ? 2 : 10;
-      const int first = static_cast<int>(std::floor(std::log(low) / std::log(base)));
-      const int last = static_cast<int>(std::ceil(std::log(high) / std::log(base)));
-      const bool fine = !powers_of_two && 3 * (last - first) <= count;
-      for (int e = first; e <= last; e += std::max(1, (last - first + count - 1) / count))
-        for (double factor : {1.0, 2.0, 5.0})
-          if (const double v = factor * std::pow(base, e);
-              (factor == 1 || fine) && v >= low && v <= high)
-            found.push_back(v);
-      if (found.size() >= 2) return found;
-      found.clear();
-    }
-    const double least = (high - low) / count;
-    double step = std::pow(10, std::floor(std::log10(least)));
-    for (double factor : {2.0, 2.5, 2.0})
-      if (step < least) step *= factor;
-    for (double i = std::ceil(low / step) + 0.0; i * step <= high; ++i)
-      found.push_back(i * step + 0.0);
-    return found;
-  }
-
- private:
-  double to_line(double v) const { return log ? std::log10(v) : v; }
-  bool seen_ = false;
-};
-
-struct Series {
-  std::string name;
-  std::vector<double> x, y;
-};
-
-struct ChartOptions {
-  bool log_x = false, log_y = false;
-  std::vector<std::string> x_names;  // if given: what stands below x = 0, 1, 2, ...
-  int width = 1200, height = 800;
-};
-
-// Where the plot lies within the picture, and the words around it.
-struct Plot {
-  Canvas& canvas;
-  int left, top, right, bottom;
-
-  void label(const std::string& title, const std::string& x_label, const std::string& y_label) {
-    const auto centred = [&](const std::string& words, int middle, int y, int scale, int room) {
-      const std::string shown = Canvas::fitted(words, room, scale);
-      canvas.text(middle - Canvas::text_width(shown, scale) / 2, y, shown, scale);
-    };
-    const int edge = Canvas::kBorder, across = (left + right) / 2;
-    centred(title, canvas.width / 2, edge, 3, canvas.width - 2 * edge);
-    centred(x_label, across, canvas.height - edge - Canvas::text_height(), 2,
-            2 * std::min(across - edge, canvas.width - edge - across));
-    const std::string shown = Canvas::fitted(y_label, bottom - top);
-    canvas.text(edge, (top + bottom + Canvas::text_width(shown)) / 2, shown, 2, true);
-  }
-
-  // A label left of the plot, its middle at y, or below it, its middle at x.
-  void label_y(int y, const std::string& words) {
-    canvas.text(left - 10 - Canvas::text_width(words), y - 8, words);
-  }
-  void label_x(int x, const std::string& words) {
-    const int width = Canvas::text_width(words);
-    const int last = canvas.width - Canvas::kBorder - width;
-    canvas.text(std::min(x - width / 2, last), bottom + 10, words);
-  }
-
-  // Names that do not fit side by side are turned. To be asked before the height of the plot is used: it
-  // makes room for them.
-  bool turn_names(const std::vector<std::string>& names, int longest) {
-    const int each = (right - left) / std::max(1, static_cast<int>(names.size()));
-    const bool turned = longest > Canvas::text_height() && longest + 12 > each;
-    if (turned) bottom -= longest - 16;
-    return turned;
-  }
-
-  // Names below the plot at to_x(0), to_x(1), ...; where they would touch, only every k-th.
-  template <class ToX>
-  void name_x(const std::vector<std::string>& names, int longest, bool turned, const ToX& to_x) {
-    const std::int64_t needed = turned ? Canvas::text_height() : longest + 12;
-    const std::int64_t all = needed * static_cast<std::int64_t>(names.size());
-    const auto every = static_cast<std::size_t>((all + right - left - 1) / (right - left));
-    for (std::size_t i = 0; i < names.size(); i += std::max<std::size_t>(1, every)) {
-      const int x = to_x(static_cast<int>(i));
-      if (turned)
-        canvas.text(x - 8, bottom + 8 + Canvas::text_width(names[i]), names[i], 2, true);
-      else
-        label_x(x, names[i]);
-    }
-  }
-};
-
-inline int widest(const std::vector<std::string>& labels) {
-  int width = 0;
-  for (const std::string& label : labels) width = std::max(width, Canvas::text_width(label));
-  return width;
-}
-
-inline std::vector<std::string> tick_labels(const std::vector<double>& ticks) {
-  std::vector<std::string> labels;
-  labels.reserve(ticks.size());
-  for (double tick : ticks) labels.push_back(tick_label(tick));
-  return labels;
-}
-
-constexpr int kPlotTop = 76, kPlotBelow = 78;  // pixels for the title, and for the x labels
-
-// Draws each series as a line through its points, broken where a value cannot be drawn.
-inline void line_chart(const std::string& path, const std::string& title,
-                       const std::string& x_label, const std::string& y_label,
-                       const std::vector<Series>& series, const ChartOptions& options = {}) {
-  Axis x_axis, y_axis;
-  x_axis.log = options.log_x;
-  y_axis.log = options.log_y;
-  std::vector<std::string> names;
-  for (const Series& each : series) {
-    if (each.x.size() != each.y.size())
-      fail("line chart: series ", each.name, ": expected ", each.x.size(), " y, found ",
-           each.y.size());
-    for (std::size_t i = 0; i < each.x.size(); ++i)
-      if (x_axis.takes(each.x[i]) && y_axis.takes(each.y[i]))
-        x_axis.include(each.x[i]), y_axis.include(each.y[i]);
-    if (!each.name.empty()) names.push_back(Canvas::fitted(each.name, options.width / 3));
-  }
-  x_axis.close(0.03);
-  y_axis.close(0.05);
-
-  Canvas canvas(options.width, options.height);
-  const std::vector<double> y_ticks = y_axis.ticks((options.height - 150) / 60);
-  const int legend = names.empty() ? 0 : widest(names) + 60;
-  Plot plot{canvas, Canvas::kBorder + 42 + widest(tick_labels(y_ticks)), kPlotTop,
-            options.width - 2 * Canvas::kBorder - legend, options.height - kPlotBelow};
-  const int longest = widest(options.x_names);
-  const bool turned = plot.turn_names(options.x_names, longest);
-  int count = 12;  // as many ticks as leave half a label free between their labels
-  std::vector<double> x_ticks = x_axis.ticks(count);
-  while (count > 2 && static_cast<int>(x_ticks.size()) * widest(tick_labels(x_ticks)) >
-                          (plot.right - plot.left) * 2 / 3)
-    x_ticks = x_axis.ticks(--count);
-
-  const auto to_x = [&](double v) { return plot.left + x_axis.part(v) * (plot.right - plot.left); };
-  const auto to_y = [&](double v) {
-    return plot.bottom - y_axis.part(v) * (plot.bottom - plot.top);
-  };
-  for (double tick : y_ticks) {
-    const int y = static_cast<int>(to_y(tick));
-    canvas.fill(plot.left, y, plot.right, y + 1, kGrid);
-    plot.label_y(y, tick_label(tick));
-  }
-  if (!options.x_names.empty()) x_ticks.clear();
-  for (double tick : x_ticks) {
-    const int x = static_cast<int>(to_x(tick));
-    canvas.fill(x, plot.top, x + 1, plot.bottom, kGrid);
-    plot.label_x(x, tick_label(tick));
-  }
-  plot.name_x(options.x_names, longest, turned, [&](int i) { return static_cast<int>(to_x(i)); });
-  canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
-  plot.label(title, x_label, y_label);
-
-  int legend_y = plot.top + 10;
-  for (std::size_t s = 0; s < series.size(); ++s) {
-    const Colour colour = kLineColours[s % kLineColours.size()];
-    const int shape = static_cast<int>(s % 3);
-    const auto& [name, x, y] = series[s];
-    for (std::size_t i = 0; i < x.size(); ++i) {
-      if (!x_axis.takes(x[i]) || !y_axis.takes(y[i])) continue;
-      if (i > 0 && x_axis.takes(x[i - 1]) && y_axis.takes(y[i - 1]))
-        canvas.line(to_x(x[i - 1]), to_y(y[i - 1]), to_x(x[i]), to_y(y[i]), colour);
-      if (x.size() <= 40) canvas.marker(to_x(x[i]), to_y(y[i]), shape, colour);
-    }
-    if (name.empty() || legend_y + 20 > plot.bottom) continue;
-    canvas.line(plot.right + 20, legend_y + 8, plot.right + 50, legend_y + 8, colour);
-    canvas.marker(plot.right + 35, legend_y + 8, shape, colour);
-    canvas.text(plot.right + 62, legend_y, Canvas::fitted(name, options.width / 3));
-    legend_y += 30;
-  }
-  canvas.write_png(path);
-}
-
-struct HeatOptions {  // the values at the ends of the colour bar; NaN: those of the data
-  double low = std::numeric_limits<double>::quiet_NaN();
-  double high = std::numeric_limits<double>::quiet_NaN();
-  int width = 1200, height = 800;
-};
-
-// Draws values[row][column] as coloured cells, row 0 on top; what is not finite is grey.
-// Labels are one for each row or column, or none; where they would touch, only every k-th
-// is drawn.
-inline void heat_map(const std::string& path, const std::string& title, const std::string& x_label,
-                     const std::string& y_label, const std::vector<std::vector<double>>& values,
-                     const std::vector<std::string>& row_labels,
-                     const std::vector<std::string>& column_labels, const std::string& bar_label,
-                     const HeatOptions& options = {}) {
-  const int rows = static_cast<int>(values.size());
-  const int columns = rows ? static_cast<int>(values[0].size()) : 0;
-  Axis heat;
-  for (const auto& row : values) {
-    if (static_cast<int>(row.size()) != columns)
-      fail("heat map: expected ", columns, " values in every row, found ", row.size());
-    for (double v : row) heat.include(v);
-  }
-  heat.close(0);
-  if (std::isfinite(options.low)) heat.low = options.low;
-  if (std::isfinite(options.high)) heat.high = options.high;
-  const auto fitted = [&](std::vector<std::string> labels, int count) {
-    labels.resize(static_cast<std::size_t>(count));
-    for (std::string& label : labels) label = Canvas::fitted(label, options.width / 6);
-    return labels;
-  };
-  const auto row_names = fitted(row_labels, rows), column_names = fitted(column_labels, columns);
-
-  Canvas canvas(options.width, options.height);
-  const std::vector<double> ticks = heat.ticks(8);
-  const int bar = 28 + 42 + widest(tick_labels(ticks));  // the bar, its labels, and its name
-  Plot plot{canvas, Canvas::kBorder + 42 + widest(row_names), kPlotTop,
-            options.width - Canvas::kBorder - 40 - bar, options.height - kPlotBelow};
-  const int longest = widest(column_names);
-  const bool turned = plot.turn_names(column_names, longest);
-  const int across = plot.right - plot.left, down = plot.bottom - plot.top;
-
-  const auto part = [&](double v) {
-    return heat.takes(v) ? heat.part(v) : std::numeric_limits<double>::quiet_NaN();
-  };
-  for (int y = 0; y < down && columns > 0; ++y)
-    for (int x = 0; x < across; ++x) {
-      const auto row = static_cast<std::size_t>(std::int64_t{y} * rows / down);
-      const auto column = static_cast<std::size_t>(std::int64_t{x} * columns / across);
-      canvas.dot(plot.left + x, plot.top + y, heat_colour(part(values[row][column])));
-    }
-  canvas.frame(plot.left, plot.top, plot.right, plot.bottom, kBlack);
-  plot.label(title, x_label, y_label);
-  const auto middle = [](int i, int count, int size) {
-    return static_cast<int>((2 * std::int64_t{i} + 1) * size / count / 2);
-  };
-  const int every = (rows * Canvas::text_height() + down - 1) / down;
-  for (int i = 0; i < rows; i += std::max(1, every))
-    plot.label_y(plot.top + middle(i, rows, down), row_names[static_cast<std::size_t>(i)]);
-  plot.name_x(column_names, longest, turned,
-              [&](int i) { return plot.left + middle(i, columns, across); });
-
-  const int x = plot.right + 40;
-  for (int y = plot.top; y < plot.bottom; ++y)
-    canvas.fill(x, y, x + 28, y + 1, heat_colour(1 - (y - plot.top + 0.5) / down));
-  canvas.frame(x, plot.top, x + 28, plot.bottom, kBlack);
-  for (double tick : ticks) {
-    const int y = plot.bottom - static_cast<int>(std::lround(heat.part(tick) * down));
-    canvas.text(x + 38, y - 8, tick_label(tick));
-  }
-  const std::string shown = Canvas::fitted(bar_label, down);
-  canvas.text(options.width - Canvas::kBorder - 20,
-              (plot.top + plot.bottom + Canvas::text_width(shown)) / 2, shown, 2, true);
-  canvas.write_png(path);
-}
-
-// =======================================================================================
-// 9. Inspection
+// 6. Inspection
 // =======================================================================================
 //
 // What the scan of one layer does with a text, from a zero state, by the reference in float.
@@ -1569,160 +1131,61 @@ Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids
   return seen;
 }
 
-/// Tokens as they can stand along an axis, in ASCII: white space made visible, other characters by their
-/// code point, ~ for a part of one; of a long text with their positions.
-inline std::vector<std::string> token_labels(const Tokenizer& tokenizer,
-                                             const std::vector<Token>& ids) {
-  std::vector<std::string> labels;
-  for (std::size_t t = 0; t < ids.size(); ++t) {
-    std::ostringstream label;
-    if (ids.size() > 40) label << t << ' ';
-    const std::string text = tokenizer.decode({ids[t]});
-    const auto* at = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
-    for (auto left = static_cast<utf8proc_ssize_t>(text.size()); left > 0;) {
-      utf8proc_int32_t point = 0;
-      const utf8proc_ssize_t taken =
-          std::max<utf8proc_ssize_t>(1, utf8proc_iterate(at, left, &point));
-      at += taken, left -= taken;
-      if (point == ' ')
-        label << '_';
-      else if (point == '\n')
-        label << "\\n";
-      else if (point == '\t')
-        label << "\\t";
-      else if (point == 0xFFFD || point < ' ')
-        label << '~';
-      else if (point < 127)
-        label << static_cast<char>(point);
-      else
-        label << "U+" << std::hex << std::uppercase << point << std::dec;
+// --- a plain heat map: no axes, no words; the numbers lie beside it in the safetensors file ---
+
+/// Viridis, `part` of its way from dark to bright, between five of its colours; NaN is grey.
+inline std::array<std::uint8_t, 3> heat_colour(double part) {
+  static constexpr double kStops[5][3] = {
+      {68, 1, 84}, {59, 82, 139}, {33, 145, 140}, {94, 201, 98}, {253, 231, 37}};
+  if (std::isnan(part)) return {170, 170, 170};
+  const double at = 4 * std::clamp(part, 0.0, 1.0);
+  const int stop = std::min(static_cast<int>(at), 3);
+  std::array<std::uint8_t, 3> colour{};
+  for (std::size_t c = 0; c < 3; ++c)
+    colour[c] = static_cast<std::uint8_t>(
+        std::lround(kStops[stop][c] + (at - stop) * (kStops[stop + 1][c] - kStops[stop][c])));
+  return colour;
+}
+
+/// Every value is a square cell; colours go from the least finite value, or `least`, to the largest.
+inline void write_heat_map(const std::string& path, const Matrix<float>& values,
+                           float least = -HUGE_VALF) {
+  float low = HUGE_VALF, high = -HUGE_VALF;
+  for (const float v : values.reshaped())
+    if (std::isfinite(v)) low = std::min(low, v), high = std::max(high, v);
+  low = std::max(low, least);
+  const Index cell = std::clamp<Index>(768 / std::max(values.rows(), values.cols()), 1, 32);
+  const Index width = cell * values.cols(), height = cell * values.rows();
+  std::string pixels, png;
+  for (Index y = 0; y < height; ++y)
+    for (Index x = 0; x < width; ++x) {
+      const float v = values(y / cell, x / cell);
+      const auto colour = heat_colour(high > low ? (v - low) / (high - low) : v - v + 0.5);
+      pixels.append(colour.begin(), colour.end());
     }
-    labels.push_back(label.str());
-  }
-  return labels;
-}
-
-/// delta over time, channels in the order of their means; log10, for it spans decades.
-inline void draw_delta(const std::string& path, const Inspection& seen, const std::string& layer,
-                       const std::vector<std::string>& tokens) {
-  const char* channel = seen.delta.cols() == seen.x.cols() ? "channel" : "head";
-  std::vector<Index> order(static_cast<std::size_t>(seen.delta.cols()));
-  std::iota(order.begin(), order.end(), Index{0});
-  const ssm::Row<float> mean = seen.delta.colwise().mean();
-  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return mean(a) > mean(b); });
-  std::vector<std::vector<double>> rows;
-  std::vector<std::string> names;
-  for (const Index c : order) {
-    names.push_back(std::to_string(c));
-    rows.emplace_back();
-    for (Index t = 0; t < seen.delta.rows(); ++t)
-      rows.back().push_back(std::log10(static_cast<double>(seen.delta(t, c))));
-  }
-  heat_map(path, "Step size delta, " + layer, "token", std::string(channel) + ", by mean delta",
-           rows, names, tokens, "log10 delta");
-}
-
-/// The memory of channels, longest first, for their slowest, median and fastest state.
-inline void draw_memory(const std::string& path, const Inspection& seen, const std::string& layer) {
-  const bool one = seen.memory.cols() == 1;
-  std::vector<Series> series = {
-      {"slowest state", {}, {}}, {"median state", {}, {}}, {"fastest state", {}, {}}};
-  if (one) series = {{"", {}, {}}};
-  for (std::size_t k = 0; k < series.size(); ++k) {
-    for (Index c = 0; c < seen.memory.rows(); ++c) {
-      std::vector<double> of(static_cast<std::size_t>(seen.memory.cols()));
-      for (std::size_t n = 0; n < of.size(); ++n)
-        of[n] = static_cast<double>(seen.memory(c, static_cast<Index>(n)));
-      std::sort(of.rbegin(), of.rend());
-      series[k].y.push_back(of[(of.size() - 1) * k / 2]);
-      series[k].x.push_back(static_cast<double>(c) + 1);
-    }
-    std::sort(series[k].y.rbegin(), series[k].y.rend());
-  }
-  ChartOptions options;
-  options.log_y = true;
-  line_chart(path, "Effective memory, " + layer,
-             one ? "heads, longest memory first" : "channels, for each line longest memory first",
-             "tokens until a trace falls to 1/e", series, options);
-}
-
-inline void draw_state_norm(const std::string& path, const Inspection& seen,
-                            const std::string& layer, const std::vector<std::string>& tokens) {
-  Series series;
-  for (Index t = 0; t < seen.state_norm.rows(); ++t) {
-    series.x.push_back(static_cast<double>(t));
-    series.y.push_back(static_cast<double>(seen.state_norm(t)));
-  }
-  ChartOptions options;
-  options.x_names = tokens;
-  line_chart(path, "Size of the state, " + layer, "after token", "norm of h", {series}, options);
-}
-
-/// mean (L, L): mean of |M| over channels; log10, for it spans decades.
-inline void draw_attention(const std::string& path, const Matrix<float>& mean,
-                           const std::string& layer, const std::vector<std::string>& tokens) {
-  std::vector<std::vector<double>> rows;
-  double largest = -HUGE_VAL;
-  for (Index t = 0; t < mean.rows(); ++t) {
-    rows.emplace_back(static_cast<std::size_t>(mean.cols()),
-                      std::numeric_limits<double>::quiet_NaN());
-    for (Index s = 0; s <= t; ++s) {
-      const double value = std::log10(std::max(1e-30, static_cast<double>(mean(t, s))));
-      rows.back()[static_cast<std::size_t>(s)] = value;
-      largest = std::max(largest, value);
-    }
-  }
-  HeatOptions options;
-  if (std::isfinite(largest)) options.high = largest, options.low = largest - 4;  // and below
-  heat_map(path, "Implied attention, " + layer, "from token", "to the output at token", rows,
-           tokens, tokens, "log10 of mean |M|; darkest: this or less", options);
+  const auto append = [](void* to, void* data, int size) {
+    static_cast<std::string*>(to)->append(static_cast<char*>(data), static_cast<std::size_t>(size));
+  };
+  if (!stbi_write_png_to_func(append, &png, static_cast<int>(width), static_cast<int>(height), 3,
+                              pixels.data(), static_cast<int>(3 * width)))
+    fail("cannot write: ", path, ": out of memory");
+  write_text(path, png);
 }
 
 // =======================================================================================
-// 10. Command line
+// 7. Command line
 // =======================================================================================
 //
+// Each subcommand is a struct of its flags, a function that runs it, and one that declares it.
 // Results go to stdout, progress and statistics to stderr.
 // Exit status 0: done, 1: failed, 2: wrong usage.
 
-struct BenchOptions {
-  std::string op, shape = "130m", mode = "parallel";
-  Index batch = 1, length = 512, repeat = 20;
-  DType dtype = DType::F32;
-  int device = 0;
-};
-
-/// All flags of all subcommands; each subcommand reads those that it declares.
-struct Arguments {
-  std::string model = "weights/stories", prompt, prompt_file, ids, ids_file, out, mode = "parallel",
-              dtype, save_state, load_state, csv, png, data;
-  std::vector<std::string> texts;
-  std::vector<Index> lengths;
-  std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};
-  std::vector<double> delta_ratios = {1};
-  Index n = 256, batch = 1, stride = 0, tests = 5, limit = 0, layer = 0;
-  bool print_ids = false, ignore_eos = false, carry_state = false, truncate = false, decode = false;
-  float delta_ratio = 1;
-  int device = 0;
-  SamplerOptions sampler;
-  BenchOptions bench;
-};
-
-inline DType parse_dtype(const std::string& text) {
-  if (text == "f32") return DType::F32;
-  if (text == "bf16") return DType::BF16;
-  if (text == "f16") return DType::F16;
-  fail_usage("--dtype: expected f32, bf16 or f16, found ", quote(text));
-}
-
-/// A file whole, or standard input for "-".
-inline std::string read_text(const std::string& path) {
-  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-  if (std::filesystem::is_directory(path))
-    fail("cannot read: ", path, ": expected a file, found a directory");
-  std::ifstream file(path, std::ios::binary);  // may be a pipe
-  if (!file) fail("cannot open: ", path, ": ", std::strerror(errno));
-  return {std::istreambuf_iterator<char>(file), {}};
+/// A folder to write into.
+inline std::string make_folder(const std::string& path) {
+  std::error_code error;
+  std::filesystem::create_directories(path, error);
+  if (error) fail("cannot write: ", path, ": ", error.message());
+  return path + "/";
 }
 
 inline std::vector<Token> parse_ids(const std::string& text, const std::string& where) {
@@ -1738,8 +1201,25 @@ inline std::vector<Token> parse_ids(const std::string& text, const std::string& 
   return ids;
 }
 
+inline std::vector<Token> parse_ids(const Json& array, const std::string& where) {
+  std::vector<Token> ids;
+  for (const Json& id : array) {
+    if (!id.is_number_unsigned() || id > kMaxVocab)
+      fail(where, ": expected token ids, found ", quote(id.dump()));
+    ids.push_back(id.get<Token>());
+  }
+  return ids;
+}
+
+inline void print_ids(const std::vector<Token>& ids) {
+  for (std::size_t t = 0; t < ids.size(); ++t) std::cout << (t > 0 ? " " : "") << ids[t];
+  std::cout << "\n";
+}
+
+/// There must be ids, and the model must have them all.
 inline void check_ids(const std::vector<Token>& ids, const Config& config,
                       const std::string& where) {
+  if (ids.empty()) fail(where, ": expected at least one token, found none");
   for (const Token id : ids)
     if (id < 0 || id >= config.vocab_size)
       fail(where, ": expected token ids below ", config.vocab_size, ", found ", id);
@@ -1760,33 +1240,286 @@ inline void show_progress(Index done, Index all) {
             << "/" << all << std::flush << "\r\033[K";
 }
 
-inline Config open_config(const Arguments& arguments) {
-  if (!std::filesystem::is_directory(arguments.model))
-    fail("no model: ", arguments.model,
-         ": expected a directory with config.json and weights (--model)");
-  return read_config(arguments.model);
+// --- the model, which almost every subcommand opens ---
+
+inline const CLI::Range kRatio(1e-6f, 1e6f);
+
+struct ModelFlags {
+  std::string folder = "weights/stories", tokenizer;
+  EngineOptions engine;
+
+  void add_model(CLI::App* sub) {
+    sub->add_option("--model", folder, "directory with config.json, weights and tokenizer.json");
+    sub->add_option("--tokenizer", tokenizer, "another tokenizer.json, or its directory");
+  }
+  void add_dtype(CLI::App* sub) {
+    sub->add_option_function<std::string>(
+           "--dtype",
+           [this](const std::string& name) {
+             engine.dtype = name == "f32" ? DType::F32 : name == "f16" ? DType::F16 : DType::BF16;
+           },
+           "storage of weights (default: as in the file)")
+        ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+  }
+  void add_delta_ratio(CLI::App* sub) {
+    sub->add_option("--delta-ratio", engine.delta_ratio, "stretches every step of the state")
+        ->check(kRatio);
+  }
+  void add_engine(CLI::App* sub, bool has_device) {
+    add_model(sub);
+    add_dtype(sub);
+    sub->add_option_function<int>(
+           "--threads",
+           [this](const int& n) {
+             const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
+             engine.threads = std::min(n, static_cast<int>(cores));
+           },
+           "CPU threads, at most as many as there are cores (default: all)")
+        ->check(CLI::PositiveNumber);
+    if (has_device) sub->add_option("--device", engine.device, "which GPU");
+  }
+};
+
+inline std::string tokenizer_path(const ModelFlags& flags) {
+  const std::string path = flags.tokenizer.empty() ? flags.folder : flags.tokenizer;
+  return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
 }
 
-inline void check_delta_ratio(double ratio) {
-  const float used = static_cast<float>(ratio);
-  if (!(used > 0) || !std::isfinite(used))
-    fail_usage("--delta-ratio: expected a number above 0, found ", ratio);
+inline Tokenizer open_tokenizer(const ModelFlags& flags) {
+  const std::string path = tokenizer_path(flags);
+  if (!std::filesystem::exists(path))
+    fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
+         "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
+         "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
+  return Tokenizer::from_file(path);
+}
+
+/// What lies in a model's folder. The tokenizer is read when it is needed.
+class ModelFiles {
+ public:
+  Config config;
+  Checkpoint checkpoint;
+
+  explicit ModelFiles(const ModelFlags& flags) : flags_(flags) {
+    if (!std::filesystem::is_directory(flags.folder))
+      fail("no model: ", flags.folder,
+           ": expected a directory with config.json and weights (--model)");
+    config = read_config(flags.folder);
+    checkpoint = read_checkpoint(flags.folder);
+    // A token that has a row in embedding and head exists, whatever vocab_size says.
+    Index rows = kMaxVocab;
+    for (const Tensor* each : {&find_weight(checkpoint, "backbone.embeddings.weight", true),
+                               checkpoint.find("lm_head.weight")})
+      if (each && !each->shape.empty()) rows = std::min<Index>(rows, each->shape[0]);
+    if (rows > config.vocab_size && has_tokenizer())
+      config.vocab_size =
+          std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
+  }
+
+  bool has_tokenizer() const { return std::filesystem::exists(tokenizer_path(flags_)); }
+  const Tokenizer& tokenizer() {
+    return tokenizer_ ? *tokenizer_ : tokenizer_.emplace(open_tokenizer(flags_));
+  }
+  /// The rows of the embedding that no token has.
+  std::vector<Token> rows_without_token() {
+    std::vector<Token> ids;
+    for (Token id = 0; has_tokenizer() && id < config.vocab_size; ++id)
+      if (!tokenizer().text_of(id)) ids.push_back(id);
+    return ids;
+  }
+  std::map<Token, std::string> end_tokens();
+
+ private:
+  const ModelFlags& flags_;
+  std::optional<Tokenizer> tokenizer_;
+};
+
+/// The tokens that end a text, each with the files that say so: config.json and
+/// generation_config.json have ids, tokenizer_config.json a name.
+inline std::map<Token, std::string> ModelFiles::end_tokens() {
+  std::map<Token, std::string> ends;
+  const auto add = [&](const std::vector<Token>& ids, const char* file) {
+    for (const Token id : ids) ends[id] += (ends[id].empty() ? "" : ", ") + std::string(file);
+  };
+  add(config.eos_token_ids, "config.json");
+  const std::string path = flags_.folder + "/generation_config.json";
+  if (std::filesystem::exists(path)) {
+    const Json json = read_settings(path);
+    add(Fields{json, path}.tokens("eos_token_id", {}), "generation_config.json");
+  }
+  const auto beside = std::filesystem::path(tokenizer_path(flags_)).parent_path();
+  const std::string names = beside / "tokenizer_config.json";
+  if (has_tokenizer() && std::filesystem::exists(names)) {
+    const Json token = read_settings(names).value("eos_token", Json());  // or {"content": ...}
+    const Json name = token.is_object() ? token.value("content", Json()) : token;
+    if (const auto id = tokenizer().id_of(name.is_string() ? name.get<std::string>() : ""))
+      add({*id}, "tokenizer_config.json");
+  }
+  return ends;
+}
+
+// --- generate ---
+
+struct GenerateFlags : ModelFlags, GenerateOptions {
+  std::string prompt, prompt_file, prompt_ids, save_state, load_state;
+  std::size_t batch = 1;
+  bool ids = false, ignore_eos = false;
+};
+
+/// A prompt, or what standard input has, without the newline at its end.
+inline std::string read_prompt(const std::string& prompt) {
+  if (prompt != "-") return prompt;
+  std::string text = read_file("-");
+  for (const char c : {'\n', '\r'})
+    if (!text.empty() && text.back() == c) text.pop_back();
+  return text;
+}
+
+/// The prompts, one a sequence: --prompt, or the lines of --prompt-file.
+inline std::vector<std::string> read_prompts(const GenerateFlags& f) {
+  if (f.prompt_file.empty()) return {read_prompt(f.prompt)};
+  std::vector<std::string> prompts;
+  const std::string text = read_file(f.prompt_file), mark = "\xef\xbb\xbf";  // byte order mark
+  std::istringstream lines(text.compare(0, 3, mark) == 0 ? text.substr(3) : text);
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    prompts.push_back(line);
+  }
+  if (prompts.empty())
+    fail("--prompt-file: ", f.prompt_file, ": expected a prompt a line, found none");
+  return prompts;
+}
+
+/// A text before its first token is made: the saved one if there is one, and the prompt.
+template <class Engine>
+Sequence<typename Engine::State> begin_sequence(const GenerateFlags& f, const Engine& engine,
+                                                ModelFiles& files, const std::string& prompt,
+                                                std::size_t index) {
+  Sequence<typename Engine::State> s{{}, engine.new_state(), index, 0};
+  if (!f.load_state.empty()) {
+    s.state = engine.from_host(load_state(f.load_state, files.config, s.ids));
+    s.taken = s.ids.size() - 1;
+  }
+  std::vector<Token> ids = parse_ids(f.prompt_ids, "--prompt-ids");
+  if (!prompt.empty() || (f.prompt_ids.empty() && files.has_tokenizer()))
+    ids = f.load_state.empty() ? files.tokenizer().encode_prompt(prompt)
+                               : files.tokenizer().encode(prompt);
+  s.ids.insert(s.ids.end(), ids.begin(), ids.end());
+  if (s.ids.empty() && files.config.bos_token_id >= 0) s.ids.push_back(files.config.bos_token_id);
+  check_ids(s.ids, files.config, f.prompt_ids.empty() ? "--prompt" : "--prompt-ids");
+  return s;
+}
+
+/// Continues some sequences, whose prompts are these, together; prints text as it is made.
+template <class Engine>
+void generate_and_print(const GenerateFlags& f, Engine& engine, ModelFiles& files,
+                        std::vector<Sequence<typename Engine::State>>& sequences,
+                        const std::vector<std::string>& prompts,
+                        const std::map<Token, std::string>& ends, const OnToken& on_token) {
+  if (f.ids) {
+    engine.generate(sequences, f, on_token);
+    for (const auto& s : sequences) print_ids(s.ids);
+    return;
+  }
+  std::vector<std::vector<Token>> given;
+  for (const auto& s : sequences) given.push_back(s.ids);
+  std::size_t shown = 0;  // texts whose beginning is printed
+  std::optional<StreamDecoder> decoder;
+  const auto show = [&](std::size_t end) {
+    for (; shown < end; ++shown) {
+      if (decoder) std::cout << decoder->finish() << "\n";
+      decoder.emplace(files.tokenizer());
+      std::string text;
+      for (const Token id : given[shown]) text += decoder->push(id);
+      if (f.load_state.empty()) std::cout << (f.prompt_ids.empty() ? prompts[shown] : text);
+    }
+    std::cout << std::flush;
+  };
+  show(1);
+  engine.generate(sequences, f, [&](std::size_t i, Token token) {
+    on_token(i, token);
+    show(i + 1);
+    if (ends.count(token) == 0) std::cout << decoder->push(token) << std::flush;
+  });
+  show(sequences.size());
+  // bytes of a character that the saved state will complete are not printed yet
+  std::cout << (f.save_state.empty() ? decoder->finish() : "") << std::endl;
 }
 
 template <class Engine>
-Engine open_engine(const Arguments& arguments) {
-  EngineOptions options;
-  if (!arguments.dtype.empty()) options.dtype = parse_dtype(arguments.dtype);
-  options.delta_ratio = arguments.delta_ratio;
-  options.device = arguments.device;
-  check_delta_ratio(options.delta_ratio);
-  const Config config = open_config(arguments);
-  return Engine(read_checkpoint(arguments.model), config, options);
+void run_generate(GenerateFlags& f) {
+  check(f.sampler);
+  const std::vector<std::string> prompts = read_prompts(f);
+  const std::size_t texts = prompts.size() * f.batch;
+  if (texts != 1 && !(f.save_state.empty() && f.load_state.empty()))
+    fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
+  check_writable(f.save_state);
+  ModelFiles files(f);
+  Engine engine(files.checkpoint, files.config, f.engine);
+  const std::map<Token, std::string> ends = files.end_tokens();
+  for (const auto& end : ends)
+    if (!f.ignore_eos) f.end_tokens.push_back(end.first);
+  f.never = files.rows_without_token();
+  std::size_t taken = 0, made = 0;
+  double to_first = 0, to_rest = 0;  // seconds
+  for (std::size_t begin = 0; begin < texts; begin += Engine::kBatch) {
+    std::vector<Sequence<typename Engine::State>> sequences;
+    std::vector<std::string> some;
+    for (std::size_t i = begin; i < std::min(texts, begin + Engine::kBatch); ++i) {
+      some.push_back(prompts[i / f.batch]);
+      sequences.push_back(begin_sequence(f, engine, files, some.back(), i));
+      taken += sequences.back().ids.size() - sequences.back().taken;
+    }
+    const double start = now();
+    double first = 0;
+    generate_and_print(f, engine, files, sequences, some, ends, [&](std::size_t, Token) {
+      if (first == 0) first = now();
+      ++made;
+    });
+    to_first += (first == 0 ? now() : first) - start;
+    to_rest += first == 0 ? 0 : now() - first;
+    if (!f.save_state.empty())
+      save_state(f.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
+  }
+  std::cerr << std::fixed << std::setprecision(3) << taken << " tokens in, first token after "
+            << to_first << " s; " << made << " tokens out";
+  if (made > texts)
+    std::cerr << ", " << to_rest / static_cast<double>(made - texts) * 1e3 << " ms each";
+  std::cerr << "\n";
 }
 
-inline Tokenizer open_tokenizer(const Arguments& arguments) {
-  return Tokenizer::from_file(arguments.model + "/tokenizer.json");
+template <class Engine>
+void generate_command(CLI::App& app) {
+  const auto f = std::make_shared<GenerateFlags>();
+  CLI::App* sub = app.add_subcommand("generate", "continue a text");
+  f->add_engine(sub, Engine::kHasDevice);
+  f->add_delta_ratio(sub);
+  SamplerOptions& sampler = f->sampler;
+  auto* text = sub->add_option("prompt,--prompt", f->prompt,
+                               "the text to continue, - for standard input less a final newline");
+  auto* lines = sub->add_option("--prompt-file", f->prompt_file,
+                                "prompts, one a line, less Windows' line ends and byte order mark");
+  sub->add_option("--prompt-ids", f->prompt_ids, "token ids to continue")
+      ->excludes(text)
+      ->excludes(lines);
+  lines->excludes(text);
+  sub->add_option("-n", f->n, "tokens to add at most")->check(CLI::NonNegativeNumber);
+  sub->add_option("--temperature", sampler.temperature, "0 is greedy");
+  sub->add_option("--top-k", sampler.top_k, "keep the k likeliest tokens, 0: all");
+  sub->add_option("--top-p", sampler.top_p, "keep the likeliest tokens that make up p");
+  sub->add_option("--min-p", sampler.min_p, "keep tokens p times as likely as the likeliest");
+  sub->add_option("--repetition-penalty", sampler.repetition_penalty, "above 1: less repetition");
+  sub->add_option("--seed", sampler.seed, "same seed, same text")->check(CLI::NonNegativeNumber);
+  sub->add_option("--batch", f->batch, "so many continuations of each prompt")
+      ->check(CLI::Range(1, 1 << 16));
+  sub->add_option("--save-state", f->save_state, "where to leave the state, to go on later");
+  sub->add_option("--load-state", f->load_state, "go on from a saved state");
+  sub->add_flag("--ids", f->ids, "print token ids, one line a sequence, instead of text");
+  sub->add_flag("--ignore-eos", f->ignore_eos, "go on after an end token");
+  sub->callback([f] { run_generate<Engine>(*f); });
 }
+
+// --- logits and perplexity ---
 
 /// A text as token ids, and where it came from.
 struct Document {
@@ -1794,152 +1527,66 @@ struct Document {
   std::vector<Token> ids;
 };
 
-/// What --ids, --ids-file or --text ask for; only --text can name several.
-inline std::vector<Document> documents(const Arguments& arguments, const Config& config) {
-  std::vector<Document> all;
-  if (!arguments.ids_file.empty()) {
-    all.push_back({"--ids-file: " + arguments.ids_file, {}});
-    all[0].ids = parse_ids(read_text(arguments.ids_file), all[0].where);
-  } else if (!arguments.texts.empty()) {
-    const Tokenizer tokenizer = open_tokenizer(arguments);
-    for (const std::string& text : arguments.texts)
-      all.push_back({"--text: " + text, tokenizer.encode(read_text(text))});
-  } else {
-    all.push_back({"--ids", parse_ids(arguments.ids, "--ids")});
-  }
-  for (const auto& [where, ids] : all) {
-    if (ids.empty()) fail(where, ": expected at least one token, found none");
-    check_ids(ids, config, where);
-  }
-  return all;
-}
-
-/// The prompts, one a sequence: --prompt, or the lines of --prompt-file, each --batch times.
-inline std::vector<std::string> prompts(const Arguments& arguments) {
+/// One of --text, --ids-file and, where there is one text only, --ids.
+struct TextFlags {
   std::vector<std::string> texts;
-  if (arguments.prompt_file.empty()) {
-    texts = {arguments.prompt == "-" ? read_text("-") : arguments.prompt};
-  } else {
-    std::istringstream lines(read_text(arguments.prompt_file));
-    for (std::string line; std::getline(lines, line);) texts.push_back(line);
-    if (texts.empty())
-      fail("--prompt-file: ", arguments.prompt_file, ": expected a prompt a line, found none");
-  }
-  std::vector<std::string> all;
-  for (const std::string& text : texts)
-    all.insert(all.end(), static_cast<std::size_t>(arguments.batch), text);
-  return all;
-}
+  std::string ids, ids_file;
 
-/// Prints several texts, which grow in any order, one after the other: the first that is not done
-/// streams, what comes for later ones waits for its turn.
-class Transcript {
- public:
-  explicit Transcript(std::size_t texts) : waiting_(texts), done_(texts) {}
-  void add(std::size_t i, const std::string& text) {
-    waiting_[i] += text;
-    if (i == turn_) flush();
+  void add_text(CLI::App* sub, bool one) {
+    auto* group = sub->add_option_group("input", "the text, one of");
+    auto* text =
+        group->add_option("--text", texts, "text files, each a document; - for standard input");
+    group->add_option("--ids-file", ids_file, "a file of token ids, - for standard input");
+    if (one) text->expected(1), group->add_option("--ids", ids, "token ids");
+    group->require_option(1);
   }
-  void finish(std::size_t i, const std::string& rest) {
-    waiting_[i] += rest + "\n";
-    done_[i] = true;
-    if (i == turn_) flush();
+  std::vector<Document> read(ModelFiles& files) const {
+    std::vector<Document> all;
+    for (const std::string& text : texts)
+      all.push_back({"--text: " + text, files.tokenizer().encode(read_file(text))});
+    if (!ids_file.empty())
+      all.push_back({"--ids-file: " + ids_file, parse_ids(read_file(ids_file), "--ids-file")});
+    if (all.empty()) all.push_back({"--ids", parse_ids(ids, "--ids")});
+    for (const auto& [where, ids] : all) check_ids(ids, files.config, where);
+    return all;
   }
-
- private:
-  void flush() {
-    std::cout << std::exchange(waiting_[turn_], {});
-    while (done_[turn_] && ++turn_ < waiting_.size())
-      std::cout << std::exchange(waiting_[turn_], {});
-    std::cout << std::flush;
-  }
-  std::vector<std::string> waiting_;
-  std::vector<bool> done_;
-  std::size_t turn_ = 0;
 };
 
+inline void add_mode(CLI::App* sub, Mode& mode) {
+  sub->add_option_function<std::string>(
+         "--mode", [&mode](const std::string& text) { mode = parse_mode(text); },
+         "parallel, recurrent or chunked=K")
+      ->default_str("parallel");
+}
+
 template <class Engine>
-void run_generate(const Arguments& arguments) {
-  check(arguments.sampler);
-  const std::vector<std::string> texts = prompts(arguments);
-  const bool stateful = !arguments.save_state.empty() || !arguments.load_state.empty();
-  if (stateful && texts.size() != 1)
-    fail_usage("--save-state, --load-state: expected one prompt, found ", texts.size());
-  check_writable(arguments.save_state);
-  Engine engine = open_engine<Engine>(arguments);
-  const Tokenizer tokenizer = open_tokenizer(arguments);
-  const Config& config = engine.config();
-  GenerateOptions options;
-  options.n = arguments.n;
-  options.sampler = arguments.sampler;
-  options.stop = arguments.ignore_eos ? -1 : config.eos_token_id;
-
-  std::size_t taken = 0, made = 0;
-  double to_first = 0, to_rest = 0;  // seconds
-  for (std::size_t begin = 0; begin < texts.size(); begin += Engine::kBatch) {
-    const std::size_t count = std::min<std::size_t>(Engine::kBatch, texts.size() - begin);
-    std::vector<Sequence<typename Engine::State>> sequences;
-    std::vector<StreamDecoder> decoders(count, StreamDecoder(tokenizer));
-    Transcript transcript(count);
-    for (std::size_t i = 0; i < count; ++i) {
-      sequences.push_back({{}, engine.new_state(), begin + i, 0});
-      auto& s = sequences.back();
-      if (!arguments.load_state.empty()) {
-        s.state = engine.from_host(load_state(arguments.load_state, config, s.ids));
-        s.taken = s.ids.size() - 1;
-      }
-      const std::vector<Token> prompt = tokenizer.encode(texts[begin + i]);
-      s.ids.insert(s.ids.end(), prompt.begin(), prompt.end());
-      if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
-      if (s.ids.empty()) fail("--prompt: expected a text: this model has no token to begin with");
-      check_ids(s.ids, config, "--prompt: tokenizer and model do not match");
-      for (const Token id : s.ids) decoders[i].push(id);
-      if (!arguments.print_ids && arguments.load_state.empty()) transcript.add(i, texts[begin + i]);
-      taken += s.ids.size() - s.taken;
-    }
-    const double start = now();
-    double first = 0;
-    engine.generate(sequences, options, [&](std::size_t i, Token token) {
-      if (first == 0) first = now();
-      ++made;
-      if (!arguments.print_ids && token != config.eos_token_id)
-        transcript.add(i, decoders[i].push(token));
-    });
-    to_first += (first == 0 ? now() : first) - start;
-    to_rest += first == 0 ? 0 : now() - first;
-    for (std::size_t i = 0; i < count; ++i) {
-      if (!arguments.print_ids) {
-        // bytes of a character that the saved state will complete are not printed yet
-        transcript.finish(i, arguments.save_state.empty() ? decoders[i].finish() : "");
-        continue;
-      }
-      for (std::size_t t = 0; t < sequences[i].ids.size(); ++t)
-        std::cout << (t > 0 ? " " : "") << sequences[i].ids[t];
-      std::cout << std::endl;
-    }
-    if (!arguments.save_state.empty())
-      save_state(arguments.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
-  }
-  std::cerr << std::fixed << std::setprecision(3) << taken << " tokens in, first token after "
-            << to_first << " s; " << made << " tokens out";
-  if (made > texts.size())
-    std::cerr << ", " << to_rest / static_cast<double>(made - texts.size()) * 1e3 << " ms each";
-  std::cerr << "\n";
+void logits_command(CLI::App& app) {
+  struct Flags : ModelFlags, TextFlags {
+    Mode mode;
+    std::string out;
+  };
+  const auto f = std::make_shared<Flags>();
+  CLI::App* sub = app.add_subcommand("logits", "write the logits of every position");
+  f->add_engine(sub, Engine::kHasDevice);
+  f->add_delta_ratio(sub);
+  f->add_text(sub, true);
+  add_mode(sub, f->mode);
+  sub->add_option("--out", f->out, "the safetensors file to write")->required();
+  sub->callback([f] {
+    check_writable(f->out);
+    ModelFiles files(*f);
+    const std::vector<Document> text = f->read(files);
+    Engine engine(files.checkpoint, files.config, f->engine);
+    write_logits(engine, text[0].ids, f->mode, f->out);
+  });
 }
 
-/// Fails now if the table or its picture cannot be written.
-inline void check_outputs(const Arguments& arguments) {
-  if (!arguments.csv.empty() && arguments.csv == arguments.png)
-    fail_usage("--csv, --png: expected two files, found ", quote(arguments.csv), " twice");
-  check_writable(arguments.csv);
-  check_writable(arguments.png);
-}
-
-inline void write_text(const std::string& path, const std::string& text) {
-  AtomicFile file(path);
-  file.write(text);
-  file.commit();
-}
+struct PerplexityFlags : ModelFlags, TextFlags, PerplexityOptions {
+  std::vector<Index> lengths;
+  std::vector<float> delta_ratios = {1};
+  bool truncate = false;
+  std::string csv;
+};
 
 /// The documents of at least so many tokens; all, if there is none.
 inline std::vector<Document> long_enough(std::vector<Document> all, Index length) {
@@ -1955,180 +1602,222 @@ inline std::vector<Document> long_enough(std::vector<Document> all, Index length
   return all;
 }
 
-/// The study of perplexity against context length: the same documents for every length, a table and a
-/// line for each delta ratio. --truncate takes the beginning of each document only, as one window.
+/// The score of all documents in windows of one length; --truncate: of the first window of each.
 template <class Engine>
-void run_perplexity(Arguments arguments) {
-  for (const double ratio : arguments.delta_ratios) check_delta_ratio(ratio);
-  PerplexityOptions options;
-  options.stride = arguments.stride;
-  options.carry_state = arguments.carry_state;
-  options.mode = parse_mode(arguments.mode);
-  check_outputs(arguments);
-  std::vector<Index> lengths = arguments.lengths;
-  if (lengths.empty()) lengths.push_back(0);
-  std::sort(lengths.begin(), lengths.end());
-  const std::vector<Document> texts =
-      long_enough(documents(arguments, open_config(arguments)), lengths.back());
-  for (const Document& text : texts)
-    for (const Index length : lengths) {
-      options.length = length;
-      check(options, static_cast<Index>(text.ids.size()));
-    }
+Score perplexity(Engine& engine, const std::vector<Document>& texts,
+                 const PerplexityOptions& options, bool truncate) {
+  Score score{options.length, 0, 0};
+  for (const Document& text : texts) {
+    std::vector<Token> ids = text.ids;
+    if (truncate) ids.resize(static_cast<std::size_t>(options.length));
+    const Score part = perplexity(engine, ids, options, show_progress);
+    score.length = std::max(score.length, part.length);
+    score.tokens += part.tokens;
+    score.nll += part.nll;
+  }
+  return score;
+}
 
+/// Perplexity against context length: the same documents for every length, a row for each length
+/// and delta ratio.
+template <class Engine>
+void run_perplexity(PerplexityFlags& f) {
+  check_writable(f.csv);
+  if (f.lengths.empty()) f.lengths.push_back(0);
+  std::sort(f.lengths.begin(), f.lengths.end());
+  ModelFiles files(f);
+  const std::vector<Document> texts = long_enough(f.read(files), f.lengths.back());
+  for (const Document& text : texts)
+    for (const Index length : f.lengths) {
+      f.length = length;
+      check(f, static_cast<Index>(text.ids.size()));
+    }
   std::ostringstream csv;
   csv << "length,tokens,nll,perplexity,delta_ratio\n" << std::setprecision(9);
-  std::vector<Series> series;
-  for (const double ratio : arguments.delta_ratios) {
-    arguments.delta_ratio = static_cast<float>(ratio);
-    Engine engine = open_engine<Engine>(arguments);
-    series.push_back({"delta ratio " + tick_label(ratio), {}, {}});
-    for (const Index length : lengths) {
-      Score score{length, 0, 0};
-      for (const Document& text : texts) {
-        std::vector<Token> ids = text.ids;
-        if (arguments.truncate) ids.resize(static_cast<std::size_t>(length));
-        options.length = length;
-        const Score part = perplexity(engine, ids, options, show_progress);
-        score.length = std::max(score.length, part.length);
-        score.tokens += part.tokens;
-        score.nll += part.nll;
-      }
-      if (series[0].x.empty())
-        std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
-      std::cout << std::fixed << std::setw(9) << score.length << std::setw(10) << score.tokens
+  std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
+  for (const float ratio : f.delta_ratios) {
+    f.engine.delta_ratio = ratio;
+    Engine engine(files.checkpoint, files.config, f.engine);
+    for (const Index length : f.lengths) {
+      f.length = length;
+      const Score score = perplexity(engine, texts, f, f.truncate);
+      std::cout << std::setw(9) << score.length << std::setw(10) << score.tokens << std::fixed
                 << std::setprecision(4) << std::setw(12) << score.mean() << ' ' << std::setw(11)
-                << score.perplexity() << std::setw(13) << tick_label(ratio) << std::endl;
+                << score.perplexity() << std::setw(13) << std::defaultfloat << ratio << std::endl;
       csv << score.length << ',' << score.tokens << ',' << score.mean() << ',' << score.perplexity()
           << ',' << ratio << '\n';
-      series.back().x.push_back(static_cast<double>(score.length));
-      series.back().y.push_back(score.perplexity());
     }
   }
-  if (!arguments.csv.empty()) write_text(arguments.csv, csv.str());
-  if (!arguments.png.empty()) {
-    ChartOptions chart;
-    chart.log_x = true;
-    line_chart(arguments.png, "Perplexity against context length", "context length (tokens)",
-               "perplexity", series, chart);
-  }
+  if (!f.csv.empty()) write_text(f.csv, csv.str());
 }
 
 template <class Engine>
-void run_passkey(const Arguments& arguments) {
-  check_outputs(arguments);
-  Engine engine = open_engine<Engine>(arguments);
-  const Tokenizer tokenizer = open_tokenizer(arguments);
-  for (const Index length : arguments.lengths) passkey_filler(tokenizer, "12345", length);
-  std::ostringstream csv;
-  csv << "length,depth,tests,tokens,accuracy\n" << std::setprecision(9);
-  std::vector<std::vector<double>> accuracy(arguments.depths.size());  // [depth][length]
-  std::vector<std::string> rows, columns;
-  for (const double depth : arguments.depths) rows.push_back(tick_label(depth));
-  Index done = 0;
-  const auto all = static_cast<Index>(arguments.lengths.size() * rows.size());
-  for (const Index length : arguments.lengths) {
-    columns.push_back(std::to_string(length));
-    for (std::size_t d = 0; d < rows.size(); ++d) {
-      PasskeyOptions options;
-      options.length = length;
-      options.depth = arguments.depths[d];
-      options.tests = arguments.tests;
-      options.seed = arguments.sampler.seed;
-      const PasskeyScore score = passkey(engine, tokenizer, options);
-      const Index tokens = score.tokens / score.tests;  // on average
-      accuracy[d].push_back(static_cast<double>(score.right) / static_cast<double>(score.tests));
-      if (done == 0) std::cout << "   length     depth     tests    tokens  accuracy\n";
-      std::cout << std::setw(9) << length << std::setw(10) << rows[d] << std::setw(10)
-                << score.tests << std::setw(10) << tokens << std::fixed << std::setprecision(3)
-                << std::setw(10) << accuracy[d].back() << std::endl;
-      csv << length << ',' << rows[d] << ',' << score.tests << ',' << tokens << ','
-          << accuracy[d].back() << '\n';
-      show_progress(++done, all);
-    }
+void perplexity_command(CLI::App& app) {
+  const auto f = std::make_shared<PerplexityFlags>();
+  CLI::App* sub = app.add_subcommand("perplexity", "perplexity of a text, against context length");
+  f->add_engine(sub, Engine::kHasDevice);
+  f->add_text(sub, false);
+  add_mode(sub, f->mode);
+  sub->add_option("--delta-ratio", f->delta_ratios,
+                  "stretches every step of the state; several, separated by commas")
+      ->delimiter(',')
+      ->check(kRatio);
+  auto* lengths = sub->add_option("--lengths", f->lengths,
+                                  "context lengths, separated by commas (default: the whole text)")
+                      ->delimiter(',')
+                      ->check(CLI::PositiveNumber);
+  auto* stride = sub->add_option("--stride", f->stride,
+                                 "tokens from window to window (default: no overlap; each "
+                                 "token is then read length / stride times)")
+                     ->check(CLI::PositiveNumber);
+  auto* carry =
+      sub->add_flag("--carry-state", f->carry_state, "each window goes on from the one before");
+  sub->add_flag("--truncate", f->truncate,
+                "of each document only the first tokens, one window of each length")
+      ->needs(lengths)
+      ->excludes(stride)
+      ->excludes(carry);
+  sub->add_option("--csv", f->csv, "also write the table here");
+  sub->callback([f] { run_perplexity<Engine>(*f); });
+}
+
+// --- score ---
+
+struct ScoreFlags : ModelFlags {
+  std::string requests, out;
+};
+
+/// One line of the file: {"context", "continuation"}, of a choice "doc" and "label" too.
+inline Request parse_request(const std::string& line, const std::string& where, ModelFiles& files) {
+  const Json json = parse_json(line, where);
+  if (!json.is_object()) fail(where, ": expected an object");
+  const auto field = [&](const char* name, const char* other) -> const Json& {
+    const auto found = json.contains(name) ? json.find(name) : json.find(other);
+    if (found == json.end() || !(found->is_string() || found->is_array()))
+      fail(where, ": ", name, ": expected a string or an array of token ids");
+    return *found;
+  };
+  const Json& context = field("context", "prompt");
+  const Json& continuation = field("continuation", "answer");
+  if (context.type() != continuation.type())
+    fail(where, ": expected two strings or two arrays, found one of each");
+  Request request =
+      context.is_string()
+          ? encode_request(files.tokenizer(), context, continuation)
+          : Request{parse_ids(context, where), parse_ids(continuation, where), 0, 0, {}, 0};
+  begin_text(request, files.config, where);
+  check_ids(request.context, files.config, where + ": context");
+  check_ids(request.continuation, files.config, where + ": continuation");
+  if (json.contains("doc") != json.contains("label"))
+    fail(where, ": expected doc and label, found only one of them");
+  if (!json.contains("doc")) return request;
+  const std::size_t tokens = request.continuation.size();
+  measure(request, continuation.is_string() ? continuation.get<std::string>()
+                   : files.has_tokenizer()  ? files.tokenizer().decode(request.continuation)
+                                            : std::string(tokens, 'x'));  // their number stands in
+  request.question = json["doc"].dump();
+  if (!json["label"].is_number_unsigned())
+    fail(where, ": label: expected the number of the right choice, from 0");
+  request.label = json["label"].get<std::size_t>();
+  return request;
+}
+
+/// A line of JSON for each request: into --out, or to stdout; the summary then goes to stderr.
+template <class Engine>
+void run_score(const ScoreFlags& f) {
+  ModelFiles files(f);
+  std::vector<Request> requests;
+  std::istringstream file(read_file(f.requests));
+  std::size_t number = 0;
+  for (std::string line; std::getline(file, line);) {
+    const std::string where = "--requests: " + f.requests + ": line " + std::to_string(++number);
+    if (line.find_first_not_of(" \t\r") != std::string::npos)
+      requests.push_back(parse_request(line, where, files));
   }
-  if (!arguments.csv.empty()) write_text(arguments.csv, csv.str());
-  if (arguments.png.empty()) return;
-  HeatOptions options;
-  options.low = 0;
-  options.high = 1;
-  heat_map(arguments.png, "Pass-key retrieval", "context length (tokens)", "depth of the key",
-           accuracy, rows, columns, "accuracy", options);
+  if (requests.empty())
+    fail("--requests: ", f.requests, ": expected a JSON object a line, found none");
+  const Questions questions = questions_of(requests);
+  std::optional<AtomicFile> out;
+  if (!f.out.empty()) out.emplace(f.out);
+  Engine engine(files.checkpoint, files.config, f.engine);
+  std::vector<Likelihood> found;
+  for (const Request& request : requests) {
+    found.push_back(likelihood(engine, request));
+    const nlohmann::ordered_json answer = {{"logprob", found.back().logprob},
+                                           {"tokens", request.continuation.size()},
+                                           {"greedy", found.back().greedy}};
+    out ? out->write(answer.dump() + "\n") : void(std::cout << answer.dump() << std::endl);
+    show_progress(static_cast<Index>(found.size()), static_cast<Index>(requests.size()));
+  }
+  if (out) out->commit();
+  (out ? std::cout : std::cerr) << summary(found, questions, requests) << std::endl;
 }
 
 template <class Engine>
-void run_lambada(const Arguments& arguments) {
-  Engine engine = open_engine<Engine>(arguments);
-  const Tokenizer tokenizer = open_tokenizer(arguments);
-  std::vector<std::string> lines;
-  std::istringstream file(read_text(arguments.data));
-  for (std::string line; std::getline(file, line);)
-    if (line.find_first_not_of(" \t\r") != std::string::npos) lines.push_back(line);
-  if (lines.empty())
-    fail("--data: ", arguments.data, ": expected a JSON object a line, found none");
-  if (arguments.limit > 0 && static_cast<std::size_t>(arguments.limit) < lines.size())
-    lines.resize(static_cast<std::size_t>(arguments.limit));
-  LambadaScore score;
-  for (std::size_t i = 0; i < lines.size(); ++i) {
-    const std::string where = "--data: " + arguments.data + ": example " + std::to_string(i + 1);
-    const Json example = parse_json(lines[i], where);
-    const auto text = example.is_object() ? example.find("text") : example.end();
-    if (text == example.end() || !text->is_string())
-      fail(where, ": expected an object with a string \"text\"");
-    try {
-      lambada(engine, tokenizer, text->get<std::string>(), score);
-    } catch (const std::runtime_error& error) {
-      fail(where, ": ", error.what());
-    }
-    show_progress(static_cast<Index>(i) + 1, static_cast<Index>(lines.size()));
-  }
-  std::cout << " examples  accuracy  perplexity\n"
-            << std::setw(9) << score.examples << std::fixed << std::setprecision(4) << std::setw(10)
-            << score.accuracy() << std::setprecision(3) << "  " << std::setw(10)
-            << score.perplexity() << "\n";
+void score_command(CLI::App& app) {
+  const auto f = std::make_shared<ScoreFlags>();
+  CLI::App* sub = app.add_subcommand("score", "how likely continuations and choices are");
+  f->add_engine(sub, Engine::kHasDevice);
+  f->add_delta_ratio(sub);
+  sub->add_option(
+         "--requests", f->requests,
+         "a file with an object {\"context\", \"continuation\"} a line, texts or arrays of "
+         "token ids; choices of one question have \"doc\" and \"label\" too, the number of "
+         "the right one from 0; - for standard input")
+      ->required();
+  sub->add_option("--out", f->out, "write the answers here, a line each, not to standard output");
+  sub->callback([f] { run_score<Engine>(*f); });
 }
 
-/// Pictures and numbers of one layer, into the folder --out.
-inline void run_inspect(const Arguments& arguments) {
-  check_delta_ratio(arguments.delta_ratio);
-  const Config config = open_config(arguments);
-  if (arguments.layer >= config.n_layer)
-    fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", arguments.layer);
-  const Tokenizer tokenizer = open_tokenizer(arguments);
-  const std::string prompt = arguments.prompt == "-" ? read_text("-") : arguments.prompt;
-  const std::vector<Token> ids = tokenizer.encode(prompt);
-  if (ids.empty()) fail("--prompt: expected at least one token, found none");
-  check_ids(ids, config, "--prompt: tokenizer and model do not match");
+// --- inspect ---
+
+struct InspectFlags : ModelFlags {
+  std::string prompt, out;
+  Index layer = 0;
+};
+
+/// Forgets the layers above this one: they do not matter to it.
+inline void keep_layers(ModelFiles& files, Index last) {
+  auto& tensors = files.checkpoint.tensors;
+  for (auto tensor = tensors.begin(); tensor != tensors.end();) {
+    const std::size_t at = tensor->first.find("layers.");
+    const bool above = at != std::string::npos && std::atoll(tensor->first.c_str() + at + 7) > last;
+    tensor = above ? tensors.erase(tensor) : std::next(tensor);
+  }
+  files.config.n_layer = last + 1;
+}
+
+/// Numbers and heat maps of one layer, into the folder --out.
+inline void run_inspect(const InspectFlags& f) {
+  ModelFiles files(f);
+  const Config& config = files.config;
+  if (f.layer >= config.n_layer)
+    fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", f.layer);
+  const std::vector<Token> ids = files.tokenizer().encode_prompt(read_prompt(f.prompt));
+  check_ids(ids, config, "--prompt");
   const auto L = static_cast<std::int64_t>(ids.size());
   const std::int64_t channels = config.version == 1 ? config.d_inner : config.n_heads;
   const auto most = static_cast<std::int64_t>(std::sqrt((1 << 28) / channels));
   if (L > most)
     fail("--prompt: expected at most ", most, " tokens, so that the ", channels,
          " matrices of the layer stay below 1 GiB, found ", L);
-  auto model = load_model<ssm::Model<float>>(read_checkpoint(arguments.model), config);
-  model.sizes.n_layer = arguments.layer + 1;  // those above do not matter
-  std::error_code error;
-  std::filesystem::create_directories(arguments.out, error);
-  if (error) fail("cannot write: ", arguments.out, ": ", error.message());
-  const std::string out = arguments.out + "/";
-  for (const std::string name : {"attention", "delta", "memory", "state_norm"})
-    check_writable(out + name + ".safetensors"), check_writable(out + name + ".png");
+  const std::string out = make_folder(f.out);
+  for (const std::string name : {"attention", "delta", "memory"})
+    check_writable(out + name + ".png");
+  keep_layers(files, f.layer);
+  const auto model = load_model<ssm::Model<float>>(files.checkpoint, config);
 
   const auto view = [](const char* name, const Matrix<float>& m) {
     return tensor_view(name, {m.rows(), m.cols()}, m.data());
   };
   AtomicFile file(out + "attention.safetensors");
   Matrix<float> mean = Matrix<float>::Zero(L, L), like_x(L, config.d_inner);
-  write_safetensors_header(file,
-                           {{"M", DType::F32, {channels, L, L}, nullptr, nullptr},
-                            view("attention", mean),
-                            view("x", like_x),
-                            view("y", like_x)},
-                           {});
-  const Inspection seen = inspect(
-      model, ids, arguments.layer, arguments.delta_ratio, [&](Index c, const Matrix<float>& M) {
-        file.write({reinterpret_cast<const char*>(M.data()),
-                    static_cast<std::size_t>(M.size()) * sizeof(float)});
+  const Tensor all{"M", DType::F32, {channels, L, L}, nullptr, nullptr};
+  write_safetensors_header(
+      file, {all, view("attention", mean), view("x", like_x), view("y", like_x)}, {});
+  const Inspection seen =
+      inspect(model, ids, f.layer, f.engine.delta_ratio, [&](Index c, const Matrix<float>& M) {
+        file.write(view("M", M).bytes());
         mean += M.cwiseAbs() / static_cast<float>(channels);
         show_progress(c + 1, channels);
       });
@@ -2141,314 +1830,183 @@ inline void run_inspect(const Arguments& arguments) {
   write_safetensors(out + "state_norm.safetensors",
                     {tensor_view("state_norm", {L}, seen.state_norm.data())});
 
-  const std::vector<std::string> tokens = token_labels(tokenizer, ids);
-  std::string layer = "layer " + std::to_string(arguments.layer);
-  if (arguments.delta_ratio != 1) layer += ", delta ratio " + tick_label(arguments.delta_ratio);
-  draw_delta(out + "delta.png", seen, layer, tokens);
-  draw_memory(out + "memory.png", seen, layer);
-  draw_state_norm(out + "state_norm.png", seen, layer, tokens);
-  draw_attention(out + "attention.png", mean, layer, tokens);
+  // All of them span decades. Of the attention four are shown; above the diagonal it is log10(0).
+  const Matrix<float> log_mean = mean.array().log10();
+  write_heat_map(out + "attention.png", log_mean, log_mean.maxCoeff() - 4);
+  write_heat_map(out + "delta.png", seen.delta.transpose().array().log10());
+  write_heat_map(out + "memory.png", seen.memory.array().log10());
 }
 
-inline void run_tokenize(const Arguments& arguments) {
-  const Tokenizer tokenizer = open_tokenizer(arguments);
-  for (std::string line; std::getline(std::cin, line);) {
-    if (arguments.decode) {
+inline void inspect_command(CLI::App& app) {
+  const auto f = std::make_shared<InspectFlags>();
+  CLI::App* sub = app.add_subcommand("inspect", "what a layer's scan does with a text");
+  f->add_model(sub);
+  f->add_delta_ratio(sub);
+  sub->add_option("prompt,--prompt", f->prompt, "the text, - for standard input")->required();
+  sub->add_option("--layer", f->layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
+  sub->add_option("--out", f->out,
+                  "the folder to write into: safetensors files of delta, memory, the state's norm "
+                  "and the implied attention, and heat maps of them")
+      ->required();
+  sub->callback([f] { run_inspect(*f); });
+}
+
+// --- tokenize, info, convert ---
+
+inline void tokenize_command(CLI::App& app) {
+  struct Flags : ModelFlags {
+    bool decode = false;
+  };
+  const auto f = std::make_shared<Flags>();
+  CLI::App* sub = app.add_subcommand("tokenize", "standard input to token ids, line by line");
+  f->add_model(sub);
+  sub->add_flag("--decode", f->decode, "token ids to text");
+  sub->callback([f] {
+    const Tokenizer tokenizer = open_tokenizer(*f);
+    for (std::string line; std::getline(std::cin, line);) {
+      if (!line.empty() && line.back() == '\r') line.pop_back();
+      if (!f->decode) {
+        print_ids(tokenizer.encode(line));
+        continue;
+      }
       const std::vector<Token> ids = parse_ids(line, "standard input");
       for (const Token id : ids)
         if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
           fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
       std::cout << tokenizer.decode(ids) << "\n";
-    } else {
-      const std::vector<Token> ids = tokenizer.encode(line);
-      for (std::size_t i = 0; i < ids.size(); ++i) std::cout << (i ? " " : "") << ids[i];
-      std::cout << "\n";
     }
-  }
+    if (std::cin.bad()) fail("cannot read: standard input");
+  });
 }
 
-inline void run_info(const Arguments& arguments) {
-  const Config c = read_config(arguments.model);
-  const Checkpoint checkpoint = read_checkpoint(arguments.model);
+inline void run_info(const ModelFlags& f) {
+  ModelFiles files(f);
+  const Config& c = files.config;
   std::map<std::string, std::size_t> dtypes;
   std::size_t parameters = 0, bytes = 0;
-  for (const auto& [name, tensor] : checkpoint.tensors) {
+  for (const auto& [name, tensor] : files.checkpoint.tensors) {
     parameters += tensor.size();
     bytes += tensor.byte_size();
     dtypes[dtype_name(tensor.dtype)] += tensor.size();
   }
-  std::cout << "model        " << (c.version == 1 ? "Mamba" : "Mamba-2") << ", " << checkpoint.where
-            << "\n"
-            << "d_model      " << c.d_model << "\nn_layer      " << c.n_layer << "\nvocab_size   "
-            << c.vocab_size << "\nd_inner      " << c.d_inner << "\nd_state      " << c.d_state
-            << "\nd_conv       " << c.d_conv << "\n";
+  const auto row = [](const char* name, const auto&... values) {
+    std::cout << std::left << std::setw(13) << name;
+    (std::cout << ... << values) << "\n";
+  };
+  row("model", c.version == 1 ? "Mamba" : "Mamba-2", ", ", files.checkpoint.where);
+  row("d_model", c.d_model), row("n_layer", c.n_layer), row("vocab_size", c.vocab_size);
+  row("d_inner", c.d_inner), row("d_state", c.d_state), row("d_conv", c.d_conv);
   if (c.version == 1)
-    std::cout << "dt_rank      " << c.dt_rank << "\n";
+    row("dt_rank", c.dt_rank);
   else
-    std::cout << "n_heads      " << c.n_heads << "\nhead_dim     " << c.head_dim
-              << "\nn_groups     " << c.n_groups << "\n";
-  std::cout << "head         " << (c.tie_embeddings ? "tied to the embedding" : "its own") << "\n"
-            << "parameters   " << parameters << "\nbytes        " << bytes << "\ndtypes      ";
-  for (const auto& [name, count] : dtypes) std::cout << " " << name << " (" << count << ")";
-  const Index state = c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state);
-  std::cout << "\nstate        " << state * 4 << " bytes a sequence, at any length\n";
+    row("n_heads", c.n_heads), row("head_dim", c.head_dim), row("n_groups", c.n_groups);
+  std::string ends, stored;
+  for (const auto& [id, source] : files.end_tokens())
+    ends += (ends.empty() ? "" : "; ") + std::to_string(id) + " (" + source + ")";
+  row("end tokens", ends.empty() ? "none" : ends);
+  row("head", c.tie_embeddings ? "tied to the embedding" : "its own");
+  row("parameters", parameters), row("bytes", bytes);
+  for (const auto& [name, count] : dtypes)
+    stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
+  row("dtypes", stored);
+  row("state", 4 * c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state),
+      " bytes a sequence, at any length");
 }
 
-/// Writes the model in the Hugging Face layout, with its tokenizer if there is one.
-inline void run_convert(const Arguments& arguments) {
-  namespace fs = std::filesystem;
-  Config config = read_config(arguments.model);
-  const Checkpoint checkpoint = read_checkpoint(arguments.model);
-  std::vector<Tensor> tensors;
-  const Tensor* head = checkpoint.find("lm_head.weight");
+inline void info_command(CLI::App& app) {
+  const auto f = std::make_shared<ModelFlags>();
+  CLI::App* sub = app.add_subcommand("info", "sizes of a model");
+  f->add_model(sub);
+  sub->callback([f] { run_info(*f); });
+}
+
+/// Writes the model in the Hugging Face layout, with the small files that belong to it.
+inline void run_convert(const ModelFlags& f, const std::string& folder) {
+  ModelFiles files(f);
+  Config& config = files.config;
+  check_size(files.checkpoint, config);
+  const Tensor* head = files.checkpoint.find("lm_head.weight");
   config.tie_embeddings =
       config.tie_embeddings &&
-      (!head || same_values(*head, weight(checkpoint, "backbone.embeddings.weight",
-                                          {config.vocab_size, config.d_model})));
+      (!head || same_values(*head, weight(files.checkpoint, "backbone.embeddings.weight",
+                                          {config.vocab_size, config.d_model}, true)));
+  std::vector<Tensor> tensors;
   for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-    Tensor tensor = weight(checkpoint, name, shape);
-    if (!arguments.dtype.empty()) tensor = to_dtype(tensor, parse_dtype(arguments.dtype));
+    Tensor tensor = weight(files.checkpoint, name, shape, config.tie_embeddings);
+    if (f.engine.dtype) tensor = to_dtype(tensor, *f.engine.dtype);
     tensor.name = name;
     if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
     tensors.push_back(tensor);
   });
-  std::error_code error;
-  fs::create_directories(arguments.out, error);
-  if (error) fail("cannot write: ", arguments.out, ": ", error.message());
-  write_safetensors(arguments.out + "/model.safetensors", tensors, {{"format", "pt"}});
-  write_config(arguments.out, config);
-  if (fs::exists(arguments.model + "/tokenizer.json")) {
-    AtomicFile file(arguments.out + "/tokenizer.json");
-    file.write(MappedFile(arguments.model + "/tokenizer.json").bytes());
-    file.commit();
-  }
+  const std::string out = make_folder(folder);
+  write_safetensors(out + "model.safetensors", tensors, {{"format", "pt"}});
+  write_config(folder, config);
+  for (const char* name : {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+                           "chat_template.json", "special_tokens_map.json"})
+    if (const std::string path = f.folder + "/" + name; std::filesystem::exists(path))
+      write_text(out + name, MappedFile(path).bytes());
+  if (const std::string path = tokenizer_path(f); std::filesystem::exists(path))
+    write_text(out + "tokenizer.json", MappedFile(path).bytes());
 }
 
-/// A check for CLI11: a whole number, not below `least`.
-inline CLI::Validator at_least(Index least) {
-  return CLI::Validator(
-      [least](const std::string& text) -> std::string {
-        std::uint64_t value = 0;
-        const char* end = text.data() + text.size();
-        const auto [rest, error] = std::from_chars(text.data(), end, value);
-        const bool good =
-            error == std::errc() && rest == end && value >= static_cast<std::uint64_t>(least);
-        return good ? ""
-                    : "expected a whole number from " + std::to_string(least) + ", found " + text;
-      },
-      "");
+inline void convert_command(CLI::App& app) {
+  const auto f = std::make_shared<std::pair<ModelFlags, std::string>>();
+  CLI::App* sub = app.add_subcommand("convert", "write a model in the Hugging Face layout");
+  f->first.add_model(sub);
+  f->first.add_dtype(sub);
+  sub->add_option("--out", f->second, "the directory to write")->required();
+  sub->callback([f] { run_convert(f->first, f->second); });
 }
 
-/// A check for CLI11: a number from 0 to 1.
-inline CLI::Validator a_part() {
-  return CLI::Validator(
-      [](const std::string& text) -> std::string {
-        char* end = nullptr;
-        const double value = std::strtod(text.c_str(), &end);
-        const bool good = !text.empty() && *end == 0 && value >= 0 && value <= 1;
-        return good ? "" : "expected numbers from 0 to 1, found " + quote(text);
-      },
-      "");
-}
-
-template <class Engine>
-void declare_commands(CLI::App& app, Arguments& a, std::function<void()>& action) {
-  const auto command = [&](const char* name, const char* help, std::function<void()> run) {
-    CLI::App* sub = app.add_subcommand(name, help);
-    sub->callback([&action, run = std::move(run)] { action = run; });
-    return sub;
-  };
-  const auto model = [&](CLI::App* sub) {
-    sub->add_option("--model", a.model, "directory with config.json, weights and tokenizer.json");
-  };
-  const auto engine = [&](CLI::App* sub) {
-    model(sub);
-    sub->add_option("--dtype", a.dtype,
-                    "storage of weights: f32, bf16, f16 (default: as in the file)");
-    if (Engine::kHasDevice) sub->add_option("--device", a.device, "which GPU");
-  };
-  const auto delta_ratio = [&](CLI::App* sub) {
-    sub->add_option("--delta-ratio", a.delta_ratio, "stretches every step of the state");
-  };
-  const auto table = [&](CLI::App* sub) {
-    sub->add_option("--csv", a.csv, "also write the table here");
-    sub->add_option("--png", a.png, "also draw it here");
-  };
-  const auto input = [&](CLI::App* sub, bool ids) {
-    auto* group = sub->add_option_group("input", "the text, one of");
-    auto* text = group->add_option("--text", a.texts,
-                                   ids ? "a text file, - for standard input"
-                                       : "text files, each a document; - for standard input");
-    if (ids) text->expected(1);
-    group->add_option("--ids-file", a.ids_file, "a file of token ids, - for standard input");
-    if (ids) group->add_option("--ids", a.ids, "token ids");
-    group->require_option(1);
-  };
-  const auto mode = [&](CLI::App* sub) {
-    sub->add_option("--mode", a.mode, "parallel, recurrent or chunked=K");
-  };
-
-  auto* generate = command("generate", "continue a text", [&a] { run_generate<Engine>(a); });
-  engine(generate);
-  delta_ratio(generate);
-  auto* prompt = generate->add_option("prompt,--prompt", a.prompt,
-                                      "the text to continue, - for standard input");
-  generate
-      ->add_option("--prompt-file", a.prompt_file,
-                   "several prompts, one a line, - for standard input")
-      ->excludes(prompt);
-  generate->add_option("-n", a.n, "tokens to add at most")->check(at_least(0));
-  generate->add_option("--temperature", a.sampler.temperature, "0 is greedy");
-  generate->add_option("--top-k", a.sampler.top_k, "keep the k likeliest tokens, 0: all");
-  generate->add_option("--top-p", a.sampler.top_p, "keep the likeliest tokens that make up p");
-  generate->add_option("--min-p", a.sampler.min_p,
-                       "keep tokens at least p times as likely as the likeliest");
-  generate->add_option("--repetition-penalty", a.sampler.repetition_penalty,
-                       "above 1: less repetition");
-  generate->add_option("--seed", a.sampler.seed, "same seed, same text")->check(at_least(0));
-  generate->add_option("--batch", a.batch, "so many continuations of each prompt")
-      ->check(at_least(1));
-  generate->add_option("--save-state", a.save_state, "where to leave the state, to go on later");
-  generate->add_option("--load-state", a.load_state, "go on from a saved state");
-  generate->add_flag("--ids", a.print_ids, "print token ids, one line a sequence, instead of text");
-  generate->add_flag("--ignore-eos", a.ignore_eos, "go on after the end-of-text token");
-
-  auto* logits = command("logits", "write the logits of every position", [&a] {
-    const Mode mode = parse_mode(a.mode);
-    check_writable(a.out);
-    Engine e = open_engine<Engine>(a);
-    write_logits(e, documents(a, e.config())[0].ids, mode, a.out);
-  });
-  engine(logits);
-  delta_ratio(logits);
-  input(logits, true);
-  mode(logits);
-  logits->add_option("--out", a.out, "the safetensors file to write")->required();
-
-  auto* ppl = command("perplexity", "perplexity of a text, against context length",
-                      [&a] { run_perplexity<Engine>(a); });
-  engine(ppl);
-  input(ppl, false);
-  mode(ppl);
-  ppl->add_option("--delta-ratio", a.delta_ratios,
-                  "stretches every step of the state; several, separated by commas")
-      ->delimiter(',');
-  auto* lengths = ppl->add_option("--lengths", a.lengths,
-                                  "context lengths, separated by commas (default: the whole text)")
-                      ->delimiter(',')
-                      ->check(at_least(1));
-  auto* stride = ppl->add_option("--stride", a.stride,
-                                 "tokens from window to window (default: no overlap; each "
-                                 "token is then read length / stride times)")
-                     ->check(at_least(1));
-  auto* carry =
-      ppl->add_flag("--carry-state", a.carry_state, "each window goes on from the one before");
-  ppl->add_flag("--truncate", a.truncate,
-                "of each document only the first tokens, one window of each length")
-      ->needs(lengths)
-      ->excludes(stride)
-      ->excludes(carry);
-  table(ppl);
-
-  auto* passkey =
-      command("passkey", "find a number hidden in a long text", [&a] { run_passkey<Engine>(a); });
-  engine(passkey);
-  delta_ratio(passkey);
-  passkey->add_option("--lengths", a.lengths, "tokens of the prompt, separated by commas")
-      ->delimiter(',')
-      ->check(at_least(1))
-      ->required();
-  passkey->add_option("--depths", a.depths, "where the number stands, 0 at the start, 1 at the end")
-      ->delimiter(',')
-      ->check(a_part());
-  passkey->add_option("--tests", a.tests, "prompts of each length and depth")->check(at_least(1));
-  passkey->add_option("--seed", a.sampler.seed, "same seed, same numbers")->check(at_least(0));
-  table(passkey);
-
-  auto* lambada =
-      command("lambada", "guess the last word (lambada_openai)", [&a] { run_lambada<Engine>(a); });
-  engine(lambada);
-  delta_ratio(lambada);
-  lambada
-      ->add_option("--data", a.data,
-                   "a file with a JSON object {\"text\": ...} a line, - for standard input")
-      ->required();
-  lambada->add_option("--limit", a.limit, "only so many examples, 0: all")->check(at_least(0));
-
-  auto* inspect =
-      command("inspect", "draw what a layer's scan does with a text", [&a] { run_inspect(a); });
-  model(inspect);
-  delta_ratio(inspect);
-  inspect->add_option("prompt,--prompt", a.prompt, "the text, - for standard input")->required();
-  inspect->add_option("--layer", a.layer, "which layer, from 0")->check(at_least(0));
-  inspect->add_option("--out", a.out, "the folder to write into")->required();
-
-  auto* tokenize =
-      command("tokenize", "standard input to token ids, line by line", [&a] { run_tokenize(a); });
-  model(tokenize);
-  tokenize->add_flag("--decode", a.decode, "token ids to text");
-
-  model(command("info", "sizes of a model", [&a] { run_info(a); }));
-
-  auto* convert =
-      command("convert", "write a model in the Hugging Face layout", [&a] { run_convert(a); });
-  model(convert);
-  convert->add_option("--dtype", a.dtype, "f32, bf16 or f16 (default: as in the file)");
-  convert->add_option("--out", a.out, "the directory to write")->required();
-
-  auto* bench = command("bench", "measure speed on random weights", [&a] {
-    if (!a.dtype.empty()) a.bench.dtype = parse_dtype(a.dtype);
-    a.bench.device = a.device;
-    Engine::bench(a.bench);
-  });
-  bench->add_option("op", a.bench.op, Engine::kBenchOps)->required();
-  bench->add_option("--shape", a.bench.shape,
-                    "a published size: 130m .. 2.8b, mamba2-130m .. mamba2-2.7b");
-  bench->add_option("--length", a.bench.length, "tokens of a prefill")->check(at_least(1));
-  bench->add_option("--batch", a.bench.batch, "sequences at once")->check(at_least(1));
-  bench->add_option("--repeat", a.bench.repeat, "measurements, of which the median is printed")
-      ->check(at_least(1));
-  bench->add_option("--dtype", a.dtype, "storage of weights: f32, bf16, f16");
-  if (Engine::kHasDevice) bench->add_option("--device", a.device, "which GPU");
-}
+/// A subcommand: adds itself to the app, with what it does once it was parsed.
+using Command = void (*)(CLI::App&);
 
 /// The whole of main: `mamba "Once upon a time"` is short for `mamba generate "Once upon a time"`.
 template <class Engine>
-int run(int argc, char** argv) {
+int run(int argc, char** argv, const std::vector<Command>& more = {}) {
+  take_standard_numbers();
   std::ios::sync_with_stdio(false);
   CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();  // --help shows them
-  Arguments arguments;
-  std::function<void()> action;
-  declare_commands<Engine>(app, arguments, action);
+  std::vector<Command> commands = {generate_command<Engine>,
+                                   logits_command<Engine>,
+                                   perplexity_command<Engine>,
+                                   score_command<Engine>,
+                                   inspect_command,
+                                   tokenize_command,
+                                   info_command,
+                                   convert_command};
+  commands.insert(commands.end(), more.begin(), more.end());
+  for (const Command declare : commands) declare(app);
+  std::vector<std::string> words(argv + 1, argv + argc);
+  bool named = words.empty() || words[0] == "-h" || words[0] == "--help";
+  for (const CLI::App* sub : app.get_subcommands({})) named = named || words[0] == sub->get_name();
+  if (!named) words.insert(words.begin(), "generate");
+  std::reverse(words.begin(), words.end());  // as CLI11 wants them
+  const auto say = [](const std::string& line, int status) {
+    std::cerr << Engine::kName << ": " << line << "\n";
+    return status;
+  };
   try {
-    std::vector<std::string> words(argv + 1, argv + argc);
-    bool named = words.empty() || words[0] == "-h" || words[0] == "--help";
-    for (const CLI::App* sub : app.get_subcommands({}))
-      named = named || words[0] == sub->get_name();
-    if (!named) words.insert(words.begin(), "generate");
-    std::reverse(words.begin(), words.end());  // as CLI11 wants them
-    app.parse(words);
-  } catch (const CLI::CallForHelp& help) {
-    return app.exit(help);
-  } catch (const CLI::ParseError& error) {
-    std::cerr << Engine::kName << ": " << error.what() << "; --help shows the usage\n";
-    return 2;
-  }
-  try {
-    action();
+    try {
+      app.parse(words);
+    } catch (const CLI::CallForHelp& help) {
+      app.exit(help);
+    }
     if (!std::cout.flush()) fail("cannot write to standard output");
     return 0;
+  } catch (const CLI::ParseError& error) {
+    return say(std::string(error.what()) + "; --help shows the usage", 2);
   } catch (const UsageError& error) {
-    std::cerr << Engine::kName << ": " << error.what() << "\n";
-    return 2;
+    return say(error.what(), 2);
   } catch (const std::bad_alloc&) {
-    std::cerr << Engine::kName << ": out of memory\n";
+    return say("out of memory", 1);
+  } catch (const std::length_error&) {
+    return say("out of memory: more was asked for than there can be", 1);
   } catch (const std::exception& error) {
-    std::cerr << Engine::kName << ": " << error.what() << "\n";
+    return say(error.what(), 1);
   }
-  return 1;
 }
 
 }  // namespace mamba

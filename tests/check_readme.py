@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Checks the links of README.md: [`name`](file#L12) must point to the first line of code that has the name,
+"""Checks the links of README.md and tests/README.md: [`name`](file#L12) must point to the first line of code that has the name,
 a function's where it is first followed by its arguments: files define before they use.
 
 Usage: check_readme.py [--fix]      (--fix rewrites the line numbers; run from the repository's root)
@@ -21,15 +21,16 @@ def first_line(lines, name, is_code):
     return None
 
 
-def check(text, fix):
+def check(text, folder, fix):
     """The text with its links mended if asked to, how many have lines, and what is wrong."""
     files, wrong, lines_linked = {}, [], 0
 
     def visit(link):
         nonlocal lines_linked
-        tick, name, path, line = link.groups()
-        if path.startswith(("http:", "https:")):
+        tick, name, target, line = link.groups()
+        if target.startswith(("http:", "https:")):
             return link.group(0)
+        path = os.path.normpath(os.path.join(folder, target))
         if not os.path.exists(path):
             wrong.append(f"{path}: no such file")
             return link.group(0)
@@ -43,22 +44,25 @@ def check(text, fix):
             wrong.append(f"{path}: nothing there is named {name!r}")
         elif found != int(line) and not fix:
             wrong.append(f"{path}: {name!r}: expected at line {line}, found at line {found}")
-        return f"[{tick}{name}{tick}]({path}#L{found or line})"
+        return f"[{tick}{name}{tick}]({target}#L{found or line})"
 
     return LINK.sub(visit, text), lines_linked, wrong
 
 
 def main():
-    with open("README.md", encoding="utf-8") as f:
-        text = f.read()
-    mended, links, wrong = check(text, "--fix" in sys.argv[1:])
-    for line in wrong:
-        print(f"README.md: {line}")
-    if mended != text:
-        with open("README.md", "w", encoding="utf-8") as f:
-            f.write(mended)
-    print(f"README.md: {links} links to lines, {len(wrong)} wrong")
-    return 1 if wrong or not links else 0
+    failed = False
+    for page in ("README.md", "tests/README.md"):
+        with open(page, encoding="utf-8") as f:
+            text = f.read()
+        mended, links, wrong = check(text, os.path.dirname(page), "--fix" in sys.argv[1:])
+        for line in wrong:
+            print(f"{page}: {line}")
+        if mended != text:
+            with open(page, "w", encoding="utf-8") as f:
+                f.write(mended)
+        print(f"{page}: {links} links to lines, {len(wrong)} wrong")
+        failed = failed or bool(wrong) or not links
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

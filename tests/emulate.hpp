@@ -4,8 +4,8 @@
 // memory (cp.async) arrive as late as they may. Blocks, kernels and copies follow one another.
 //
 // Found here: wrong indices, masks, counts, barriers and tails; with the host's AddressSanitizer, accesses
-// outside of buffers. Not found: races between warps, memory ordering, overlap of kernels, anything that
-// Hopper alone has (wgmma), and nothing about speed. Approximate instructions are exact.
+// outside of buffers. Not found: races between warps, memory ordering, overlap of kernels, and nothing
+// about speed. Approximate instructions are exact; wgmma, which works in the background, is done at once.
 #pragma once
 
 #include <cublas_v2.h>
@@ -13,6 +13,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <type_traits>
 #include <vector>
 
@@ -35,6 +37,7 @@
 #define blockIdx emulated::block
 #define blockDim emulated::block_size
 #define gridDim emulated::grid_size
+#define __CUDA_ARCH_FEAT_SM90_ALL  // kernels for Hopper run, too
 
 namespace emulated {
 
@@ -109,10 +112,11 @@ struct Barrier {
     while (generation == mine) yield();
   }
 };
-inline Barrier all_threads, named_barrier, warp_barriers[32][32];
+inline Barrier all_threads, named_barriers[16], warp_barriers[32][32];
 
 inline void run_block(int threads, bool backwards) {
-  all_threads = named_barrier = {};
+  all_threads = {};
+  for (Barrier& b : named_barriers) b = {};
   for (auto& of_warp : warp_barriers)
     for (Barrier& b : of_warp) b = {};
   for (int t = 0; t < threads; ++t) prepare(fibers[t]);
@@ -217,6 +221,50 @@ inline void load_matrices(std::uint32_t (&r)[4], std::uint32_t address, bool tra
       }
   });
 }
+inline void store_matrices(std::uint32_t address, std::array<std::uint32_t, 4> r, bool transposed) {
+  const int g = lane() / 4, t = lane() % 4;
+  together(~0u, address, [&](const auto& at) {
+    for (int matrix = 0; matrix < 4; ++matrix)
+      for (int half = 0; half < 2; ++half) {
+        const int row = transposed ? 2 * t + half : g, column = transposed ? g : 2 * t + half;
+        std::memcpy(shared_memory + at(8 * matrix + row) + 2 * column,
+                    reinterpret_cast<char*>(&r[matrix]) + 2 * half, 2);
+      }
+  });
+}
+
+// wgmma.m64n64k16 by each warp for its own 16 rows of d: four tiles of mma, a operand a.
+// A described tile has rows of 128 bytes, in which 16-byte piece c of row r lies at c ^ (r % 8).
+inline void in_tile(void* to, std::uint64_t tile, int row, int column) {
+  const std::uint32_t start = std::uint32_t(tile & 0x3fff) * 16 + row * 128 + column * 2;
+  std::memcpy(to, shared_memory + (start ^ (start / 128 % 8 * 16)), 2);
+}
+template <class T>
+void multiply_async(float (*d)[4], const std::uint32_t (&a)[4], std::uint64_t b, int add,
+                    bool transposed) {
+  const int g = lane() / 4, t = lane() % 4;
+  for (int j = 0; j < 8; ++j) {
+    std::uint16_t of_b[4];  // rows k 2t, 2t + 1 (+ 8), column n 8j + g
+    for (int i = 0; i < 4; ++i) {
+      const int k = 2 * t + i % 2 + i / 2 * 8, n = 8 * j + g;
+      transposed ? in_tile(&of_b[i], b, k, n) : in_tile(&of_b[i], b, n, k);
+    }
+    std::uint32_t words[2];
+    std::memcpy(words, of_b, sizeof words);
+    if (!add) d[j][0] = d[j][1] = d[j][2] = d[j][3] = 0;
+    mma<T>(d[j], a, words[0], words[1]);
+  }
+}
+template <class T>
+void multiply_async(float (*d)[4], std::uint64_t a, std::uint64_t b, int add, bool transposed) {
+  std::uint16_t of_a[8];  // rows g, g + 8 of the warp's, columns 2t, 2t + 1 (+ 8)
+  for (int i = 0; i < 8; ++i)
+    in_tile(&of_a[i], a, current % 128 / 32 * 16 + lane() / 4 + i / 2 % 2 * 8,
+            lane() % 4 * 2 + i % 2 + i / 4 * 8);
+  std::uint32_t words[4];
+  std::memcpy(words, of_a, sizeof words);
+  multiply_async<T>(d, words, b, add, transposed);
+}
 inline std::uint32_t transpose_matrix(std::uint32_t r) {
   std::uint32_t word = 0;
   together(~0u, r, [&](const auto& at) {
@@ -253,6 +301,23 @@ inline void copy_async_wait(std::size_t pending) {
 }
 
 }  // namespace emulated
+
+// mbarrier: of the phase that is not over, the arrivals to come; and its number.
+struct __mbarrier_t {
+  std::uint16_t count, pending;
+  std::uint32_t phase;
+};
+inline void __mbarrier_init(__mbarrier_t* barrier, unsigned count) {
+  *barrier = {std::uint16_t(count), std::uint16_t(count), 0};
+}
+inline void __mbarrier_arrive(__mbarrier_t* barrier) {
+  ++emulated::progress;
+  if (--barrier->pending == 0) barrier->pending = barrier->count, ++barrier->phase;
+}
+inline bool __mbarrier_try_wait_parity(__mbarrier_t* barrier, bool parity, unsigned) {
+  if (barrier->phase % 2 == parity) emulated::yield();
+  return barrier->phase % 2 != parity;
+}
 
 inline void __syncthreads() { emulated::all_threads.wait(blockDim.x); }
 inline int __syncthreads_or(int v) {
@@ -294,6 +359,29 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(v) : 32; }
+
+// CUB's stable sort of pairs by the bits [begin, end) of their keys.
+namespace cub {
+struct DeviceRadixSort {
+  template <class Key, class Value>
+  static cudaError_t SortPairs(void* room, std::size_t& bytes, const Key* keys, Key* sorted_keys,
+                               const Value* values, Value* sorted_values, std::int64_t count,
+                               int begin, int end, cudaStream_t) {
+    bytes = 1;
+    if (!room) return cudaSuccess;
+    emulated::submit([=] {
+      std::multimap<Key, std::int64_t> order;
+      for (std::int64_t i = 0; i < count; ++i)
+        order.emplace(keys[i] << (64 - end) >> (64 - end + begin), i);
+      std::int64_t next = 0;
+      for (const auto& [bits, i] : order)
+        sorted_keys[next] = keys[i], sorted_values[next++] = values[i];
+    });
+    return cudaSuccess;
+  }
+};
+}  // namespace cub
+
 inline float __log2f(float x) { return std::log2(x); }
 inline float rsqrtf(float x) { return float(1 / std::sqrt(double(x))); }
 inline long long __double_as_longlong(double v) {
@@ -309,6 +397,9 @@ inline float __uint_as_float(unsigned v) {
 inline std::size_t __cvta_generic_to_shared(const void* p) {
   return static_cast<const unsigned char*>(p) - emulated::shared_memory;
 }
+inline void* __cvta_shared_to_generic(std::size_t address) {
+  return emulated::shared_memory + address;
+}
 template <class A, class B>
 std::common_type_t<A, B> min(A a, B b) {
   using C = std::common_type_t<A, B>;
@@ -321,7 +412,8 @@ std::common_type_t<A, B> max(A a, B b) {
 }
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
-  *attributes = {};  // 0 registers, like a kernel that was not compiled for this GPU
+  *attributes = {};
+  attributes->numRegs = 128;  // like a kernel that was compiled for this GPU
   return cudaSuccess;
 }
 template <class Kernel>

@@ -14,13 +14,15 @@ import sys
 INSTRUCTIONS = [
     ("ex2.approx", "y = emulated::exp2(x);"),
     ("rcp.approx", "y = emulated::reciprocal(x);"),
-    ("barrier.sync 1", "emulated::named_barrier.wait(threads);"),
-    ("cvt.rn.bf16x2", "r = emulated::pack<__nv_bfloat16>(lo, hi);"),
-    ("cvt.rn.f16x2", "r = emulated::pack<__half>(lo, hi);"),
-    ("f32.bf16.bf16.f32 {%0,%1,%2,%3}", "emulated::mma<__nv_bfloat16>(d, a, b0, b1);"),
-    ("f32.f16.f16.f32 {%0,%1,%2,%3}", "emulated::mma<__half>(d, a, b0, b1);"),
+    ("barrier.sync 1", "emulated::named_barriers[1].wait(threads);"),
+    ("bar.sync %0, 128", "emulated::named_barriers[1 + warpgroup].wait(128);"),
+    ("wgmma.mma_async", "emulated::multiply_async<T>(d, a, b, add, kTransposed);"),
+    ("wgmma.", ";"),
+    ("mma.sync", "emulated::mma<T>(D, a, B0, B1);"),
     ("ldmatrix.sync.aligned.m8n8.x4.trans", "emulated::load_matrices(r, address, true);"),
     ("ldmatrix.sync.aligned.m8n8.x4", "emulated::load_matrices(r, address, false);"),
+    ("stmatrix.sync.aligned.m8n8.x4.trans", "emulated::store_matrices(address, {r0, r1, r2, r3}, true);"),
+    ("stmatrix.sync.aligned.m8n8.x4", "emulated::store_matrices(address, {r0, r1, r2, r3}, false);"),
     ("movmatrix", "r = emulated::transpose_matrix(r);"),
     ("cp.async.cg", "emulated::copy_async(to, from, 16, valid);"),
     ("cp.async.ca", "emulated::copy_async(to, from, kBytes, valid);"),
@@ -28,6 +30,8 @@ INSTRUCTIONS = [
     ("cp.async.wait_all", "emulated::copy_async_commit(), emulated::copy_async_wait(0);"),
     ("cp.async.wait_group", "emulated::copy_async_wait(kPending);"),
     ("griddepcontrol", ";"),
+    ("setmaxnreg", ";"),
+    ("fence.proxy", ";"),
     ("prefetch.global", ";"),
 ]
 
@@ -65,8 +69,9 @@ def replace_assembly(text):
             continue
         stop = text.index(";", closing(text, match.end() - 1)) + 1
         statement = text[match.start():stop]
-        known = [code for instruction, code in INSTRUCTIONS if instruction in statement]
-        code = known[0] if known else 'emulated::give_up("an instruction that only Hopper has");'
+        code = next((code for instruction, code in INSTRUCTIONS if instruction in statement), None)
+        if code is None:
+            raise SystemExit(f"emulate.py: expected one of {[i for i, _ in INSTRUCTIONS]}, found {statement!r}")
         line_end = "\\\n" if "\\\n" in statement else "\n"  # of a macro, or not
         result += text[end:match.start()] + code + line_end * statement.count("\n")
         end = stop
@@ -93,8 +98,7 @@ def replace_launches(text):
 
 
 def translate(text):
-    text = re.sub(r"#include <(cuda_\w+|cublas_v2)\.h>", '#include "emulate.hpp"', text)
-    text = text.replace('#include "../mamba.cu"', '#include "mamba.cu"')
+    text = re.sub(r"#include <((cuda_\w+|cublas_v2)\.h|cub/[\w/]+\.cuh)>", '#include "emulate.hpp"', text)
     text = re.sub(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
                   r"\1* \2 = reinterpret_cast<\1*>(emulated::shared_memory);", text)
     return replace_launches(replace_assembly(text))

@@ -99,7 +99,7 @@ Matrix<Scalar> matrix(const mamba::Tensor& tensor) {
   return m;
 }
 
-/// Checks |got - want| <= k eps magnitude, entry by entry (DESIGN: numerics), where magnitude is the
+/// Checks |got - want| <= k eps magnitude, entry by entry (README: Verification), where magnitude is the
 /// natural size of the terms that were added. NaN never passes. Returns the worst multiple of
 /// eps * magnitude.
 template <class Got, class Want, class Size>

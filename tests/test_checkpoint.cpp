@@ -1,13 +1,17 @@
 // Claims about reading and writing models: config.json in both published layouts,
-// safetensors, PyTorch files old and new, and the numbers in them.
+// safetensors, what torch.save writes for people who train, and the numbers in them.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <limits>
 #include <random>
+#include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "support.hpp"
@@ -80,6 +84,42 @@ std::uint16_t nearest(double x, Widen widen, std::uint16_t infinity, double next
   return sign | (below < above || (below == above && low % 2 == 0) ? low : high);
 }
 
+/// The conversions that tensors go through, one value at a time.
+template <class To, class From>
+To converted(From value) {
+  Tensor tensor{"x", dtype_of<From>(), {1}, &value, nullptr};
+  return values<To>(tensor)[0];
+}
+template <class Half>
+std::uint16_t bits_of(Half half) {
+  return Eigen::numext::bit_cast<std::uint16_t>(half);
+}
+float f16_to_float(std::uint16_t h) {
+  return converted<float>(Eigen::numext::bit_cast<Eigen::half>(h));
+}
+float bf16_to_float(std::uint16_t b) {
+  return converted<float>(Eigen::numext::bit_cast<Eigen::bfloat16>(b));
+}
+
+/// std::cerr while this lives, which warnings go to.
+class Warnings {
+ public:
+  Warnings() : before_(std::cerr.rdbuf(text_.rdbuf())) {}
+  ~Warnings() { std::cerr.rdbuf(before_); }
+  std::string text() const { return text_.str(); }
+  std::size_t lines() const {
+    const std::string all = text();
+    return static_cast<std::size_t>(std::count(all.begin(), all.end(), '\n'));
+  }
+
+ private:
+  std::ostringstream text_;
+  std::streambuf* before_;
+};
+
+std::uint16_t float_to_f16(float x) { return bits_of(converted<Eigen::half>(x)); }
+std::uint16_t float_to_bf16(float x) { return bits_of(converted<Eigen::bfloat16>(x)); }
+
 }  // namespace
 
 TEST_CASE("numbers: every float16 and bfloat16 widens to the value that it stands for") {
@@ -116,6 +156,7 @@ TEST_CASE("numbers: narrowing what was widened gives the same bits, NaN stays Na
 }
 
 TEST_CASE("numbers: narrowing rounds to the nearest, ties to even, too large to infinity") {
+  const Warnings warnings;  // of what becomes infinite, thousands
   const auto check = [](float x) {
     const std::uint16_t half = nearest(x, f16_by_definition, 0x7c00, 65536.0);
     if (float_to_f16(x) != half) FAIL("float16 of " << x);
@@ -138,6 +179,30 @@ TEST_CASE("numbers: narrowing rounds to the nearest, ties to even, too large to 
     std::memcpy(&x, &bits, sizeof x);
     if (!std::isnan(x)) check(x);
   }
+}
+
+TEST_CASE("numbers: a value that becomes infinite is a warning with the tensor's name") {
+  const std::vector<double> large = {1, 1e5, -1e39, 1e300, kInf, std::nan(""), 65504};
+  const Tensor doubles = tensor_view("layers.0.D", {7}, large.data());
+  const Tensor floats = to_dtype(tensor_view("layers.0.D", {2}, large.data()), DType::F32);
+  const Tensor brain = to_dtype(floats, DType::BF16);
+  const float almost = std::numeric_limits<float>::max();  // nearest in bfloat16: 2^128
+  const auto warning = [](auto convert_it) {
+    const Warnings warnings;
+    convert_it();
+    return warnings.text();
+  };
+  const std::string start = "warning: 'layers.0.D': ";
+  CHECK(warning([&] { to_dtype(floats, DType::F16); }) ==
+        start + "1 of 2 values are too large for F16: they become infinite\n");
+  CHECK(warning([&] { to_dtype(brain, DType::F16); }) ==
+        start + "1 of 2 values are too large for F16: they become infinite\n");
+  CHECK(warning([&] { to_dtype(doubles, DType::F16); }).find("3 of 7") != std::string::npos);
+  CHECK(warning([&] { values<float>(doubles); }) ==
+        start + "2 of 7 values are too large for F32: they become infinite\n");
+  CHECK(warning([&] { to_dtype(tensor_view("x", {1}, &almost), DType::BF16); }) ==
+        "warning: 'x': 1 of 1 values are too large for BF16: they become infinite\n");
+  CHECK(warning([&] { to_dtype(floats, DType::BF16), to_dtype(floats, DType::F64); }).empty());
 }
 
 TEST_CASE("safetensors: what is written is read back, in every dtype and shape") {
@@ -219,33 +284,121 @@ TEST_CASE("files: a write that fails leaves the old file and nothing beside it")
   check_error([&] { write_safetensors(path, {tensor_view("\xff", {1}, &two)}); }, "UTF-8");
   CHECK(values<float>(read_safetensors(path).at("x"))[0] == 1);
   CHECK(folder.files() == 1);
+  check_writable(path);
+  check_writable(folder / "other");
   {
     AtomicFile abandoned(folder / "other");
     abandoned.write("half of it");
-    CHECK(folder.files() == 2);
-    CHECK(!fs::exists(folder / "other"));
+    CHECK(folder.files() == 1);  // it has no name yet: not even SIGKILL could leave it here
   }
   CHECK(folder.files() == 1);
   write_safetensors(path, {tensor_view("x", {1}, &two)});
   CHECK(values<float>(read_safetensors(path).at("x"))[0] == 2);
   CHECK(folder.files() == 1);
   check_error([&] { write_safetensors(folder / "no/such/folder", {}); }, "No such file");
-  // What is not a regular file is written into, not replaced.
+  check_error([&] { check_writable(folder.path); }, "Is a directory");
+  fs::create_symlink("/dev/full", folder / "full");
+  check_error([&] { AtomicFile(folder / "full").write("x"); }, "No space left");
+}
+
+namespace {
+
+mode_t mode_of(const std::string& path) {
+  struct stat status = {};
+  REQUIRE(::stat(path.c_str(), &status) == 0);
+  return status.st_mode & 07777;
+}
+
+void write_whole(const std::string& path, const std::string& text) {
+  AtomicFile file(path);
+  file.write(text);
+  file.commit();
+}
+
+}  // namespace
+
+TEST_CASE("files: a new file has the user's mode, one that is replaced keeps its own") {
+  const test::TempFolder folder;
+  const mode_t before = ::umask(027);
+  write_whole(folder / "new", "new");
+  ::umask(before);
+  CHECK(mode_of(folder / "new") == 0640);
+  for (const mode_t mode : {0600, 0644, 0660, 0755}) {
+    REQUIRE(::chmod((folder / "new").c_str(), mode) == 0);
+    write_whole(folder / "new", "again");
+    CHECK(mode_of(folder / "new") == mode);
+  }
+  CHECK(read_file(folder / "new") == "again");
+  CHECK(folder.files() == 1);
+}
+
+TEST_CASE("files: links are followed, also to where nothing is yet, and stay") {
+  const test::TempFolder folder;
+  fs::create_directory(folder / "sub");
+  fs::create_symlink("sub/second", folder / "first");  // relative to where each link lies
+  fs::create_symlink("target", folder / "sub/second");
+  for (const char* text : {"made", "replaced"}) {
+    write_whole(folder / "first", text);
+    CHECK(fs::is_symlink(folder / "first"));
+    CHECK(fs::is_symlink(folder / "sub/second"));
+    CHECK(!fs::is_symlink(folder / "sub/target"));
+    CHECK(read_file(folder / "sub/target") == text);
+  }
+  CHECK(folder.files() == 2);
+  fs::create_symlink("loop", folder / "loop");
+  check_error([&] { write_whole(folder / "loop", "x"); }, "cannot write");
+}
+
+TEST_CASE("files: a pipe is opened once, by the first write, and stays a pipe") {
+  const test::TempFolder folder;
   const std::string pipe = folder / "pipe";
   REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  check_writable(pipe);  // would wait for a reader if it opened the pipe
+  AtomicFile through(pipe);
   const int reader = ::open(pipe.c_str(), O_RDONLY | O_NONBLOCK);
-  {
-    AtomicFile through(pipe);
-    through.write("hello");
-    through.commit();
-  }
+  through.write("hel");
+  through.write("lo");
+  through.commit();
   char text[8] = {};
   CHECK(::read(reader, text, sizeof text) == 5);
   CHECK(std::string(text) == "hello");
   CHECK(fs::is_fifo(pipe));
+  CHECK(folder.files() == 1);
   ::close(reader);
-  fs::create_symlink("/dev/full", folder / "full");
-  check_error([&] { AtomicFile(folder / "full").write("x"); }, "No space left");
+}
+
+TEST_CASE("files: what stands for an open file is written where that one stands") {
+  const test::TempFolder folder;
+  write_file(folder / "log", "before\n");
+  const int log = ::open((folder / "log").c_str(), O_WRONLY | O_APPEND);
+  fs::create_symlink("/dev/fd/" + std::to_string(log), folder / "link");
+  write_whole("/dev/fd/" + std::to_string(log), "one\n");
+  write_whole("/proc/self/fd/" + std::to_string(log), "two\n");
+  write_whole(folder / "link", "three\n");
+  ::close(log);
+  CHECK(read_file(folder / "log") == "before\none\ntwo\nthree\n");
+  check_error([&] { write_whole("/dev/fd/" + std::to_string(log), "x"); }, "Bad file descriptor");
+}
+
+TEST_CASE("files: a text is read whole from a file or a pipe; a pipe is not mapped") {
+  const test::TempFolder folder;
+  std::string text(200000, 'x');
+  text[70000] = '\0';
+  write_file(folder / "text", text);
+  write_file(folder / "empty", "");
+  CHECK(read_file(folder / "text") == text);
+  CHECK(read_file(folder / "empty").empty());
+  check_error([&] { read_file(folder.path); }, "cannot read: " + folder.path + ": Is a directory");
+  check_error([&] { read_file(folder / "none"); }, "none: No such file");
+  const std::string pipe = folder / "pipe";
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  std::thread writer([&] { write_whole(pipe, text); });
+  CHECK(read_file(pipe) == text);
+  writer.join();
+  const std::string line = pipe + ": expected a file, found a pipe";  // and no waiting for a writer
+  check_error([&] { MappedFile{pipe}; }, line);
+  check_error([&] { read_safetensors(pipe); }, line);
+  check_error([&] { MappedFile{"/dev/null"}; }, "found something else");
 }
 
 TEST_CASE("files: a mapping moves, and lives as long as a tensor that looks into it") {
@@ -256,7 +409,6 @@ TEST_CASE("files: a mapping moves, and lives as long as a tensor that looks into
   MappedFile second(std::move(first));
   CHECK(second.bytes() == "hello");
   first = MappedFile(folder / "empty");
-  CHECK(first.size() == 0);
   CHECK(first.bytes().empty());
   const std::vector<float> numbers(5000, 0.5f);
   write_safetensors(folder / "m", {tensor_view("x", {5000}, numbers.data())});
@@ -266,8 +418,9 @@ TEST_CASE("files: a mapping moves, and lives as long as a tensor that looks into
 }
 
 TEST_CASE("torch.save: every kind of tensor, view and sharing is read as PyTorch reads it") {
-  for (const char* name : {"zip", "zip_protocol4", "legacy", "module", "module_legacy", "untyped",
-                           "wrapped", "wrapped_model"}) {
+  for (const char* name :
+       {"zip", "zip_protocol4", "module", "untyped", "wrapped", "wrapped_model", "attributes",
+        "nanogpt", "lightning", "tutorial", "deepspeed", "nested"}) {
     INFO("file " << name);
     const std::string path = golden(std::string("torch_save/") + name);
     require_same(read_pytorch_bin(path + ".bin"), read_safetensors(path + ".safetensors"));
@@ -279,11 +432,15 @@ TEST_CASE("torch.save: every kind of tensor, view and sharing is read as PyTorch
 }
 
 TEST_CASE("torch.save: a pickle that asks for more than tensors is refused by name") {
-  for (const char* name : {"hostile", "hostile_legacy"}) {
-    const std::string path = golden(std::string("torch_save/") + name + ".bin");
-    check_error([&] { read_pytorch_bin(path); }, "asks for 'posix.system'");
-    check_error([&] { read_pytorch_bin(path); }, path);
-  }
+  const std::string path = golden("torch_save/hostile.bin");
+  check_error([&] { read_pytorch_bin(path); }, "asks for 'posix.system'");
+  check_error([&] { read_pytorch_bin(path); }, path);
+}
+
+TEST_CASE("torch.save: the format from before PyTorch 1.6 is refused by name") {
+  const std::string path = golden("torch_save/before_1.6.bin");
+  check_error([&] { read_pytorch_bin(path); },
+              path + ": found a file that torch.save wrote before PyTorch 1.6");
 }
 
 TEST_CASE("checkpoints: shards and their index read as one") {
@@ -306,6 +463,126 @@ TEST_CASE("checkpoints: shards and their index read as one") {
   const Checkpoint torch = read_checkpoint(bins.path);
   require_same(torch.at("0.weight"),
                read_safetensors(golden("torch_save/module.safetensors")).at("0.weight"));
+}
+
+TEST_CASE("checkpoints: what wrappers leave in names is taken off, in any order") {
+  const test::TempFolder folder;
+  const std::vector<float> a = {1, 2};
+  const auto write = [&](const std::vector<std::string>& names, const std::vector<float>& last) {
+    std::vector<Tensor> tensors;
+    for (const std::string& name : names) tensors.push_back(tensor_view(name, {2}, a.data()));
+    tensors.back().data = last.data();
+    write_safetensors(folder / "model.safetensors", tensors);
+  };
+  for (const char* name : {"module.layers.0.D", "_orig_mod.layers.0.D", "model.layers.0.D",
+                           "module._orig_mod.layers.0.D", "_orig_mod.module.model.layers.0.D",
+                           "module.module.layers.0.D", "layers.0._orig_mod.D",
+                           "_fsdp_wrapped_module.layers.0._checkpoint_wrapped_module.D"}) {
+    write({name}, a);
+    const Checkpoint read = read_checkpoint(folder.path);
+    CHECK(values<float>(read.at("layers.0.D")) == a);
+    CHECK(read.at("layers.0.D").name == name);  // error lines say what the file has
+  }
+  write({"modules.D", "D.models"}, a);  // only whole parts of a name
+  CHECK(read_checkpoint(folder.path).find("modules.D"));
+  write({"D", "module.D"}, a);  // twice the same is no riddle
+  CHECK(read_checkpoint(folder.path).tensors.size() == 1);
+  write({"D", "module.D"}, {3, 4});
+  check_error([&] { read_checkpoint(folder.path); },
+              "model.safetensors: 'module.D' and 'D' differ, and both stand for 'D'");
+}
+
+TEST_CASE("checkpoints: where a tensor is missing, the line shows what the file has") {
+  const test::TempFolder folder;
+  const float x = 1;
+  write_safetensors(folder / "model.safetensors",
+                    {tensor_view("encoder.b", {1}, &x), tensor_view("module.encoder.a", {1}, &x)});
+  check_error([&] { read_checkpoint(folder.path).at("layers.0.D"); },
+              "model.safetensors: expected layers.0.D, found none; its 2 tensors begin with "
+              "'module.encoder.a', 'encoder.b'");
+  std::vector<Tensor> many;
+  for (int i = 0; i < 1000; ++i)
+    many.push_back(tensor_view(std::string(500, 'n') + std::to_string(i), {1}, &x));
+  write_safetensors(folder / "model.safetensors", many);
+  CHECK(error_of([&] { read_checkpoint(folder.path).at("D"); }).size() < 500);
+}
+
+TEST_CASE("weights: a model is found under every name that people's files have for it") {
+  const test::TempFolder folder;
+  const std::string source = golden("mamba1-hf");
+  const Config config = read_config(source);
+  const Checkpoint whole = read_checkpoint(source);
+  REQUIRE(config.tie_embeddings);
+  fs::copy(source + "/config.json", folder / "config.json");
+  const auto renamed = [&](auto rename) {
+    std::vector<Tensor> tensors;
+    for (auto [name, tensor] : whole.tensors) {
+      tensor.name = rename(name);
+      if (!tensor.name.empty()) tensors.push_back(tensor);
+    }
+    write_safetensors(folder / "model.safetensors", tensors);
+    return read_checkpoint(folder.path);
+  };
+  const auto after = [](const std::string& name, const std::string& start) {
+    return name.rfind(start, 0) == 0 ? name.substr(start.size()) : name;
+  };
+  const std::string embedding = "backbone.embeddings.weight";
+  for (const Checkpoint& found :
+       {renamed([](const std::string& name) { return "_orig_mod.module." + name; }),
+        renamed([&](const std::string& name) { return "model." + after(name, "backbone."); }),
+        renamed([&](const std::string& name) { return after(name, "backbone."); }),
+        renamed([&](const std::string& name) { return original_name(name).substr(9); }),
+        renamed([&](const std::string& name) {  // the head alone stands for the tied pair
+          return name == embedding ? "module.lm_head.weight" : name;
+        })}) {
+    const Warnings warnings;
+    const auto model = load_model<ssm::Model<float>>(found, config);
+    CHECK(warnings.text().empty());
+    CHECK(model.tied);
+    CHECK(model.embedding == load_model<ssm::Model<float>>(whole, config).embedding);
+    for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+      CHECK(weight(found, name, shape, true).bytes() == whole.at(name).bytes());
+    });
+  }
+  Config untied = config;  // then a head is no embedding
+  untied.tie_embeddings = false;
+  const Checkpoint head =
+      renamed([&](const std::string& name) { return name == embedding ? "lm_head.weight" : name; });
+  check_error([&] { load_model<ssm::Model<float>>(head, untied); }, "expected " + embedding);
+}
+
+TEST_CASE("weights: warnings of one kind are a few, however many tensors there are") {
+  const test::TempFolder folder;
+  const Config config = read_config(golden("mamba1-hf"));
+  Checkpoint checkpoint = read_checkpoint(golden("mamba1-hf"));
+  const float bad = std::nanf("");
+  const std::vector<float> one(50, bad);
+  for (std::size_t i = 0; i < 50; ++i) {
+    const std::string name = "extra." + std::to_string(i);
+    checkpoint.tensors[name] = tensor_view(name, {1}, &one[i]);         // 50 windows
+    checkpoint.tensors[name + ".tied"] = tensor_view(name, {1}, &bad);  // and one
+  }
+  CHECK(non_finite(checkpoint).size() == 51);
+  const Warnings warnings;
+  load_model<ssm::Model<float>>(checkpoint, config);
+  CHECK(warnings.lines() == 2 * 9);
+  CHECK(warnings.text().find("and 92 more warnings of this kind") != std::string::npos);
+}
+
+TEST_CASE("weights: sizes out of all proportion to the file are refused before they are made") {
+  const test::TempFolder folder;
+  write_file(folder / "config.json",  // a state of 16384 x 16384 from weights of 0.8 MB
+             R"({"d_model": 1, "n_layer": 1, "vocab_size": 2, "ssm_cfg": {"layer": "Mamba2",
+                 "expand": 16384, "headdim": 16384, "d_state": 16384}})");
+  const Config config = read_config(folder.path);
+  const std::vector<float> zeros(1 << 20);
+  std::vector<Tensor> tensors;
+  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+    tensors.push_back(to_dtype(tensor_view(name, shape, zeros.data()), DType::BF16));
+  });
+  write_safetensors(folder / "model.safetensors", tensors);
+  check_error([&] { load_model<ssm::Model<float>>(read_checkpoint(folder.path), config); },
+              "model.safetensors: config.json asks for 1025");
 }
 
 TEST_CASE("weights: NaN and infinity are reported with the tensor's name and their number") {
@@ -368,7 +645,7 @@ TEST_CASE("config: what a file does not say has the default of its layout") {
   CHECK(c.vocab_size == 50280);
   CHECK(c.dt_rank == 48);
   CHECK((c.tie_embeddings && !c.use_bias && c.use_conv_bias));
-  CHECK((c.bos_token_id == 0 && c.eos_token_id == 0));
+  CHECK((c.bos_token_id == 0 && c.eos_token_ids == std::vector<mamba::Token>{0}));
   c = config_of(R"({"model_type": "mamba2"})");  // Mamba2Config
   CHECK(c.version == 2);
   CHECK(c.d_model == 4096);
@@ -377,7 +654,8 @@ TEST_CASE("config: what a file does not say has the default of its layout") {
   CHECK(c.n_layer == 64);
   CHECK(c.vocab_size == 32768);
   CHECK((c.n_heads == 128 && c.head_dim == 64 && c.n_groups == 8 && c.chunk == 256));
-  CHECK((c.dt_min == 0 && c.dt_max == kInf && !c.tie_embeddings && c.eos_token_id == 2));
+  CHECK((c.dt_min == 0 && c.dt_max == kInf && !c.tie_embeddings &&
+         c.eos_token_ids == std::vector<mamba::Token>{2}));
   c = config_of(R"({"d_model": 100, "ssm_cfg": {}})");  // the original package, Mamba
   CHECK((c.version == 1 && c.d_inner == 200 && c.d_state == 16 && c.d_conv == 4));
   CHECK((c.n_layer == 64 && c.vocab_size == 50277 && c.dt_rank == 7 && c.tie_embeddings));
@@ -418,7 +696,7 @@ TEST_CASE("config: Infinity in any spelling, and words that only look like it") 
 TEST_CASE("config: what published files carry along does not disturb") {
   const Config c = config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
       "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16", "quantization": {}})");
-  CHECK((c.eos_token_id == 7 && c.bos_token_id == -1));
+  CHECK((c.eos_token_ids == std::vector<mamba::Token>{7, 8} && c.bos_token_id == -1));
   // Converted models keep the original's names beside the new ones; the new ones count.
   CHECK(config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
       "num_hidden_layers": 3, "time_step_rank": "auto"})")
@@ -441,7 +719,7 @@ TEST_CASE("config: what is written is read back") {
     const Config read = read_config(folder.path);
     require_same(read, config);
     CHECK(read.bos_token_id == config.bos_token_id);
-    CHECK(read.eos_token_id == config.eos_token_id);
+    CHECK(read.eos_token_ids == config.eos_token_ids);
   }
 }
 

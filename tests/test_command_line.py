@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 
 PROGRAM = os.path.abspath(sys.argv[1])
 STORIES = "weights/stories"
@@ -43,6 +44,29 @@ def read_safetensors(path):
         (n,) = struct.unpack("<Q", f.read(8))
         header, data = json.loads(f.read(n)), f.read()
     return header, data
+
+
+def read_png(path):
+    """Width, height and pixel(x, y) of a PNG of 8-bit RGB."""
+    data, at, idat = open(path, "rb").read(), 8, b""
+    while at < len(data):
+        n, kind = struct.unpack(">I4s", data[at:at + 8])
+        if kind == b"IHDR":
+            width, height, *kinds = struct.unpack(">IIBBBBB", data[at + 8:at + 21])
+        if kind == b"IDAT":
+            idat += data[at + 8:at + 8 + n]
+        at += 12 + n
+    raw, stride, above = zlib.decompress(idat), 3 * width, bytes(3 * width)
+    rows = []
+    for y in range(height):
+        filter, line = raw[y * (stride + 1)], bytearray(raw[y * (stride + 1) + 1:(y + 1) * (stride + 1)])
+        for i in range(stride):
+            a, b, c = (line[i - 3], above[i], above[i - 3]) if i >= 3 else (0, above[i], 0)
+            paeth = min((abs(b - c), 0, a), (abs(a - c), 1, b), (abs(a + b - 2 * c), 2, c))[2]
+            line[i] = (line[i] + (0, a, b, (a + b) // 2, paeth)[filter]) % 256
+        rows.append(above := bytes(line))
+    assert kinds[:2] == [8, 2] and data[:8] == b"\x89PNG\r\n\x1a\n"
+    return width, height, lambda x, y: tuple(rows[y][3 * x:3 * x + 3])
 
 
 GREEDY = ("-n", 30, "--temperature", 0)
@@ -104,17 +128,16 @@ with tempfile.TemporaryDirectory() as folder:
         f.write(" ".join(str(i % 90) for i in range(100)))
     code, table, _ = run("perplexity", "--ids-file", at("ids"))
     claim("perplexity scores ids 2 to n", code == 0 and table.splitlines()[1].split()[:2] == ["100", "99"], table)
-    code, table, _ = run("perplexity", "--ids-file", at("ids"), "--lengths", "10,100", "--csv", at("csv"), "--png", at("png"))
+    code, table, _ = run("perplexity", "--ids-file", at("ids"), "--lengths", "10,100", "--csv", at("csv"))
     claim("perplexity by length", code == 0 and [r.split()[1] for r in table.splitlines()[1:]] == ["90", "99"], table)
     claim("perplexity writes csv", open(at("csv")).read().startswith("length,tokens,nll,perplexity,delta_ratio\n10,90,"))
-    claim("perplexity draws a png", open(at("png"), "rb").read(8) == b"\x89PNG\r\n\x1a\n")
     whole = run("perplexity", "--ids-file", at("ids"))[1]
     claim("a length of the whole text is the whole text", run("perplexity", "--ids-file", at("ids"), "--lengths", 100)[1] == whole, whole)
     text = open(STORIES + "/README.md").read()
     for name, part in (("one", text[:1500]), ("two", text[500:2500]), ("short", text[:40])):
         with open(at(name), "w") as f:
             f.write(part)
-    code, table, err = run("perplexity", "--text", at("one"), at("two"), at("short"), "--lengths", "64,128", "--truncate", "--delta-ratio", "1,0.5", "--png", at("png"))
+    code, table, err = run("perplexity", "--text", at("one"), at("two"), at("short"), "--lengths", "64,128", "--truncate", "--delta-ratio", "1,0.5")
     rows = [r.split() for r in table.splitlines()[1:]]
     claim("perplexity --truncate scores one window of each long document, for every ratio", code == 0
           and [r[:2] + r[4:] for r in rows] == [["64", "126", "1"], ["128", "254", "1"], ["64", "126", "0.5"], ["128", "254", "0.5"]], table)
@@ -122,40 +145,54 @@ with tempfile.TemporaryDirectory() as folder:
     alone = [float(run("perplexity", "--text", at(n), "--lengths", 64, "--truncate")[1].split()[-3]) for n in ("one", "two")]
     claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
 
-    # --- the study ---
-    examples = ["Tom and Lily went to the park to play with the big red ball", "Once upon a time there was a little girl"]
-    with open(at("examples"), "w") as f:
-        f.write("".join(json.dumps({"text": e}) + "\n" for e in examples))
-    total = right = 0
-    for e in examples:
-        ids = run("tokenize", stdin=e + "\n")[1].split()
-        n = len(run("tokenize", stdin=e.rsplit(" ", 1)[0] + "\n")[1].split())
+    # --- score ---
+    def by_hand(context, continuation):
+        """log p(continuation | context) and greediness from `logits`, texts encoded together."""
+        ids = run("tokenize", stdin=context + continuation + "\n")[1].split()
+        n = len(run("tokenize", stdin=context + "\n")[1].split())
         run("logits", "--ids", " ".join(ids), "--out", at("l"))
-        logits = read_safetensors(at("l"))[1][4 * len(ids):]
-        likeliest = True
+        logits, total, greedy = read_safetensors(at("l"))[1][4 * len(ids):], 0, True
         for t in range(n, len(ids)):
             row = struct.unpack("<4096f", logits[(t - 1) * 16384:t * 16384])
             total += row[int(ids[t])] - max(row) - math.log(sum(math.exp(v - max(row)) for v in row))
-            likeliest = likeliest and row[int(ids[t])] == max(row)
-        right += likeliest
-    code, table, _ = run("lambada", "--data", at("examples"))
-    found = table.splitlines()[1].split()
-    claim("lambada scores the last word", code == 0 and found[:2] == ["2", f"{right / 2:.4f}"]
-          and abs(math.log(float(found[2])) + total / 2) < 1e-3, (table, right, total))
-    claim("lambada --limit", run("lambada", "--data", at("examples"), "--limit", 1)[1].split()[3] == "1")
-    code, table, _ = run("passkey", "--lengths", "128,200", "--depths", "0,1", "--tests", 2, "--csv", at("csv"), "--png", at("png"))
-    claim("passkey has a row for each length and depth", code == 0 and [r.split()[:3] for r in table.splitlines()[1:]]
-          == [["128", "0", "2"], ["128", "1", "2"], ["200", "0", "2"], ["200", "1", "2"]], table)
-    claim("passkey writes csv", open(at("csv")).read().startswith("length,depth,tests,tokens,accuracy\n128,0,2,"))
-    claim("passkey draws a png", open(at("png"), "rb").read(8) == b"\x89PNG\r\n\x1a\n")
+            greedy = greedy and row[int(ids[t])] == max(row)
+        return total, len(ids) - n, greedy
+    pairs = [("Tom and Lily went to the park to play with the big red", " ball"), ("Once upon a time", ", there was a little girl"),
+             ("Lily had a", " caf\u00e9")]
+    with open(at("requests"), "w") as f:
+        f.write("\n".join(json.dumps({"context": c, "continuation": t}) for c, t in pairs) + "\n\n")
+    code, table, err = run("score", "--requests", at("requests"), "--out", at("scores"))
+    answers = [json.loads(line) for line in open(at("scores"))]
+    want = [by_hand(*pair) for pair in pairs]
+    claim("score gives log-probability, tokens and greediness, a line each", code == 0 and len(answers) == 3 and all(
+        abs(a["logprob"] - w[0]) < 1e-3 and a["tokens"] == w[1] and a["greedy"] is w[2] for a, w in zip(answers, want)), (answers, want, err))
+    found = json.loads(table)
+    claim("the summary has greedy accuracy and perplexity", list(found) == ["requests", "greedy", "perplexity"] and found["greedy"] == sum(w[2] for w in want) / 3
+          and abs(math.log(found["perplexity"]) + sum(w[0] for w in want) / 3) < 1e-3, table)
+    code, lines, err = run("score", "--requests", "-", stdin=open(at("requests")).read())
+    claim("without --out the answers are on standard output alone", [json.loads(l) for l in lines.splitlines()] == answers and "perplexity" in err, (lines, err))
+    score = lambda *requests: [json.loads(l) for l in run("score", "--requests", "-", stdin="".join(json.dumps(r) + "\n" for r in requests))[1].splitlines()]
+    one, *same = score({"context": "Lily had a", "continuation": " ball"}, {"prompt": "Lily had a", "answer": " ball"}, {"context": "Lily had a ", "continuation": "ball"},
+                       {"context": [int(i) for i in run("tokenize", stdin="Lily had a")[1].split()], "continuation": [int(i) for i in run("tokenize", stdin=" ball")[1].split()]})
+    claim("prompt and answer, spaces at the context's end, and ids are the same request", same == [one] * 3, (one, same))
+    empty, end, ended = score({"context": "", "continuation": "Lily"}, {"context": "<|endoftext|>", "continuation": "Lily"}, {"context": "", "continuation": "<|endoftext|>Lily"})
+    claim("an empty context is the end token", empty == end == ended, (empty, end, ended))
+    # one question's choices: 0 is likelier, 1 per character
+    long = ", there was a little girl named Lily"
+    (a, _, _), (b, _, _) = by_hand("Once upon a time", "!"), by_hand("Once upon a time", long)
+    choices = [{"context": "Once upon a time", "continuation": c, "doc": d, "label": l} for d, l in ((7, 0), ("x", 1)) for c in ("!", long)]
+    answers = lambda lines: [json.loads(run("score", "--requests", "-", stdin="\n".join(map(json.dumps, lines)))[2])[k] for k in ("questions", "acc", "acc_norm", "acc_bytes")]
+    claim("choices of a question are counted, both labels once", answers(choices) == [2, 0.5, 0.5, 0.5], answers(choices))
+    want = [1, float(a < b), *[float(a < b / len(long))] * 2]
+    claim("acc and acc_norm choose each in its way", answers(choices[2:]) == want, (a, b, answers(choices[2:])))
 
     # --- inspect ---
     for model, heads in ((STORIES, 1), ("tests/golden/mamba2-hf", 8)):
         shutil.copytree(model, at("model"))
         shutil.copy(STORIES + "/tokenizer.json", at("model"))
         code, _, err = run("inspect", "--model", at("model"), "--prompt", "x!z", "--layer", 1, "--out", at("seen"))
-        claim(f"inspect {model} writes four pictures with their numbers", code == 0 and sorted(os.listdir(at("seen"))) ==
-              sorted(f"{n}.{e}" for n in ("attention", "delta", "memory", "state_norm") for e in ("png", "safetensors")), err)
+        claim(f"inspect {model} writes numbers and heat maps", code == 0 and set(os.listdir(at("seen"))) ==
+              {n + ".safetensors" for n in ("attention", "delta", "memory", "state_norm")} | {n + ".png" for n in ("attention", "delta", "memory")}, err)
         header, data = read_safetensors(at("seen/attention.safetensors"))
         numbers = lambda n: struct.unpack(f"<{(header[n]['data_offsets'][1] - header[n]['data_offsets'][0]) // 4}f", data[slice(*header[n]["data_offsets"])])
         M, x, y, mean = numbers("M"), numbers("x"), numbers("y"), numbers("attention")
@@ -165,6 +202,16 @@ with tempfile.TemporaryDirectory() as folder:
         claim(f"inspect {model}: y = M x", L == len(run("tokenize", stdin="x!z\n")[1].split()) and width == channels * heads
               and worst < 1e-5 * max(map(abs, y)), (worst, header))
         claim("inspect: attention is the mean of |M|", abs(mean[L] - sum(abs(M[c * L * L + L]) for c in range(channels)) / channels) < 1e-6)
+        header, data = read_safetensors(at("seen/delta.safetensors"))
+        rows, columns = header["delta"]["shape"]
+        delta = struct.unpack(f"<{rows * columns}f", data[slice(*header["delta"]["data_offsets"])])
+        width, height, pixel = read_png(at("seen/delta.png"))
+        cell = width // rows
+        shades = [[pixel(cell * t + cell // 2, cell * c + cell // 2) for c in range(columns)] for t in range(rows)]
+        flat = [shade for row in shades for shade in row]
+        claim(f"inspect {model}: a heat map shows its numbers", (width, height) == (cell * rows, cell * columns)
+              and flat[delta.index(max(delta))] == (253, 231, 37) and flat[delta.index(min(delta))] == (68, 1, 84)
+              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(delta, flat))))), (width, height))
         shutil.rmtree(at("model"))
         shutil.rmtree(at("seen"))
 
@@ -177,6 +224,95 @@ with tempfile.TemporaryDirectory() as folder:
     claim("convert keeps the logits of an original checkpoint", code == 0 and same(at("hf")) == same("tests/golden/mamba1-original"), err)
 
     shutil.copy(STORIES + "/tokenizer.json", at("hf"))
+
+    # --- people's own checkpoints: end tokens, vocabulary, tokenizers, prompts ---
+    def variant(name, config={}, **files):
+        """A copy of the shipped model with some of its config changed, and small files beside it."""
+        shutil.copytree(STORIES, at(name))
+        whole = json.load(open(at(name + "/config.json")))
+        whole.update(config)
+        for file, content in {"config": whole, **files}.items():
+            with open(at(f"{name}/{file}.json"), "w") as f:
+                json.dump(content, f)
+        return at(name)
+    greedy = lambda model, *more: run("Once upon a time", "--model", model, "-n", 40, "--temperature", 0, "--ids", *more)[1].split()
+    tale = greedy(STORIES)
+    ends = lambda model: next(line[13:] for line in run("info", "--model", model)[1].splitlines() if line.startswith("end tokens"))
+    stop = tale[12]  # ends the first sentence; not among the tokens before it
+    cut = tale[:tale.index(stop, 5) + 1]
+    claim("the test's own story goes on after its first sentence", 10 < len(cut) < 20 and len(tale) == 44, tale)
+    dot = run("tokenize", "--decode", stdin=stop + "\n")[1][:-1]
+    for name, source, model in (
+            ("a list in config.json", "config.json", variant("ends1", {"eos_token_id": [0, int(stop)]})),
+            ("generation_config.json", "generation_config.json", variant("ends2", generation_config={"eos_token_id": int(stop)})),
+            ("a list in generation_config.json", "generation_config.json", variant("ends3", generation_config={"eos_token_id": [4095, int(stop)]})),
+            ("a name in tokenizer_config.json", "tokenizer_config.json", variant("ends4", tokenizer_config={"eos_token": dot})),
+            ("a described name in tokenizer_config.json", "tokenizer_config.json", variant("ends5", tokenizer_config={"eos_token": {"content": dot, "lstrip": False}}))):
+        claim(f"end tokens: {name}", greedy(model) == cut, (greedy(model), cut))
+        claim(f"info: where an end token comes from: {name}", f"{stop} ({source})" in ends(model) and "0 (config.json)" in ends(model), ends(model))
+        claim(f"--ignore-eos ignores {name}", greedy(model, "--ignore-eos") == tale)
+    text = run("Once upon a time", "--model", at("ends1"), "-n", 40, "--temperature", 0)[1]
+    claim("an end token is not printed", text == run("tokenize", "--decode", stdin=" ".join(cut[:-1]))[1], text)
+    claim("null is no end token", ends(variant("ends6", {"eos_token_id": None})) == "none" and greedy(at("ends6")) == tale, ends(at("ends6")))
+    claim("an end token named twice is one", ends(variant("ends7", generation_config={"eos_token_id": [0]})) == "0 (config.json, generation_config.json)", ends(at("ends7")))
+    small = {"generation_config": {"eos_token_id": [0, 5]}, "tokenizer_config": {"eos_token": dot, "chat_template": "{{ messages }}"}, "special_tokens_map": {"eos_token": dot}}
+    variant("full", {"eos_token_id": [0, 7], "pad_token_id": 3, "bos_token_id": 2}, **small)
+    with open(at("full/chat_template.jinja"), "w") as f:
+        f.write("{% for m in messages %}{{ m }}{% endfor %}\n")
+    run("convert", "--model", at("full"), "--out", at("full2"))
+    old, new = (json.load(open(at(f"{d}/config.json"))) for d in ("full", "full2"))
+    claim("convert writes the token ids of config.json as they were", all(old[k] == new[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")), new)
+    claim("convert copies the small files unchanged", all(open(at("full/" + n), "rb").read() == open(at("full2/" + n), "rb").read() for n in
+          ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.json")), os.listdir(at("full2")))
+
+    # the first 4,000 rows by config.json, the others by the tokenizer that has them
+    last = run("tokenize", "--decode", stdin="4095\n")[1][:-1]
+    variant("narrow", {"vocab_size": 4000})
+    claim("a token of the tokenizer that has a row exists", run(last, "--model", at("narrow"), "-n", 0, "--ids")[1] == "4095\n" and greedy(at("narrow")) == tale, last)
+    shutil.copytree(at("narrow"), at("bare"))
+    os.remove(at("bare/tokenizer.json"))
+    refuses("a row that no tokenizer names", 1, "below 4000, found 4095", "logits", "--model", at("bare"), "--ids", 4095, "--out", at("x"))
+    run("convert", "--model", at("narrow"), "--out", at("wide"))
+    claim("convert keeps such rows", json.load(open(at("wide/config.json")))["vocab_size"] == 4096 and greedy(at("wide")) == tale)
+    # a tokenizer that lacks the token that the story takes next: it is never drawn
+    model = variant("holes")
+    words = json.load(open(at("holes/tokenizer.json")))
+    name = next(k for k, v in words["model"]["vocab"].items() if str(v) == tale[6])
+    del words["model"]["vocab"][name]
+    split = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
+    words["model"]["merges"] = [m for m in words["model"]["merges"] if name not in ("".join(split(m)), *split(m))]
+    json.dump(words, open(at("holes/tokenizer.json"), "w"))
+    for flags in (("--temperature", 0), ("--temperature", 1, "--top-p", 1, "--batch", 20)):
+        ids = run("generate", "--model", model, "--prompt-ids", " ".join(tale[:6]), "-n", 10, "--ids", *flags)[1]
+        claim("a row without a token is never drawn", len(ids.split()) >= 16 and all(tale[6] not in line.split()[6:] for line in ids.splitlines()), ids)
+
+    for command in (("generate", "--prompt", "Lily"), ("perplexity", "--text", at("prompts")), ("inspect", "Lily", "--out", at("x")),
+                    ("tokenize",), ("score", "--requests", at("requests"))):
+        refuses(f"{command[0]} without a tokenizer", 1, "EleutherAI/gpt-neox-20b", *command, "--model", at("bare"))
+    ids = run("generate", "--model", at("bare"), "--prompt-ids", " ".join(tale[:4]), "-n", 40, "--temperature", 0, "--ids")[1].split()
+    claim("--prompt-ids needs no tokenizer", ids == tale, ids)
+    story = run("Once upon a time", *GREEDY)[1]
+    claim("--prompt-ids prints text", run("generate", "--prompt-ids", " ".join(tale[:4]), *GREEDY)[1] == story)
+    for tokenizer in (STORIES, STORIES + "/tokenizer.json"):
+        claim("--tokenizer names a file or its folder", run("Once upon a time", "--model", at("bare"), "--tokenizer", tokenizer, *GREEDY)[1] == story)
+    for newline in ("\n", "\r\n"):
+        claim("one final newline of standard input is dropped", run("-", *GREEDY, stdin="Once upon a time" + newline)[1] == story)
+        claim("tokenize leaves the line's end out", run("tokenize", stdin="a b" + newline + "c")[1] == run("tokenize", stdin="a b\nc\n")[1])
+    claim("but one only", run("-", "-n", 0, stdin="Lily\n\n")[1] == "Lily\n\n")
+    with open(at("windows"), "wb") as f:
+        f.write(b"\xef\xbb\xbf" + open(at("prompts"), "rb").read().replace(b"\n", b"\r\n"))
+    claim("Windows' line ends and byte order mark are no part of a prompt", run("generate", "--prompt-file", at("windows"), *GREEDY)[1] == several)
+
+    # weights that are not numbers
+    shutil.copytree(STORIES, at("nan"))
+    header, data = read_safetensors(at("nan/model.safetensors"))
+    begin = header["backbone.norm_f.weight"]["data_offsets"][0]
+    with open(at("nan/model.safetensors"), "r+b") as f:
+        f.seek(os.path.getsize(at("nan/model.safetensors")) - len(data) + begin)
+        f.write(struct.pack("<H", 0x7fc0))
+    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",)):
+        code, out, err = run(*command, "--model", at("nan"))
+        claim(f"NaN weights end {command[0]}", code == 1 and "backbone.norm_f.weight" in err and "NaN" in err.splitlines()[-1].replace("nan", "NaN"), (code, out, err))
 
     # --- usage: status 2, one line ---
     for arguments, fragment in [
@@ -193,12 +329,12 @@ with tempfile.TemporaryDirectory() as folder:
         (("perplexity",), "--text"),
         (("perplexity", "--text", "f", "--lengths", "0"), "lengths"),
         (("perplexity", "--text", "f", "--truncate"), "--lengths"),
-        (("passkey",), "--lengths"),
-        (("passkey", "--lengths", "128", "--tests", "0"), "tests"),
-        (("lambada",), "--data"),
+        (("score",), "--requests"),
+        (("Lily", "--batch", "100000000"), "batch"),
+        (("Lily", "--prompt-ids", "1"), "--prompt"),
+        (("Lily", "--threads", "-1"), "--threads"),
         (("inspect", "Lily"), "--out"),
         (("inspect", "--out", "x"), "prompt"),
-        (("bench",), "op"),
         (("info", "extra"), "extra"),
     ]:
         refuses(f"usage: {' '.join(arguments) or 'nothing'}", 2, fragment, *arguments)
@@ -210,19 +346,14 @@ with tempfile.TemporaryDirectory() as folder:
         ("a penalty of zero", "penalty", ("Lily", "--repetition-penalty", 0), ""),
         ("a delta ratio of zero", "--delta-ratio", ("Lily", "--delta-ratio", 0), ""),
         ("one of several delta ratios below zero", "--delta-ratio", ("perplexity", "--ids-file", at("ids"), "--delta-ratio=1,-1", "--csv", at("x")), ""),
-        ("a depth beyond the end", "--depths", ("passkey", "--lengths", 128, "--depths", "0,1.5"), ""),
         ("a dtype nobody knows", "--dtype", ("Lily", "--dtype", "f8"), ""),
         ("a mode nobody knows", "--mode", ("logits", "--ids", "1", "--mode", "fast", "--out", at("x")), ""),
         ("a chunk of zero", "--mode", ("logits", "--ids", "1", "--mode", "chunked=0", "--out", at("x")), ""),
         ("a chunk that is no number", "--mode", ("logits", "--ids", "1", "--mode", "chunked=7x", "--out", at("x")), ""),
         ("states of several prompts", "one prompt", ("generate", "--prompt-file", at("prompts"), "--save-state", at("x")), ""),
-        ("a bench of nothing", "bench", ("bench", "nothing"), ""),
-        ("a shape nobody published", "shape", ("bench", "decode", "--shape", "7t"), ""),
         ("a seed below zero", "--seed", ("Lily", "--seed", "-1"), ""),
     ]:
         refuses(name, 2, fragment, *arguments, stdin=stdin)
-    if os.path.basename(PROGRAM) == "mamba":
-        refuses("a bench of several texts on the CPU", 2, "--batch", "bench", "decode", "--batch", 3)
     code, out, _ = run("--help")
     claim("--help prints the subcommands and exits 0", code == 0 and "generate" in out and "perplexity" in out)
 
@@ -254,12 +385,17 @@ with tempfile.TemporaryDirectory() as folder:
         ("a folder as text", "directory", ("perplexity", "--text", folder), ""),
         ("a text of one token", "at least 2 tokens", ("perplexity", "--text", "-"), "a"),
         ("lengths beyond the text", "at most the", ("perplexity", "--ids-file", at("ids"), "--lengths", 101), ""),
-        ("a prompt too short for a pass key", "at least", ("passkey", "--lengths", 20, "--csv", at("x")), ""),
-        ("examples that are no JSON", "example 2", ("lambada", "--data", "-"), '{"text": "a b"}\n{'),
-        ("examples without text", "text", ("lambada", "--data", "-"), '{"words": "a b"}\n'),
-        ("an example that is no object", "text", ("lambada", "--data", "-"), "[1]\n"),
-        ("an example of one word", "two words", ("lambada", "--data", "-"), '{"text": "word"}\n'),
-        ("no examples", "none", ("lambada", "--data", "-"), " \n"),
+        ("requests that are no JSON", "line 2", ("score", "--requests", "-"), '{"context": "a", "continuation": " b"}\n{'),
+        ("a request without continuation", "line 1: continuation: expected a string", ("score", "--requests", "-"), '{"context": "a b"}\n'),
+        ("a request that is no object", "expected an object", ("score", "--requests", "-"), "[1]\n"),
+        ("a continuation of nothing", "continuation: expected at least one token", ("score", "--requests", "-"), '{"context": "a", "continuation": ""}\n'),
+        ("a text and ids", "one of each", ("score", "--requests", "-"), '{"context": "a", "continuation": [5]}\n'),
+        ("ids that are none", "expected token ids, found '1.5'", ("score", "--requests", "-"), '{"context": [1.5], "continuation": [5]}\n'),
+        ("ids beyond the vocabulary", "below 4096", ("score", "--requests", "-"), '{"context": [1], "continuation": [4096]}\n'),
+        ("a doc without label", "doc and label", ("score", "--requests", "-"), '{"context": "a", "continuation": " b", "doc": 1}\n'),
+        ("a label that is no number", "label", ("score", "--requests", "-"), '{"context": "a", "continuation": " b", "doc": 1, "label": "b"}\n'),
+        ("a label without choice", "below its 1 choices", ("score", "--requests", "-"), '{"context": "a", "continuation": " b", "doc": 1, "label": 1}\n'),
+        ("no requests", "none", ("score", "--requests", "-"), " \n"),
         ("a layer beyond the last", "--layer", ("inspect", "Lily", "--layer", 8, "--out", at("x")), ""),
         ("inspecting a book", "1 GiB", ("inspect", "-", "--out", at("x")), "word " * 800),
         ("inspecting nothing", "at least one token", ("inspect", "", "--out", at("x")), ""),
@@ -278,8 +414,9 @@ with tempfile.TemporaryDirectory() as folder:
     claim("failures leave no file behind", set(os.listdir(folder)) == before, set(os.listdir(folder)) - before)
     if os.path.exists("/dev/full"):
         with open("/dev/full", "w") as full:
-            code = subprocess.run([PROGRAM, "Lily", "-n", "3"], stdout=full, stderr=subprocess.DEVNULL).returncode
-        claim("a full disk is an error", code == 1, code)
+            codes = [subprocess.run([PROGRAM, *a], stdout=full, stderr=subprocess.DEVNULL).returncode
+                     for a in (("Lily", "-n", "3"), ("info",), ("--help",), ("generate", "--help"))]
+        claim("a full disk is an error", codes == [1] * 4, codes)
 
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)

@@ -1,9 +1,9 @@
-// Claims: whole models on the GPU agree with outsiders' logits in every mode and with the double reference;
-// sequences generated together are each as if alone; the same text is the same bits on every run.
-#include "support.hpp"
+// Claims: whole models on the GPU agree with outsiders' logits in every mode and with the double
+// reference; sequences generated together are each as if alone; the same text is the same bits on
+// every run.
+#include "support_cuda.hpp"
 
-#define MAMBA_NO_MAIN
-#include "../mamba.cu"
+#include "random_model.hpp"
 
 using namespace test;
 using mamba::CudaEngine;
@@ -179,7 +179,7 @@ TEST_CASE(
     for (const std::size_t batch : {2, 3, 4, 5, 13}) {
       GenerateOptions options;
       options.n = 24;
-      options.stop = 7;  // some end before others
+      options.end_tokens = {7};  // some end before others
       std::vector<Sequence> together;
       std::vector<std::vector<Token>> prompts;
       for (std::size_t i = 0; i < batch; ++i) {
@@ -263,8 +263,8 @@ std::size_t free_memory() {
   return free;
 }
 
-// A million tokens in one prefill, in pieces of 3,000, and the first `steps` of them one by one: the same
-// final states up to the rounding of bf16, the same memory as for a short prompt.
+// A million tokens in one prefill, in pieces of 3,000, and the first `steps` of them one by one:
+// the same final states up to the rounding of bf16, the same memory as for a short prompt.
 void a_million_tokens(CudaEngine& engine, Index steps) {
   constexpr Index kMillion = 1000000;
   std::vector<Token> ids;
@@ -292,7 +292,7 @@ void a_million_tokens(CudaEngine& engine, Index steps) {
     engine.prefill(chunked, ids.data() + t, std::min<Index>(3000, kMillion - t));
   same_states(chunked, state);
   mamba::prefill(engine, first, ids.data(), steps);
-  for (Index t = 0; t < steps; ++t) engine.step(stepped, ids[static_cast<std::size_t>(t)]);
+  for (Index t = 0; t < steps; ++t) engine.prefill(stepped, &ids[static_cast<std::size_t>(t)], 1);
   same_states(stepped, first);
 }
 
@@ -308,6 +308,7 @@ TEST_CASE(
 TEST_CASE("cuda models: 1,000,000 tokens through the 130m shape take no more memory than few") {
   mamba::EngineOptions options;
   options.dtype = DType::BF16;
-  CudaEngine engine(mamba::published_config("130m"), options);
+  const mamba::Config config = mamba::published_config("130m");
+  CudaEngine engine(mamba::random_model(config, DType::BF16), config, options);
   a_million_tokens(engine, 10000);
 }

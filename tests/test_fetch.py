@@ -63,6 +63,8 @@ class Hub:
         self.ignore_range = False
         self.stall = None        # name whose transfer stops half-way until the client leaves
         self.stalled = threading.Event()
+        self.endless = None      # name (or "api") whose body goes on until the client leaves
+        self.sent = 0            # bytes of it
         self.revisions = []
         self.need_token = False
         self.servers = {}
@@ -149,6 +151,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def body(self, name, content):
         hub, first = self.hub, 0
+        if hub.endless == name:
+            self.send_response(200)
+            self.end_headers()
+            try:
+                for hub.sent in range(0, 100_000_000, 100_000):
+                    self.wfile.write(bytes(100_000))
+            except OSError:
+                pass
+            self.close_connection = True
+            return None
         asked = self.headers.get("Range")
         if asked and not hub.ignore_range:
             first = int(asked[len("bytes="):].rstrip("-"))
@@ -377,10 +389,49 @@ def _(case):
     case.hub.replace["model.safetensors"] = WEIGHTS[:-1]
     case.refused("lab/hf", "expected 300000 bytes", "299999",
                  kept=[*SMALL, "model.safetensors.part"])
-    case.hub.replace["model.safetensors"] = WEIGHTS + b"x"
     os.remove(os.path.join(case.dir, "model.safetensors.part"))
-    assert case.fetch("lab/hf").returncode == 1
-    assert "model.safetensors" not in case.names()
+    for more in (1, 1000, 3_000_000):
+        case.hub.replace["model.safetensors"] = WEIGHTS + bytes(more)
+        case.refused("lab/hf", "model.safetensors: expected 300000 bytes, found more", kept=SMALL)
+
+
+@test("a body without an end is cut off at the listed size")
+def _(case):
+    case.hub.endless = "model.safetensors"
+    case.refused("lab/hf", "expected 300000 bytes, found more", kept=SMALL)
+    assert case.hub.sent < 30_000_000, case.hub.sent  # some lie in the sockets' buffers
+    case.hub.endless = "api"
+    case.refused("lab/hf", "lab/hf", kept=SMALL)
+    assert case.hub.sent < 50_000_000, case.hub.sent
+
+
+@test("a server that sends a byte a connection, or nothing more, is given up in time")
+def _(case):
+    case.hub.truncate["model.safetensors"] = list(range(1, 100_000))
+    start = time.monotonic()
+    case.refused("lab/hf", "model.safetensors: too slow: expected 300000 bytes in 4 seconds",
+                 kept=[*SMALL, "model.safetensors.part"], FETCH_PATIENCE="1")
+    case.hub.truncate.clear()
+    case.hub.stall = "model.safetensors"
+    case.refused("lab/hf", "too slow", kept=[*SMALL, "model.safetensors.part"], FETCH_PATIENCE="0")
+    assert time.monotonic() - start < 25
+
+
+@test("a size that no file has is refused")
+def _(case):
+    for size in (2**63 - 1, 2**63, 2**64, 10**40, -1, 1.5, "", None):
+        case.hub.announce["model.safetensors"] = {"lfs": {"size": size, "sha256": "0" * 64}}
+        case.refused("lab/hf", "model.safetensors", "gives no size and checksum", kept=SMALL)
+
+
+@test("a folder with the name of a file is refused, and stays as it is")
+def _(case):
+    for name in ("model.safetensors", "config.json"):
+        shutil.rmtree(case.dir, ignore_errors=True)
+        os.makedirs(os.path.join(case.dir, name))
+        case.refused("lab/hf", name + ": expected a file or nothing, found a folder",
+                     kept=[name] if name == "config.json" else HF_NAMES)
+        assert os.listdir(os.path.join(case.dir, name)) == []
 
 
 @test("a wrong SHA-256 is refused and leaves the old file as it was")

@@ -27,8 +27,9 @@ environment, as the Hub's own tools read it:
   HF_TOKEN      access token for gated or private models; else HUGGING_FACE_HUB_TOKEN, else
                 the file HF_TOKEN_PATH, HF_HOME/token or ~/.cache/huggingface/token
 also:
-  FETCH_TRIES   attempts without progress before giving up, default 5
-  FETCH_DELAY   seconds before the second attempt, doubled for each later one, default 1
+  FETCH_TRIES     attempts without progress before giving up, default 5
+  FETCH_DELAY     seconds before the second attempt, doubled for each later one, default 1
+  FETCH_PATIENCE  seconds that a file may take beyond its time at 100 kB/s, default 600
 
 needs: curl, jq, sha256sum and sha1sum (or shasum)
 exit status: 0 done, 1 failed, 2 wrong usage
@@ -63,7 +64,9 @@ esac
 tries=${FETCH_TRIES:-5}
 first_delay=${FETCH_DELAY:-1}
 [[ $tries =~ ^[1-9][0-9]*$ ]] || misuse "FETCH_TRIES: expected a count, found '$tries'"
-[[ $first_delay =~ ^[0-9]+$ ]] || misuse "FETCH_DELAY: expected seconds, found '$first_delay'"
+patience=${FETCH_PATIENCE:-600}
+[[ $first_delay =~ ^[0-9]{1,6}$ ]] || misuse "FETCH_DELAY: expected seconds, found '$first_delay'"
+[[ $patience =~ ^[0-9]{1,9}$ ]] || misuse "FETCH_PATIENCE: expected seconds, found '$patience'"
 
 for tool in curl jq; do
   command -v "$tool" >/dev/null || die "$tool is missing: apt-get install $tool"
@@ -90,14 +93,19 @@ authorization() {
   [ -z "$token" ] || printf 'header = "Authorization: Bearer %s"\n' "$token"
 }
 
-# request URL [curl options]: sets reply (the body, if no --output) and http_code; returns
-# curl's exit status.
+# request URL SECONDS KIB [curl options]: sets reply (the body, if no --output) and http_code;
+# returns curl's exit status. Neither the answer nor the file that is written grows beyond KIB.
 request() {
-  local url=$1 status=0 out
-  shift
-  out=$(authorization | curl --config - --fail --location --max-redirs 10 \
-    --proto "$protocols" --connect-timeout 20 --speed-limit 1 --speed-time 60 \
-    --globoff --write-out '\n%{http_code}' "$@" -- "$url") || status=$?
+  local url=$1 seconds=$2 most=$3 status=0 out
+  shift 3
+  out=$(
+    trap '' XFSZ # writing beyond the limit is an error, not the end
+    ulimit -f "$most" 2>/dev/null || :
+    authorization | curl --config - --fail --location --max-redirs 10 --max-time "$seconds" \
+      --proto "$protocols" --connect-timeout 20 --speed-limit 1 --speed-time 60 \
+      --globoff --write-out '\n%{http_code}' "$@" -- "$url" | head -c $((most * 1024)) |
+      tr -d '\0'
+  ) || status=$?
   reply=${out%$'\n'*}
   http_code=${out##*$'\n'}
   return "$status"
@@ -150,7 +158,7 @@ list() {
   url="$endpoint/api/models/$repo/revision/${2//\//%2F}?blobs=true"
   for ((attempt = 1; ; attempt++)); do
     status=0
-    request "$url" --silent || status=$?
+    request "$url" 120 16384 --silent || status=$?
     [ "$status" -ne 0 ] || break
     { [ "$attempt" -lt "$tries" ] && transient "$status"; } || explain "$status" "$what"
     pause "$attempt"
@@ -184,7 +192,8 @@ checksum() { # KIND FILE
 
 # fill PART NAME SIZE: download until PART has SIZE bytes, from where it stands.
 fill() {
-  local part=$1 name=$2 size=$3 have best=-1 attempt=0 status free
+  local part=$1 name=$2 size=$3 have best=-1 attempt=0 status=0 free
+  local deadline=$((SECONDS + patience + size / 100000))
   local url=$endpoint/$repo/resolve/$commit/$name progress=--silent
   [ ! -t 2 ] || progress=--progress-bar
   : 2>/dev/null >>"$part" || die "$part: cannot be written"
@@ -192,9 +201,12 @@ fill() {
     have=$(bytes "$part")
     if [ "$have" -gt "$size" ]; then
       rm -f "$part"
+      [ "$best" -lt 0 ] || die "$repo: $name: expected $size bytes, found more"
       have=0
     fi
     [ "$have" -ne "$size" ] || return 0
+    [ "$SECONDS" -lt "$deadline" ] || die "$repo: $name: too slow: expected $size bytes in" \
+      "$((patience + size / 100000)) seconds, found $have: call again to go on"
     if [ "$have" -gt "$best" ]; then # progress: patience starts anew
       best=$have
       attempt=0
@@ -206,11 +218,12 @@ fill() {
     ! [[ $free =~ ^[0-9]+$ ]] || [ $(((size - have) / 1024)) -le "$free" ] ||
       die "$dir: no room for $name: needs $((size - have)) bytes, has $((free * 1024))"
     status=0
-    request "$url" "$progress" --output "$part" --continue-at - || status=$?
+    request "$url" "$((deadline - SECONDS))" "$((size / 1024 + 1))" "$progress" \
+      --output "$part" --continue-at - || status=$?
     case $status:$http_code in
       0:*) ;;
       33:* | 22:416) rm -f "$part" ;; # the server cannot go on from here: from the start
-      23:*) die "$part: cannot be written: is the disk full?" ;;
+      23:*) [ "$(bytes "$part")" -gt "$size" ] || die "$part: cannot be written: is the disk full?" ;;
       *) transient "$status" || explain "$status" "$repo: $name" ;;
     esac
   done
@@ -222,8 +235,9 @@ fill() {
 # and right is left alone.
 download() {
   local name=$1 final=$dir/$1 part=$dir/$1.part size kind sum found resumed=no
+  [ ! -d "$final" ] || die "$final: expected a file or nothing, found a folder"
   read -r size kind sum <<<"$(facts "$name")"
-  [[ $size:$kind:$sum =~ ^[0-9]+:(sha256:[0-9a-f]{64}|git:[0-9a-f]{40})$ ]] ||
+  [[ $size:$kind:$sum =~ ^[0-9]{1,16}:(sha256:[0-9a-f]{64}|git:[0-9a-f]{40})$ ]] ||
     die "$repo: $name: $endpoint gives no size and checksum"
   if [ "$(bytes "$final")" -eq "$size" ] && [ "$(checksum "$kind" "$final")" = "$sum" ]; then
     note "$name: already here"

@@ -1,5 +1,5 @@
 """Makes torch_save/: small files as torch.save writes them, each with its tensors in
-safetensors as the truth to compare with. Needs torch and safetensors.
+safetensors as the truth to compare with. Needs torch (2.0 or newer) and safetensors.
 
     python tests/golden/make_torch_save.py
 """
@@ -58,6 +58,47 @@ def module():
     return net.state_dict(keep_vars=True)
 
 
+def attributes():
+    """Parameters and a buffer that carry attributes, as Mamba marks A_log, D and dt_proj.bias."""
+    A_log, bias = torch.nn.Parameter(ramp(4, 3)), torch.nn.Parameter(ramp(5, dtype=torch.bfloat16))
+    A_log._no_weight_decay = True
+    bias._no_reinit, bias._optim = True, {"lr": 0.1, "betas": (0.9, 0.95), "groups": [1, None]}
+    plain, buffer = torch.nn.Parameter(ramp(2)), ramp(2, 6).t()
+    buffer.source = "a buffer with an attribute"
+    return {"A_log": A_log, "dt_proj.bias": bias, "plain": plain, "buffer": buffer}
+
+
+def after_a_step():
+    """A module's state dict and its optimizer's, which holds tensors and numbers of its own."""
+    net = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10)
+    return net.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+
+
+def training_scripts():
+    """What training scripts save around a state dict: (name, tensors, the whole)."""
+    torch.manual_seed(1)
+    weights, optimizer, scheduler = after_a_step()
+    compiled = {"_orig_mod." + name: tensor for name, tensor in weights.items()}
+    yield "nanogpt", compiled, {
+        "model": compiled, "optimizer": optimizer, "model_args": {"n_layer": 2, "bias": False},
+        "iter_num": 2000, "best_val_loss": torch.tensor(1.25), "config": {"out_dir": "out"}}
+    lightning = OrderedDict(("model." + name, tensor) for name, tensor in weights.items())
+    yield "lightning", lightning, {
+        "epoch": 1, "global_step": 20, "pytorch-lightning_version": "2.4.0", "loops": {"fit": {}},
+        "state_dict": lightning, "callbacks": {}, "optimizer_states": [optimizer],
+        "lr_schedulers": [scheduler], "hyper_parameters": {"lr": 1e-3, "model": {"d_model": 64}}}
+    yield "tutorial", weights, {
+        "epoch": 5, "model_state_dict": weights, "optimizer_state_dict": optimizer, "loss": 0.4}
+    yield "deepspeed", weights, {
+        "module": weights, "buffer_names": [], "optimizer": None, "lr_scheduler": scheduler,
+        "global_steps": 7, "dp_world_size": 1, "rng": torch.get_rng_state()[:64].clone()}
+    yield "nested", weights, {"model": {"step": 3, "state_dict": weights}, "model_state_dict": None}
+
+
 class Hostile:
     def __reduce__(self):
         return os.system, ("touch hostile-pickle-was-run",)
@@ -73,13 +114,14 @@ if __name__ == "__main__":
     os.makedirs(OUT, exist_ok=True)
     write("zip", all_kinds())
     write("zip_protocol4", all_kinds(), pickle_protocol=4)
-    write("legacy", all_kinds(), _use_new_zipfile_serialization=False)
     write("module", module())
-    write("module_legacy", module(), _use_new_zipfile_serialization=False)
+    write("attributes", attributes())
+    for name, tensors, whole in training_scripts():
+        write(name, tensors, wrap=whole)
+    torch.save({"weight": ramp(2, 2)}, os.path.join(OUT, "before_1.6.bin"),
+               _use_new_zipfile_serialization=False)
     write("untyped", {"u16": torch.arange(5).to(torch.uint16), "u32": torch.arange(3).to(torch.uint32)})
     small = {"weight": ramp(2, 2)}
     write("wrapped", small, wrap={"epoch": 3, "lr": 0.5, "state_dict": small, "done": None})
     write("wrapped_model", small, wrap={"model": small, "step": 2**40})
     torch.save({"weight": ramp(2, 2), "x": Hostile()}, os.path.join(OUT, "hostile.bin"))
-    torch.save({"weight": ramp(2, 2), "x": Hostile()}, os.path.join(OUT, "hostile_legacy.bin"),
-               _use_new_zipfile_serialization=False)

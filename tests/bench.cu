@@ -1,0 +1,444 @@
+// Measurements of the GPU program: one JSON object a line, against the limits of this GPU, which
+// are measured in the same run.
+//
+//   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
+//
+// Without OP: all of bandwidth, matmul, selective_scan, causal_conv1d, ssd, rms_norm,
+// gated_rms_norm, sampler, decode, prefill. A kernel runs in a CUDA graph of up to ten calls, its
+// data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other writes.
+// --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor is the
+// time to move each input and output once; of prefill, to multiply.
+#define MAMBA_NO_MAIN
+#include "../mamba.cu"
+
+#include "random_model.hpp"
+
+namespace mamba {
+
+/// Milliseconds that f, which only launches, keeps the GPU busy: the median of `repeat` runs.
+/// `before` comes ahead of each run and is not timed.
+template <class Function, class Before>
+double median_ms(cudaStream_t stream, Index repeat, const Function& f, const Before& before) {
+  std::vector<double> times;
+  for (Index i = -3; i < repeat; ++i) {  // three to warm up
+    Event start(true), end(true);
+    before();
+    start.record(stream);
+    f();
+    end.record(stream);
+    end.wait();
+    if (i >= 0) times.push_back(start.milliseconds_to(end));
+  }
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
+}
+template <class Function>
+double median_ms(cudaStream_t stream, Index repeat, const Function& f) {
+  return median_ms(stream, repeat, f, [] {});
+}
+
+/// Bytes a second, read and written, that a large copy reaches.
+double copy_bandwidth(cudaStream_t stream) {
+  const DeviceBuffer<float> from(size_t{1} << 28), to(size_t{1} << 28);
+  fill_random(from.data(), int64_t(from.size()), 1.f, 0.f, 7);
+  const double ms = median_ms(stream, 10, [&] {
+    CUDA_CHECK(
+        cudaMemcpyAsync(to.data(), from.data(), from.bytes(), cudaMemcpyDeviceToDevice, stream));
+  });
+  return 2e3 * double(from.bytes()) / ms;
+}
+
+/// Multiply-adds a second, times two, that a large product of this type reaches on random numbers.
+template <class T>
+double matmul_peak(const Queue& queue) {
+  constexpr int64_t n = 8192;
+  const DeviceBuffer<T> x(n * n), W(n * n), y(n * n);
+  fill_random(x.data(), n * n, 1.f, 0.f, 0);
+  fill_random(W.data(), n * n, 1.f, 0.f, 1);
+  return 2e3 * double(n) * n * n / median_ms(queue.stream(), 10, [&] {
+           queue.linear(x.data(), n, n, W.data(), n, n, y.data(), n);
+         });
+}
+
+struct Flags {
+  std::vector<std::string> ops;
+  bool cold = false, skip_naive = false;
+  std::string only;
+};
+
+struct Figure {
+  std::string op, kernel, shape;
+  DType dtype;
+  double bytes, flops;
+};
+
+/// What all measurements share: the stream, the limits, and how a line is made.
+class Bench {
+ public:
+  explicit Bench(const Flags& flags)
+      : flags_(flags), cold_(size_t{256} << 20), bandwidth_(copy_bandwidth(stream())) {}
+
+  const Queue& queue() const { return queue_; }
+  cudaStream_t stream() const { return queue_.stream(); }
+  double bandwidth() const { return bandwidth_; }
+  bool wants(const std::string& shape) const {
+    return shape.find(flags_.only) != std::string::npos;
+  }
+
+  template <class T>
+  DeviceBuffer<T> random(int64_t size, float scale = 1, float offset = 0) {
+    DeviceBuffer<T> buffer(static_cast<size_t>(size));
+    fill_random(buffer.data(), size, scale, offset, ++seed_);
+    return buffer;
+  }
+
+  void print(const Figure& f, double ms, double floor) const {
+    std::cout << nlohmann::ordered_json{{"op", f.op},       {"kernel", f.kernel},
+                                        {"shape", f.shape}, {"dtype", dtype_name(f.dtype)},
+                                        {"ms", ms},         {"bytes", f.bytes},
+                                        {"flops", f.flops}, {"percent_of_floor", 100 * floor / ms}}
+              << std::endl;
+  }
+
+  /// Times a kernel, or several in a row. Slow ones are repeated less often.
+  template <class Launch>
+  void report(const Figure& f, const Launch& launch) const {
+    if (flags_.skip_naive && f.kernel.find("naive") != std::string::npos) return;
+    const double once = median_ms(stream(), 1, launch);
+    const Index repeat = once > 20 ? 3 : 20, calls = std::clamp<Index>(Index(10 / once), 1, 10);
+    const auto flush = [&] {
+      CUDA_CHECK(cudaMemsetAsync(cold_.data(), 0, cold_.bytes(), stream()));
+    };
+    double ms = 0;
+    if (flags_.cold) {
+      ms = median_ms(stream(), repeat, launch, flush);
+    } else {
+      const Graph graph(stream(), [&] {
+        for (Index i = 0; i < calls; ++i) launch();
+      });
+      ms = median_ms(stream(), repeat, [&] { graph.launch(stream()); }) / double(calls);
+    }
+    print(f, ms, f.bytes / bandwidth_ * 1e3);
+  }
+
+ private:
+  const Flags& flags_;
+  Queue queue_;
+  const DeviceBuffer<std::byte> cold_;  // larger than the L2 cache: written before each run
+  double bandwidth_;
+  uint64_t seed_ = 0;
+};
+
+std::string shape_of(std::initializer_list<std::pair<const char*, int64_t>> sizes) {
+  std::string text;
+  for (const auto& [name, size] : sizes)
+    text += (text.empty() ? "" : ", ") + std::string(name) + " " + std::to_string(size);
+  return text;
+}
+
+struct Shape {
+  int64_t batch, width, L;
+};
+
+template <class T>
+void bench_conv(Bench& bench, DType dtype, const Shape& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"d", s.width}, {"L", s.L}});
+  if (!bench.wants(shape)) return;
+  constexpr int64_t kWidth = 4;
+  const int64_t d = s.width, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), state = bench.random<T>(s.batch * (kWidth - 1) * d);
+  const DeviceBuffer<T> out(static_cast<size_t>(rows * d));
+  const auto weight = bench.random<float>(d * kWidth), bias = bench.random<float>(d);
+  ConvArgs<T> a;
+  a.batch = s.batch, a.L = s.L, a.d = d, a.width = int(kWidth);
+  a.x = x.data(), a.weight = weight.data(), a.bias = bias.data();
+  a.state = a.state_out = state.data(), a.out = out.data();
+  a.x_stride = a.out_stride = d;
+  const auto figure = [&](const char* kernel, int64_t tokens) {
+    return Figure{"causal_conv1d",
+                  kernel,
+                  shape,
+                  dtype,
+                  double(2 * tokens * d + 2 * s.batch * (kWidth - 1) * d) * sizeof(T),
+                  2. * double(kWidth * d * tokens)};
+  };
+  const cudaStream_t stream = bench.stream();
+  bench.report(figure("causal_conv1d_naive_kernel", rows), [&] { causal_conv1d_naive(a, stream); });
+  bench.report(figure("causal_conv1d_fused_kernel", rows), [&] { causal_conv1d(a, stream); });
+  a.L = 1;
+  bench.report(figure("causal_conv1d_step_kernel", s.batch),
+               [&] { causal_conv1d_step(a, stream); });
+}
+
+template <class T>
+void bench_scan(Bench& bench, DType dtype, const Shape& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"d_inner", s.width}, {"L", s.L}});
+  if (!bench.wants(shape)) return;
+  const int64_t d = s.width, N = 16, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), delta = bench.random<T>(rows * d),
+             z = bench.random<T>(rows * d), B = bench.random<T>(rows * N),
+             C = bench.random<T>(rows * N);
+  const DeviceBuffer<T> out(static_cast<size_t>(rows * d));
+  const auto A = bench.random<float>(d * N, 7.f, -8.f), D = bench.random<float>(d),
+             bias = bench.random<float>(d, 2.f, -4.6f), h = bench.random<float>(s.batch * d * N);
+  ScanArgs<T> a;
+  a.batch = s.batch, a.L = s.L, a.d_inner = d, a.d_state = N;
+  a.x = x.data(), a.delta = delta.data(), a.A = A.data(), a.B = B.data();
+  a.C = C.data(), a.D = D.data(), a.z = z.data(), a.delta_bias = bias.data();
+  a.hT = h.data(), a.out = out.data();
+  a.x_stride = a.delta_stride = a.z_stride = a.out_stride = d;
+  a.B_stride = a.C_stride = N;
+  const DeviceBuffer<std::byte> workspace(selective_scan_workspace(a));
+  const auto figure = [&](const char* kernel, int64_t tokens, int states) {
+    return Figure{
+        "selective_scan",
+        kernel,
+        shape,
+        dtype,
+        double(tokens * (4 * d + 2 * N)) * sizeof(T) +
+            double(states * s.batch * d * N) * sizeof(float),
+        7. * double(d * N * tokens)};  // a product and exp for A_bar, two for B_bar x, ...
+  };
+  const cudaStream_t stream = bench.stream();
+  bench.report(figure("selective_scan_naive_kernel", rows, 1),
+               [&] { selective_scan_naive(a, stream); });
+  bench.report(figure("selective_scan_fused_kernel", rows, 1),
+               [&] { selective_scan(a, reinterpret_cast<float*>(workspace.data()), stream); });
+  a.L = 1, a.h0 = h.data();
+  bench.report(figure("selective_scan_step_kernel", s.batch, 2),
+               [&] { selective_scan_step(a, stream); });
+}
+
+template <class T>
+void bench_ssd(Bench& bench, DType dtype, const Shape& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"L", s.L}, {"heads", s.width}});
+  if (!bench.wants(shape)) return;
+  const int64_t H = s.width, P = 64, N = 128, d = H * P, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), dt = bench.random<T>(rows * H),
+             B = bench.random<T>(rows * N), C = bench.random<T>(rows * N);
+  const DeviceBuffer<T> out(static_cast<size_t>(rows * d));
+  const auto A = bench.random<float>(H, 7.f, -8.f), D = bench.random<float>(H),
+             bias = bench.random<float>(H, 2.f, -4.6f), h = bench.random<float>(s.batch * d * N);
+  SsdArgs<T> a;
+  a.batch = s.batch, a.L = s.L, a.n_heads = int(H), a.head_dim = int(P), a.d_state = int(N);
+  a.x = x.data(), a.dt = dt.data(), a.B = B.data(), a.C = C.data(), a.A = A.data();
+  a.D = D.data(), a.dt_bias = bias.data(), a.hT = h.data(), a.out = out.data();
+  a.x_stride = a.out_stride = d, a.dt_stride = H, a.B_stride = a.C_stride = N;
+  const auto figure = [&](const char* kernel, int64_t tokens, int states) {
+    return Figure{"ssd",
+                  kernel,
+                  shape,
+                  dtype,
+                  double(tokens * (2 * d + H + 2 * N)) * sizeof(T) +
+                      double(states * s.batch * d * N) * sizeof(float),
+                  5. * double(d * N * tokens)};  // of the recurrence
+  };
+  const cudaStream_t stream = bench.stream();
+  bench.report(figure("ssd_naive_kernel", rows, 1), [&] { ssd_naive(a, stream); });
+  if constexpr (sizeof(T) == 2) {
+    for (const SsdRung rung : {SsdRung::kFused, SsdRung::kWarpgroup}) {
+      const bool warpgroup = rung == SsdRung::kWarpgroup;
+      if (rung > ssd_rung(a)) continue;
+      const SsdSegments segments = ssd_segments(a, rung);
+      const DeviceBuffer<std::byte> workspace(ssd_workspace_bytes(a, rung));
+      a.workspace = workspace.data();
+      bench.report(figure(warpgroup ? "ssd_warpgroup_kernel" : "ssd_fused_kernel", rows, 1),
+                   [&] { ssd_split(a, rung, segments, stream); });
+    }
+  }
+  a.L = 1, a.h0 = h.data();
+  bench.report(figure("ssd_step_kernel", s.batch, 2), [&] { ssd_step(a, stream); });
+}
+
+template <class T>
+void bench_norms(Bench& bench, DType dtype, const Shape& s, bool gated) {
+  const std::string shape = shape_of({{"rows", s.batch * s.L}, {"d", s.width}});
+  if (!bench.wants(shape)) return;
+  const int64_t d = s.width, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), z = bench.random<T>(rows * d);
+  const auto residual = bench.random<float>(rows * d), weight = bench.random<float>(d);
+  const DeviceBuffer<T> out(static_cast<size_t>(rows * d));
+  const double numbers = double(rows * d);
+  if (gated)
+    bench.report({"gated_rms_norm", "gated_rms_norm_kernel", shape, dtype, numbers * 3 * sizeof(T),
+                  8 * numbers},
+                 [&] {
+                   gated_rms_norm(x.data(), d, z.data(), d, weight.data(), 1e-5f, rows, int(d), 1,
+                                  out.data(), d, bench.stream());
+                 });
+  else
+    bench.report(
+        {"rms_norm", "rms_norm_kernel", shape, dtype, numbers * (2 * sizeof(T) + 8), 5 * numbers},
+        [&] {
+          rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows, int(d), out.data(), d,
+                   bench.stream());
+        });
+}
+
+void bench_sampler(Bench& bench, int64_t batch) {
+  const std::string shape = shape_of({{"batch", batch}, {"vocab_size", 50280}});
+  if (!bench.wants(shape)) return;
+  constexpr int64_t V = 50280, kMostDraws = 4096;
+  const auto logits = bench.random<float>(batch * V, 10.f), residual = bench.random<float>(batch),
+             embedding = bench.random<float>(V);
+  const std::vector<Token> prompt = {0};
+  const std::vector<Sampler::Text> texts(static_cast<size_t>(batch), {0, prompt});
+  const auto report = [&](const char* rules, float temperature, int top_k, float top_p) {
+    GenerateOptions options;
+    options.n = kMostDraws, options.sampler.temperature = temperature;
+    options.sampler.top_k = top_k, options.sampler.top_p = top_p;
+    Sampler sampler(options, texts, V, logits.data());
+    CUDA_CHECK(cudaDeviceSynchronize());
+    bench.report({"sampler", rules, shape, DType::F32, double(batch * V) * 4, 0}, [&] {
+      sampler.draw({embedding.data(), DType::F32}, 1, residual.data(), bench.stream());
+    });
+    CUDA_CHECK(cudaDeviceSynchronize());
+  };
+  report("greedy", 0, 0, 1);
+  report("temperature 0.8", 0.8f, 0, 1);
+  report("top-k 50", 0.8f, 50, 1);
+  report("top-p 0.95", 0.8f, 0, 0.95f);
+}
+
+/// Whole models of random weights.
+struct ModelBench {
+  const Bench& bench;
+  std::string name;
+  DType dtype;
+  Config config = published_config(name);
+  double matrices = 0, rest = 0;  // matrices: each number costs a multiply-add a token
+  std::unique_ptr<CudaEngine> engine;
+
+  ModelBench(const Bench& bench, const std::string& name, DType dtype)
+      : bench(bench), name(name), dtype(dtype) {
+    DeviceModel model = random_model(config, dtype);
+    for_each_weight(config, model, [&](const std::string&, const auto&, const auto& to) {
+      if constexpr (std::is_same_v<decltype(to), const DeviceMatrix&>)
+        matrices += double(to.rows * to.cols);
+      else
+        rest += double(to.size());
+    });
+    EngineOptions options;
+    options.dtype = dtype;
+    engine = std::make_unique<CudaEngine>(std::move(model), config, options);
+  }
+  double weight_bytes() const { return matrices * double(dtype_size(dtype)) + rest * 4; }
+
+  /// A greedy token of every sequence.
+  template <class T>
+  void decode(int64_t batch) {
+    constexpr Index kSteps = 20, kRepeat = 20;
+    const cudaStream_t stream = engine->queue_->stream();
+    DeviceState state(config, dtype, batch);
+    engine->logits_.grow(static_cast<size_t>(batch * config.vocab_size));
+    const Activations<T> a(config, batch, engine->activation_room_);
+    const std::vector<Token> prompt = {0};
+    const std::vector<Sampler::Text> texts(static_cast<size_t>(batch), {0, prompt});
+    GenerateOptions greedy;
+    greedy.n = kSteps * (kRepeat + 3), greedy.sampler.temperature = 0;
+    Sampler sampler(greedy, texts, config.vocab_size, engine->logits_.data());
+    CUDA_CHECK(cudaMemset(a.residual, 0, batch * config.d_model * sizeof(float)));
+    CUDA_CHECK(cudaDeviceSynchronize());
+    const Graph graph(stream, [&] {
+      engine->compute<T>().step(a, state, sampler.done(), engine->logits_.data());
+      sampler.draw({engine->model_.embedding.bytes.data(), dtype}, config.d_model, a.residual,
+                   stream);
+    });
+    const double ms = median_ms(stream, kRepeat,
+                                [&] {
+                                  for (Index i = 0; i < kSteps; ++i) graph.launch(stream);
+                                }) /
+                      kSteps;
+    const double bytes = weight_bytes() + 2. * double(state.h.bytes() + state.conv.bytes());
+    bench.print({"decode", "step", name + ", batch " + std::to_string(batch), dtype, bytes,
+                 2 * matrices * double(batch)},
+                ms, bytes / bench.bandwidth() * 1e3);
+  }
+
+  template <class T>
+  void prefill(int64_t L, double peak) {
+    DeviceState state(config, dtype, 1);
+    engine->logits_.grow(static_cast<size_t>(config.vocab_size));
+    std::vector<Token> ids;
+    for (Index t = 0; t < L; ++t) ids.push_back(static_cast<Token>(t * 7919 % config.vocab_size));
+    const double ms = median_ms(engine->queue_->stream(), 20,
+                                [&] { engine->prefill_as<T>(state, ids.data(), L, 0); });
+    const double head = double(config.vocab_size * config.d_model);
+    const double flops = 2 * ((matrices - head) * double(L) + head);
+    bench.print(
+        {"prefill", "prefill", name + ", L " + std::to_string(L), dtype, weight_bytes(), flops}, ms,
+        std::max(weight_bytes() / bench.bandwidth(), flops / peak) * 1e3);
+  }
+};
+
+void bench_models(const Bench& bench, bool decode, bool prefill) {
+  if (!decode && !prefill) return;
+  const double peak = matmul_peak<__nv_bfloat16>(bench.queue());
+  for (const char* name : {"130m", "2.8b", "mamba2-130m", "mamba2-2.7b"}) {
+    if (!bench.wants(name)) continue;
+    ModelBench model(bench, name, DType::BF16);
+    if (decode)
+      for (const int64_t batch : {1, 4, 64}) model.decode<__nv_bfloat16>(batch);
+    if (prefill)
+      for (const int64_t L : {2048, 16384}) model.prefill<__nv_bfloat16>(L, peak);
+  }
+}
+
+constexpr Shape kScanShapes[] = {{1, 1536, 2048}, {8, 1536, 2048},  {1, 5120, 2048},
+                                 {8, 5120, 2048}, {1, 5120, 16384}, {1, 1536, 65536},
+                                 {1, 5120, 65536}};
+constexpr Shape kConvShapes[] = {{1, 1536, 2048}, {1, 5120, 2048},  {8, 1536, 2048},
+                                 {8, 5120, 2048}, {1, 5120, 16384}, {1, 1536, 65536}};
+constexpr Shape kSsdShapes[] = {{8, 24, 2048},  {1, 80, 2048},   {8, 80, 2048},
+                                {1, 128, 2048}, {1, 128, 16384}, {1, 128, 65536}};
+constexpr Shape kNormShapes[] = {{1, 768, 2048}, {1, 5120, 2048}, {8, 5120, 2048}};
+
+void run_bench(const Flags& flags) {
+  using bf16 = __nv_bfloat16;
+  const auto asked = [&](const std::string& op) {
+    return flags.ops.empty() || std::count(flags.ops.begin(), flags.ops.end(), op) > 0;
+  };
+  use_device(0);
+  Bench bench(flags);
+  using Json = nlohmann::ordered_json;
+  if (asked("bandwidth"))
+    std::cout << Json{{"op", "bandwidth"}, {"GB/s", bench.bandwidth() / 1e9}} << std::endl;
+  if (asked("matmul"))
+    for (const auto& [dtype, peak] : {std::pair("bf16", matmul_peak<bf16>(bench.queue())),
+                                      std::pair("f32", matmul_peak<float>(bench.queue()))})
+      std::cout << Json{{"op", "matmul"}, {"dtype", dtype}, {"TFLOP/s", peak / 1e12}} << std::endl;
+  if (asked("selective_scan"))
+    for (const Shape& s : kScanShapes)
+      bench_scan<bf16>(bench, DType::BF16, s), bench_scan<float>(bench, DType::F32, s);
+  if (asked("causal_conv1d"))
+    for (const Shape& s : kConvShapes)
+      bench_conv<bf16>(bench, DType::BF16, s), bench_conv<float>(bench, DType::F32, s);
+  if (asked("ssd"))
+    for (const Shape& s : kSsdShapes) bench_ssd<bf16>(bench, DType::BF16, s);
+  for (const bool gated : {false, true})
+    if (asked(gated ? "gated_rms_norm" : "rms_norm"))
+      for (const Shape& s : kNormShapes) bench_norms<bf16>(bench, DType::BF16, s, gated);
+  if (asked("sampler"))
+    for (const int64_t batch : {1, 64}) bench_sampler(bench, batch);
+  bench_models(bench, asked("decode"), asked("prefill"));
+}
+
+}  // namespace mamba
+
+int main(int argc, char** argv) {
+  CLI::App app("speed of the GPU program's kernels and models");
+  mamba::Flags flags;
+  app.add_option("op", flags.ops, "what to measure; all without")
+      ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "causal_conv1d", "ssd",
+                             "rms_norm", "gated_rms_norm", "sampler", "decode", "prefill"}));
+  app.add_flag("--cold", flags.cold, "with a cold L2 cache, one call at a time");
+  app.add_flag("--skip-naive", flags.skip_naive, "leave out the naive rungs");
+  app.add_option("--only", flags.only, "shapes that contain this text");
+  CLI11_PARSE(app, argc, argv);
+  try {
+    mamba::run_bench(flags);
+  } catch (const std::exception& e) {
+    std::cerr << "bench: " << e.what() << "\n";
+    return 1;
+  }
+}
