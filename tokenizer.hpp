@@ -36,6 +36,7 @@
 #include <deque>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
@@ -64,13 +65,16 @@ void check(bool ok, const Parts&... parts) {
   throw std::runtime_error(line.str());
 }
 
-// Runs f. An error in it is preceded by the place: "model.merges: not in model.vocab: ba".
+// Runs f. An error in it becomes one line that begins with the place: "decoder: WordPiece: ...".
 template <class F>
 void at(const std::string& place, F f) {
   try {
     f();
   } catch (const std::runtime_error& error) {
-    throw std::runtime_error(place + ": " + error.what());
+    std::string line = place + ": " + error.what();
+    const auto is_control = [](char c) { return c >= 0 && c < ' '; };
+    std::replace_if(line.begin(), line.end(), is_control, ' ');
+    throw std::runtime_error(line);
   }
 }
 
@@ -105,13 +109,6 @@ inline Character character_at(std::string_view text, std::size_t i) {
   return {code, size};
 }
 
-// The character that ends at i > 0, in valid text.
-inline std::string_view character_before(std::string_view text, std::size_t i) {
-  std::size_t begin = i - 1;
-  while (begin > 0 && (text[begin] & 0xC0) == 0x80) --begin;
-  return text.substr(begin, i - begin);
-}
-
 inline void append_character(std::int32_t code, std::string& text) {
   std::array<utf8proc_uint8_t, 4> bytes{};
   const auto size = utf8proc_encode_char(code, bytes.data());
@@ -137,13 +134,18 @@ struct ByteAlphabet {
   std::unordered_map<std::int32_t, char> byte;  // its code -> byte
 
   ByteAlphabet() {
-    std::int32_t next = 0x100;
-    for (int b = 0; b < 256; ++b) {
+    for (std::int32_t b = 0, next = 0x100; b < 256; ++b) {
       const bool visible = (b > 0x20 && b < 0x7F) || (b > 0xA0 && b != 0xAD);
       const std::int32_t code = visible ? b : next++;
       append_character(code, character[b]);
       byte[code] = static_cast<char>(b);
     }
+  }
+
+  std::string to_characters(std::string_view bytes) const {
+    std::string text;
+    for (const char b : bytes) text += character[static_cast<std::uint8_t>(b)];
+    return text;
   }
 
   // A token with any other character in it (only added tokens have them) is its own bytes.
@@ -157,28 +159,15 @@ struct ByteAlphabet {
     return bytes;
   }
 };
-
-inline const ByteAlphabet& byte_alphabet() {
-  static const ByteAlphabet alphabet;
-  return alphabet;
-}
-
-inline std::string to_byte_characters(std::string_view bytes) {
-  std::string text;
-  for (const char b : bytes) text += byte_alphabet().character[static_cast<std::uint8_t>(b)];
-  return text;
-}
+inline const ByteAlphabet kByteAlphabet;
 
 // The tokens of byte fallback: "<0xE2>" -> byte.
-inline const std::unordered_map<std::string, std::uint8_t>& fallback_bytes() {
-  static const auto bytes = [] {
-    std::unordered_map<std::string, std::uint8_t> made;
-    const std::string hex = "0123456789ABCDEF";
-    for (int b = 0; b < 256; ++b) made[std::string("<0x") + hex[b / 16] + hex[b % 16] + ">"] = b;
-    return made;
-  }();
+inline const auto kFallbackBytes = [] {
+  std::unordered_map<std::string, std::uint8_t> bytes;
+  const std::string hex = "0123456789ABCDEF";
+  for (int b = 0; b < 256; ++b) bytes[std::string("<0x") + hex[b / 16] + hex[b % 16] + ">"] = b;
   return bytes;
-}
+}();
 
 // ==== Patterns =========================================================================
 
@@ -187,7 +176,7 @@ class Regex {
  public:
   explicit Regex(const std::string& pattern, bool literal = false) {
     const std::string limits = literal ? "" : "(*LIMIT_MATCH=100000000)(*LIMIT_HEAP=65536)";  // KiB
-    const std::uint32_t regex = PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C;
+    const std::uint32_t regex = PCRE2_UCP | PCRE2_MULTILINE;
     const std::string text = limits + pattern;
     int error = 0;
     PCRE2_SIZE place = 0;
@@ -244,16 +233,6 @@ class Regex {
   std::shared_ptr<pcre2_code> code_;
 };
 
-inline bool is_space(std::string_view character) {
-  static const Regex space("\\p{White_Space}");
-  return space.find(character).has_value();
-}
-
-inline bool is_word(std::string_view character) {
-  static const Regex word("[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}]");
-  return word.find(character).has_value();
-}
-
 // ==== From text to words ===============================================================
 
 using Change = std::function<std::string(std::string_view text)>;
@@ -276,9 +255,10 @@ struct Replace {
 // Files write patterns in the syntax of Oniguruma. Taken is what PCRE2 reads in the same way,
 // and \s and \S, for which PCRE2 has one character more than Oniguruma.
 inline Regex file_pattern(const std::string& pattern) {
-  static const Regex known(R"((?x) \A (?: [^][\\(){}] | \) | \\[pP]\{\^?\w+} | \\[dDsSrntAz\W_]
+  static const Regex known(
+      R"((?x) \A (?: [^][\\(){}] | \) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2} | \\[dDsSrntAz\W_]
       | \((?!\?|\*) | \(\?(?:[:=!>]|<[=!]|i[:)]) | \{\d+(?:,\d*)?}(?!\+)
-      | \[\^?(?: [^][\\&] | &(?!&) | \\[pP]\{\^?\w+} | \\[dDsSrnt\W_] )+] )*+)");
+      | \[\^?(?: [^][\\&] | &(?!&) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2} | \\[dDsSrnt\W_] )+] )*+)");
   static const Replace space = {Regex(R"(\\[^s](*SKIP)(*F)|\\s)"), "\\p{White_Space}"};
   static const Replace other = {Regex(R"(\\[^S](*SKIP)(*F)|\\S)"), "\\P{White_Space}"};
   const std::size_t end = known.find(pattern)->second;
@@ -475,6 +455,13 @@ class WordEncoder {
 
 // ==== Added tokens =====================================================================
 
+// White space and \w as the Rust library has them; \G is where the search begins.
+inline const Regex kSpaces("\\G\\p{White_Space}*");
+inline const Regex kLastSpaces("(?<!\\p{White_Space})\\p{White_Space}*+\\z");
+constexpr const char* kWord = "[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}])";
+inline const Regex kBehindNoWord(std::string("\\G(?<!") + kWord);
+inline const Regex kBeforeNoWord(std::string("\\G(?!") + kWord);
+
 struct AddedToken {
   Token id;
   bool single_word;  // only between characters that are not \w
@@ -501,7 +488,8 @@ class AddedTokens {
     is_first_byte_[static_cast<std::uint8_t>(token.pattern.front())] = true;
   }
 
-  // Hands over, in order, the added tokens in text and the pieces between them.
+  // Hands over, in order, the added tokens in text and the pieces between them (the text, and
+  // whether it stands at the start).
   template <class OnToken, class OnText>
   void split(std::string_view text, OnToken on_token, OnText on_text) const {
     std::size_t done = 0, spaces_end = 0;
@@ -510,17 +498,16 @@ class AddedTokens {
       if (token == nullptr) continue;
       std::size_t begin = i, end = i + token->pattern.size();
       i = end - 1;  // the search goes on behind the token itself
-      if (token->single_word && !stands_alone(text, begin, end)) continue;
-      while (token->lstrip && begin > done && is_space(character_before(text, begin))) {
-        begin -= character_before(text, begin).size();
-      }
+      if (token->single_word && !(kBehindNoWord.find(text, begin) && kBeforeNoWord.find(text, end)))
+        continue;
       if (token->lstrip) begin = std::max(begin, done);
-      if (token->rstrip) end = spaces_end = after_spaces(text, std::max(end, spaces_end));
-      if (done < begin) on_text(text.substr(done, begin - done));
+      if (token->lstrip) begin = done + kLastSpaces.find(text.substr(done, begin - done))->first;
+      if (token->rstrip) end = spaces_end = kSpaces.find(text, std::max(end, spaces_end))->second;
+      if (done < begin) on_text(text.substr(done, begin - done), done == 0);
       if (begin < end) on_token(token->id);  // not if the token before it swallowed it
       done = end;
     }
-    if (done < text.size()) on_text(text.substr(done));
+    if (done < text.size()) on_text(text.substr(done), done == 0);
   }
 
  private:
@@ -536,19 +523,6 @@ class AddedTokens {
     return longest;
   }
 
-  static std::size_t after_spaces(std::string_view text, std::size_t i) {
-    for (std::size_t size = 0; i < text.size(); i += size) {
-      size = character_at(text, i).size;
-      if (!is_space(text.substr(i, size))) break;
-    }
-    return i;
-  }
-
-  static bool stands_alone(std::string_view text, std::size_t begin, std::size_t end) {
-    return (begin == 0 || !is_word(character_before(text, begin))) &&
-           (end == text.size() || !is_word(text.substr(end, character_at(text, end).size)));
-  }
-
   std::unordered_map<std::uint64_t, std::uint32_t> edges_;  // (node, byte) -> node; the root is 0
   std::vector<std::shared_ptr<const AddedToken>> token_at_ = {nullptr};  // node -> token, or null
   std::array<bool, 256> is_first_byte_{};
@@ -561,33 +535,25 @@ struct Decoder {
   std::vector<Change> changes;  // of each token
   std::string bytes;            // then ByteLevel or ByteFallback or nothing
   bool spaces = false;          // between tokens
-  std::string strip_content;    // taken from the start of the whole text
-  int strip_count = 0;          // at most so often
+  std::string strip;            // taken once from the start of the whole text
   int stage = 0;                // of the last step read
 };
 
 struct Rules {
+  static constexpr Token kText = -1;
+
   Model model;
   std::vector<Change> normalizers;
+  std::optional<Replace> at_start;  // of all text; before the pre-tokenizers
   std::vector<PreTokenizer> pre_tokenizers;
   Decoder decoder;
-  std::vector<Token> prefix, suffix;  // what the post_processor adds
+  std::vector<Token> prompt = {kText};  // what the post_processor makes of a text
   AddedTokens added_in_raw, added_in_normalized;
   std::unordered_map<std::string, Token> added_ids;
   std::unordered_set<Token> special;
-  std::vector<std::optional<std::string>> texts;  // id -> token
-  std::mutex mutex;                               // for words
-  WordEncoder words{model};                       // changes as it remembers words
-
-  std::optional<std::string> text_of(Token id) const {
-    const auto i = static_cast<std::size_t>(id);  // a negative one becomes large
-    return i < texts.size() ? texts[i] : std::nullopt;
-  }
-
-  void set_text(Token id, const std::string& text) {
-    texts.resize(std::max(texts.size(), static_cast<std::size_t>(id) + 1));
-    texts[id] = text;
-  }
+  std::map<Token, std::string> texts;  // id -> token
+  std::mutex mutex;                    // for words
+  WordEncoder words{model};            // changes as it remembers words
 
   std::string normalize(std::string text) const {
     for (const Change& change : normalizers) text = change(text);
@@ -651,9 +617,8 @@ inline Regex get_pattern(const Json& object) {
 inline void read_vocab(const Json& model, Rules& rules) {
   for (const auto& [token, value] : get<Json::object_t>(model, "vocab")) {
     const Token id = to_number(value, "id");
-    check(!rules.text_of(id), "two tokens have the id ", id);
+    check(rules.texts.emplace(id, token).second, "two tokens have the id ", id);
     rules.model.vocab.emplace(token, id);
-    rules.set_text(id, token);
   }
 }
 
@@ -695,7 +660,7 @@ inline void read_model(const Json& json, Rules& rules) {
   at("merges", [&] { read_merges(json, model); });
   if (!get_or(false, json, "byte_fallback")) return;
   model.byte_tokens.resize(256);
-  for (const auto& [token, byte] : fallback_bytes()) {
+  for (const auto& [token, byte] : kFallbackBytes) {
     model.byte_tokens[byte] = model.id_or_none(token);
     check(model.byte_tokens[byte] >= 0, "byte_fallback: not in model.vocab: ", token);
   }
@@ -711,13 +676,30 @@ inline void read_normalizer(const std::string& type, const Json& step, Rules& ru
   }
 }
 
+// Writes spaces as ▁, with one more in front of all text or of every piece of it.
+inline void read_metaspace(const Json& step, Rules& rules) {
+  std::vector<PreTokenizer>& steps = rules.pre_tokenizers;
+  const char* otherwise = get_or(true, step, "add_prefix_space") ? "always" : "never";
+  const auto when = get_or<std::string>(otherwise, step, "prepend_scheme");
+  check(get<std::string>(step, "replacement") == "▁", "only the replacement ▁ is supported");
+  check(when == "always" || when == "never" || when == "first", "not supported: ", when);
+  check(when != "first" || (steps.empty() && rules.normalizers.empty()),
+        "prepend_scheme first is not supported behind other steps");
+  if (when == "first") rules.at_start = Replace{Regex("\\A(?! |▁)"), "▁"};
+  steps.push_back({{}, Replace{Regex(" ", true), "▁"}});
+  if (when == "always") steps.push_back({{}, Replace{Regex("\\A(?!▁)"), "▁"}});
+  if (get_or(true, step, "split")) steps.push_back({Split{Regex("▁", true), "MergedWithNext"}, {}});
+}
+
 inline void read_pre_tokenizer(const std::string& type, const Json& step, Rules& rules) {
   std::vector<PreTokenizer>& steps = rules.pre_tokenizers;
-  if (type == "ByteLevel") {
+  if (type == "Metaspace") {
+    read_metaspace(step, rules);
+  } else if (type == "ByteLevel") {
     if (get<bool>(step, "add_prefix_space")) steps.push_back({{}, Replace{Regex("\\A(?! )"), " "}});
     if (get_or(true, step, "use_regex"))
       steps.push_back({Split{file_pattern(kGpt2Pattern), "Isolated"}, {}});
-    steps.push_back({{}, to_byte_characters});
+    steps.push_back({{}, [](auto text) { return kByteAlphabet.to_characters(text); }});
   } else if (type == "Split") {
     static const std::unordered_set<std::string> known = {"Isolated", "Removed", "Contiguous",
                                                           "MergedWithPrevious", "MergedWithNext"};
@@ -743,9 +725,9 @@ inline void read_decoder(const std::string& type, const Json& step, Rules& rules
     decoder.changes.push_back(Replace{get_pattern(step), get<std::string>(step, "content")});
   } else if (type == "Strip") {
     check(before == 2, "only supported behind Fuse");
-    check(to_number(member(step, "stop"), "stop") == 0, "only supported at the start");
-    decoder.strip_content = get<std::string>(step, "content");
-    decoder.strip_count = to_number(member(step, "start"), "start");
+    check(member(step, "start") == 1 && member(step, "stop") == 0,
+          "only supported once, at the start");
+    decoder.strip = get<std::string>(step, "content");
   } else if (stage == 1) {
     decoder.bytes = type;
   }
@@ -755,18 +737,20 @@ inline void read_decoder(const std::string& type, const Json& step, Rules& rules
 inline void read_post_processor(const std::string& type, const Json& step, Rules& rules) {
   if (type == "ByteLevel") return;  // it adds none
   check(type == "TemplateProcessing", "not supported");
-  check(rules.prefix.empty() && rules.suffix.empty(), "not supported behind another one");
-  int texts = 0;
+  check(rules.prompt.size() == 1, "not supported behind another one");
+  rules.prompt.clear();
   for (const Json& piece : get<Json::array_t>(step, "single")) {
     if (const Json& text = member(piece, "Sequence"); !text.is_null()) {
-      texts += get<std::string>(text, "id") == "A" ? 1 : 2;
+      check(get<std::string>(text, "id") == "A", "single: expected one Sequence, A");
+      rules.prompt.push_back(Rules::kText);
       continue;
     }
     const auto& name = get<std::string>(member(piece, "SpecialToken"), "id");
     for (const Json& id : get<Json::array_t>(member(member(step, "special_tokens"), name), "ids")) {
-      (texts == 0 ? rules.prefix : rules.suffix).push_back(to_number(id, "id"));
+      rules.prompt.push_back(to_number(id, "id"));
     }
   }
+  const auto texts = std::count(rules.prompt.begin(), rules.prompt.end(), Rules::kText);
   check(texts == 1, "single: expected one Sequence, A");
 }
 
@@ -800,7 +784,7 @@ inline void read_added_token(const Json& entry, Rules& rules, Token& next_id) {
   check(!token.pattern.empty(), "nothing is left of it when normalized: ", content);
   check(rules.added_ids.emplace(content, id).second, "the same token again: ", content);
   (normalized ? rules.added_in_normalized : rules.added_in_raw).add(token);
-  rules.set_text(id, token.pattern);
+  rules.texts[id] = token.pattern;
 }
 
 inline void read_rules(const Json& file, Rules& rules) {
@@ -856,14 +840,7 @@ class Tokenizer {
   // The same from the text of a tokenizer.json; name stands for the path in messages.
   static Tokenizer from_text(std::string_view text, const std::string& name) {
     Tokenizer tokenizer;
-    try {
-      bpe::read_rules(bpe::parse(text), *tokenizer.rules_);
-    } catch (const std::runtime_error& error) {
-      std::string line = "tokenizer: " + name + ": " + error.what();
-      const auto is_control = [](char c) { return c >= 0 && c < ' '; };
-      std::replace_if(line.begin(), line.end(), is_control, ' ');
-      throw std::runtime_error(line);
-    }
+    bpe::at("tokenizer: " + name, [&] { bpe::read_rules(bpe::parse(text), *tokenizer.rules_); });
     return tokenizer;
   }
 
@@ -876,19 +853,22 @@ class Tokenizer {
     const std::lock_guard<std::mutex> lock(rules_->mutex);
     const auto on_token = [&](Token id) { ids.push_back(id); };
     const auto on_word = [&](std::string_view word) { rules_->words.encode(word, ids); };
-    const auto on_part = [&](std::string_view part) { rules_->pre_tokenize(part, 0, on_word); };
-    rules_->added_in_raw.split(text, on_token, [&](std::string_view piece) {
+    rules_->added_in_raw.split(text, on_token, [&](std::string_view piece, bool first) {
       const std::string normal = rules_->normalize(std::string(piece));
-      rules_->added_in_normalized.split(normal, on_token, on_part);
+      rules_->added_in_normalized.split(normal, on_token, [&](std::string_view part, bool start) {
+        const bool change = first && start && rules_->at_start;
+        rules_->pre_tokenize(change ? (*rules_->at_start)(part) : std::string(part), 0, on_word);
+      });
     });
     return ids;
   }
 
   // With the tokens that the file's post_processor puts around a prompt.
   std::vector<Token> encode_prompt(std::string_view text) const {
-    std::vector<Token> ids = encode(text);
-    ids.insert(ids.begin(), rules_->prefix.begin(), rules_->prefix.end());
-    ids.insert(ids.end(), rules_->suffix.begin(), rules_->suffix.end());
+    std::vector<Token> ids = rules_->prompt;
+    const auto place = ids.erase(std::find(ids.begin(), ids.end(), bpe::Rules::kText));
+    const std::vector<Token> made = encode(text);
+    ids.insert(place, made.begin(), made.end());
     return ids;
   }
 
@@ -904,10 +884,15 @@ class Tokenizer {
   }
 
   // A token's text in the file; nothing where no token has this id.
-  std::optional<std::string> text_of(Token id) const { return rules_->text_of(id); }
+  std::optional<std::string> text_of(Token id) const {
+    const auto found = rules_->texts.find(id);
+    return found == rules_->texts.end() ? std::nullopt : std::optional(found->second);
+  }
 
   // All ids are smaller than this; there may be ids below it without a token.
-  std::size_t vocab_size() const { return rules_->texts.size(); }
+  std::size_t vocab_size() const {
+    return rules_->texts.empty() ? 0 : rules_->texts.rbegin()->first + 1;
+  }
 
  private:
   friend class StreamDecoder;
@@ -922,27 +907,27 @@ class Tokenizer {
 class StreamDecoder {
  public:
   explicit StreamDecoder(const Tokenizer& tokenizer, bool skip_special_tokens = false)
-      : rules_(*tokenizer.rules_),
-        decoder_(rules_.decoder),
-        skip_special_tokens_(skip_special_tokens),
-        to_strip_(decoder_.strip_count) {}
+      : tokenizer_(tokenizer),
+        decoder_(tokenizer.rules_->decoder),
+        skip_special_tokens_(skip_special_tokens) {}
 
   std::string push(Token id) {
-    std::optional<std::string> token = rules_.text_of(id);
-    if (!token || (skip_special_tokens_ && rules_.special.count(id) != 0)) return "";
+    std::optional<std::string> token = tokenizer_.text_of(id);
+    if (!token || (skip_special_tokens_ && tokenizer_.rules_->special.count(id) != 0)) return "";
     for (const bpe::Change& change : decoder_.changes) token = change(*token);
     if (decoder_.bytes == "ByteLevel") {
-      pending_ += bpe::byte_alphabet().to_bytes(*token);
+      pending_ += bpe::kByteAlphabet.to_bytes(*token);
       std::string text;
       pending_.erase(0, bpe::append_bytes(pending_, true, text));
       return stripped(text);
     }
-    if (decoder_.bytes == "ByteFallback" && bpe::fallback_bytes().count(*token) != 0) {
-      pending_ += static_cast<char>(bpe::fallback_bytes().at(*token));
+    if (decoder_.bytes == "ByteFallback" && bpe::kFallbackBytes.count(*token) != 0) {
+      pending_ += static_cast<char>(bpe::kFallbackBytes.at(*token));
       return "";
     }
     const bool space = decoder_.spaces && !std::exchange(first_, false);
-    return finish() + stripped((space ? " " : "") + *token);
+    const std::string held_back = finish();
+    return held_back + stripped((space ? " " : "") + *token);
   }
 
   // What was held back. Bytes of byte fallback are text together or, each, U+FFFD.
@@ -958,22 +943,17 @@ class StreamDecoder {
   }
 
  private:
-  // Without what the file takes from the start of all text.
   std::string stripped(std::string text) {
-    const std::string& content = decoder_.strip_content;
-    std::size_t end = 0;
-    for (; to_strip_ > 0 && text.compare(end, content.size(), content) == 0; --to_strip_) {
-      end += content.size();
-    }
-    if (end < text.size()) to_strip_ = 0;
-    return text.substr(end);
+    const std::string& strip = decoder_.strip;
+    const bool at_start = !text.empty() && !std::exchange(begun_, true);
+    return at_start && text.rfind(strip, 0) == 0 ? text.substr(strip.size()) : text;
   }
 
-  const bpe::Rules& rules_;
+  const Tokenizer& tokenizer_;
   const bpe::Decoder& decoder_;
   bool skip_special_tokens_;
   bool first_ = true;    // no token has come yet
-  int to_strip_;         // how much may still be taken from the start of the text
+  bool begun_ = false;   // text has come
   std::string pending_;  // bytes
 };
 

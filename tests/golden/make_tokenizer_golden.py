@@ -65,6 +65,10 @@ def replace(pattern, content, kind="String"):
     return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
+def metaspace(scheme, split=True):
+    return {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": split}
+
+
 def sequence(members, *steps):
     return {"type": "Sequence", members: list(steps)}
 
@@ -116,6 +120,10 @@ VARIANTS = {
         ["éa", "single_word", "normalized"], ["<r", "rstrip"], ["   ", "normalized"],
         ["\n", "rstrip"])}),
     "Llama": ("fallback", LLAMA),
+    "Codestral": ("fallback", {**LLAMA, "normalizer": None,
+                               "pre_tokenizer": metaspace("first", False)}),
+    "Metaspace": ("fallback", {**LLAMA, "normalizer": None, "pre_tokenizer": metaspace("always"),
+                               "model": {"fuse_unk": False}}),
     "Gemma": ("fallback", {**LLAMA, "normalizer": replace(" ", "▁"),
                            "decoder": sequence("decoders", replace("▁", " "), *STEPS),
                            "post_processor": sequence("processors", byte_level(), template(2))}),
