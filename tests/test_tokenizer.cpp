@@ -37,7 +37,7 @@ std::string from_hex(const std::string& hex) {
 Json bytes_only() {
   Json vocab;
   for (int b = 0; b < 256; ++b) {
-    vocab[mamba::bpe::byte_alphabet().character[static_cast<std::size_t>(b)]] = b;
+    vocab[mamba::bpe::kByteAlphabet.character[static_cast<std::size_t>(b)]] = b;
   }
   return {{"normalizer", nullptr},
           {"pre_tokenizer", {{"type", "ByteLevel"}, {"add_prefix_space", false}}},
@@ -86,11 +86,8 @@ std::vector<std::string> words_of(std::string_view text,
                                   const char* pattern = mamba::bpe::kGpt2Pattern,
                                   const char* behavior = "Isolated") {
   std::vector<std::string> words;
-  const mamba::bpe::Regex regex(mamba::bpe::to_pcre2(pattern));
-  mamba::bpe::Split{regex, behavior}(text, true, [&](std::string_view word, bool first) {
-    CHECK(first == (word.data() == text.data()));
-    words.emplace_back(word);
-  });
+  const mamba::bpe::Regex regex = mamba::bpe::file_pattern(pattern);
+  mamba::bpe::Split{regex, behavior}(text, [&](auto word) { words.emplace_back(word); });
   return words;
 }
 
@@ -149,7 +146,7 @@ TEST_CASE("tokenizer: weights/stories gives the ids and texts of the Rust librar
 TEST_CASE("tokenizer: variants of files give the ids and texts of the Rust library") {
   const Json golden = read_json(root("tests/golden/tokenizer_variants.json"));
   const Json stories = read_json(root("weights/stories/tokenizer.json"));
-  REQUIRE(golden["variants"].size() > 30);
+  REQUIRE(golden["variants"].size() == 28);
   for (const Json& variant : golden["variants"]) {
     CAPTURE(variant["name"].get<std::string>());
     Json file = variant["base"] == "stories" ? stories : golden["fallback"];
@@ -233,13 +230,13 @@ TEST_CASE("tokenizer: what a pattern matches stands alone, is removed or goes to
 TEST_CASE("tokenizer: patterns mean what they mean to the Rust library, or are refused") {
   using Words = std::vector<std::string>;
   CHECK(words_of(u8"a\u180eb\u3000c", "\\s") == Words{u8"a\u180eb", u8"\u3000", "c"});
-  CHECK(words_of(u8"a\u0301\u203fb!", "\\w+") == Words{u8"a\u0301\u203fb", "!"});
   CHECK(words_of("a\\s b", "\\\\s") == Words{"a", "\\s", " b"});
-  CHECK(words_of(u8"IT'ſ 1234", "(?i:'s)|[^\\s\\w]|\\p{N}{1,3}") ==
+  CHECK(words_of(u8"IT'ſ 1234", "(?i:'s)|[^\\s\\p{L}\\p{N}]|\\p{N}{1,3}") ==
         Words{"IT", u8"'ſ", " ", "123", "4"});
   CHECK(words_of("x\ny", "^y|x$") == Words{"x", "\n", "y"});  // ^ and $ stand at lines
-  for (const char* pattern : {"\\h", "\\b", "\\R", "\\C", "[a[b]]", "[a&&b]", "(?m:.)", "a{,2}",
-                              "a{1,2}+", "(*FAIL)", "(", "[", "a**", "\\", "(?<=a*)b", "\\1"}) {
+  for (const char* pattern :
+       {"\\w", "[\\w]", "\\h", "\\b", "\\R", "\\C", "[a[b]]", "[a&&b]", "(?m:.)", "a{,2}",
+        "a{1,2}+", "(*FAIL)", "(", "[", "a**", "\\", "(?<=a*)b", "\\1"}) {
     CAPTURE(pattern);
     CHECK_THROWS_AS(words_of("ab", pattern), std::runtime_error);
   }
@@ -252,7 +249,7 @@ TEST_CASE("tokenizer: a pattern that would not end is given up with one line") {
       {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}]})");
   CHECK(made(file).encode("xxyz") == ids_of("xxyz"));
   CHECK_THROWS_WITH(made(file).encode(std::string(60, 'x') + "z y"),
-                    "a pattern of the tokenizer's file takes too much time or memory on this text");
+                    "a pattern takes too much time or memory on this text");
   file["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "(?:(x)|y)*z";
   CHECK_THROWS_AS(made(file).encode(std::string(1 << 24, 'x') + "z"), std::runtime_error);
 }
@@ -362,32 +359,6 @@ TEST_CASE("tokenizer: the queue of merges gives what the definition gives") {
   }
 }
 
-TEST_CASE("tokenizer: a word encoded in windows gives what it gives as a whole") {
-  std::mt19937 bits(1);
-  for (int round = 0; round < 300; ++round) {
-    mamba::bpe::Model model;
-    std::vector<std::string> tokens = {"a", "b", "c"};
-    for (Token id = 0; id < 3; ++id) model.vocab[tokens[static_cast<std::size_t>(id)]] = id;
-    for (std::uint32_t rank = 0; rank < 1 + bits() % 30; ++rank) {
-      const std::string left = tokens[bits() % tokens.size()],
-                        right = tokens[bits() % tokens.size()];
-      const auto next = static_cast<Token>(model.vocab.size());
-      const Token id = model.vocab.try_emplace(left + right, next).first->second;
-      model.merges[mamba::bpe::Model::key(model.vocab[left], model.vocab[right])] = {rank, id};
-      if (id == next) tokens.push_back(left + right);
-    }
-    std::string text;
-    const auto letters = 1 + bits() % 3;
-    for (std::size_t length = 100 + bits() % 400; length > 0; --length) {
-      text += "abc"[bits() % letters];
-    }
-    Ids whole, windows;
-    mamba::bpe::WordEncoder(model, 1000).encode(text, whole);
-    mamba::bpe::WordEncoder(model, 2 + bits() % 30).encode(text, windows);
-    CHECK(windows == whole);
-  }
-}
-
 TEST_CASE("tokenizer: more words than it remembers") {
   const Tokenizer tokenizer = made(with_merges({{"1", "2"}, {"Ġ", "7"}}));
   std::string text;
@@ -451,7 +422,7 @@ TEST_CASE("tokenizer: added tokens are cut out leftmost first, the longest of th
 
 TEST_CASE("tokenizer: added tokens are found in time that grows with the text alone") {
   Json file = bytes_only();
-  const std::string many(20000, 'a');
+  const std::string many(255, 'a');
   add_token(file, many);
   add_token(file, many + "b", {"rstrip"});
   add_token(file, " ", {"lstrip", "rstrip"});
@@ -459,13 +430,15 @@ TEST_CASE("tokenizer: added tokens are found in time that grows with the text al
   CHECK(tokenizer.encode(many.substr(1) + "c") == ids_of(many.substr(1) + "c"));
   CHECK(tokenizer.encode("a" + many + "b") == ids_of(256, "ab"));  // the leftmost, not the longest
   Ids ids;
-  for (int i = 0; i < 100; ++i) ids.push_back(256);
-  CHECK(tokenizer.encode(std::string(2000000, 'a')) == ids);
+  for (int i = 0; i < 10000; ++i) ids.push_back(256);
+  CHECK(tokenizer.encode(std::string(2550000, 'a')) == ids);
   CHECK(tokenizer.encode("x" + std::string(1000000, ' ')) == ids_of("x", 258));
   add_token(file, "aa", {"single_word"});
   std::string rests;
-  for (int i = 0; i < 1000; ++i) rests += many.substr(1000) + " ";
-  CHECK(made(file).encode(rests).size() > 19000000);
+  for (int i = 0; i < 1000; ++i) rests += many.substr(5) + " ";
+  CHECK(made(file).encode(rests).size() > 250000);
+  add_token(file, many + "bc");
+  CHECK(error_of(file.dump()).find("entry 5: longer than 256 bytes: aaa") != std::string::npos);
 }
 
 TEST_CASE("tokenizer: lstrip, rstrip and single_word do what the Rust library does") {
@@ -624,21 +597,22 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
       {std::string(100000, '['), "JSON"},
       {std::string(100000, '[') + std::string(100000, ']'), "model"},
       {without("", "model"), "model"},
-      {without("/model", "vocab"), "model.vocab: "},
-      {without("/model", "merges"), "model.merges: "},
+      {without("/model", "vocab"), "model: vocab: "},
+      {without("/model", "merges"), "model: merges: "},
       {without(added, "id"), "added_tokens: entry 1: "},
-      {without(added, "content"), "content: expected a string, found null"},
-      {without(added, "lstrip"), "lstrip: expected true or false, found null"},
+      {without(added, "content"), "content: expected string, found null"},
+      {without(added, "lstrip"), "lstrip: expected boolean, found null"},
       {broken("/model", nothing), "model"},
       {broken("/model", "BPE"), "model"},
       {broken("/model/type", "Unigram"), "only the type BPE"},
       {broken("/model/dropout", 0.1), "dropout"},
       {broken("/model/dropout", "x"), "model: "},
-      {broken("/model/byte_fallback", 1), "byte_fallback: expected true or false, found 1"},
+      {broken("/model/byte_fallback", true), "byte_fallback: not in model.vocab: <0x"},
+      {broken("/model/byte_fallback", 1), "byte_fallback: expected boolean, found 1"},
       {broken("/model/end_of_word_suffix", "</w>"), "end_of_word_suffix"},
-      {broken("/model/unk_token", 5), "model: unk_token: expected a string, found 5"},
-      {broken("/model/ignore_merges", "yes"), "expected true or false, found string"},
-      {broken("/model/vocab", Json::array({1, 2})), "model.vocab: "},
+      {broken("/model/unk_token", 5), "model: unk_token: expected string, found 5"},
+      {broken("/model/ignore_merges", "yes"), "expected boolean, found string"},
+      {broken("/model/vocab", Json::array({1, 2})), "vocab: expected object, found array"},
       {broken("/model/vocab/x", -1), "expected a number from 0 to 4194303, found -1"},
       {broken("/model/vocab/x", 4194304), "found 4194304"},
       {broken("/model/vocab/x", 18446744073709551615u), "found 18446744073709551615"},
@@ -646,8 +620,8 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
       {broken("/model/vocab/x", 1.5), "found 1.5"},
       {broken("/model/vocab/x", "5"), "found string"},
       {broken("/model/vocab/x", 97), "two tokens have the id 97"},
-      {broken("/model/merges", 5), "model.merges: "},
-      {broken("/model/merges", Json::object()), "model.merges: "},
+      {broken("/model/merges", 5), "model: merges: "},
+      {broken("/model/merges", Json::object()), "model: merges: "},
       {broken("/model/merges/0", "a"), "expected two tokens, found a"},
       {broken("/model/merges/0", "a b c"), "expected two tokens"},
       {broken("/model/merges/0", ""), "expected two tokens"},
@@ -657,47 +631,46 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
       {broken("/model/merges/0", "a qq"), "not in model.vocab: qq"},
       {broken("/model/merges/0", "b a"), "not in model.vocab: ba"},
       {broken("/normalizer", {{"type", "Lowercase"}}), "normalizer: Lowercase: not supported"},
-      {broken("/normalizer", "NFC"), "normalizer: expected an object, found string"},
+      {broken("/normalizer", "NFC"), "normalizer: expected object, found string"},
       {broken("/normalizer", Json::array()), "normalizer: "},
-      {broken("/normalizer", {{"type", 5}}), "normalizer: type: expected a string, found 5"},
-      {broken("/normalizer", {{"type", "Sequence"}}), "normalizers: expected a list, found null"},
+      {broken("/normalizer", {{"type", 5}}), "normalizer: type: expected string, found 5"},
+      {broken("/normalizer", {{"type", "Sequence"}}), "normalizers: expected array, found null"},
       {broken("/normalizer", {{"type", "Sequence"}, {"normalizers", 5}}), "normalizer: "},
-      {broken("/normalizer", {{"type", "Prepend"}}), "Prepend: prepend: expected a string"},
-      {broken("/normalizer", {{"type", "Replace"}, {"content", ""}}),
-       "Replace: expected an object"},
+      {broken("/normalizer", {{"type", "Prepend"}}), "Prepend: prepend: expected string"},
+      {broken("/normalizer", {{"type", "Replace"}, {"content", ""}}), "Replace: expected object"},
       {broken("/normalizer", {{"type", "Replace"}, {"pattern", {{"Regex", "("}}}, {"content", ""}}),
        "Replace: the pattern is wrong at byte 1: "},
-      {broken("/normalizer", {{"type", "Strip"}, {"strip_left", true}}), "strip_right: expected"},
+      {broken("/normalizer", {{"type", "NFKC"}}), "normalizer: NFKC: not supported"},
+      {broken("/normalizer", {{"type", "Strip"}}), "normalizer: Strip: not supported"},
       {broken("/pre_tokenizer/type", "BertPreTokenizer"),
        "pre_tokenizer: BertPreTokenizer: not supp"},
-      {broken("/pre_tokenizer/add_prefix_space", 1), "expected true or false, found 1"},
+      {broken("/pre_tokenizer/add_prefix_space", 1), "expected boolean, found 1"},
       {broken("/pre_tokenizer", {{"type", "Digits"}}), "Digits: individual_digits: expected"},
       {broken("/pre_tokenizer", {{"type", "Metaspace"}, {"replacement", "ab"}}),
-       "Metaspace: replacement: expected one character, found ab"},
+       "Metaspace: only the replacement ▁ is supported"},
       {broken("/pre_tokenizer",
-              {{"type", "Metaspace"}, {"replacement", "a"}, {"prepend_scheme", "last"}}),
-       "the prepend_scheme last is not supported"},
+              {{"type", "Metaspace"}, {"replacement", "▁"}, {"prepend_scheme", "last"}}),
+       "Metaspace: not supported: last"},
+      {broken("/decoder", {{"type", "Metaspace"}}), "decoder: Metaspace: not supported"},
       {broken("/pre_tokenizer", {{"type", "Split"}, {"behavior", "Kept"}}), "the behavior Kept is"},
       {broken("/pre_tokenizer", Json::parse(R"({"type": "Split", "behavior": "Isolated",
                 "pattern": {"Regex": "[a&&b]"}, "invert": false})")),
-       "Split: the pattern has &&, which is not supported"},
+       "Split: the pattern is not supported from here: [a&&b]"},
       {broken("/decoder/type", "WordPiece"), "decoder: WordPiece: not supported"},
       {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [{"type": "Fuse"},
                 {"type": "ByteFallback"}]})")),
-       "decoder: ByteFallback: not supported after Fuse"},
+       "decoder: ByteFallback: not supported at this place"},
       {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [
                 {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 0, "stop": 1}]})")),
-       "decoder: Strip: after Fuse only one"},
-      {broken("/decoder", Json::parse(R"({"type": "Strip", "content": " ", "start": -1})")),
-       "decoder: Strip: start: expected a number from 0 to 65535, found -1"},
+       "decoder: Strip: only supported once, at the start"},
+      {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": -1, "stop": 0}]})")),
+       "decoder: Strip: only supported once, at the start"},
+      {broken("/decoder", {{"type", "Strip"}}), "decoder: Strip: only supported behind Fuse"},
       {broken("/decoder", Json::parse(R"({"type": "Sequence", "decoders": [
                 {"type": "ByteFallback"}, {"type": "ByteFallback"}]})")),
-       "decoder: ByteFallback: not supported after ByteFallback"},
+       "decoder: ByteFallback: not supported at this place"},
       {broken("/post_processor", {{"type", "Other"}}), "post_processor: Other: not supported"},
-      {broken("/post_processor", {{"type", "BertProcessing"}, {"cls", {"a", 0}}}),
-       "sep: expected a list, found null"},
-      {broken("/post_processor", {{"type", "BertProcessing"}, {"cls", Json::array({"a"})}}),
-       "cls: expected a token and its id"},
       {broken("/post_processor", {{"type", "TemplateProcessing"}, {"single", Json::array()}}),
        "single: expected one Sequence, A"},
       {broken("/post_processor", Json::parse(R"({"type": "TemplateProcessing", "single":
@@ -705,14 +678,14 @@ TEST_CASE("tokenizer: a broken or unsupported file ends in one line that names i
        "single: expected one Sequence, A"},
       {broken("/post_processor", Json::parse(R"({"type": "TemplateProcessing", "single":
                 [{"SpecialToken": {"id": "x"}}], "special_tokens": {}})")),
-       "expected an object, found null"},
+       "expected object, found null"},
       {broken("/added_tokens", 5), "added_tokens"},
       {broken("/added_tokens/0", 5), "added_tokens: entry 1: "},
       {broken(added + "/id", -1), "added_tokens: entry 1: id: expected a number"},
       {broken(added + "/id", 258), "expected id 257, found 258: <s>"},
       {broken(added + "/content", "a"), "expected id 97, found 257: a"},
-      {broken(added + "/content", 5), "content: expected a string, found 5"},
-      {broken(added + "/special", "no"), "special: expected true or false, found string"},
+      {broken(added + "/content", 5), "content: expected string, found 5"},
+      {broken(added + "/special", "no"), "special: expected boolean, found string"},
       {twice, "the same token again: <s>"},
   };
   for (const auto& [text, expected] : cases) {

@@ -108,16 +108,9 @@ VARIANTS = {
                                 byte_level(False, True))),
     "runs of digits": ("stories", words({"type": "Digits", "individual_digits": False})),
     "DeepSeek": ("stories", words(split(r"[\r\n]"), split(r"\s?\p{L}+"), split(r"\s?\p{P}+"))),
-    "words": ("stories", words(split(r"\w+|[^\w\s]+", "Removed", True))),
-    "prefix": ("stories", {"pre_tokenizer": byte_level(True, True)}),
+    "words": ("stories", words(split(r"[\p{L}\p{N}]+|[^\p{L}\p{N}\s]+", "Removed", True))),
+    "prefix": ("stories", {"pre_tokenizer": byte_level(True, True), "post_processor": template(0, 5)}),
     "no words": ("stories", {"pre_tokenizer": None, "decoder": None}),
-    "NFKC": ("stories", {"normalizer": {"type": "NFKC"},
-                         "post_processor": {"type": "BertProcessing", "cls": ["!", 1],
-                                            "sep": ["<|endoftext|>", 0]}}),
-    "NFD": ("stories", {"normalizer": {"type": "NFD"}, "post_processor": template(0, 5)}),
-    "strip": ("stories", {"normalizer": sequence(
-        "normalizers", {"type": "NFKD"}, {"type": "Strip", "strip_left": True,
-                                          "strip_right": True})}),
     "replace": ("stories", {
         "normalizer": sequence("normalizers", replace(r"\s+", " ", "Regex"), replace("a", "")),
         "added_tokens": added(0, ["<|endoftext|>", "special"]) + added(
@@ -130,25 +123,18 @@ VARIANTS = {
     "Codestral": ("fallback", {**LLAMA, "normalizer": None,
                                "pre_tokenizer": metaspace("first", False)}),
     "Metaspace": ("fallback", {**LLAMA, "normalizer": None, "pre_tokenizer": metaspace("always"),
-                               "decoder": metaspace("always"), "model": {"fuse_unk": False}}),
-    "Metaspace of pieces": ("fallback", {
-        **LLAMA, "normalizer": {"type": "Strip", "strip_left": True, "strip_right": False},
-        "pre_tokenizer": sequence("pretokenizers", split(r"\d"), metaspace("first", False)),
-        "decoder": sequence("decoders", metaspace("never"), *STEPS)}),
+                               "model": {"fuse_unk": False}}),
     "Gemma": ("fallback", {**LLAMA, "normalizer": replace(" ", "▁"),
                            "decoder": sequence("decoders", replace("▁", " "), *STEPS),
                            "post_processor": sequence("processors", byte_level(), template(2))}),
     "no bytes": ("fallback", {**LLAMA, "model": {"byte_fallback": False}}),
-    "no unknown": ("fallback", {
-        **LLAMA, "model": {"byte_fallback": False, "unk_token": None},
-        "decoder": sequence("decoders", STEPS[0], replace("▁", "☃ ☃"),
-                            {"type": "Strip", "content": "☃", "start": 1, "stop": 1})}),
+    "no unknown": ("fallback", {**LLAMA, "model": {"byte_fallback": False, "unk_token": None}}),
     "no decoder": ("fallback", {**LLAMA, "decoder": None}),
 }
 for behavior in BEHAVIORS:
     for invert in (False, True):
         VARIANTS[f"{behavior} {invert}"] = ("stories", words(
-            split(r"\s|(?<=a)" if invert else r"[\w']+", behavior, invert),
+            split(r"\s|(?<=a)" if invert else r"[\p{L}']+", behavior, invert),
             split(" ", behavior, not invert, "String")))
 
 
