@@ -1,15 +1,9 @@
-// checkpoint.hpp - bytes to tensors and back. What a model computes is not known here.
+// checkpoint.hpp - bytes to tensors and back: errors and files; tensors; safetensors; torch.save;
+// a model's folder. What a model computes is not known here.
 //
-//   1. Errors and files    one line per error; one way to read a file, one way to write one
-//   2. Tensors             a named window of bytes with dtype and shape; their numbers
-//   3. safetensors         read and written
-//   4. torch.save          read: a zip, in it a pickle, and the storages it names
-//   5. A model's folder    whole or in shards; names without what wrappers put before them
-//
-// What is read comes from strangers. Whatever bytes a file holds, reading it ends in tensors
-// or in one line, "what: where: expected ..., found ..."; no byte of it is ever run; and the
-// work and memory that it can ask for are bounded by its size. Tensors are windows into the
-// mapped file: nothing is copied that lies there row by row.
+// What is read comes from strangers. Whatever bytes a file holds, reading it ends in tensors or
+// in one line, "what: where: expected ..., found ..."; no byte of it is ever run; and the work
+// and memory that it can ask for are bounded by its size.
 #pragma once
 
 #include <fcntl.h>
@@ -37,13 +31,12 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 namespace mamba {
 
 using Json = nlohmann::json;
+using Shape = std::vector<std::int64_t>;  // row-major; empty: one value
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are little-endian");
 
@@ -55,8 +48,7 @@ std::string one_line(const Parts&... parts) {
   std::ostringstream out;
   (out << ... << parts);
   std::string line = out.str();
-  std::replace_if(
-      line.begin(), line.end(), [](unsigned char c) { return c < 32; }, '?');
+  for (char& c : line) c = (c & 0xe0) == 0 ? '?' : c;
   return line;
 }
 
@@ -75,7 +67,10 @@ template <class... Parts>
   throw UsageError(one_line(parts...));
 }
 
-inline std::string reason() { return std::strerror(errno); }
+/// Fails with the system's reason if a call of it did.
+inline void check_call(bool good, const char* what, const std::string& path) {
+  if (!good) fail(what, ": ", path, ": ", std::strerror(errno));
+}
 
 inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
 
@@ -90,8 +85,7 @@ inline void warn(const std::vector<std::string>& lines) {
 /// A name out of a file, fit for an error line: printable, quoted, and not a page long.
 inline std::string quote(std::string_view name, std::size_t longest = 80) {
   std::string text(name.substr(0, longest));
-  std::replace_if(
-      text.begin(), text.end(), [](char c) { return c < 32 || c > 126; }, '?');
+  for (char& c : text) c = c < 32 || c > 126 ? '?' : c;
   return "'" + text + (name.size() > longest ? "...'" : "'");
 }
 
@@ -135,16 +129,14 @@ class MappedFile {
     // Without O_NONBLOCK, opening a pipe would wait for someone to write into it.
     const Descriptor file{::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)};
     struct stat status = {};
-    if (file.number < 0 || ::fstat(file.number, &status) != 0)
-      fail("cannot open: ", path, ": ", reason());
+    check_call(file.number >= 0 && ::fstat(file.number, &status) == 0, "cannot open", path);
     const char* other = S_ISFIFO(status.st_mode) ? "a pipe" : "something else";
-    if (!S_ISREG(status.st_mode))
-      fail("cannot read: ", path, ": expected a file, found ",
-           S_ISDIR(status.st_mode) ? "a directory" : other);
+    if (S_ISDIR(status.st_mode)) other = "a directory";
+    if (!S_ISREG(status.st_mode)) fail("cannot read: ", path, ": expected a file, found ", other);
     const auto size = static_cast<std::size_t>(status.st_size);
     if (size == 0) return;  // nothing can be mapped
     void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.number, 0);
-    if (data == MAP_FAILED) fail("cannot map: ", path, ": ", reason());
+    check_call(data != MAP_FAILED, "cannot map", path);
     memory_ = {data, [size](void* start) { ::munmap(start, size); }};
     bytes_ = {static_cast<const char*>(data), size};
   }
@@ -166,7 +158,7 @@ inline std::string read_file(const std::string& path) {
   for (;;) {
     const ssize_t n = file.number < 0 ? -1 : ::read(file.number, block.data(), block.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail("cannot read: ", standard ? "standard input" : path, ": ", reason());
+    check_call(n >= 0, "cannot read", standard ? "standard input" : path);
     if (n == 0) return text;
     text.append(block.data(), static_cast<std::size_t>(n));
   }
@@ -176,21 +168,23 @@ inline std::string read_file(const std::string& path) {
 /// fails when it is read or written: no file opened later passes for standard input or output.
 inline void take_standard_numbers() {
   for (const int number : {0, 1, 2})
-    if (::fcntl(number, F_GETFD) < 0 && ::open("/dev/null", number ? O_RDONLY : O_WRONLY) < 0)
-      fail("cannot open: /dev/null: ", reason());
+    if (::fcntl(number, F_GETFD) < 0)
+      check_call(::open("/dev/null", number ? O_RDONLY : O_WRONLY) >= 0, "cannot open",
+                 "/dev/null");
 }
 
 // --- Writing ----------------------------------------------------------------------------
 
-/// Where a path's links lead, be it to nothing yet; /proc/self/fd/1, an open file, stays.
+/// Whether a path is a number of an open file, such as what /dev/stdout is a link to.
+inline bool is_open_file(const std::filesystem::path& path) {
+  return path.parent_path() == "/dev/fd" || path.parent_path() == "/proc/self/fd";
+}
+
+/// Where a path's links lead, be it to nothing yet; an open file stays.
 inline std::string follow_links(std::filesystem::path path) {
   std::error_code error;
-  for (int links = 0; links < 40; ++links) {
-    if (path.parent_path() == "/dev/fd") path = "/proc/self/fd" / path.filename();
-    const std::filesystem::path target = std::filesystem::read_symlink(path, error);
-    if (error || path.parent_path() == "/proc/self/fd") break;
-    path = path.parent_path() / target;
-  }
+  for (int links = 0; links < 40 && !is_open_file(path) && is_symlink(path, error); ++links)
+    path = path.parent_path() / read_symlink(path, error);
   return path.string();
 }
 
@@ -205,7 +199,7 @@ class AtomicFile {
     const bool exists = ::stat(path_.c_str(), &old) == 0;
     if (exists && S_ISDIR(old.st_mode)) errno = EISDIR, check(false);
     check(exists ? ::access(path_.c_str(), W_OK) == 0 : errno == ENOENT);
-    if (is_open_already() || (exists && !S_ISREG(old.st_mode))) return;
+    if (is_open_file(path_) || (exists && !S_ISREG(old.st_mode))) return;
     std::random_device random;
     const std::string folder = std::filesystem::path(path_).parent_path() / ".";
     part_ = folder + std::to_string(random()) + std::to_string(random()) + ".part";
@@ -242,17 +236,14 @@ class AtomicFile {
   }
 
  private:
-  void check(bool good) const {
-    if (!good) fail("cannot write: ", path_, ": ", reason());
-  }
-  bool is_open_already() const { return path_.rfind("/proc/self/fd/", 0) == 0; }
+  void check(bool good) const { check_call(good, "cannot write", path_); }
   /// Opened anew, what `>>log` opened for us would be written from its start. What the program
   /// has printed goes first.
   void open_straight() {
     if (file_.number >= 0) return;
     std::cout.flush();
-    file_.number = is_open_already() ? ::dup(std::atoi(path_.c_str() + sizeof "/proc/self/fd"))
-                                     : ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+    file_.number = is_open_file(path_) ? ::dup(std::atoi(path_.c_str() + path_.rfind('/') + 1))
+                                       : ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
     check(file_.number >= 0);
   }
   /// Names the file without a name, unless there is a file of this name.
@@ -294,6 +285,9 @@ struct ByteReader {
     std::memcpy(&number, take_at(offset, sizeof number).data(), sizeof number);
     return number;
   }
+  std::uint64_t u16(std::uint64_t offset) { return read_at<std::uint16_t>(offset); }
+  std::uint64_t u32(std::uint64_t offset) { return read_at<std::uint32_t>(offset); }
+  std::uint64_t u64(std::uint64_t offset) { return read_at<std::uint64_t>(offset); }
   std::string_view line() {
     const std::string_view text = take(std::min(bytes.find('\n', at), bytes.size()) - at);
     take(1);
@@ -357,7 +351,7 @@ inline std::optional<DType> find_dtype(std::string_view name, const char* DTypeI
 struct Tensor {
   std::string name;
   DType dtype = DType::F32;
-  std::vector<std::int64_t> shape;  // row-major; empty: one value
+  Shape shape;
   const void* data = nullptr;
   std::shared_ptr<const void> keep_alive;  // the mapping or buffer that data points into
 
@@ -376,7 +370,7 @@ inline bool same_values(const Tensor& a, const Tensor& b) {
   return alike && (a.data == b.data || a.bytes() == b.bytes());
 }
 
-inline std::string shape_text(const std::vector<std::int64_t>& shape) {
+inline std::string shape_text(const Shape& shape) {
   std::string text = "(";
   for (std::size_t i = 0; i < shape.size() && i < 16; ++i)
     text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
@@ -384,8 +378,7 @@ inline std::string shape_text(const std::vector<std::int64_t>& shape) {
 }
 
 /// Bytes of a tensor with this shape, every step checked.
-inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype,
-                                   const std::string& where) {
+inline std::uint64_t checked_bytes(const Shape& shape, DType dtype, const std::string& where) {
   auto n = static_cast<std::int64_t>(dtype_size(dtype));
   for (const std::int64_t extent : shape)
     if (extent < 0 || __builtin_mul_overflow(n, extent, &n))
@@ -453,15 +446,14 @@ void for_each_value(const Tensor& tensor, const Use& use) {
 template <class To>
 void convert(const Tensor& tensor, To* out) {
   constexpr bool kWhole = std::numeric_limits<To>::is_integer;
+  const auto infinite = [](auto value) { return std::isinf(static_cast<double>(value)); };
   std::size_t lost = 0;  // finite values that became infinite
   const bool known = with_type(tensor.dtype, [&](auto type) {
     using From = decltype(type);
     if constexpr (std::numeric_limits<From>::is_integer == kWhole)
       for_each_value<From>(tensor, [&](From value, std::size_t i) {
         out[i] = static_cast<To>(value);
-        if constexpr (!kWhole && !std::is_same_v<From, To>)
-          lost +=
-              std::isinf(static_cast<double>(out[i])) && !std::isinf(static_cast<double>(value));
+        lost += infinite(out[i]) && !infinite(value);
       });
     return std::numeric_limits<From>::is_integer == kWhole;
   });
@@ -482,21 +474,21 @@ std::vector<Value> values(const Tensor& tensor) {
 
 /// A tensor that shows the caller's values, which must outlive it.
 template <class Value>
-Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Value* data) {
+Tensor tensor_view(std::string name, Shape shape, const Value* data) {
   return {std::move(name), dtype_of<Value>(), std::move(shape), data, nullptr};
 }
 
 /// The tensor in another dtype of weights, in a buffer of its own.
 inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
   Tensor out{tensor.name, dtype, tensor.shape, nullptr, nullptr};
-  const bool known = dtype <= DType::BF16 && with_type(dtype, [&](auto type) {
-                       const auto buffer = std::make_shared<std::vector<decltype(type)>>(
-                           values<decltype(type)>(tensor));
-                       out.data = buffer->data();
-                       out.keep_alive = buffer;
-                       return true;
-                     });
-  if (!known) fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
+  if (dtype > DType::BF16)
+    fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
+  with_type(dtype, [&](auto type) {
+    const auto buffer = std::make_shared<std::vector<decltype(type)>>(tensor.size());
+    convert(tensor, buffer->data());
+    out.data = buffer->data(), out.keep_alive = buffer;
+    return true;
+  });
   return out;
 }
 
@@ -533,27 +525,22 @@ inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
 /// One tensor as the header describes it, and where in the data it begins.
 inline std::pair<std::uint64_t, Tensor> read_entry(const std::string& name, const Json& entry,
                                                    const std::string& where) {
-  const auto at = [&](const char* key) {
-    return entry.is_object() ? entry.value(key, Json()) : entry;
+  const Json e = entry.is_object() ? entry : Json::object();
+  const Json type = e.value("dtype", Json()), shape = e.value("shape", Json()),
+             place = e.value("data_offsets", Json());
+  const auto whole = [](const Json& list) {
+    return list.is_array() && std::all_of(list.begin(), list.end(),
+                                          [](const Json& n) { return n.is_number_unsigned(); });
   };
-  const Json type = at("dtype"), shape = at("shape"), place = at("data_offsets");
-  if (!type.is_string() || !shape.is_array() || !place.is_array() || place.size() != 2)
-    fail("bad header: ", where, ": expected dtype, shape and data_offsets");
-  const auto numbers = [&](const Json& list) {
-    for (const Json& n : list)
-      if (!n.is_number_unsigned() || n.get<std::uint64_t>() >> 63 != 0)
-        fail("bad header: ", where, ": expected whole numbers below 2^63 in shape and offsets");
-    return list.get<std::vector<std::int64_t>>();
-  };
+  if (!type.is_string() || !whole(shape) || !whole(place) || place.size() != 2)
+    fail("bad header: ", where, ": expected dtype, shape and data_offsets of whole numbers");
   const auto dtype = find_dtype(type.get<std::string>(), &DTypeInfo::name);
   if (!dtype) fail("unknown dtype: ", where, ": found ", quote(type.get<std::string>()));
-  const Tensor tensor{name, *dtype, numbers(shape), nullptr, nullptr};
-  const auto begin = static_cast<std::uint64_t>(numbers(place)[0]);
-  const auto end = static_cast<std::uint64_t>(numbers(place)[1]);
-  const std::uint64_t size = checked_bytes(tensor.shape, *dtype, where);
-  if (end != begin + size)
+  const Tensor tensor{name, *dtype, shape.get<Shape>(), nullptr, nullptr};
+  const std::uint64_t size = checked_bytes(tensor.shape, *dtype, where), begin = place[0];
+  if (place[1] != begin + size)
     fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype_name(*dtype), " ",
-         shape_text(tensor.shape), ", found ", begin, " to ", end);
+         shape_text(tensor.shape), ", found ", begin, " to ", place[1]);
   return {begin, tensor};
 }
 
@@ -569,16 +556,16 @@ inline Checkpoint read_safetensors(const std::string& path) {
   constexpr std::uint64_t kLongestHeader = 100'000'000;  // as in the safetensors library
   const MappedFile file = map_weights(path);
   ByteReader in{file.bytes(), path};
-  const auto header_size = in.read_at<std::uint64_t>(0);
+  const std::uint64_t size = in.u64(0);
   const std::uint64_t longest = std::min(kLongestHeader, file.bytes().size() - 8);
-  if (header_size > longest)
-    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", header_size);
-  const Json header = parse_json(in.take(header_size), path);
+  if (size > longest)
+    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", size);
+  const Json header = parse_json(in.take(size), path);
   if (!header.is_object()) fail("bad header: ", path, ": expected an object");
   const std::string_view data = file.bytes().substr(in.at);
 
   Checkpoint checkpoint{{}, {}, path, file.bytes().size()};
-  std::set<std::tuple<std::uint64_t, std::uint64_t, std::string>> places;  // begin, end, name
+  std::set<std::pair<std::pair<std::uint64_t, std::uint64_t>, std::string>> places;
   for (const auto& [name, entry] : header.items()) {
     const std::string where = path + ": " + quote(name);
     if (name == "__metadata__") {
@@ -589,17 +576,16 @@ inline Checkpoint read_safetensors(const std::string& path) {
       continue;
     }
     const auto [begin, tensor] = read_entry(name, entry, where);
-    places.emplace(begin, begin + tensor.byte_size(), name);
     checkpoint.tensors[name] = tensor;
+    places.insert({{begin, begin + tensor.byte_size()}, name});
   }
   std::uint64_t covered = 0;  // they must cover the data from end to end, each byte once
-  for (const auto& [begin, end, name] : places) {
-    if (begin != covered || end > data.size())
+  for (const auto& [place, name] : places) {
+    if (place.first != covered || place.second > data.size())
       fail("bad offsets: ", path, ": ", quote(name), ": expected bytes from ", covered,
-           ", where the one before it ends, to at most ", data.size(), ", found ", begin, " to ",
-           end);
-    covered = end;
-    checkpoint.tensors[name].data = data.data() + begin;
+           " to at most ", data.size(), ", found ", place.first, " to ", place.second);
+    covered = place.second;
+    checkpoint.tensors[name].data = data.data() + place.first;
     checkpoint.tensors[name].keep_alive = file.memory();
   }
   if (covered != data.size())
@@ -675,38 +661,35 @@ inline std::pair<std::uint64_t, std::uint64_t> find_directory(ByteReader& in) {
   const std::size_t end_in_tail = in.bytes.substr(tail).rfind("PK\5\6"), end = tail + end_in_tail;
   if (end_in_tail == std::string_view::npos)
     fail("truncated: ", in.where, ": expected a zip archive's end record, found none");
-  in.take_at(end + 22, in.read_at<std::uint16_t>(end + 20));  // a comment
-  const auto count = in.read_at<std::uint16_t>(end + 10);
-  const auto directory = in.read_at<std::uint32_t>(end + 16);
+  in.take_at(end + 22, in.u16(end + 20));  // a comment
+  const std::uint64_t count = in.u16(end + 10), directory = in.u32(end + 16);
   if (count != 0xffff && directory != 0xffffffff) return {directory, count};
   const std::size_t locator = end - std::min<std::size_t>(end, 20);
   expect_signature(in, locator, "PK\6\7", "the zip64 locator");
-  const auto record = in.read_at<std::uint64_t>(locator + 8);
+  const auto record = in.u64(locator + 8);
   expect_signature(in, record, "PK\6\6", "the zip64 end record");
-  return {in.read_at<std::uint64_t>(record + 48), in.read_at<std::uint64_t>(record + 32)};
+  return {in.u64(record + 48), in.u64(record + 32)};
 }
 
 /// The entry of the central directory at `at`, which moves on, and the bytes it points to.
 inline Entries::value_type read_zip_entry(ByteReader& in, std::uint64_t& at) {
   expect_signature(in, at, "PK\1\2", "a directory entry");
-  const auto u16 = [&](std::uint64_t offset) { return in.read_at<std::uint16_t>(offset); };
-  const auto u32 = [&](std::uint64_t offset) { return in.read_at<std::uint32_t>(offset); };
-  std::uint64_t stored = u32(at + 20), size = u32(at + 24), offset = u32(at + 42);
-  const bool plain = u16(at + 10) == 0 && (u16(at + 8) & 1) == 0;  // method, encryption
-  const std::uint64_t name_size = u16(at + 28), extra_size = u16(at + 30);
+  std::uint64_t stored = in.u32(at + 20), size = in.u32(at + 24), offset = in.u32(at + 42);
+  const bool plain = in.u16(at + 10) == 0 && (in.u16(at + 8) & 1) == 0;  // method, encryption
+  const std::uint64_t name_size = in.u16(at + 28), extra_size = in.u16(at + 30);
   const std::string name(in.take_at(at + 46, name_size)), where = in.where + ": " + quote(name);
   ByteReader extra{in.take(extra_size), where};
   while (extra.at + 4 <= extra_size) {
-    const auto id = extra.read_at<std::uint16_t>(extra.at);
-    ByteReader field{extra.take(extra.read_at<std::uint16_t>(extra.at)), where};
+    const auto id = extra.u16(extra.at);
+    ByteReader field{extra.take(extra.u16(extra.at)), where};
     for (std::uint64_t* number : {&size, &stored, &offset})
-      if (id == 1 && *number == 0xffffffff) *number = field.read_at<std::uint64_t>(field.at);
+      if (id == 1 && *number == 0xffffffff) *number = field.u64(field.at);
   }
-  at += 46 + name_size + extra_size + u16(at + 32);  // a comment
+  at += 46 + name_size + extra_size + in.u16(at + 32);  // a comment
   if (!plain || stored != size)
     fail("bad zip: ", where, ": expected a stored entry, found a compressed or encrypted one");
   expect_signature(in, offset, "PK\3\4", "a local header");
-  return {name, in.take_at(offset + 30 + u16(offset + 26) + u16(offset + 28), size)};
+  return {name, in.take_at(offset + 30 + in.u16(offset + 26) + in.u16(offset + 28), size)};
 }
 
 inline Entries read_zip(std::string_view file, const std::string& path) {
@@ -738,14 +721,6 @@ struct PickleValue {
   DType dtype = DType::U8;               // of a storage or tensor; untyped storages have bytes
 };
 
-// What a call of a known name leaves.
-inline constexpr std::string_view kOrderedDict = "collections.OrderedDict",
-                                  kTensor = "torch._utils._rebuild_tensor_v2",
-                                  kTensorOfType = "torch._utils._rebuild_tensor_v3",
-                                  kParameter = "torch._utils._rebuild_parameter",
-                                  kWithState = "torch._utils._rebuild_parameter_with_state",
-                                  kOfClass = "torch._tensor._rebuild_from_type_v2";
-
 /// Runs one pickle, and keeps the values that it makes.
 class Unpickler {
  public:
@@ -766,46 +741,39 @@ class Unpickler {
 
  private:
   static constexpr std::size_t kMostSteps = 1 << 20;  // a tensor takes about 33
-
-  // One line an opcode.
   // clang-format off
+  static constexpr const char* kNames[] = {
+      "collections.OrderedDict", "torch.Tensor", "torch.UntypedStorage",
+      "torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2",
+      "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
+      "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"};
+
   void step(int opcode) {
     switch (opcode) {
-      case 0x80: return check_protocol(number(1));
+      case 0x80: if (const auto n = number(1); n < 2 || n > 5) refuse("has protocol ", n); return;
       case 0x95: in_.take(8); return;  // FRAME: how many bytes are worth reading at once
       case '(': return marks_.push_back(stack_.size());
       case '0': pop(); return;
-      // constants
       case 'N': return push({Value::None});
-      case 0x88: return push({Value::Bool, 1});
-      case 0x89: return push({Value::Bool, 0});
-      case 'K': return push({Value::Int, number(1)});
-      case 'M': return push({Value::Int, number(2)});
+      case 0x88: case 0x89: return push({Value::Bool, opcode == 0x88});
+      case 'K': case 'M': return push({Value::Int, number(opcode == 'K' ? 1 : 2)});
       case 'J': return push_signed(in_.take(4));
       case 0x8a: return push_signed(in_.take(number(1)));
       case 'G': in_.take(8); return push({Value::Float});  // no tensor needs its value
-      case 'X': return push({Value::Text, 0, in_.take(number(4))});
       case 0x8c: return push({Value::Text, 0, in_.take(number(1))});
-      case 0x8d: return push({Value::Text, 0, in_.take(number(8))});
-      // tuples, lists, dicts
+      case 'X': case 0x8d: return push({Value::Text, 0, in_.take(number(opcode == 'X' ? 4 : 8))});
       case ')': return push({Value::Tuple});
       case ']': return push({Value::List});
       case '}': return push({Value::Dict});
       case 't': return push({Value::Tuple, 0, {}, pop_to_mark()});
-      case 0x85: return push({Value::Tuple, 0, {}, pop_some(1)});
-      case 0x86: return push({Value::Tuple, 0, {}, pop_some(2)});
-      case 0x87: return push({Value::Tuple, 0, {}, pop_some(3)});
+      case 0x85: case 0x86: case 0x87: return push({Value::Tuple, 0, {}, pop_some(opcode - 0x84)});
       case 'a': return append(pop_some(1), Value::List);
       case 'e': return append(pop_to_mark(), Value::List);
       case 's': return append(pop_some(2), Value::Dict);
       case 'u': return append(pop_to_mark(), Value::Dict);
-      // memo
-      case 'q': memo_[number(1)] = top(); return;
-      case 'r': memo_[number(4)] = top(); return;
+      case 'q': case 'r': memo_[number(opcode == 'q' ? 1 : 4)] = top(); return;
       case 0x94: memo_[static_cast<std::int64_t>(memo_.size())] = top(); return;
-      case 'h': return recall(number(1));
-      case 'j': return recall(number(4));
-      // names and calls
+      case 'h': case 'j': return recall(number(opcode == 'h' ? 1 : 4));
       case 'c': { const auto module = in_.line(); return push_name(module, in_.line()); }
       case 0x93: { const auto name = pop_some(2); return push_name(name[0]->text, name[1]->text); }
       case 'Q': return push_storage(expect(pop(), Value::Tuple).items);
@@ -850,9 +818,6 @@ class Unpickler {
     return *value;
   }
 
-  void check_protocol(std::int64_t version) {
-    if (version < 2 || version > 5) refuse("has protocol ", version);
-  }
   void push_signed(std::string_view bytes) {  // two's complement
     if (bytes.size() > 8) refuse("has an integer of ", bytes.size(), " bytes");
     std::int64_t number = !bytes.empty() && (bytes.back() & 0x80) != 0 ? -1 : 0;
@@ -875,10 +840,7 @@ class Unpickler {
       if (const auto dtype = find_dtype(name, column); dtype && module == "torch")
         return push({Value::Name, 0, name, {}, *dtype});
     const std::string both = std::string(module.substr(0, 80)).append(".").append(name, 0, 80);
-    for (const std::string_view known :
-         {kOrderedDict, kTensor, kTensorOfType, kParameter, kWithState, kOfClass,
-          std::string_view("torch.Tensor"), std::string_view("torch.storage.UntypedStorage"),
-          std::string_view("torch.UntypedStorage")})
+    for (const char* known : kNames)
       if (both == known) return push({Value::Name, 0, known});
     refuse("asks for ", quote(both));
   }
@@ -888,11 +850,8 @@ class Unpickler {
     const bool view = id.size() == 6 && id[5]->kind != Value::None;
     if (id.size() < 5 || id.size() > 6 || view || id[0]->text != "storage")
       refuse("has an unknown persistent id");
-    push({Value::Storage,
-          expect(id[4], Value::Int).integer,
-          expect(id[2], Value::Text).text,
-          {},
-          expect(id[1], Value::Name).dtype});
+    const Value &type = expect(id[1], Value::Name), &key = expect(id[2], Value::Text);
+    push({Value::Storage, expect(id[4], Value::Int).integer, key.text, {}, type.dtype});
   }
 
   /// Calls a function with a tuple of arguments. Of a tensor's we keep the first four; what
@@ -900,21 +859,21 @@ class Unpickler {
   void call() {
     const Value* arguments = &expect(pop(), Value::Tuple);
     const Value* function = &expect(pop(), Value::Name);
-    if (function->text == kOfClass && arguments->items.size() == 4) {
+    if (function->text == "torch._tensor._rebuild_from_type_v2" && arguments->items.size() == 4) {
       function = &expect(arguments->items[0], Value::Name);
       arguments = &expect(arguments->items[2], Value::Tuple);
     }
-    const std::string_view name = function->text;
     const Values& items = arguments->items;
-    const std::size_t n = items.size();
-    if (name == kOrderedDict && n == 0) return push({Value::Dict});
-    if ((name == kParameter && n == 3) || (name == kWithState && n == 4))
+    const auto calls = [&](const char* name, std::size_t fewest) {
+      return function->text == name && items.size() >= fewest;
+    };
+    if (calls("collections.OrderedDict", 0) && items.empty()) return push({Value::Dict});
+    if (calls("torch._utils._rebuild_parameter", 3) ||
+        calls("torch._utils._rebuild_parameter_with_state", 4))
       return stack_.push_back(&expect(items[0], Value::Tensor));
-    if (name == kTensor && n >= 6)
-      return push_tensor(items, expect(items[0], Value::Storage).dtype);
-    if (name == kTensorOfType && n >= 7)
-      return push_tensor(items, expect(items[6], Value::Name).dtype);
-    refuse("calls ", quote(name), " with ", n, " arguments");
+    if (calls("torch._utils._rebuild_tensor_v2", 6)) return push_tensor(items, items[0]->dtype);
+    if (calls("torch._utils._rebuild_tensor_v3", 7)) return push_tensor(items, items[6]->dtype);
+    refuse("calls ", quote(function->text), " with ", items.size(), " arguments");
   }
   void push_tensor(const Values& arguments, DType dtype) {
     expect(arguments[0], Value::Storage);
@@ -936,40 +895,14 @@ class Unpickler {
 
 // --- The tensors ------------------------------------------------------------------------
 
-/// Copies a strided tensor into row-major order.
-inline std::shared_ptr<const void> gather(const char* from, const std::vector<std::int64_t>& shape,
-                                          const std::vector<std::int64_t>& strides,
-                                          std::size_t item, std::size_t bytes) {
-  const auto buffer = std::make_shared<std::vector<char>>(bytes);
-  std::vector<std::int64_t> index(shape.size());
-  std::size_t offset = 0;  // of the value at index
-  for (std::size_t done = 0; done < bytes; done += item) {
-    std::memcpy(buffer->data() + done, from + offset * item, item);
-    for (std::size_t i = shape.size(); i-- > 0;) {
-      offset += static_cast<std::size_t>(strides[i]);
-      if (++index[i] < shape[i]) break;
-      offset -= static_cast<std::size_t>(strides[i] * shape[i]);
-      index[i] = 0;
-    }
-  }
-  return {buffer, buffer->data()};
-}
-
-/// The last index that a strided tensor of at least one value reaches, -1 if that is none, and
-/// whether its values lie row by row.
-inline std::pair<std::int64_t, bool> extent_of(std::int64_t first,
-                                               const std::vector<std::int64_t>& shape,
-                                               const std::vector<std::int64_t>& strides) {
-  std::int64_t last = first, reach = 0, stride = 1;
-  bool row_major = true;
-  if (first < 0 || strides.size() != shape.size()) return {-1, false};
-  for (std::size_t i = shape.size(); i-- > 0; stride *= shape[i]) {
-    if (strides[i] < 0 || __builtin_mul_overflow(strides[i], shape[i] - 1, &reach) ||
-        __builtin_add_overflow(last, reach, &last))
-      return {-1, false};
-    row_major = row_major && (shape[i] == 1 || strides[i] == stride);
-  }
-  return {last, row_major};
+/// Copies a strided tensor into row-major order, its axes from this one on; returns the copy's end.
+inline char* gather(const char* from, const Shape& shape, const Shape& strides, std::size_t item,
+                    char* to, std::size_t axis = 0) {
+  if (axis == shape.size()) return std::copy_n(from, item, to);
+  for (std::size_t i = 0, n = static_cast<std::size_t>(shape[axis]); i < n; ++i)
+    to = gather(from + i * item * static_cast<std::size_t>(strides[axis]), shape, strides, item, to,
+                axis + 1);
+  return to;
 }
 
 /// An archive of torch.save and the tensors in it.
@@ -979,41 +912,56 @@ struct TorchFile {
   Entries entries;
   std::string folder;  // NAME/
   // Bytes that tensors may still show, each window once: they may overlap, but not without end.
-  std::uint64_t budget = 4 * file.bytes().size();
+  std::uint64_t budget;
   std::set<std::pair<const void*, std::uint64_t>> shown = {};
+
+  /// The bytes of a storage, as many as its type and number of values ask for.
+  std::string_view bytes_of(const PickleValue& storage, const std::string& where) const {
+    const auto found = entries.find(std::string(folder).append("data/").append(storage.text));
+    const std::string_view bytes = found == entries.end() ? std::string_view() : found->second;
+    const std::uint64_t size = checked_bytes({storage.integer}, storage.dtype, where);
+    if (bytes.size() < size)
+      fail("truncated: ", where, ": expected ", size, " bytes in storage ", quote(storage.text),
+           ", found ", bytes.size());
+    return bytes.substr(0, size);
+  }
 
   /// A window into the storage if the tensor lies there row by row, otherwise a copy.
   Tensor tensor(std::string_view name, const PickleValue& pickled) {
     const std::string where = path + ": " + quote(name);
-    const PickleValue& storage = *pickled.items[0];
-    const auto found = entries.find(std::string(folder).append("data/").append(storage.text));
-    const std::string_view bytes = found == entries.end() ? std::string_view() : found->second;
-    const std::uint64_t held = checked_bytes({storage.integer}, storage.dtype, where);
-    if (bytes.size() < held)
-      fail("truncated: ", where, ": expected ", held, " bytes in storage ", quote(storage.text),
-           ", found ", bytes.size());
+    const std::string_view bytes = bytes_of(*pickled.items[0], where);
+    const std::int64_t first = pickled.items[1]->integer;
     Tensor tensor{std::string(name), pickled.dtype, {}, bytes.data(), file.memory()};
-    std::vector<std::int64_t> strides;
+    Shape strides;
     for (const PickleValue* n : pickled.items[2]->items) tensor.shape.push_back(n->integer);
     for (const PickleValue* n : pickled.items[3]->items) strides.push_back(n->integer);
     const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
     if (size == 0) return tensor;
 
-    const std::size_t item = dtype_size(tensor.dtype);
-    const std::int64_t first = pickled.items[1]->integer;
-    const auto [last, window] = extent_of(first, tensor.shape, strides);
-    if (last < 0 || static_cast<std::uint64_t>(last) >= held / item)
-      fail("out of range: ", where, ": expected values inside the ", held / item, " of storage ",
-           quote(storage.text), ", found offset ", first, ", shape ", shape_text(tensor.shape),
-           ", strides ", shape_text(strides));
-    const char* start = bytes.data() + static_cast<std::uint64_t>(first) * item;
-    if (!window || shown.emplace(start, size).second) {
+    const std::size_t item = dtype_size(tensor.dtype), held = bytes.size() / item;
+    bool valid = first >= 0 && strides.size() == tensor.shape.size(), row_major = true;
+    auto last = static_cast<double>(first);  // index of the last value; cannot overflow
+    std::int64_t stride = 1;
+    for (std::size_t i = strides.size(); valid && i-- > 0; stride *= tensor.shape[i]) {
+      valid = strides[i] >= 0;
+      last += static_cast<double>(strides[i]) * static_cast<double>(tensor.shape[i] - 1);
+      row_major = row_major && (tensor.shape[i] == 1 || strides[i] == stride);
+    }
+    if (!valid || last >= static_cast<double>(held))
+      fail("out of range: ", where, ": expected values inside the ", held, " of storage ",
+           quote(pickled.items[0]->text), ", found offset ", first, ", shape ",
+           shape_text(tensor.shape), ", strides ", shape_text(strides));
+    const char* start = bytes.data() + static_cast<std::size_t>(first) * item;
+    if (!row_major || shown.emplace(start, size).second) {
       if (size > budget)
         fail("too large: ", where, ": with it, tensors show over 4 times what the file holds");
       budget -= size;
     }
-    if (!window) tensor.keep_alive = gather(start, tensor.shape, strides, item, size);
-    tensor.data = window ? start : tensor.keep_alive.get();
+    tensor.data = start;
+    if (row_major) return tensor;
+    const auto copy = std::make_shared<std::vector<char>>(size);
+    gather(start, tensor.shape, strides, item, copy->data());
+    tensor.data = copy->data(), tensor.keep_alive = copy;
     return tensor;
   }
 };
@@ -1040,10 +988,11 @@ inline const PickleValue* state_dict(const PickleValue& dict, const std::string&
 
 /// Opens what torch.save wrote, and finds the folder in it.
 inline TorchFile open_torch_file(const std::string& path) {
-  TorchFile torch{path, map_weights(path), {}, ""};
-  if (torch.file.bytes().substr(0, 4) != "PK\3\4")
-    fail("unknown format: ", path, ": expected a file written by torch.save, found something else");
-  torch.entries = read_zip(torch.file.bytes(), path);
+  const MappedFile file = map_weights(path);
+  TorchFile torch{path, file, {}, "", 4 * file.bytes().size()};
+  if (file.bytes().substr(0, 4) != "PK\3\4")
+    fail("unknown format: ", path, ": expected a file written by torch.save");
+  torch.entries = read_zip(file.bytes(), path);
   for (const auto& [name, bytes] : torch.entries)
     if (const std::size_t slash = name.find('/') + 1; name.substr(slash) == "data.pkl")
       torch.folder = name.substr(0, slash);
