@@ -31,6 +31,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace mamba {
@@ -113,8 +114,6 @@ inline std::string what_it_is(std::string_view bytes) {
   return "";
 }
 
-// --- Reading ----------------------------------------------------------------------------
-
 /// The number of an open file, closed at the end.
 struct Descriptor {
   int number = -1;
@@ -172,8 +171,6 @@ inline void take_standard_numbers() {
       check_call(::open("/dev/null", number ? O_RDONLY : O_WRONLY) >= 0, "cannot open",
                  "/dev/null");
 }
-
-// --- Writing ----------------------------------------------------------------------------
 
 /// Whether a path is a number of an open file, such as what /dev/stdout is a link to.
 inline bool is_open_file(const std::filesystem::path& path) {
@@ -262,10 +259,7 @@ inline void check_writable(const std::string& path) {
   if (!path.empty()) AtomicFile file(path);
 }
 
-// --- Bytes and JSON ---------------------------------------------------------------------
-
-/// Walks a window of bytes and never steps past its end. Numbers leave it through memcpy,
-/// because nothing in a file promises to be aligned.
+/// Walks a window of bytes, which need not be aligned, and never steps past its end.
 struct ByteReader {
   std::string_view bytes;
   std::string where;
@@ -279,15 +273,12 @@ struct ByteReader {
     return bytes.substr(offset, n);
   }
   std::string_view take(std::uint64_t n) { return take_at(at, n); }
-  template <class Number>
-  Number read_at(std::uint64_t offset) {
-    Number number;
-    std::memcpy(&number, take_at(offset, sizeof number).data(), sizeof number);
-    return number;
+  /// The unsigned number of n bytes at an offset.
+  std::int64_t number(std::uint64_t offset, std::size_t n) {
+    std::int64_t value = 0;
+    std::memcpy(&value, take_at(offset, n).data(), n);
+    return value;
   }
-  std::uint64_t u16(std::uint64_t offset) { return read_at<std::uint16_t>(offset); }
-  std::uint64_t u32(std::uint64_t offset) { return read_at<std::uint32_t>(offset); }
-  std::uint64_t u64(std::uint64_t offset) { return read_at<std::uint64_t>(offset); }
   std::string_view line() {
     const std::string_view text = take(std::min(bytes.find('\n', at), bytes.size()) - at);
     take(1);
@@ -407,20 +398,15 @@ struct Checkpoint {
   }
 };
 
-// --- Numbers ----------------------------------------------------------------------------
-//
-// Widening is exact. Narrowing rounds to the nearest, ties to even; what is too large becomes
-// infinite, which is worth a warning; NaN stays NaN. float16 and bfloat16 are Eigen's.
-
-/// Calls use, which returns whether it did its work, with a value of the dtype's C++ type.
+/// Calls use with a value of the dtype's C++ type, if numbers of it are read.
 template <class Use>
-bool with_type(DType dtype, const Use& use) {
-  if (dtype == DType::F64) return use(double());
-  if (dtype == DType::F32) return use(float());
-  if (dtype == DType::F16) return use(Eigen::half());
-  if (dtype == DType::BF16) return use(Eigen::bfloat16());
-  if (dtype == DType::I64) return use(std::int64_t());
-  return dtype == DType::I32 && use(std::int32_t());
+void with_type(DType dtype, const Use& use) {
+  if (dtype == DType::F64) use(double());
+  if (dtype == DType::F32) use(float());
+  if (dtype == DType::F16) use(Eigen::half());
+  if (dtype == DType::BF16) use(Eigen::bfloat16());
+  if (dtype == DType::I64) use(std::int64_t());
+  if (dtype == DType::I32) use(std::int32_t());
 }
 
 template <class Value>
@@ -432,34 +418,36 @@ constexpr DType dtype_of() {
   return sizeof(Value) == 8 ? DType::F64 : DType::F32;
 }
 
-template <class Value, class Use>
-void for_each_value(const Tensor& tensor, const Use& use) {
-  const char* bytes = static_cast<const char*>(tensor.data);
-  for (std::size_t i = 0, n = tensor.size(); i < n; ++i) {
-    Value value;
-    std::memcpy(&value, bytes + i * sizeof value, sizeof value);
-    use(value, i);
-  }
+/// Calls use with each value and its index; how often it returns true.
+template <class Use>
+std::size_t count_values(const Tensor& tensor, const Use& use) {
+  std::size_t count = 0;
+  with_type(tensor.dtype, [&, n = tensor.size()](auto type) {
+    const char* bytes = static_cast<const char*>(tensor.data);
+    std::size_t found = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      decltype(type) value;
+      std::memcpy(&value, bytes + i * sizeof value, sizeof value);
+      found += use(value, i);
+    }
+    count = found;
+  });
+  return count;
 }
 
-/// The tensor's values as another type: real numbers as real ones, whole as whole ones.
+/// The tensor's values as another type: real numbers as real ones, whole as whole ones. Narrowing
+/// rounds to the nearest, ties to even; what is too large becomes infinite; NaN stays NaN.
 template <class To>
 void convert(const Tensor& tensor, To* out) {
   constexpr bool kWhole = std::numeric_limits<To>::is_integer;
-  const auto infinite = [](auto value) { return std::isinf(static_cast<double>(value)); };
-  std::size_t lost = 0;  // finite values that became infinite
-  const bool known = with_type(tensor.dtype, [&](auto type) {
-    using From = decltype(type);
-    if constexpr (std::numeric_limits<From>::is_integer == kWhole)
-      for_each_value<From>(tensor, [&](From value, std::size_t i) {
-        out[i] = static_cast<To>(value);
-        lost += infinite(out[i]) && !infinite(value);
-      });
-    return std::numeric_limits<From>::is_integer == kWhole;
-  });
-  if (!known)
+  const bool whole = tensor.dtype == DType::I64 || tensor.dtype == DType::I32;
+  if (kWhole ? !whole : tensor.dtype > DType::BF16)
     fail("wrong dtype: ", quote(tensor.name), ": expected ",
          kWhole ? "I64 or I32" : "F64, F32, F16 or BF16", ", found ", dtype_name(tensor.dtype));
+  const std::size_t lost = count_values(tensor, [out](auto value, std::size_t i) {
+    out[i] = static_cast<To>(value);
+    return Eigen::numext::isinf(out[i]) && !Eigen::numext::isinf(value);
+  });
   if (lost > 0)
     warn(one_line(quote(tensor.name), ": ", lost, " of ", tensor.size(), " values are too large ",
                   "for ", dtype_name(dtype_of<To>()), ": they become infinite"));
@@ -487,7 +475,6 @@ inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
     const auto buffer = std::make_shared<std::vector<decltype(type)>>(tensor.size());
     convert(tensor, buffer->data());
     out.data = buffer->data(), out.keep_alive = buffer;
-    return true;
   });
   return out;
 }
@@ -497,13 +484,14 @@ inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
   std::vector<std::string> lines;
   std::set<std::pair<const void*, std::size_t>> seen;
   for (const auto& [name, tensor] : checkpoint.tensors) {
-    if (!seen.emplace(tensor.data, tensor.byte_size()).second) continue;
-    std::size_t bad = 0;
-    with_type(tensor.dtype, [&, &tensor = tensor](auto type) {
-      for_each_value<decltype(type)>(tensor, [&](auto value, std::size_t) {
-        bad += !std::isfinite(static_cast<double>(value));
-      });
-      return true;
+    const bool new_window = seen.emplace(tensor.data, tensor.byte_size()).second;
+    if (!new_window || tensor.dtype > DType::BF16) continue;
+    const std::size_t bad = count_values(tensor, [](auto value, std::size_t) {
+      using Wide = std::conditional_t<sizeof value == 8, std::uint64_t, std::uint32_t>;
+      using Bits = std::conditional_t<sizeof value == 2, std::uint16_t, Wide>;
+      const auto infinity = std::numeric_limits<decltype(value)>::infinity();
+      const auto exponent = Eigen::numext::bit_cast<Bits>(infinity);
+      return (Eigen::numext::bit_cast<Bits>(value) & exponent) == exponent;
     });
     if (bad > 0)
       lines.push_back(one_line(checkpoint.where, ": ", quote(tensor.name), ": ", bad, " of ",
@@ -556,7 +544,7 @@ inline Checkpoint read_safetensors(const std::string& path) {
   constexpr std::uint64_t kLongestHeader = 100'000'000;  // as in the safetensors library
   const MappedFile file = map_weights(path);
   ByteReader in{file.bytes(), path};
-  const std::uint64_t size = in.u64(0);
+  const std::uint64_t size = in.number(0, 8);
   const std::uint64_t longest = std::min(kLongestHeader, file.bytes().size() - 8);
   if (size > longest)
     fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", size);
@@ -661,45 +649,38 @@ inline std::pair<std::uint64_t, std::uint64_t> find_directory(ByteReader& in) {
   const std::size_t end_in_tail = in.bytes.substr(tail).rfind("PK\5\6"), end = tail + end_in_tail;
   if (end_in_tail == std::string_view::npos)
     fail("truncated: ", in.where, ": expected a zip archive's end record, found none");
-  in.take_at(end + 22, in.u16(end + 20));  // a comment
-  const std::uint64_t count = in.u16(end + 10), directory = in.u32(end + 16);
+  in.take_at(end + 22, in.number(end + 20, 2));  // a comment
+  const std::uint64_t count = in.number(end + 10, 2), directory = in.number(end + 16, 4);
   if (count != 0xffff && directory != 0xffffffff) return {directory, count};
   const std::size_t locator = end - std::min<std::size_t>(end, 20);
   expect_signature(in, locator, "PK\6\7", "the zip64 locator");
-  const auto record = in.u64(locator + 8);
+  const std::uint64_t record = in.number(locator + 8, 8);
   expect_signature(in, record, "PK\6\6", "the zip64 end record");
-  return {in.u64(record + 48), in.u64(record + 32)};
+  return {in.number(record + 48, 8), in.number(record + 32, 8)};
 }
 
 /// The entry of the central directory at `at`, which moves on, and the bytes it points to.
 inline Entries::value_type read_zip_entry(ByteReader& in, std::uint64_t& at) {
   expect_signature(in, at, "PK\1\2", "a directory entry");
-  std::uint64_t stored = in.u32(at + 20), size = in.u32(at + 24), offset = in.u32(at + 42);
-  const bool plain = in.u16(at + 10) == 0 && (in.u16(at + 8) & 1) == 0;  // method, encryption
-  const std::uint64_t name_size = in.u16(at + 28), extra_size = in.u16(at + 30);
+  std::uint64_t stored = in.number(at + 20, 4), size = in.number(at + 24, 4),
+                offset = in.number(at + 42, 4);
+  const bool plain =
+      in.number(at + 10, 2) == 0 && (in.number(at + 8, 2) & 1) == 0;  // method, encryption
+  const std::uint64_t name_size = in.number(at + 28, 2), extra_size = in.number(at + 30, 2);
   const std::string name(in.take_at(at + 46, name_size)), where = in.where + ": " + quote(name);
   ByteReader extra{in.take(extra_size), where};
   while (extra.at + 4 <= extra_size) {
-    const auto id = extra.u16(extra.at);
-    ByteReader field{extra.take(extra.u16(extra.at)), where};
+    const auto id = extra.number(extra.at, 2);
+    ByteReader field{extra.take(extra.number(extra.at, 2)), where};
     for (std::uint64_t* number : {&size, &stored, &offset})
-      if (id == 1 && *number == 0xffffffff) *number = field.u64(field.at);
+      if (id == 1 && *number == 0xffffffff) *number = field.number(field.at, 8);
   }
-  at += 46 + name_size + extra_size + in.u16(at + 32);  // a comment
+  at += 46 + name_size + extra_size + in.number(at + 32, 2);  // a comment
   if (!plain || stored != size)
     fail("bad zip: ", where, ": expected a stored entry, found a compressed or encrypted one");
   expect_signature(in, offset, "PK\3\4", "a local header");
-  return {name, in.take_at(offset + 30 + in.u16(offset + 26) + in.u16(offset + 28), size)};
-}
-
-inline Entries read_zip(std::string_view file, const std::string& path) {
-  ByteReader in{file, path};
-  Entries entries;
-  for (auto [at, count] = find_directory(in); count > 0; --count) {
-    const auto [entry, added] = entries.insert(read_zip_entry(in, at));
-    if (!added) fail("bad zip: ", path, ": ", quote(entry->first), ": appears twice");
-  }
-  return entries;
+  return {name,
+          in.take_at(offset + 30 + in.number(offset + 26, 2) + in.number(offset + 28, 2), size)};
 }
 
 // --- The pickle -------------------------------------------------------------------------
@@ -790,12 +771,7 @@ class Unpickler {
          "; only state dicts of tensors are read");
   }
 
-  /// The unsigned number of so many bytes that comes next.
-  std::int64_t number(std::size_t bytes) {
-    std::int64_t n = 0;
-    std::memcpy(&n, in_.take(bytes).data(), bytes);
-    return n;
-  }
+  std::int64_t number(std::size_t bytes) { return in_.number(in_.at, bytes); }
   void push(Value value) { stack_.push_back(&values_.emplace_back(std::move(value))); }
   /// The topmost n values, all of them above the last mark.
   Values pop_some(std::size_t n) {
@@ -892,8 +868,6 @@ class Unpickler {
   std::vector<std::size_t> marks_;  // how high the stack was at each
   std::map<std::int64_t, Value*> memo_;
 };
-
-// --- The tensors ------------------------------------------------------------------------
 
 /// Copies a strided tensor into row-major order, its axes from this one on; returns the copy's end.
 inline char* gather(const char* from, const Shape& shape, const Shape& strides, std::size_t item,
@@ -992,7 +966,11 @@ inline TorchFile open_torch_file(const std::string& path) {
   TorchFile torch{path, file, {}, "", 4 * file.bytes().size()};
   if (file.bytes().substr(0, 4) != "PK\3\4")
     fail("unknown format: ", path, ": expected a file written by torch.save");
-  torch.entries = read_zip(file.bytes(), path);
+  ByteReader in{file.bytes(), path};
+  for (auto [at, count] = find_directory(in); count > 0; --count) {
+    const auto [entry, added] = torch.entries.insert(read_zip_entry(in, at));
+    if (!added) fail("bad zip: ", path, ": ", quote(entry->first), ": appears twice");
+  }
   for (const auto& [name, bytes] : torch.entries)
     if (const std::size_t slash = name.find('/') + 1; name.substr(slash) == "data.pkl")
       torch.folder = name.substr(0, slash);
