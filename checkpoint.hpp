@@ -1,18 +1,9 @@
-// checkpoint.hpp - bytes to tensors and back. What a model computes is not known here.
+// checkpoint.hpp - bytes to tensors and back: errors and files; tensors; safetensors; torch.save;
+// a model's folder. What a model computes is not known here.
 //
-//   1. Errors and files    one line per error; one way to read a file, one way to write one
-//   2. Tensors             a named window of bytes with dtype and shape; their numbers
-//   3. safetensors         read and written
-//   4. torch.save          read: a zip, in it a pickle, and the storages it names
-//   5. A model's folder    whole or in shards; names without what wrappers put before them
-//
-// What is read comes from strangers. Whatever bytes a file holds, reading it ends in tensors
-// or in one line, "what: where: expected ..., found ..."; no byte of it is ever run; and the
-// work and memory that it can ask for are bounded by its size. Tensors are windows into the
-// mapped file: nothing is copied that lies there row by row.
-//
-// The formats: github.com/huggingface/safetensors (README.md); PKWARE's APPNOTE.TXT for zip;
-// Python's Lib/pickletools.py for pickles; PyTorch's torch/serialization.py, torch/_utils.py.
+// What is read comes from strangers. Whatever bytes a file holds, reading it ends in tensors or
+// in one line, "what: where: expected ..., found ..."; no byte of it is ever run; and the work
+// and memory that it can ask for are bounded by its size.
 #pragma once
 
 #include <fcntl.h>
@@ -22,11 +13,9 @@
 
 #include <Eigen/Core>
 #include <algorithm>
-#include <array>
 #include <cerrno>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <filesystem>
@@ -35,39 +24,38 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 #include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <tuple>
 #include <type_traits>
-#include <unordered_map>
-#include <utility>
 #include <vector>
 
 namespace mamba {
 
 using Json = nlohmann::json;
+using Shape = std::vector<std::int64_t>;  // row-major; empty: one value
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are little-endian");
 
-// =======================================================================================
-// 1. Errors and files
-// =======================================================================================
+// ================================ 1. Errors and files ==================================
 
-// --- 1.1 Errors: a std::runtime_error of one line ---------------------------------------
-
-/// Throws the parts as one line. Control characters, which only a broken file brings, go.
+/// The parts as one line. Control characters, which only a broken file brings, become '?'.
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+std::string one_line(const Parts&... parts) {
   std::ostringstream out;
   (out << ... << parts);
   std::string line = out.str();
-  std::replace_if(
-      line.begin(), line.end(), [](unsigned char c) { return c < 32; }, '?');
-  throw std::runtime_error(line);
+  for (char& c : line) c = (c & 0xe0) == 0 ? '?' : c;
+  return line;
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::runtime_error(one_line(parts...));
 }
 
 /// What is wrong is how the program was called: exit status 2.
@@ -77,12 +65,13 @@ struct UsageError : std::runtime_error {
 
 template <class... Parts>
 [[noreturn]] void fail_usage(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  throw UsageError(out.str());
+  throw UsageError(one_line(parts...));
 }
 
-inline std::string reason() { return std::strerror(errno); }
+/// Fails with the system's reason if a call of it did.
+inline void check_call(bool good, const char* what, const std::string& path) {
+  if (!good) fail(what, ": ", path, ": ", std::strerror(errno));
+}
 
 inline void warn(const std::string& line) { std::cerr << "warning: " << line << "\n"; }
 
@@ -97,8 +86,7 @@ inline void warn(const std::vector<std::string>& lines) {
 /// A name out of a file, fit for an error line: printable, quoted, and not a page long.
 inline std::string quote(std::string_view name, std::size_t longest = 80) {
   std::string text(name.substr(0, longest));
-  std::replace_if(
-      text.begin(), text.end(), [](char c) { return c < 32 || c > 126; }, '?');
+  for (char& c : text) c = c < 32 || c > 126 ? '?' : c;
   return "'" + text + (name.size() > longest ? "...'" : "'");
 }
 
@@ -126,8 +114,6 @@ inline std::string what_it_is(std::string_view bytes) {
   return "";
 }
 
-// --- 1.2 Reading ------------------------------------------------------------------------
-
 /// The number of an open file, closed at the end.
 struct Descriptor {
   int number = -1;
@@ -142,29 +128,24 @@ class MappedFile {
     // Without O_NONBLOCK, opening a pipe would wait for someone to write into it.
     const Descriptor file{::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)};
     struct stat status = {};
-    if (file.number < 0 || ::fstat(file.number, &status) != 0)
-      fail("cannot open: ", path, ": ", reason());
-    if (!S_ISREG(status.st_mode))
-      fail("cannot read: ", path, ": expected a file, found ",
-           S_ISDIR(status.st_mode)    ? "a directory"
-           : S_ISFIFO(status.st_mode) ? "a pipe"
-                                      : "something else");
+    check_call(file.number >= 0 && ::fstat(file.number, &status) == 0, "cannot open", path);
+    const char* other = S_ISFIFO(status.st_mode) ? "a pipe" : "something else";
+    if (S_ISDIR(status.st_mode)) other = "a directory";
+    if (!S_ISREG(status.st_mode)) fail("cannot read: ", path, ": expected a file, found ", other);
     const auto size = static_cast<std::size_t>(status.st_size);
     if (size == 0) return;  // nothing can be mapped
     void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.number, 0);
-    if (data == MAP_FAILED) fail("cannot map: ", path, ": ", reason());
-    data_ = {data, Unmap{size}};
+    check_call(data != MAP_FAILED, "cannot map", path);
+    memory_ = {data, [size](void* start) { ::munmap(start, size); }};
+    bytes_ = {static_cast<const char*>(data), size};
   }
-  std::string_view bytes() const {
-    return {static_cast<const char*>(data_.get()), data_ ? data_.get_deleter().size : 0};
-  }
+  std::string_view bytes() const { return bytes_; }
+  /// Who holds this may go on using the bytes when the object is gone.
+  const std::shared_ptr<const void>& memory() const { return memory_; }
 
  private:
-  struct Unmap {
-    std::size_t size;
-    void operator()(void* data) const { ::munmap(data, size); }
-  };
-  std::unique_ptr<void, Unmap> data_;
+  std::shared_ptr<const void> memory_;
+  std::string_view bytes_;
 };
 
 /// A text whole: from a file, from a pipe, or from standard input, whose path is "-".
@@ -176,7 +157,7 @@ inline std::string read_file(const std::string& path) {
   for (;;) {
     const ssize_t n = file.number < 0 ? -1 : ::read(file.number, block.data(), block.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail("cannot read: ", standard ? "standard input" : path, ": ", reason());
+    check_call(n >= 0, "cannot read", standard ? "standard input" : path);
     if (n == 0) return text;
     text.append(block.data(), static_cast<std::size_t>(n));
   }
@@ -186,29 +167,28 @@ inline std::string read_file(const std::string& path) {
 /// fails when it is read or written: no file opened later passes for standard input or output.
 inline void take_standard_numbers() {
   for (const int number : {0, 1, 2})
-    if (::fcntl(number, F_GETFD) < 0 && ::open("/dev/null", number ? O_RDONLY : O_WRONLY) < 0)
-      fail("cannot open: /dev/null: ", reason());
+    if (::fcntl(number, F_GETFD) < 0)
+      check_call(::open("/dev/null", number ? O_RDONLY : O_WRONLY) >= 0, "cannot open",
+                 "/dev/null");
 }
 
-// --- 1.3 Writing ------------------------------------------------------------------------
+/// Whether a path is a number of an open file, such as what /dev/stdout is a link to.
+inline bool is_open_file(const std::filesystem::path& path) {
+  return path.parent_path() == "/dev/fd" || path.parent_path() == "/proc/self/fd";
+}
 
-/// Where a path's links lead, be it to nothing yet; /proc/self/fd/1, an open file, stays.
+/// Where a path's links lead, be it to nothing yet; an open file stays.
 inline std::string follow_links(std::filesystem::path path) {
   std::error_code error;
-  for (int links = 0; links < 40; ++links) {
-    if (path.parent_path() == "/dev/fd") path = "/proc/self/fd" / path.filename();
-    const std::filesystem::path target = std::filesystem::read_symlink(path, error);
-    if (error || path.parent_path() == "/proc/self/fd") break;
-    path = path.parent_path() / target;
-  }
+  for (int links = 0; links < 40 && !is_open_file(path) && is_symlink(path, error); ++links)
+    path = path.parent_path() / read_symlink(path, error);
   return path.string();
 }
 
 /// A file that appears under its name only when it is whole, with the mode of the one that it
 /// replaces. Until commit() its bytes have no name (O_TMPFILE) and vanish with the program,
 /// however that ends; where the system has no such files, they lie in a part file beside the
-/// target. What is not a regular file (a pipe, /dev/stdout) is opened by the first write() and
-/// written straight.
+/// target. What is not a regular file (a pipe, /dev/stdout) is opened by the first write().
 class AtomicFile {
  public:
   explicit AtomicFile(const std::string& path) : path_(follow_links(path)) {
@@ -216,17 +196,16 @@ class AtomicFile {
     const bool exists = ::stat(path_.c_str(), &old) == 0;
     if (exists && S_ISDIR(old.st_mode)) errno = EISDIR, check(false);
     check(exists ? ::access(path_.c_str(), W_OK) == 0 : errno == ENOENT);
-    open_already_ = path_.rfind("/proc/self/fd/", 0) == 0;
-    straight_ = open_already_ || (exists && !S_ISREG(old.st_mode));
-    if (straight_) return;
-    folder_ = std::filesystem::path(path_).parent_path() / "";
+    if (is_open_file(path_) || (exists && !S_ISREG(old.st_mode))) return;
+    std::random_device random;
+    const std::string folder = std::filesystem::path(path_).parent_path() / ".";
+    part_ = folder + std::to_string(random()) + std::to_string(random()) + ".part";
     const mode_t mode = exists ? 0600 : 0666;  // less the user's umask
     if (::access("/proc/self/fd", F_OK) == 0)
-      file_.number = ::open((folder_ + ".").c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, mode);
-    if (file_.number < 0) {
-      part_ = unused_name();
+      file_.number = ::open(folder.c_str(), O_TMPFILE | O_WRONLY | O_CLOEXEC, mode);
+    nameless_ = file_.number >= 0;
+    if (!nameless_)
       file_.number = ::open(part_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
-    }
     check(file_.number >= 0 && (!exists || ::fchmod(file_.number, old.st_mode & 07777) == 0));
   }
   AtomicFile(const AtomicFile&) = delete;
@@ -236,7 +215,7 @@ class AtomicFile {
   }
 
   void write(std::string_view bytes) {
-    if (file_.number < 0) open_straight();
+    open_straight();
     while (!bytes.empty()) {
       const ssize_t n = ::write(file_.number, bytes.data(), bytes.size());
       check(n >= 0 || errno == EINTR);
@@ -244,31 +223,25 @@ class AtomicFile {
     }
   }
   void commit() {
-    if (file_.number < 0) open_straight();
-    check(straight_ || ::fsync(file_.number) == 0);
-    if (!straight_ && !(part_.empty() && gets_name(path_))) {  // there is a file to replace
-      if (part_.empty()) part_ = unused_name(), check(gets_name(part_));
+    open_straight();
+    check(part_.empty() || ::fsync(file_.number) == 0);
+    if (!part_.empty() && !(nameless_ && gets_name(path_))) {  // there is a file to replace
+      check(!nameless_ || gets_name(part_));
       check(std::rename(part_.c_str(), path_.c_str()) == 0);
-      part_.clear();
     }
     check(file_.close() == 0);
   }
 
  private:
-  void check(bool good) const {
-    if (!good) fail("cannot write: ", path_, ": ", reason());
-  }
+  void check(bool good) const { check_call(good, "cannot write", path_); }
   /// Opened anew, what `>>log` opened for us would be written from its start. What the program
   /// has printed goes first.
   void open_straight() {
+    if (file_.number >= 0) return;
     std::cout.flush();
-    file_.number = open_already_ ? ::dup(std::atoi(path_.c_str() + sizeof "/proc/self/fd"))
-                                 : ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
+    file_.number = is_open_file(path_) ? ::dup(std::atoi(path_.c_str() + path_.rfind('/') + 1))
+                                       : ::open(path_.c_str(), O_WRONLY | O_CLOEXEC);
     check(file_.number >= 0);
-  }
-  std::string unused_name() const {
-    std::random_device random;
-    return folder_ + "." + std::to_string(random()) + std::to_string(random()) + ".part";
   }
   /// Names the file without a name, unless there is a file of this name.
   bool gets_name(const std::string& name) const {
@@ -276,9 +249,9 @@ class AtomicFile {
     return ::linkat(AT_FDCWD, self.c_str(), AT_FDCWD, name.c_str(), AT_SYMLINK_FOLLOW) == 0;
   }
 
-  std::string path_, folder_, part_;
+  std::string path_, part_;  // part_: a name for the file until it has its own; "": not needed
   Descriptor file_;
-  bool open_already_ = false, straight_ = false;
+  bool nameless_ = false;
 };
 
 /// Fails now, not after long work, if nothing can be written there. An empty path is no file.
@@ -286,44 +259,31 @@ inline void check_writable(const std::string& path) {
   if (!path.empty()) AtomicFile file(path);
 }
 
-// --- 1.4 Bytes and JSON -----------------------------------------------------------------
+/// Walks a window of bytes, which need not be aligned, and never steps past its end.
+struct ByteReader {
+  std::string_view bytes;
+  std::string where;
+  std::uint64_t at = 0;
 
-/// Walks a window of bytes and never steps past its end. Numbers leave it through memcpy,
-/// because nothing in a file promises to be aligned.
-class ByteReader {
- public:
-  ByteReader(std::string_view bytes, std::string where) : bytes_(bytes), where_(std::move(where)) {}
-
-  std::string_view take(std::uint64_t n) { return take_at(at_, n); }
   std::string_view take_at(std::uint64_t offset, std::uint64_t n) {
-    const std::uint64_t left = bytes_.size() - std::min<std::uint64_t>(offset, bytes_.size());
-    if (offset > bytes_.size() || n > left)
-      fail("truncated: ", where_, ": expected ", n, " bytes at offset ", offset, ", found ", left);
-    at_ = offset + n;
-    return bytes_.substr(offset, n);
+    const std::uint64_t left = bytes.size() - std::min<std::uint64_t>(offset, bytes.size());
+    if (offset > bytes.size() || n > left)
+      fail("truncated: ", where, ": expected ", n, " bytes at offset ", offset, ", found ", left);
+    at = offset + n;
+    return bytes.substr(offset, n);
   }
-  template <class Number>
-  Number read() {
-    return read_at<Number>(at_);
-  }
-  template <class Number>
-  Number read_at(std::uint64_t offset) {
-    Number number;
-    std::memcpy(&number, take_at(offset, sizeof number).data(), sizeof number);
-    return number;
+  std::string_view take(std::uint64_t n) { return take_at(at, n); }
+  /// The unsigned number of n bytes at an offset.
+  std::int64_t number(std::uint64_t offset, std::size_t n) {
+    std::int64_t value = 0;
+    std::memcpy(&value, take_at(offset, n).data(), n);
+    return value;
   }
   std::string_view line() {
-    const std::string_view text = take(std::min(bytes_.find('\n', at_), bytes_.size()) - at_);
+    const std::string_view text = take(std::min(bytes.find('\n', at), bytes.size()) - at);
     take(1);
     return text;
   }
-  std::size_t position() const { return at_; }
-  const std::string& where() const { return where_; }
-
- private:
-  std::string_view bytes_;
-  std::string where_;
-  std::size_t at_ = 0;
 };
 
 /// JSON with what a careless parser lets through refused: depth bombs and repeated keys.
@@ -349,52 +309,40 @@ inline Json parse_json(std::string_view text, const std::string& where) {
   }
 }
 
-// =======================================================================================
-// 2. Tensors
-// =======================================================================================
+// =================================== 2. Tensors ========================================
 
-// --- 2.1 Windows with a dtype and a shape -----------------------------------------------
-
-// In the order of kDTypes; the first four are what weights may be.
 // clang-format off
-enum class DType {
-  F64, F32, F16, BF16,  // weights
-  I64, I32, I16, I8, U64, U32, U16, U8, BOOL, F8_E4M3, F8_E5M2
-};
-// clang-format on
+// In the order of kDTypes; the first four are what weights may be.
+enum class DType { F64, F32, F16, BF16, I64, I32, I16, I8, U64, U32, U16, U8, BOOL };
 
 struct DTypeInfo {
-  const char* name;           // in safetensors
-  const char* torch;          // in PyTorch
-  const char* torch_storage;  // the class of its storages in PyTorch, if there is one
-  std::size_t size;           // bytes of one value
+  const char *name, *torch, *torch_storage;  // in safetensors; in PyTorch; its storages' class
+  std::size_t size;                          // bytes of one value
 };
-inline constexpr std::array<DTypeInfo, 15> kDTypes = {{
-    {"F64", "float64", "DoubleStorage", 8},
-    {"F32", "float32", "FloatStorage", 4},
-    {"F16", "float16", "HalfStorage", 2},
-    {"BF16", "bfloat16", "BFloat16Storage", 2},
-    {"I64", "int64", "LongStorage", 8},
-    {"I32", "int32", "IntStorage", 4},
-    {"I16", "int16", "ShortStorage", 2},
-    {"I8", "int8", "CharStorage", 1},
-    {"U64", "uint64", "", 8},
-    {"U32", "uint32", "", 4},
-    {"U16", "uint16", "", 2},
-    {"U8", "uint8", "ByteStorage", 1},
-    {"BOOL", "bool", "BoolStorage", 1},
-    {"F8_E4M3", "float8_e4m3fn", "", 1},
-    {"F8_E5M2", "float8_e5m2", "", 1},
-}};
-inline const DTypeInfo& info(DType dtype) { return kDTypes[static_cast<std::size_t>(dtype)]; }
-inline const char* dtype_name(DType dtype) { return info(dtype).name; }
-inline std::size_t dtype_size(DType dtype) { return info(dtype).size; }
+inline constexpr DTypeInfo kDTypes[] = {
+    {"F64", "float64", "DoubleStorage", 8}, {"F32", "float32", "FloatStorage", 4},
+    {"F16", "float16", "HalfStorage", 2},   {"BF16", "bfloat16", "BFloat16Storage", 2},
+    {"I64", "int64", "LongStorage", 8},     {"I32", "int32", "IntStorage", 4},
+    {"I16", "int16", "ShortStorage", 2},    {"I8", "int8", "CharStorage", 1},
+    {"U64", "uint64", "", 8},               {"U32", "uint32", "", 4},
+    {"U16", "uint16", "", 2},               {"U8", "uint8", "ByteStorage", 1},
+    {"BOOL", "bool", "BoolStorage", 1}};
+// clang-format on
+inline const char* dtype_name(DType dtype) { return kDTypes[static_cast<int>(dtype)].name; }
+inline std::size_t dtype_size(DType dtype) { return kDTypes[static_cast<int>(dtype)].size; }
+
+/// The dtype with this name in one column of the table.
+inline std::optional<DType> find_dtype(std::string_view name, const char* DTypeInfo::*column) {
+  for (const DTypeInfo& row : kDTypes)
+    if (row.*column == name) return static_cast<DType>(&row - kDTypes);
+  return {};
+}
 
 /// A named window into a file or a buffer. Its data may be unaligned.
 struct Tensor {
   std::string name;
   DType dtype = DType::F32;
-  std::vector<std::int64_t> shape;  // row-major; empty: one value
+  Shape shape;
   const void* data = nullptr;
   std::shared_ptr<const void> keep_alive;  // the mapping or buffer that data points into
 
@@ -413,7 +361,7 @@ inline bool same_values(const Tensor& a, const Tensor& b) {
   return alike && (a.data == b.data || a.bytes() == b.bytes());
 }
 
-inline std::string shape_text(const std::vector<std::int64_t>& shape) {
+inline std::string shape_text(const Shape& shape) {
   std::string text = "(";
   for (std::size_t i = 0; i < shape.size() && i < 16; ++i)
     text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
@@ -421,8 +369,7 @@ inline std::string shape_text(const std::vector<std::int64_t>& shape) {
 }
 
 /// Bytes of a tensor with this shape, every step checked.
-inline std::uint64_t checked_bytes(const std::vector<std::int64_t>& shape, DType dtype,
-                                   const std::string& where) {
+inline std::uint64_t checked_bytes(const Shape& shape, DType dtype, const std::string& where) {
   auto n = static_cast<std::int64_t>(dtype_size(dtype));
   for (const std::int64_t extent : shape)
     if (extent < 0 || __builtin_mul_overflow(n, extent, &n))
@@ -451,60 +398,59 @@ struct Checkpoint {
   }
 };
 
-// --- 2.2 Numbers ------------------------------------------------------------------------
-//
-// Widening is exact. Narrowing rounds to the nearest, ties to even; what is too large becomes
-// infinite, which is worth a warning; NaN stays NaN. float16 and bfloat16 are Eigen's.
+/// Calls use with a value of the dtype's C++ type, if numbers of it are read.
+template <class Use>
+void with_type(DType dtype, const Use& use) {
+  if (dtype == DType::F64) use(double());
+  if (dtype == DType::F32) use(float());
+  if (dtype == DType::F16) use(Eigen::half());
+  if (dtype == DType::BF16) use(Eigen::bfloat16());
+  if (dtype == DType::I64) use(std::int64_t());
+  if (dtype == DType::I32) use(std::int32_t());
+}
 
 template <class Value>
 constexpr DType dtype_of() {
-  if (std::is_same_v<Value, Eigen::half>) return DType::F16;
-  if (std::is_same_v<Value, Eigen::bfloat16>) return DType::BF16;
-  constexpr bool kWhole = std::numeric_limits<Value>::is_integer, kWide = sizeof(Value) == 8;
-  static_assert(std::numeric_limits<Value>::is_signed && (sizeof(Value) >= 4 || !kWhole));
-  return kWhole ? kWide ? DType::I64 : DType::I32 : kWide ? DType::F64 : DType::F32;
+  using Range = std::numeric_limits<Value>;
+  static_assert(Range::is_signed && (sizeof(Value) >= 4 || !Range::is_integer));
+  if (Range::is_integer) return sizeof(Value) == 8 ? DType::I64 : DType::I32;
+  if (sizeof(Value) == 2) return Range::digits == 11 ? DType::F16 : DType::BF16;
+  return sizeof(Value) == 8 ? DType::F64 : DType::F32;
 }
 
-template <class From, class To>
-void convert_each(const Tensor& tensor, To* out) {
-  using Range = std::numeric_limits<To>;
-  constexpr bool kNarrows = Range::max_exponent < std::numeric_limits<From>::max_exponent ||
-                            Range::digits < std::numeric_limits<From>::digits;
-  const char* bytes = static_cast<const char*>(tensor.data);
-  const std::size_t n = tensor.size();
-  std::size_t lost = 0;  // finite values that became infinite
-  for (std::size_t i = 0; i < n; ++i) {
-    From value;
-    std::memcpy(&value, bytes + i * sizeof value, sizeof value);
-    out[i] = static_cast<To>(value);
-    if constexpr (kNarrows && !std::is_integral_v<To>)
-      lost += std::isinf(static_cast<float>(out[i])) && !std::isinf(static_cast<double>(value));
-  }
-  if (lost > 0)
-    warn(quote(tensor.name) + ": " + std::to_string(lost) + " of " + std::to_string(n) +
-         " values are too large for " + dtype_name(dtype_of<To>()) + ": they become infinite");
-}
-
-/// Calls use with a value of the type of a weight; false if the dtype is not that of one.
+/// Calls use with each value and its index; how often it returns true.
 template <class Use>
-bool with_weight_type(DType dtype, const Use& use) {
-  if (dtype == DType::F64) return use(double()), true;
-  if (dtype == DType::F32) return use(float()), true;
-  if (dtype == DType::F16) return use(Eigen::half()), true;
-  if (dtype == DType::BF16) return use(Eigen::bfloat16()), true;
-  return false;
+std::size_t count_values(const Tensor& tensor, const Use& use) {
+  std::size_t count = 0;
+  with_type(tensor.dtype, [&, n = tensor.size()](auto type) {
+    const char* bytes = static_cast<const char*>(tensor.data);
+    std::size_t found = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      decltype(type) value;
+      std::memcpy(&value, bytes + i * sizeof value, sizeof value);
+      found += use(value, i);
+    }
+    count = found;
+  });
+  return count;
 }
 
-/// The tensor's values as one of the four types of weights, or (I64, I32) as int64_t.
+/// The tensor's values as another type: real numbers as real ones, whole as whole ones. Narrowing
+/// rounds to the nearest, ties to even; what is too large becomes infinite; NaN stays NaN.
 template <class To>
 void convert(const Tensor& tensor, To* out) {
-  constexpr bool kReal = !std::is_same_v<To, std::int64_t>;
-  const auto from = [&](auto type) { convert_each<decltype(type)>(tensor, out); };
-  if (kReal && with_weight_type(tensor.dtype, from)) return;
-  if (!kReal && tensor.dtype == DType::I64) return from(std::int64_t());
-  if (!kReal && tensor.dtype == DType::I32) return from(std::int32_t());
-  fail("wrong dtype: ", quote(tensor.name), ": expected ",
-       kReal ? "F64, F32, F16 or BF16" : "I64 or I32", ", found ", dtype_name(tensor.dtype));
+  constexpr bool kWhole = std::numeric_limits<To>::is_integer;
+  const bool whole = tensor.dtype == DType::I64 || tensor.dtype == DType::I32;
+  if (kWhole ? !whole : tensor.dtype > DType::BF16)
+    fail("wrong dtype: ", quote(tensor.name), ": expected ",
+         kWhole ? "I64 or I32" : "F64, F32, F16 or BF16", ", found ", dtype_name(tensor.dtype));
+  const std::size_t lost = count_values(tensor, [out](auto value, std::size_t i) {
+    out[i] = static_cast<To>(value);
+    return Eigen::numext::isinf(out[i]) && !Eigen::numext::isinf(value);
+  });
+  if (lost > 0)
+    warn(one_line(quote(tensor.name), ": ", lost, " of ", tensor.size(), " values are too large ",
+                  "for ", dtype_name(dtype_of<To>()), ": they become infinite"));
 }
 
 template <class Value>
@@ -516,58 +462,45 @@ std::vector<Value> values(const Tensor& tensor) {
 
 /// A tensor that shows the caller's values, which must outlive it.
 template <class Value>
-Tensor tensor_view(std::string name, std::vector<std::int64_t> shape, const Value* data) {
+Tensor tensor_view(std::string name, Shape shape, const Value* data) {
   return {std::move(name), dtype_of<Value>(), std::move(shape), data, nullptr};
 }
 
 /// The tensor in another dtype of weights, in a buffer of its own.
 inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
   Tensor out{tensor.name, dtype, tensor.shape, nullptr, nullptr};
-  const bool known = with_weight_type(dtype, [&](auto type) {
-    using Value = decltype(type);
-    const auto buffer = std::make_shared<std::vector<Value>>(values<Value>(tensor));
-    out.data = buffer->data();
-    out.keep_alive = buffer;
+  if (dtype > DType::BF16)
+    fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
+  with_type(dtype, [&](auto type) {
+    const auto buffer = std::make_shared<std::vector<decltype(type)>>(tensor.size());
+    convert(tensor, buffer->data());
+    out.data = buffer->data(), out.keep_alive = buffer;
   });
-  if (known) return out;
-  fail("wrong dtype: ", quote(tensor.name), ": cannot convert to ", dtype_name(dtype));
+  return out;
 }
 
-/// How many values of the tensor have all these bits.
-template <class Bits>
-std::size_t count_bits(const Tensor& tensor, Bits mask) {
-  const std::string_view bytes = tensor.bytes();
-  std::size_t count = 0;
-  for (std::size_t i = 0; i < bytes.size(); i += sizeof(Bits)) {
-    Bits bits;
-    std::memcpy(&bits, bytes.data() + i, sizeof bits);
-    count += (bits & mask) == mask;
-  }
-  return count;
-}
-
-/// A line for each tensor with NaN or infinity, values whose exponent is all ones; of tensors
-/// that are the same window, for the first.
+/// A line for each tensor with NaN or infinity; of tensors that are one window, for the first.
 inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
   std::vector<std::string> lines;
   std::set<std::pair<const void*, std::size_t>> seen;
   for (const auto& [name, tensor] : checkpoint.tensors) {
-    if (!seen.emplace(tensor.data, tensor.byte_size()).second) continue;
-    std::size_t bad = 0;
-    if (tensor.dtype == DType::F64) bad = count_bits<std::uint64_t>(tensor, 0x7ffull << 52);
-    if (tensor.dtype == DType::F32) bad = count_bits<std::uint32_t>(tensor, 0x7f800000);
-    if (tensor.dtype == DType::F16) bad = count_bits<std::uint16_t>(tensor, 0x7c00);
-    if (tensor.dtype == DType::BF16) bad = count_bits<std::uint16_t>(tensor, 0x7f80);
+    const bool new_window = seen.emplace(tensor.data, tensor.byte_size()).second;
+    if (!new_window || tensor.dtype > DType::BF16) continue;
+    const std::size_t bad = count_values(tensor, [](auto value, std::size_t) {
+      using Wide = std::conditional_t<sizeof value == 8, std::uint64_t, std::uint32_t>;
+      using Bits = std::conditional_t<sizeof value == 2, std::uint16_t, Wide>;
+      const auto infinity = std::numeric_limits<decltype(value)>::infinity();
+      const auto exponent = Eigen::numext::bit_cast<Bits>(infinity);
+      return (Eigen::numext::bit_cast<Bits>(value) & exponent) == exponent;
+    });
     if (bad > 0)
-      lines.push_back(checkpoint.where + ": " + quote(tensor.name) + ": " + std::to_string(bad) +
-                      " of " + std::to_string(tensor.size()) + " values are NaN or infinite");
+      lines.push_back(one_line(checkpoint.where, ": ", quote(tensor.name), ": ", bad, " of ",
+                               tensor.size(), " values are NaN or infinite"));
   }
   return lines;
 }
 
-// =======================================================================================
-// 3. safetensors
-// =======================================================================================
+// ================================= 3. safetensors ======================================
 //
 //   8 bytes    n, length of the header, little-endian
 //   n bytes    {"__metadata__": {"key": "text"},
@@ -575,94 +508,76 @@ inline std::vector<std::string> non_finite(const Checkpoint& checkpoint) {
 //   the rest   the tensors; offsets count from here, row-major, without gaps or overlaps
 //
 // The header may end in spaces (we pad it to 8 bytes, other writers may not).
+// Format: github.com/huggingface/safetensors (README.md).
 
 /// One tensor as the header describes it, and where in the data it begins.
 inline std::pair<std::uint64_t, Tensor> read_entry(const std::string& name, const Json& entry,
                                                    const std::string& where) {
-  const auto is = [&](const char* key, Json::value_t type) {
-    return entry.is_object() && entry.contains(key) && entry[key].type() == type;
+  const Json e = entry.is_object() ? entry : Json::object();
+  const Json type = e.value("dtype", Json()), shape = e.value("shape", Json()),
+             place = e.value("data_offsets", Json());
+  const auto whole = [](const Json& list) {
+    return list.is_array() && std::all_of(list.begin(), list.end(),
+                                          [](const Json& n) { return n.is_number_unsigned(); });
   };
-  if (!is("dtype", Json::value_t::string) || !is("shape", Json::value_t::array) ||
-      !is("data_offsets", Json::value_t::array) || entry["data_offsets"].size() != 2)
-    fail("bad header: ", where, ": expected dtype, shape and data_offsets");
-  const auto whole = [&](const Json& value) {
-    if (!value.is_number_unsigned() || value.get<std::uint64_t>() >> 63 != 0)
-      fail("bad header: ", where, ": expected whole numbers below 2^63 in shape and offsets");
-    return value.get<std::int64_t>();
-  };
-  const auto dtype = std::find_if(kDTypes.begin(), kDTypes.end(), [&](const DTypeInfo& known) {
-    return entry["dtype"] == known.name;
-  });
-  if (dtype == kDTypes.end())
-    fail("unknown dtype: ", where, ": found ", quote(entry["dtype"].get<std::string>()));
-  Tensor tensor{name, static_cast<DType>(dtype - kDTypes.begin()), {}, nullptr, nullptr};
-  for (const Json& extent : entry["shape"]) tensor.shape.push_back(whole(extent));
-  const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
-  const auto begin = static_cast<std::uint64_t>(whole(entry["data_offsets"][0]));
-  const auto end = static_cast<std::uint64_t>(whole(entry["data_offsets"][1]));
-  if (end != begin + size)
-    fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype->name, " ",
-         shape_text(tensor.shape), ", found ", begin, " to ", end);
+  if (!type.is_string() || !whole(shape) || !whole(place) || place.size() != 2)
+    fail("bad header: ", where, ": expected dtype, shape and data_offsets of whole numbers");
+  const auto dtype = find_dtype(type.get<std::string>(), &DTypeInfo::name);
+  if (!dtype) fail("unknown dtype: ", where, ": found ", quote(type.get<std::string>()));
+  const Tensor tensor{name, *dtype, shape.get<Shape>(), nullptr, nullptr};
+  const std::uint64_t size = checked_bytes(tensor.shape, *dtype, where), begin = place[0];
+  if (place[1] != begin + size)
+    fail("bad offsets: ", where, ": expected ", size, " bytes for ", dtype_name(*dtype), " ",
+         shape_text(tensor.shape), ", found ", begin, " to ", place[1]);
   return {begin, tensor};
 }
 
 /// Maps a file of weights, unless it is something else that can be named.
-inline std::shared_ptr<const MappedFile> map_weights(const std::string& path) {
-  auto file = std::make_shared<const MappedFile>(path);
-  const std::string what = what_it_is(file->bytes());
+inline MappedFile map_weights(const std::string& path) {
+  const MappedFile file(path);
+  const std::string what = what_it_is(file.bytes());
   if (!what.empty()) fail("not weights: ", path, ": found ", what);
   return file;
 }
 
-/// Gives the tensors, in the order of where they begin and end, their places in the data. They
-/// must cover it from end to end, each byte once.
-inline void place_tensors(
-    std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor>& order,
-    std::string_view data, const std::shared_ptr<const void>& file, Checkpoint& checkpoint) {
-  std::uint64_t covered = 0;
-  for (auto& [place, tensor] : order) {
-    const auto& [begin, end, name] = place;
-    if (begin != covered || end > data.size())
-      fail("bad offsets: ", checkpoint.where, ": ", quote(name), ": expected bytes from ", covered,
-           ", where the one before it ends, to at most ", data.size(), ", found ", begin, " to ",
-           end);
-    covered = end;
-    tensor.data = data.data() + begin;
-    tensor.keep_alive = file;
-    checkpoint.tensors.emplace(name, std::move(tensor));
-  }
-  if (covered != data.size())
-    fail("bad offsets: ", checkpoint.where, ": expected tensors up to byte ", data.size(),
-         ", found ", covered);
-}
-
 inline Checkpoint read_safetensors(const std::string& path) {
-  constexpr std::size_t kLongestHeader = 100'000'000;  // as in the safetensors library
-  const auto file = map_weights(path);
-  ByteReader in(file->bytes(), path);
-  const auto header_size = in.read<std::uint64_t>();
-  const std::uint64_t longest = std::min(kLongestHeader, file->bytes().size() - 8);
-  if (header_size > longest)
-    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", header_size);
-  const Json header = parse_json(in.take(header_size), path);
+  constexpr std::uint64_t kLongestHeader = 100'000'000;  // as in the safetensors library
+  const MappedFile file = map_weights(path);
+  ByteReader in{file.bytes(), path};
+  const std::uint64_t size = in.number(0, 8);
+  const std::uint64_t longest = std::min(kLongestHeader, file.bytes().size() - 8);
+  if (size > longest)
+    fail("bad header: ", path, ": expected at most ", longest, " bytes, found ", size);
+  const Json header = parse_json(in.take(size), path);
   if (!header.is_object()) fail("bad header: ", path, ": expected an object");
+  const std::string_view data = file.bytes().substr(in.at);
 
-  Checkpoint checkpoint{{}, {}, path, file->bytes().size()};
-  std::map<std::tuple<std::uint64_t, std::uint64_t, std::string>, Tensor> order;
+  Checkpoint checkpoint{{}, {}, path, file.bytes().size()};
+  std::set<std::pair<std::pair<std::uint64_t, std::uint64_t>, std::string>> places;
   for (const auto& [name, entry] : header.items()) {
     const std::string where = path + ": " + quote(name);
-    if (name != "__metadata__") {
-      const auto [begin, tensor] = read_entry(name, entry, where);
-      order.emplace(std::tuple(begin, begin + tensor.byte_size(), name), tensor);
+    if (name == "__metadata__") {
+      if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
+      for (const auto& [key, text] : entry.items())
+        if (!text.is_string()) fail("bad header: ", where, ": ", quote(key), ": expected a string");
+      checkpoint.metadata = entry.get<std::map<std::string, std::string>>();
       continue;
     }
-    if (!entry.is_object()) fail("bad header: ", where, ": expected an object");
-    for (const auto& [key, text] : entry.items()) {
-      if (!text.is_string()) fail("bad header: ", where, ": ", quote(key), ": expected a string");
-      checkpoint.metadata[key] = text.get<std::string>();
-    }
+    const auto [begin, tensor] = read_entry(name, entry, where);
+    checkpoint.tensors[name] = tensor;
+    places.insert({{begin, begin + tensor.byte_size()}, name});
   }
-  place_tensors(order, file->bytes().substr(in.position()), file, checkpoint);
+  std::uint64_t covered = 0;  // they must cover the data from end to end, each byte once
+  for (const auto& [place, name] : places) {
+    if (place.first != covered || place.second > data.size())
+      fail("bad offsets: ", path, ": ", quote(name), ": expected bytes from ", covered,
+           " to at most ", data.size(), ", found ", place.first, " to ", place.second);
+    covered = place.second;
+    checkpoint.tensors[name].data = data.data() + place.first;
+    checkpoint.tensors[name].keep_alive = file.memory();
+  }
+  if (covered != data.size())
+    fail("bad offsets: ", path, ": expected tensors up to byte ", data.size(), ", found ", covered);
   return checkpoint;
 }
 
@@ -704,17 +619,18 @@ inline void write_safetensors(const std::string& path, std::vector<Tensor> tenso
   file.commit();
 }
 
-// =======================================================================================
-// 4. torch.save
-// =======================================================================================
-
-// --- 4.1 The archive --------------------------------------------------------------------
+// ================================== 4. torch.save ======================================
 //
 // torch.save writes a zip of stored (never compressed) entries under one folder:
 //
 //   NAME/data.pkl     a pickle: the state dict, with each storage replaced by its key
 //   NAME/byteorder    "little" or "big"; absent in older files
 //   NAME/data/KEY     the bytes of one storage, which several tensors may share
+//
+// Formats: PKWARE's APPNOTE.TXT; Python's Lib/pickletools.py; PyTorch's torch/serialization.py
+// and torch/_utils.py.
+
+// --- The zip archive --------------------------------------------------------------------
 //
 // A zip is read from its end: the end record gives the offset of the central directory,
 // which lists the entries; each points to a local header, and the bytes follow that. Where
@@ -724,65 +640,50 @@ using Entries = std::map<std::string, std::string_view>;  // name, bytes
 
 inline void expect_signature(ByteReader& in, std::uint64_t at, const char* mark, const char* what) {
   if (in.take_at(at, 4) != mark)
-    fail("bad zip: ", in.where(), ": expected ", what, " at byte ", at, ", found something else");
+    fail("bad zip: ", in.where, ": expected ", what, " at byte ", at, ", found something else");
 }
 
 /// Where the central directory begins, and how many entries it has.
-inline std::pair<std::uint64_t, std::uint64_t> find_directory(ByteReader& in,
-                                                              std::string_view file) {
-  const std::size_t tail = file.size() - std::min<std::size_t>(file.size(), 22 + 65535);
-  const std::size_t end_in_tail = file.substr(tail).rfind("PK\5\6"), end = tail + end_in_tail;
+inline std::pair<std::uint64_t, std::uint64_t> find_directory(ByteReader& in) {
+  const std::size_t tail = in.bytes.size() - std::min<std::size_t>(in.bytes.size(), 22 + 65535);
+  const std::size_t end_in_tail = in.bytes.substr(tail).rfind("PK\5\6"), end = tail + end_in_tail;
   if (end_in_tail == std::string_view::npos)
-    fail("truncated: ", in.where(), ": expected a zip archive's end record, found none");
-  in.take_at(end + 22, in.read_at<std::uint16_t>(end + 20));  // a comment
-  const auto count = in.read_at<std::uint16_t>(end + 10);
-  const auto directory = in.read_at<std::uint32_t>(end + 16);
+    fail("truncated: ", in.where, ": expected a zip archive's end record, found none");
+  in.take_at(end + 22, in.number(end + 20, 2));  // a comment
+  const std::uint64_t count = in.number(end + 10, 2), directory = in.number(end + 16, 4);
   if (count != 0xffff && directory != 0xffffffff) return {directory, count};
   const std::size_t locator = end - std::min<std::size_t>(end, 20);
   expect_signature(in, locator, "PK\6\7", "the zip64 locator");
-  const auto record = in.read_at<std::uint64_t>(locator + 8);
+  const std::uint64_t record = in.number(locator + 8, 8);
   expect_signature(in, record, "PK\6\6", "the zip64 end record");
-  return {in.read_at<std::uint64_t>(record + 48), in.read_at<std::uint64_t>(record + 32)};
+  return {in.number(record + 48, 8), in.number(record + 32, 8)};
 }
 
 /// The entry of the central directory at `at`, which moves on, and the bytes it points to.
 inline Entries::value_type read_zip_entry(ByteReader& in, std::uint64_t& at) {
   expect_signature(in, at, "PK\1\2", "a directory entry");
-  const auto flags = in.read_at<std::uint16_t>(at + 8), method = in.read_at<std::uint16_t>(at + 10);
-  std::uint64_t stored = in.read_at<std::uint32_t>(at + 20),
-                size = in.read_at<std::uint32_t>(at + 24),
-                offset = in.read_at<std::uint32_t>(at + 42);
-  const auto name_size = in.read_at<std::uint16_t>(at + 28),
-             extra_size = in.read_at<std::uint16_t>(at + 30),
-             comment_size = in.read_at<std::uint16_t>(at + 32);
-  const std::string name(in.take_at(at + 46, name_size)), where = in.where() + ": " + quote(name);
-  ByteReader extra(in.take(extra_size), where);
-  while (extra.position() + 4 <= extra_size) {
-    const auto id = extra.read<std::uint16_t>();
-    ByteReader field(extra.take(extra.read<std::uint16_t>()), where);
+  std::uint64_t stored = in.number(at + 20, 4), size = in.number(at + 24, 4),
+                offset = in.number(at + 42, 4);
+  const bool plain =
+      in.number(at + 10, 2) == 0 && (in.number(at + 8, 2) & 1) == 0;  // method, encryption
+  const std::uint64_t name_size = in.number(at + 28, 2), extra_size = in.number(at + 30, 2);
+  const std::string name(in.take_at(at + 46, name_size)), where = in.where + ": " + quote(name);
+  ByteReader extra{in.take(extra_size), where};
+  while (extra.at + 4 <= extra_size) {
+    const auto id = extra.number(extra.at, 2);
+    ByteReader field{extra.take(extra.number(extra.at, 2)), where};
     for (std::uint64_t* number : {&size, &stored, &offset})
-      if (id == 1 && *number == 0xffffffff) *number = field.read<std::uint64_t>();
+      if (id == 1 && *number == 0xffffffff) *number = field.number(field.at, 8);
   }
-  at += std::uint64_t{46} + name_size + extra_size + comment_size;
-  if (method != 0 || (flags & 1) != 0 || stored != size)
+  at += 46 + name_size + extra_size + in.number(at + 32, 2);  // a comment
+  if (!plain || stored != size)
     fail("bad zip: ", where, ": expected a stored entry, found a compressed or encrypted one");
   expect_signature(in, offset, "PK\3\4", "a local header");
-  const auto local_name = in.read_at<std::uint16_t>(offset + 26),
-             local_extra = in.read_at<std::uint16_t>(offset + 28);
-  return {name, in.take_at(offset + 30 + local_name + local_extra, size)};
+  return {name,
+          in.take_at(offset + 30 + in.number(offset + 26, 2) + in.number(offset + 28, 2), size)};
 }
 
-inline Entries read_zip(std::string_view file, const std::string& path) {
-  ByteReader in(file, path);
-  Entries entries;
-  for (auto [at, count] = find_directory(in, file); count > 0; --count) {
-    const auto [entry, added] = entries.insert(read_zip_entry(in, at));
-    if (!added) fail("bad zip: ", path, ": ", quote(entry->first), ": appears twice");
-  }
-  return entries;
-}
-
-// --- 4.2 The pickle ---------------------------------------------------------------------
+// --- The pickle -------------------------------------------------------------------------
 //
 // A pickle is a program for a stack machine: opcodes push values, collect them into tuples
 // and dicts, note them in a memo, and call Python functions by name. The last of these
@@ -795,177 +696,138 @@ inline Entries read_zip(std::string_view file, const std::string& path) {
 struct PickleValue {
   enum Kind { None, Bool, Int, Float, Text, Tuple, List, Dict, Name, Storage, Tensor };
   Kind kind = None;
-  DType dtype = DType::U8;          // of a storage or a tensor; an untyped storage has bytes
-  std::int64_t integer = 0;         // bool, int; a storage's number of values
-  std::string_view text;            // text; name: "module.name"; storage: its key
-  std::vector<PickleValue*> items;  // of a dict: key, value, key, value, ...
+  std::int64_t integer = 0;              // bool, int; a storage's number of values
+  std::string_view text = {};            // text; name: "module.name"; storage: its key
+  std::vector<PickleValue*> items = {};  // of a dict: key, value, key, value, ...
+  DType dtype = DType::U8;               // of a storage or tensor; untyped storages have bytes
 };
-
-// What a call of a known name leaves.
-inline constexpr std::string_view kOrderedDict = "collections.OrderedDict",
-                                  kTensor = "torch._utils._rebuild_tensor_v2",
-                                  kTensorOfType = "torch._utils._rebuild_tensor_v3",
-                                  kParameter = "torch._utils._rebuild_parameter",
-                                  kWithState = "torch._utils._rebuild_parameter_with_state",
-                                  kOfClass = "torch._tensor._rebuild_from_type_v2";
 
 /// Runs one pickle, and keeps the values that it makes.
 class Unpickler {
  public:
   using Value = PickleValue;
+  using Values = std::vector<Value*>;
 
-  Unpickler(std::string_view pickle, const std::string& path) : in_(pickle, path) {}
+  Unpickler(std::string_view pickle, const std::string& path) : in_{pickle, path} {}
 
   /// Runs the pickle and returns what it leaves.
   const Value& load() {
     for (std::size_t steps = 0; steps < kMostSteps; ++steps) {
-      const auto opcode = in_.read<std::uint8_t>();
+      const auto opcode = number(1);
       if (opcode == '.') return *pop();
-      step(opcode);
+      step(static_cast<int>(opcode));
     }
     refuse("has more than ", kMostSteps, " opcodes");
   }
 
  private:
-  static constexpr Value* kMark = nullptr;
   static constexpr std::size_t kMostSteps = 1 << 20;  // a tensor takes about 33
-
-  // One line an opcode.
   // clang-format off
-  void step(std::uint8_t opcode) {
+  static constexpr const char* kNames[] = {
+      "collections.OrderedDict", "torch.Tensor", "torch.UntypedStorage",
+      "torch.storage.UntypedStorage", "torch._tensor._rebuild_from_type_v2",
+      "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3",
+      "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"};
+
+  void step(int opcode) {
     switch (opcode) {
-      case 0x80: return check_protocol(in_.read<std::uint8_t>());
+      case 0x80: if (const auto n = number(1); n < 2 || n > 5) refuse("has protocol ", n); return;
       case 0x95: in_.take(8); return;  // FRAME: how many bytes are worth reading at once
-      case '(': return stack_.push_back(kMark);
+      case '(': return marks_.push_back(stack_.size());
       case '0': pop(); return;
-      case '1': pop_to_mark(); return;
-      // constants
-      case 'N': make(Value::None); return;
-      case 0x88: make(Value::Bool).integer = 1; return;
-      case 0x89: make(Value::Bool).integer = 0; return;
-      case 'K': make(Value::Int).integer = in_.read<std::uint8_t>(); return;
-      case 'M': make(Value::Int).integer = in_.read<std::uint16_t>(); return;
-      case 'J': make(Value::Int).integer = in_.read<std::int32_t>(); return;
-      case 0x8a: return push_long(in_.take(in_.read<std::uint8_t>()));
-      case 'G': in_.take(8); make(Value::Float); return;  // no tensor needs its value
-      case 'X': make(Value::Text).text = in_.take(in_.read<std::uint32_t>()); return;
-      case 0x8c: make(Value::Text).text = in_.take(in_.read<std::uint8_t>()); return;
-      case 0x8d: make(Value::Text).text = in_.take(in_.read<std::uint64_t>()); return;
-      // tuples, lists, dicts
-      case ')': make(Value::Tuple); return;
-      case ']': make(Value::List); return;
-      case '}': make(Value::Dict); return;
-      case 't': return push_tuple(pop_to_mark());
-      case 0x85: return push_tuple(pop_some(1));
-      case 0x86: return push_tuple(pop_some(2));
-      case 0x87: return push_tuple(pop_some(3));
+      case 'N': return push({Value::None});
+      case 0x88: case 0x89: return push({Value::Bool, opcode == 0x88});
+      case 'K': case 'M': return push({Value::Int, number(opcode == 'K' ? 1 : 2)});
+      case 'J': return push_signed(in_.take(4));
+      case 0x8a: return push_signed(in_.take(number(1)));
+      case 'G': in_.take(8); return push({Value::Float});  // no tensor needs its value
+      case 0x8c: return push({Value::Text, 0, in_.take(number(1))});
+      case 'X': case 0x8d: return push({Value::Text, 0, in_.take(number(opcode == 'X' ? 4 : 8))});
+      case ')': return push({Value::Tuple});
+      case ']': return push({Value::List});
+      case '}': return push({Value::Dict});
+      case 't': return push({Value::Tuple, 0, {}, pop_to_mark()});
+      case 0x85: case 0x86: case 0x87: return push({Value::Tuple, 0, {}, pop_some(opcode - 0x84)});
       case 'a': return append(pop_some(1), Value::List);
       case 'e': return append(pop_to_mark(), Value::List);
       case 's': return append(pop_some(2), Value::Dict);
       case 'u': return append(pop_to_mark(), Value::Dict);
-      // memo
-      case 'q': memo_[in_.read<std::uint8_t>()] = top(); return;
-      case 'r': memo_[in_.read<std::uint32_t>()] = top(); return;
-      case 0x94: memo_[static_cast<std::uint32_t>(memo_.size())] = top(); return;
-      case 'h': return recall(in_.read<std::uint8_t>());
-      case 'j': return recall(in_.read<std::uint32_t>());
-      // names and calls
+      case 'q': case 'r': memo_[number(opcode == 'q' ? 1 : 4)] = top(); return;
+      case 0x94: memo_[static_cast<std::int64_t>(memo_.size())] = top(); return;
+      case 'h': case 'j': return recall(number(opcode == 'h' ? 1 : 4));
       case 'c': { const auto module = in_.line(); return push_name(module, in_.line()); }
       case 0x93: { const auto name = pop_some(2); return push_name(name[0]->text, name[1]->text); }
-      case 'Q': return push_storage(pop());
+      case 'Q': return push_storage(expect(pop(), Value::Tuple).items);
       case 'R': return call();
       case 'b': pop(); expect(top(), Value::Dict); return;  // attributes of an OrderedDict
-      default: refuse("has the opcode ", int{opcode});
+      default: refuse("has the opcode ", opcode);
     }
   }
   // clang-format on
 
   template <class... Parts>
   [[noreturn]] void refuse(const Parts&... parts) const {
-    fail("bad pickle: ", in_.where(), ": ", parts..., " at byte ", in_.position(),
+    fail("bad pickle: ", in_.where, ": ", parts..., " at byte ", in_.at,
          "; only state dicts of tensors are read");
   }
 
-  Value& make(Value::Kind kind) {
-    stack_.push_back(&values_.emplace_back());
-    top()->kind = kind;
-    return *top();
-  }
-  Value* top() {
-    if (stack_.empty() || stack_.back() == kMark) refuse("takes from an empty stack");
-    return stack_.back();
-  }
-  Value* pop() {
-    Value* value = top();
-    stack_.pop_back();
-    return value;
-  }
-  std::vector<Value*> pop_some(std::size_t n) {
-    std::vector<Value*> items(n);
-    for (std::size_t i = n; i-- > 0;) items[i] = pop();
+  std::int64_t number(std::size_t bytes) { return in_.number(in_.at, bytes); }
+  void push(Value value) { stack_.push_back(&values_.emplace_back(std::move(value))); }
+  /// The topmost n values, all of them above the last mark.
+  Values pop_some(std::size_t n) {
+    if (n > stack_.size() - (marks_.empty() ? 0 : marks_.back()))
+      refuse("takes from an empty stack");
+    const Values items(stack_.end() - static_cast<std::ptrdiff_t>(n), stack_.end());
+    stack_.resize(stack_.size() - n);
     return items;
   }
-  std::vector<Value*> pop_to_mark() {
-    std::vector<Value*> items;
-    while (!stack_.empty() && stack_.back() != kMark) items.push_back(pop());
-    if (stack_.empty()) refuse("looks for a mark that is not there");
-    stack_.pop_back();
-    std::reverse(items.begin(), items.end());
+  Values pop_to_mark() {
+    if (marks_.empty()) refuse("looks for a mark that is not there");
+    const Values items = pop_some(stack_.size() - marks_.back());
+    marks_.pop_back();
     return items;
   }
+  Value* pop() { return pop_some(1)[0]; }
+  Value* top() { return stack_.emplace_back(pop()); }
   Value& expect(Value* value, Value::Kind kind) const {
     if (value->kind != kind) refuse("holds a value of the wrong kind");
     return *value;
   }
-  void check_protocol(int version) {
-    if (version < 2 || version > 5) refuse("has protocol ", version);
-  }
-  void push_long(std::string_view bytes) {  // two's complement, as many bytes as needed
+
+  void push_signed(std::string_view bytes) {  // two's complement
     if (bytes.size() > 8) refuse("has an integer of ", bytes.size(), " bytes");
-    const bool negative = !bytes.empty() && (bytes.back() & 0x80) != 0;
-    std::int64_t number = negative ? -1 : 0;
+    std::int64_t number = !bytes.empty() && (bytes.back() & 0x80) != 0 ? -1 : 0;
     std::memcpy(&number, bytes.data(), bytes.size());
-    make(Value::Int).integer = number;
+    push({Value::Int, number});
   }
-  void push_tuple(std::vector<Value*> items) { make(Value::Tuple).items = std::move(items); }
-  void append(const std::vector<Value*>& items, Value::Kind kind) {
+  void append(const Values& items, Value::Kind kind) {
     Value& container = expect(top(), kind);
     if (kind == Value::Dict && items.size() % 2 != 0) refuse("has a key without a value");
     container.items.insert(container.items.end(), items.begin(), items.end());
   }
-  void recall(std::uint32_t index) {
+  void recall(std::int64_t index) {
     const auto found = memo_.find(index);
     if (found == memo_.end()) refuse("recalls what it never noted");
     stack_.push_back(found->second);
   }
 
   void push_name(std::string_view module, std::string_view name) {
-    Value& value = make(Value::Name);
-    for (std::size_t i = 0; i < kDTypes.size() && module == "torch"; ++i) {
-      if (name != kDTypes[i].torch && name != kDTypes[i].torch_storage) continue;
-      value.text = name;
-      value.dtype = static_cast<DType>(i);
-      return;
-    }
+    for (const auto column : {&DTypeInfo::torch, &DTypeInfo::torch_storage})
+      if (const auto dtype = find_dtype(name, column); dtype && module == "torch")
+        return push({Value::Name, 0, name, {}, *dtype});
     const std::string both = std::string(module.substr(0, 80)).append(".").append(name, 0, 80);
-    for (const std::string_view known :
-         {kOrderedDict, kTensor, kTensorOfType, kParameter, kWithState, kOfClass,
-          std::string_view("torch.Tensor"), std::string_view("torch.storage.UntypedStorage"),
-          std::string_view("torch.UntypedStorage")})
-      if (both == known) return void(value.text = known);
+    for (const char* known : kNames)
+      if (both == known) return push({Value::Name, 0, known});
     refuse("asks for ", quote(both));
   }
 
   /// The persistent id ("storage", type, key, device, number of values).
-  void push_storage(Value* id) {
-    const std::vector<Value*>& items = expect(id, Value::Tuple).items;
-    const bool view = items.size() == 6 && items[5]->kind != Value::None;
-    if (items.size() < 5 || items.size() > 6 || view || items[0]->text != "storage")
+  void push_storage(const Values& id) {
+    const bool view = id.size() == 6 && id[5]->kind != Value::None;
+    if (id.size() < 5 || id.size() > 6 || view || id[0]->text != "storage")
       refuse("has an unknown persistent id");
-    Value& storage = make(Value::Storage);
-    storage.dtype = expect(items[1], Value::Name).dtype;
-    storage.text = expect(items[2], Value::Text).text;
-    storage.integer = expect(items[4], Value::Int).integer;
+    const Value &type = expect(id[1], Value::Name), &key = expect(id[2], Value::Text);
+    push({Value::Storage, expect(id[4], Value::Int).integer, key.text, {}, type.dtype});
   }
 
   /// Calls a function with a tuple of arguments. Of a tensor's we keep the first four; what
@@ -973,126 +835,107 @@ class Unpickler {
   void call() {
     const Value* arguments = &expect(pop(), Value::Tuple);
     const Value* function = &expect(pop(), Value::Name);
-    if (function->text == kOfClass && arguments->items.size() == 4) {
+    if (function->text == "torch._tensor._rebuild_from_type_v2" && arguments->items.size() == 4) {
       function = &expect(arguments->items[0], Value::Name);
       arguments = &expect(arguments->items[2], Value::Tuple);
     }
-    const std::string_view name = function->text;
-    const std::vector<Value*>& items = arguments->items;
-    const std::size_t n = items.size();
-    if (name == kOrderedDict && n == 0) {
-      make(Value::Dict);
-    } else if ((name == kParameter && n == 3) || (name == kWithState && n == 4)) {
-      stack_.push_back(&expect(items[0], Value::Tensor));
-    } else if (name == kTensor && n >= 6) {
-      push_tensor(items, expect(items[0], Value::Storage).dtype);
-    } else if (name == kTensorOfType && n >= 7) {
-      push_tensor(items, expect(items[6], Value::Name).dtype);
-    } else {
-      refuse("calls ", quote(name), " with ", n, " arguments");
-    }
+    const Values& items = arguments->items;
+    const auto calls = [&](const char* name, std::size_t fewest) {
+      return function->text == name && items.size() >= fewest;
+    };
+    if (calls("collections.OrderedDict", 0) && items.empty()) return push({Value::Dict});
+    if (calls("torch._utils._rebuild_parameter", 3) ||
+        calls("torch._utils._rebuild_parameter_with_state", 4))
+      return stack_.push_back(&expect(items[0], Value::Tensor));
+    if (calls("torch._utils._rebuild_tensor_v2", 6)) return push_tensor(items, items[0]->dtype);
+    if (calls("torch._utils._rebuild_tensor_v3", 7)) return push_tensor(items, items[6]->dtype);
+    refuse("calls ", quote(function->text), " with ", items.size(), " arguments");
   }
-  void push_tensor(const std::vector<Value*>& arguments, DType dtype) {
+  void push_tensor(const Values& arguments, DType dtype) {
     expect(arguments[0], Value::Storage);
     expect(arguments[1], Value::Int);
     for (const std::size_t i : {2, 3}) {
-      const std::vector<Value*>& extents = expect(arguments[i], Value::Tuple).items;
+      const Values& extents = expect(arguments[i], Value::Tuple).items;
       if (extents.size() > 64) refuse("has a tensor of ", extents.size(), " dimensions");
       for (Value* extent : extents) expect(extent, Value::Int);
     }
-    Value& tensor = make(Value::Tensor);
-    tensor.items.assign(arguments.begin(), arguments.begin() + 4);
-    tensor.dtype = dtype;
+    push({Value::Tensor, 0, {}, Values(arguments.begin(), arguments.begin() + 4), dtype});
   }
 
   ByteReader in_;
   std::deque<Value> values_;
-  std::vector<Value*> stack_;
-  std::unordered_map<std::uint32_t, Value*> memo_;
+  Values stack_;
+  std::vector<std::size_t> marks_;  // how high the stack was at each
+  std::map<std::int64_t, Value*> memo_;
 };
 
-// --- 4.3 The tensors --------------------------------------------------------------------
-
-/// Copies a strided tensor into row-major order.
-inline std::shared_ptr<const void> gather(const char* from, const std::vector<std::int64_t>& shape,
-                                          const std::vector<std::int64_t>& strides,
-                                          std::size_t item, std::size_t bytes) {
-  const auto buffer = std::make_shared<std::vector<char>>(bytes);
-  std::vector<std::int64_t> index(shape.size());
-  std::size_t offset = 0;  // of the value at index
-  for (std::size_t done = 0; done < bytes; done += item) {
-    std::memcpy(buffer->data() + done, from + offset * item, item);
-    for (std::size_t i = shape.size(); i-- > 0;) {
-      offset += static_cast<std::size_t>(strides[i]);
-      if (++index[i] < shape[i]) break;
-      offset -= static_cast<std::size_t>(strides[i] * shape[i]);
-      index[i] = 0;
-    }
-  }
-  return {buffer, buffer->data()};
-}
-
-/// The last index that a strided tensor of at least one value reaches, -1 if that is none.
-inline std::int64_t last_index(std::int64_t first, const std::vector<std::int64_t>& shape,
-                               const std::vector<std::int64_t>& strides) {
-  std::int64_t last = first, reach = 0;
-  bool valid = first >= 0 && strides.size() == shape.size();
-  for (std::size_t i = 0; valid && i < shape.size(); ++i)
-    valid = strides[i] >= 0 && !__builtin_mul_overflow(strides[i], shape[i] - 1, &reach) &&
-            !__builtin_add_overflow(last, reach, &last);
-  return valid ? last : -1;
-}
-
-inline bool is_row_major(const std::vector<std::int64_t>& shape,
-                         const std::vector<std::int64_t>& strides) {
-  std::int64_t stride = 1;
-  for (std::size_t i = shape.size(); i-- > 0; stride *= shape[i])
-    if (shape[i] != 1 && strides[i] != stride) return false;
-  return true;
+/// Copies a strided tensor into row-major order, its axes from this one on; returns the copy's end.
+inline char* gather(const char* from, const Shape& shape, const Shape& strides, std::size_t item,
+                    char* to, std::size_t axis = 0) {
+  if (axis == shape.size()) return std::copy_n(from, item, to);
+  for (std::size_t i = 0, n = static_cast<std::size_t>(shape[axis]); i < n; ++i)
+    to = gather(from + i * item * static_cast<std::size_t>(strides[axis]), shape, strides, item, to,
+                axis + 1);
+  return to;
 }
 
 /// An archive of torch.save and the tensors in it.
 struct TorchFile {
   std::string path;
-  std::shared_ptr<const MappedFile> file;
-  Entries storages;  // by key
+  MappedFile file;
+  Entries entries;
+  std::string folder;  // NAME/
   // Bytes that tensors may still show, each window once: they may overlap, but not without end.
   std::uint64_t budget;
   std::set<std::pair<const void*, std::uint64_t>> shown = {};
 
+  /// The bytes of a storage, as many as its type and number of values ask for.
+  std::string_view bytes_of(const PickleValue& storage, const std::string& where) const {
+    const auto found = entries.find(std::string(folder).append("data/").append(storage.text));
+    const std::string_view bytes = found == entries.end() ? std::string_view() : found->second;
+    const std::uint64_t size = checked_bytes({storage.integer}, storage.dtype, where);
+    if (bytes.size() < size)
+      fail("truncated: ", where, ": expected ", size, " bytes in storage ", quote(storage.text),
+           ", found ", bytes.size());
+    return bytes.substr(0, size);
+  }
+
   /// A window into the storage if the tensor lies there row by row, otherwise a copy.
   Tensor tensor(std::string_view name, const PickleValue& pickled) {
     const std::string where = path + ": " + quote(name);
-    const PickleValue& storage = *pickled.items[0];
-    const auto found = storages.find(std::string(storage.text));
-    const std::string_view bytes = found == storages.end() ? std::string_view() : found->second;
-    const std::uint64_t held = checked_bytes({storage.integer}, storage.dtype, where);
-    if (bytes.size() < held)
-      fail("truncated: ", where, ": expected ", held, " bytes in storage ", quote(storage.text),
-           ", found ", bytes.size());
-    Tensor tensor{std::string(name), pickled.dtype, {}, bytes.data(), file};
-    std::vector<std::int64_t> strides;
+    const std::string_view bytes = bytes_of(*pickled.items[0], where);
+    const std::int64_t first = pickled.items[1]->integer;
+    Tensor tensor{std::string(name), pickled.dtype, {}, bytes.data(), file.memory()};
+    Shape strides;
     for (const PickleValue* n : pickled.items[2]->items) tensor.shape.push_back(n->integer);
     for (const PickleValue* n : pickled.items[3]->items) strides.push_back(n->integer);
     const std::uint64_t size = checked_bytes(tensor.shape, tensor.dtype, where);
     if (size == 0) return tensor;
 
-    const std::size_t item = dtype_size(tensor.dtype);
-    const std::int64_t first = pickled.items[1]->integer;
-    const std::int64_t last = last_index(first, tensor.shape, strides);
-    if (last < 0 || static_cast<std::uint64_t>(last) >= held / item)
-      fail("out of range: ", where, ": expected values inside the ", held / item, " of storage ",
-           quote(storage.text), ", found offset ", first, ", shape ", shape_text(tensor.shape),
-           ", strides ", shape_text(strides));
-    const char* start = bytes.data() + static_cast<std::uint64_t>(first) * item;
-    const bool window = is_row_major(tensor.shape, strides);
-    if (!window || shown.emplace(start, size).second) {
+    const std::size_t item = dtype_size(tensor.dtype), held = bytes.size() / item;
+    bool valid = first >= 0 && strides.size() == tensor.shape.size(), row_major = true;
+    auto last = static_cast<double>(first);  // index of the last value; cannot overflow
+    std::int64_t stride = 1;
+    for (std::size_t i = strides.size(); valid && i-- > 0; stride *= tensor.shape[i]) {
+      valid = strides[i] >= 0;
+      last += static_cast<double>(strides[i]) * static_cast<double>(tensor.shape[i] - 1);
+      row_major = row_major && (tensor.shape[i] == 1 || strides[i] == stride);
+    }
+    if (!valid || last >= static_cast<double>(held))
+      fail("out of range: ", where, ": expected values inside the ", held, " of storage ",
+           quote(pickled.items[0]->text), ", found offset ", first, ", shape ",
+           shape_text(tensor.shape), ", strides ", shape_text(strides));
+    const char* start = bytes.data() + static_cast<std::size_t>(first) * item;
+    if (!row_major || shown.emplace(start, size).second) {
       if (size > budget)
         fail("too large: ", where, ": with it, tensors show over 4 times what the file holds");
       budget -= size;
     }
-    if (!window) tensor.keep_alive = gather(start, tensor.shape, strides, item, size);
-    tensor.data = window ? start : tensor.keep_alive.get();
+    tensor.data = start;
+    if (row_major) return tensor;
+    const auto copy = std::make_shared<std::vector<char>>(size);
+    gather(start, tensor.shape, strides, item, copy->data());
+    tensor.data = copy->data(), tensor.keep_alive = copy;
     return tensor;
   }
 };
@@ -1117,33 +960,37 @@ inline const PickleValue* state_dict(const PickleValue& dict, const std::string&
   return inner == nullptr && tensors ? &dict : inner;
 }
 
-inline Checkpoint read_pytorch_bin(const std::string& path) {
-  const auto file = map_weights(path);
-  if (file->bytes().substr(0, 4) != "PK\3\4")
-    fail("unknown format: ", path, ": expected a file written by torch.save, found something else");
-  const Entries entries = read_zip(file->bytes(), path);
-  const auto pickle = std::find_if(entries.begin(), entries.end(), [](const auto& entry) {
-    const std::size_t slash = entry.first.find('/');
-    return slash != std::string::npos && entry.first.substr(slash) == "/data.pkl";
-  });
-  if (pickle == entries.end())
+/// Opens what torch.save wrote, and finds the folder in it.
+inline TorchFile open_torch_file(const std::string& path) {
+  const MappedFile file = map_weights(path);
+  TorchFile torch{path, file, {}, "", 4 * file.bytes().size()};
+  if (file.bytes().substr(0, 4) != "PK\3\4")
+    fail("unknown format: ", path, ": expected a file written by torch.save");
+  ByteReader in{file.bytes(), path};
+  for (auto [at, count] = find_directory(in); count > 0; --count) {
+    const auto [entry, added] = torch.entries.insert(read_zip_entry(in, at));
+    if (!added) fail("bad zip: ", path, ": ", quote(entry->first), ": appears twice");
+  }
+  for (const auto& [name, bytes] : torch.entries)
+    if (const std::size_t slash = name.find('/') + 1; name.substr(slash) == "data.pkl")
+      torch.folder = name.substr(0, slash);
+  if (torch.folder.empty())
     fail("bad zip: ", path, ": expected an entry NAME/data.pkl, found none");
-  const std::string folder = pickle->first.substr(0, pickle->first.size() - 8);
-  const auto order = entries.find(folder + "byteorder");
-  if (order != entries.end() && order->second != "little")
+  const auto order = torch.entries.find(torch.folder + "byteorder");
+  if (order != torch.entries.end() && order->second != "little")
     fail("wrong byte order: ", path, ": expected little, found ", quote(order->second));
+  return torch;
+}
 
-  TorchFile torch{path, file, {}, 4 * file->bytes().size()};
-  for (const auto& [name, bytes] : entries)
-    if (name.compare(0, folder.size() + 5, folder + "data/") == 0)
-      torch.storages.emplace(name.substr(folder.size() + 5), bytes);
-  Unpickler unpickler(pickle->second, path);
+inline Checkpoint read_pytorch_bin(const std::string& path) {
+  TorchFile torch = open_torch_file(path);
+  Unpickler unpickler(torch.entries[torch.folder + "data.pkl"], path);
   std::set<const PickleValue*> seen;
   const PickleValue* dict = state_dict(unpickler.load(), path, seen);
   if (dict == nullptr)
     fail("bad pickle: ", path, ": expected a dict of tensors, or one in it under ",
          "model, state_dict, model_state_dict or module");
-  Checkpoint checkpoint{{}, {}, path, file->bytes().size()};
+  Checkpoint checkpoint{{}, {}, path, torch.file.bytes().size()};
   for (std::size_t i = 0; i < dict->items.size(); i += 2) {
     const PickleValue &key = *dict->items[i], &value = *dict->items[i + 1];
     if (key.kind != PickleValue::Text || value.kind != PickleValue::Tensor)
@@ -1154,9 +1001,7 @@ inline Checkpoint read_pytorch_bin(const std::string& path) {
   return checkpoint;
 }
 
-// =======================================================================================
-// 5. A model's folder
-// =======================================================================================
+// =============================== 5. A model's folder ===================================
 
 /// Large checkpoints are cut into shards; the index says which tensor is in which file:
 /// {"weight_map": {"tensor name": "file name"}}.
@@ -1169,16 +1014,14 @@ inline Checkpoint read_shards(const std::string& folder, const std::string& inde
   std::map<std::string, Checkpoint> shards;
   for (const auto& [name, file] : json["weight_map"].items()) {
     const std::string shard = file.is_string() ? std::string(file) : "";
-    if (shard.empty() || shard.find('/') != std::string::npos ||
-        shard.find('\0') != std::string::npos)
+    if (shard.empty() || shard.find_first_of(std::string_view("/\0", 2)) != std::string::npos)
       fail("bad index: ", index, ": ", quote(name),
            ": expected the name of a file beside the index");
-    auto found = shards.find(shard);
-    if (found == shards.end()) {
-      found = shards.emplace(shard, read(std::string(folder).append("/").append(shard))).first;
-      all.file_size += found->second.file_size;
+    if (!shards.count(shard)) {
+      shards[shard] = read(std::string(folder).append("/").append(shard));
+      all.file_size += shards[shard].file_size;
     }
-    all.tensors.emplace(name, found->second.at(name));
+    all.tensors.emplace(name, shards[shard].at(name));
   }
   return all;
 }
