@@ -84,17 +84,52 @@ struct Config : ssm::Sizes {
   Token bos_token_id = 0;                  // -1: none
   std::vector<Token> eos_token_ids = {0};  // each ends a text
   Json token_ids = Json::object();         // what the file says of bos, eos and pad, for convert
+
+  /// Numbers that one layer remembers of a text.
+  Index state_size() const { return d_inner * d_state + conv_width() * (d_conv - 1); }
 };
 
 // No size may exceed its limit, so that products of sizes stay far below 2^63.
 constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 1 << 16, kMaxVocab = 1 << 28;
 
+/// A size in config.json: its name in the Hugging Face and in the original layout; in each, the
+/// default of Mamba and of Mamba-2. 0: no such size.
+struct SizeField {
+  Index Config::*member;
+  const char* names[2];
+  Index defaults[2][2];
+  std::int64_t most;
+};
+inline const SizeField kSizeFields[] = {
+    {&Config::d_model, {"hidden_size", "d_model"}, {{768, 4096}, {2560, 2560}}, kMaxWidth},
+    {&Config::n_layer, {"num_hidden_layers", "n_layer"}, {{32, 64}, {64, 64}}, kMaxLayers},
+    {&Config::vocab_size,
+     {"vocab_size", "vocab_size"},
+     {{50280, 32768}, {50277, 50277}},
+     kMaxVocab},
+    {&Config::d_state, {"state_size", "d_state"}, {{16, 128}, {16, 128}}, kMaxWidth},
+    {&Config::d_conv, {"conv_kernel", "d_conv"}, {{4, 4}, {4, 4}}, kMaxWidth},
+    {&Config::n_heads, {"num_heads", ""}, {{0, 128}, {0, 0}}, kMaxWidth},
+    {&Config::head_dim, {"head_dim", "headdim"}, {{0, 64}, {0, 64}}, kMaxWidth},
+    {&Config::n_groups, {"n_groups", "ngroups"}, {{0, 8}, {0, 1}}, kMaxWidth},
+    {&Config::chunk, {"chunk_size", "chunk_size"}, {{0, 256}, {0, 256}}, kMaxWidth}};
+
+/// The same for what is true or false. Defaults are those of Config.
+struct FlagField {
+  bool Config::*member;
+  const char* names[2];
+};
+inline const FlagField kFlagFields[] = {
+    {&Config::tie_embeddings, {"tie_word_embeddings", "tie_embeddings"}},
+    {&Config::use_bias, {"use_bias", "bias"}},
+    {&Config::use_conv_bias, {"use_conv_bias", "conv_bias"}},
+    {&Config::residual_in_fp32, {"residual_in_fp32", "residual_in_fp32"}}};
+
 /// Python writes Infinity, -Infinity and NaN where JSON has no word for them: outside of
 /// strings, put them in quotes.
 inline std::string quote_bare_floats(std::string_view text) {
   std::string json;
-  for (std::size_t i = 0; i < text.size();) {
-    std::size_t n = 1;  // length of the token at i
+  for (std::size_t i = 0, n = 1; i < text.size(); i += n, n = 1) {  // n: length of the token at i
     bool bare = false;
     if (text[i] == '"') {
       while (i + n < text.size() && text[i + n] != '"') n += text[i + n] == '\\' ? 2 : 1;
@@ -104,7 +139,6 @@ inline std::string quote_bare_floats(std::string_view text) {
         if (!bare && text.substr(i, word.size()) == word) n = word.size(), bare = true;
     }
     json += bare ? '"' + std::string(text.substr(i, n)) + '"' : text.substr(i, n);
-    i += n;
   }
   return json;
 }
@@ -158,9 +192,9 @@ struct Fields {
     return value == nullptr ? absent : number(key, *value);
   }
   /// A token id or a list of them; null and -1 are none.
-  std::vector<Token> tokens(const char* key, const std::vector<Token>& absent) const {
-    if (!object.contains(key)) return absent;
-    const Json list = object[key].is_array() ? object[key] : Json::array({object[key]});
+  std::vector<Token> tokens(const char* key) const {
+    const Json* value = find(key);
+    const Json list = !value ? Json::array() : value->is_array() ? *value : Json::array({*value});
     std::vector<Token> ids;
     for (const Json& each : list) {
       const Json one = {{key, each}};
@@ -171,85 +205,84 @@ struct Fields {
   }
 };
 
-/// The config in either layout: names are (Hugging Face, original). In the original, what
-/// belongs to one block is in ssm_cfg.
-inline Config config_from_json(const Json& json, bool original, const std::string& path) {
-  const Fields fields{json, path};
-  const Json none = Json::object();
-  const Json* ssm_cfg = fields.find("ssm_cfg");
-  if (ssm_cfg != nullptr && !ssm_cfg->is_object()) fields.wrong("ssm_cfg", "an object");
-  const Fields block = original ? Fields{ssm_cfg == nullptr ? none : *ssm_cfg, path} : fields;
-  const auto name = [&](const char* hugging_face, const char* ours) {
-    return original ? ours : hugging_face;
-  };
-  const std::string type = original ? block.text("layer", "Mamba1") : fields.text("model_type", "");
-  const bool two = type == name("mamba2", "Mamba2");
-  if (!two && type != name("mamba", "Mamba1"))
-    block.wrong(name("model_type", "layer"), name("mamba or mamba2", "Mamba1 or Mamba2"));
-  const auto by_layout = [&](std::int64_t mamba, std::int64_t mamba2, std::int64_t both) {
-    return original ? both : two ? mamba2 : mamba;
-  };
-  const auto size = [&](const char* key, std::int64_t absent) {
-    return block.integer(key, absent, 1, kMaxWidth);
-  };
-
-  Config c;
-  c.version = two ? 2 : 1;
-  c.d_model =
-      fields.integer(name("hidden_size", "d_model"), by_layout(768, 4096, 2560), 1, kMaxWidth);
-  c.n_layer =
-      fields.integer(name("num_hidden_layers", "n_layer"), by_layout(32, 64, 64), 1, kMaxLayers);
-  c.vocab_size = fields.integer("vocab_size", by_layout(50280, 32768, 50277), 1, kMaxVocab);
-  c.tie_embeddings = fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
-  c.residual_in_fp32 = fields.flag("residual_in_fp32", true);
-  const std::vector<Token> bos = fields.tokens("bos_token_id", {0});
-  c.bos_token_id = bos.empty() ? -1 : bos[0];
-  c.eos_token_ids = fields.tokens("eos_token_id", {static_cast<Token>(by_layout(0, 2, 0))});
-  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
-    if (json.contains(key)) c.token_ids[key] = json[key];
-  c.norm_eps = original ? c.norm_eps : fields.number("layer_norm_epsilon", c.norm_eps);
-  c.d_state = size(name("state_size", "d_state"), two ? 128 : 16);
-  c.d_conv = size(name("conv_kernel", "d_conv"), 4);
-  c.use_bias = block.flag(name("use_bias", "bias"), false);
-  c.use_conv_bias = block.flag(name("use_conv_bias", "conv_bias"), true);
-  const double d_inner = std::floor(block.number("expand", 2) * static_cast<double>(c.d_model));
-  if (!(d_inner >= 1 && d_inner <= kMaxWidth))
-    block.wrong("expand", "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
-  c.d_inner = static_cast<std::int64_t>(d_inner);
-  if (two) {
-    c.head_dim = size(name("head_dim", "headdim"), 64);
-    c.n_heads = original ? c.d_inner / c.head_dim : size("num_heads", 128);
-    c.n_groups = size(name("n_groups", "ngroups"), by_layout(0, 8, 1));
-    c.chunk = size("chunk_size", 256);
-    const char* limit = name("time_step_limit", "dt_limit");
-    if (const Json* pair = block.find(limit)) {
-      if (!pair->is_array() || pair->size() != 2) block.wrong(limit, "two numbers");
-      c.dt_min = block.number(limit, (*pair)[0]);
-      c.dt_max = block.number(limit, (*pair)[1]);
-      if (!(0 <= c.dt_min && c.dt_min <= c.dt_max)) block.wrong(limit, "0 <= low <= high");
-    }
-  } else {
-    const char* rank = name("time_step_rank", "dt_rank");
-    const bool automatic = block.find(rank) == nullptr || *block.find(rank) == "auto";
-    c.dt_rank = automatic ? (c.d_model + 15) / 16 : size(rank, 0);  // ceil(D / 16)
-    if (!original) c.d_inner = size("intermediate_size", c.d_inner);
-  }
-
-  // What else a model of these layouts may be, and is not here.
+/// Fails where a model of these layouts is one that is not computed here. (norm_before_gate means
+/// nothing in the Hugging Face layout: transformers ignores it; Mamba-Codestral-7B has it wrong.)
+inline void refuse_others(const Fields& fields, bool original, const Config& c) {
   fields.only("rms_norm", true);
-  if (original) {                 // in the Hugging Face layout norm_before_gate means nothing:
-                                  // transformers
-    block.only("rmsnorm", true);  // ignores it, and Mamba-Codestral-7B has it wrong
-    block.only("norm_before_gate", false);
-    block.only("D_has_hdim", false);
-    block.integer("d_ssm", c.d_inner, c.d_inner, c.d_inner);
+  if (!original) {
+    const std::string act = fields.text("hidden_act", "silu");
+    if (act != "silu" && act != "swish") fields.wrong("hidden_act", "silu");
+  } else {
+    fields.only("rmsnorm", true);
+    fields.only("norm_before_gate", false);
+    fields.only("D_has_hdim", false);
+    fields.integer("d_ssm", c.d_inner, c.d_inner, c.d_inner);
     fields.integer("d_intermediate", 0, 0, 0);
     const Json* attention = fields.find("attn_layer_idx");
     if (attention != nullptr && !attention->empty()) fields.wrong("attn_layer_idx", "[]");
-  } else if (const std::string act = fields.text("hidden_act", "silu");
-             act != "silu" && act != "swish") {
-    fields.wrong("hidden_act", "silu");
   }
+  if (!(c.norm_eps > 0 && c.norm_eps < 1))
+    fields.wrong("layer_norm_epsilon", "a number between 0 and 1");
+  if (c.version == 2 && c.d_inner != c.n_heads * c.head_dim)
+    fail("bad config: ", fields.where, ": expected heads * head_dim = d_inner = ", c.d_inner,
+         ", found ", c.n_heads, " * ", c.head_dim);
+  if (c.version == 2 && c.n_heads % c.n_groups != 0)
+    fail("bad config: ", fields.where, ": groups: expected a divisor of the ", c.n_heads,
+         " heads, found ", c.n_groups);
+}
+
+/// What is derived from other sizes where the file does not say, and the limits of delta.
+inline void read_widths(const Fields& fields, bool original, Config& c) {
+  const double d_inner = std::floor(fields.number("expand", 2) * static_cast<double>(c.d_model));
+  if (!(d_inner >= 1 && d_inner <= kMaxWidth))
+    fields.wrong("expand", "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
+  c.d_inner = static_cast<Index>(d_inner);
+  if (c.version == 1) {
+    const char* rank = original ? "dt_rank" : "time_step_rank";
+    const bool automatic = !fields.find(rank) || *fields.find(rank) == "auto";
+    c.dt_rank = automatic ? (c.d_model + 15) / 16  // ceil(D / 16)
+                          : fields.integer(rank, 0, 1, kMaxWidth);
+    if (!original) c.d_inner = fields.integer("intermediate_size", c.d_inner, 1, kMaxWidth);
+    return;
+  }
+  if (original) c.n_heads = c.d_inner / c.head_dim;
+  const char* limit = original ? "dt_limit" : "time_step_limit";
+  const Json* pair = fields.find(limit);
+  if (!pair) return;
+  if (!pair->is_array() || pair->size() != 2) fields.wrong(limit, "two numbers");
+  c.dt_min = fields.number(limit, (*pair)[0]);
+  c.dt_max = fields.number(limit, (*pair)[1]);
+  if (!(0 <= c.dt_min && c.dt_min <= c.dt_max)) fields.wrong(limit, "0 <= low <= high");
+}
+
+/// The config in either layout. What belongs to one block is in the original's ssm_cfg.
+inline Config config_from_json(Json json, bool original, const std::string& path) {
+  const Json block = original ? json.value("ssm_cfg", Json()) : Json();
+  const Fields fields{json, path};
+  if (!block.is_null() && !block.is_object()) fields.wrong("ssm_cfg", "an object");
+  if (block.is_object()) json.update(block);
+  const char* key = original ? "layer" : "model_type";
+  const std::string names[] = {original ? "Mamba1" : "mamba", original ? "Mamba2" : "mamba2"};
+  const std::string type = fields.text(key, original ? "Mamba1" : "");
+  if (type != names[0] && type != names[1]) fields.wrong(key, names[0] + " or " + names[1]);
+
+  Config c;
+  c.version = type == names[0] ? 1 : 2;
+  for (const SizeField& size : kSizeFields)
+    if (const Index absent = size.defaults[original][c.version - 1])
+      c.*size.member = fields.integer(size.names[original], absent, 1, size.most);
+  c.tie_embeddings = original || c.version == 1;
+  for (const FlagField& flag : kFlagFields)
+    c.*flag.member = fields.flag(flag.names[original], c.*flag.member);
+  if (!original) c.norm_eps = fields.number("layer_norm_epsilon", c.norm_eps);
+  read_widths(fields, original, c);
+  const int end = original || c.version == 1 ? 0 : 2;
+  c.token_ids = {{"bos_token_id", 0}, {"eos_token_id", end}, {"pad_token_id", end}};
+  for (auto& [name, ids] : c.token_ids.items()) ids = json.value(name, ids);
+  const std::vector<Token> bos = Fields{c.token_ids, path}.tokens("bos_token_id");
+  c.bos_token_id = bos.empty() ? -1 : bos[0];
+  c.eos_token_ids = Fields{c.token_ids, path}.tokens("eos_token_id");
+  refuse_others(fields, original, c);
   return c;
 }
 
@@ -271,17 +304,7 @@ inline Config read_config(const std::string& directory) {
   if (!original && !json.contains("model_type"))
     fail("bad config: ", path, ": expected model_type (Hugging Face) or d_model (original), ",
          "found neither");
-  const Config c = config_from_json(json, original, path);
-  if (!(c.norm_eps > 0 && c.norm_eps < 1))
-    fail("bad config: ", path, ": layer_norm_epsilon: expected a number between 0 and 1, ",
-         "found ", c.norm_eps);
-  if (c.version == 2 && c.d_inner != c.n_heads * c.head_dim)
-    fail("bad config: ", path, ": expected heads * head_dim = d_inner = ", c.d_inner, ", found ",
-         c.n_heads, " * ", c.head_dim);
-  if (c.version == 2 && c.n_heads % c.n_groups != 0)
-    fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads, " heads, found ",
-         c.n_groups);
-  return c;
+  return config_from_json(json, original, path);
 }
 
 inline void write_text(const std::string& path, std::string_view text) {
@@ -292,45 +315,27 @@ inline void write_text(const std::string& path, std::string_view text) {
 
 /// Writes DIR/config.json in the Hugging Face layout.
 inline void write_config(const std::string& directory, const Config& c) {
+  const std::string path = directory + "/config.json";
+  if (c.d_inner % c.d_model != 0)
+    fail("cannot write: ", path, ": expand: this layout knows whole numbers only, found ",
+         c.d_inner, " / ", c.d_model);
   const bool two = c.version == 2;
   nlohmann::ordered_json json = {
       {"architectures", {two ? "Mamba2ForCausalLM" : "MambaForCausalLM"}},
       {"model_type", two ? "mamba2" : "mamba"},
-      {"vocab_size", c.vocab_size},
-      {"hidden_size", c.d_model},
-      {"num_hidden_layers", c.n_layer},
-      {"state_size", c.d_state},
-      {"conv_kernel", c.d_conv},
+      {"expand", c.d_inner / c.d_model},
       {"layer_norm_epsilon", c.norm_eps},
-      {"hidden_act", "silu"},
-      {"use_bias", c.use_bias},
-      {"use_conv_bias", c.use_conv_bias},
-      {"residual_in_fp32", c.residual_in_fp32},
-      {"tie_word_embeddings", c.tie_embeddings}};
-  if (c.d_inner % c.d_model != 0)
-    fail("cannot write: ", directory,
-         "/config.json: expand: this layout knows whole numbers only, found ", c.d_inner, " / ",
-         c.d_model);
-  json["expand"] = c.d_inner / c.d_model;
-  if (two) {
-    json["num_heads"] = c.n_heads;
-    json["head_dim"] = c.head_dim;
-    json["n_groups"] = c.n_groups;
-    json["chunk_size"] = c.chunk;
-    if (c.dt_min > 0 || std::isfinite(c.dt_max)) {
-      json["time_step_limit"] = {c.dt_min, c.dt_max};
-      if (std::isinf(c.dt_max)) json["time_step_limit"][1] = {{"__float__", "Infinity"}};
-    }
-  } else {
-    json["intermediate_size"] = c.d_inner;
-    json["time_step_rank"] = c.dt_rank;
+      {"hidden_act", "silu"}};
+  for (const SizeField& size : kSizeFields)
+    if (size.defaults[0][two]) json[size.names[0]] = c.*size.member;
+  for (const FlagField& flag : kFlagFields) json[flag.names[0]] = c.*flag.member;
+  if (!two) json.update({{"intermediate_size", c.d_inner}, {"time_step_rank", c.dt_rank}});
+  if (c.dt_min > 0 || std::isfinite(c.dt_max)) {
+    json["time_step_limit"] = {c.dt_min, c.dt_max};
+    if (std::isinf(c.dt_max)) json["time_step_limit"][1] = {{"__float__", "Infinity"}};
   }
-  const auto& ends = c.eos_token_ids;
-  json["bos_token_id"] = c.bos_token_id < 0 ? Json() : Json(c.bos_token_id);
-  json["eos_token_id"] = ends.empty() ? Json() : ends.size() == 1 ? Json(ends[0]) : Json(ends);
-  json["pad_token_id"] = ends.empty() ? Json() : Json(ends[0]);
-  for (const auto& [key, ids] : c.token_ids.items()) json[key] = ids;
-  write_text(directory + "/config.json", json.dump(2) + "\n");
+  for (const auto& [name, ids] : c.token_ids.items()) json[name] = ids;
+  write_text(path, json.dump(2) + "\n");
 }
 
 // =======================================================================================
@@ -375,37 +380,23 @@ void for_each_weight(const Config& c, Model& model, const Visit& visit) {
 /// The same list without a model: visit(name, shape).
 template <class Visit>
 void for_each_shape(const Config& config, const Visit& visit) {
-  struct None {};
-  struct Layer {
-    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
-        gated_norm, out_proj, out_proj_bias;
-  };
-  struct {
-    None embedding, norm_f, lm_head;
-    std::vector<Layer> layers;
-    bool tied = true;
-  } no_model;
+  ssm::Model<float> no_model;
   no_model.layers.resize(static_cast<std::size_t>(config.n_layer));
   no_model.tied = config.tie_embeddings;
-  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const None&) {
+  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const auto&) {
     visit(name, shape);
   });
-}
-
-inline std::string original_name(const std::string& name) {
-  return name == "backbone.embeddings.weight" ? "backbone.embedding.weight" : name;
 }
 
 /// The tensor of this name in either layout, saved with the head or by the backbone alone. Where
 /// the two are tied, the head stands for an embedding that is not there.
 inline const Tensor& find_weight(const Checkpoint& checkpoint, const std::string& name, bool tied) {
-  const std::string_view backbone = "backbone.";
-  for (const std::string& known : {original_name(name), name}) {
-    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
-    if (known.rfind(backbone, 0) != 0) continue;
-    if (const Tensor* tensor = checkpoint.find(known.substr(backbone.size()))) return *tensor;
-  }
   const bool embedding = name == "backbone.embeddings.weight";
+  for (const std::string& known : {embedding ? "backbone.embedding.weight" : name, name}) {
+    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
+    if (known.rfind("backbone.", 0) != 0) continue;
+    if (const Tensor* tensor = checkpoint.find(known.substr(9))) return *tensor;
+  }
   const Tensor* head = tied && embedding ? checkpoint.find("lm_head.weight") : nullptr;
   return head != nullptr ? *head : checkpoint.at(name);
 }
@@ -449,19 +440,23 @@ void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>&
 /// Fails if weights and state would be out of all proportion to the file: in a pickle, many tensors
 /// may be one storage, and the state grows with products of sizes that weights have the sums of.
 inline void check_size(const Checkpoint& checkpoint, const Config& c) {
-  const auto product = [](std::initializer_list<Index> sizes) {
-    return std::accumulate(sizes.begin(), sizes.end(), 4.0,  // bytes of a float
-                           [](double n, Index size) { return n * static_cast<double>(size); });
-  };
-  double bytes = product({c.n_layer, c.d_inner, c.d_state}) +
-                 product({c.n_layer, c.conv_width(), c.d_conv - 1});
+  double numbers = static_cast<double>(c.n_layer) * static_cast<double>(c.state_size());
   for_each_shape(c, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-    bytes += std::accumulate(shape.begin(), shape.end(), 4.0, std::multiplies<double>());
+    numbers += std::accumulate(shape.begin(), shape.end(), 1.0, std::multiplies<double>());
   });
+  const double bytes = 4 * numbers;  // as floats
   const double most = std::max(64 * static_cast<double>(checkpoint.file_size), 0x1p26);
   if (checkpoint.file_size > 0 && bytes > most)
     fail("too large: ", checkpoint.where, ": config.json asks for ", bytes / 0x1p20,
          " MiB of weights and state, expected at most ", most / 0x1p20, " for a file of this size");
+}
+
+/// Whether the head is the embedding: config.json says so, and there is no other head in the file.
+inline bool is_tied(const Checkpoint& checkpoint, const Config& c) {
+  const std::vector<std::int64_t> shape = {c.vocab_size, c.d_model};
+  if (!c.tie_embeddings || !checkpoint.find("lm_head.weight")) return c.tie_embeddings;
+  return same_values(weight(checkpoint, "lm_head.weight", shape),
+                     weight(checkpoint, "backbone.embeddings.weight", shape, true));
 }
 
 /// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
@@ -473,16 +468,11 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   Model model;
   model.sizes = config;
   model.layers.resize(static_cast<std::size_t>(config.n_layer));
-  const std::vector<std::int64_t> by_token = {config.vocab_size, config.d_model};
-  model.tied = config.tie_embeddings;
-  if (model.tied && checkpoint.find("lm_head.weight")) {
-    model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
-                             weight(checkpoint, "backbone.embeddings.weight", by_token, true));
-    if (!model.tied)
-      warn(checkpoint.where +
-           ": lm_head.weight differs from the embedding that config.json ties"
-           " it to: used as it is");
-  }
+  model.tied = is_tied(checkpoint, config);
+  if (model.tied != config.tie_embeddings)
+    warn(checkpoint.where +
+         ": lm_head.weight differs from the embedding that config.json ties it "
+         "to: used as it is");
   std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
     const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
@@ -502,22 +492,22 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
 /// Sizes of the published models, by the names they are known by; the rest is the package's
 /// default.
 inline Config published_config(const std::string& name) {
-  static const std::map<std::string, std::pair<Index, Index>> kSizes = {
-      // d_model, n_layer
-      {"130m", {768, 24}},         {"370m", {1024, 48}},        {"790m", {1536, 48}},
-      {"1.4b", {2048, 48}},        {"2.8b", {2560, 64}},        {"mamba2-130m", {768, 24}},
-      {"mamba2-370m", {1024, 48}}, {"mamba2-780m", {1536, 48}}, {"mamba2-1.3b", {2048, 48}},
-      {"mamba2-2.7b", {2560, 64}}};
-  const auto found = kSizes.find(name);
+  struct Published {
+    const char *mamba, *mamba2;
+    Index d_model, n_layer;
+  };
   std::string names;
-  for (const auto& known : kSizes) names += (names.empty() ? "" : ", ") + known.first;
-  if (found == kSizes.end())
-    fail_usage("--shape: expected one of ", names, ", found ", quote(name));
-  const Json json = {{"d_model", found->second.first},
-                     {"n_layer", found->second.second},
-                     {"vocab_size", 50280},
-                     {"ssm_cfg", {{"layer", name.find("mamba2") == 0 ? "Mamba2" : "Mamba1"}}}};
-  return config_from_json(json, true, name);
+  for (const auto& [mamba, mamba2, d_model, n_layer] :
+       {Published{"130m", "mamba2-130m", 768, 24}, Published{"370m", "mamba2-370m", 1024, 48},
+        Published{"790m", "mamba2-780m", 1536, 48}, Published{"1.4b", "mamba2-1.3b", 2048, 48},
+        Published{"2.8b", "mamba2-2.7b", 2560, 64}}) {
+    const Json block = {{"layer", name == mamba2 ? "Mamba2" : "Mamba1"}};
+    const Json json = {
+        {"d_model", d_model}, {"n_layer", n_layer}, {"vocab_size", 50280}, {"ssm_cfg", block}};
+    if (name == mamba || name == mamba2) return config_from_json(json, true, name);
+    names += (names.empty() ? "" : ", ") + std::string(mamba) + ", " + mamba2;
+  }
+  fail_usage("--shape: expected one of ", names, ", found ", quote(name));
 }
 
 // =======================================================================================
@@ -1117,8 +1107,8 @@ Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids
   ssm::State<float> state(sizes);
   ssm::backbone(model, ids.data(), static_cast<Index>(ids.size()), state, options);
   if (sizes.version == 1) {
-    auto in = ssm::scan_inputs(w, sizes, trace.projected, trace.convolved, trace.dt_B_C,
-                               trace.delta);
+    auto in =
+        ssm::scan_inputs(w, sizes, trace.projected, trace.convolved, trace.dt_B_C, trace.delta);
     in.delta_ratio = delta_ratio;
     in.z = {};
     const Inspection seen = follow(in, sizes.d_state, ssm::selective_scan_step<float>);
@@ -1352,7 +1342,7 @@ inline std::map<Token, std::string> ModelFiles::end_tokens() {
   const std::string path = flags_.folder + "/generation_config.json";
   if (std::filesystem::exists(path)) {
     const Json json = read_settings(path);
-    add(Fields{json, path}.tokens("eos_token_id", {}), "generation_config.json");
+    add(Fields{json, path}.tokens("eos_token_id"), "generation_config.json");
   }
   const auto beside = std::filesystem::path(tokenizer_path(flags_)).parent_path();
   const std::string names = beside / "tokenizer_config.json";
@@ -1916,8 +1906,7 @@ inline void run_info(const ModelFlags& f) {
   for (const auto& [name, count] : dtypes)
     stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
   row("dtypes", stored);
-  row("state", 4 * c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state),
-      " bytes a sequence, at any length");
+  row("state", 4 * c.n_layer * c.state_size(), " bytes a sequence, at any length");
 }
 
 inline void info_command(CLI::App& app) {
@@ -1932,11 +1921,7 @@ inline void run_convert(const ModelFlags& f, const std::string& folder) {
   ModelFiles files(f);
   Config& config = files.config;
   check_size(files.checkpoint, config);
-  const Tensor* head = files.checkpoint.find("lm_head.weight");
-  config.tie_embeddings =
-      config.tie_embeddings &&
-      (!head || same_values(*head, weight(files.checkpoint, "backbone.embeddings.weight",
-                                          {config.vocab_size, config.d_model}, true)));
+  config.tie_embeddings = is_tied(files.checkpoint, config);
   std::vector<Tensor> tensors;
   for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
     Tensor tensor = weight(files.checkpoint, name, shape, config.tie_embeddings);
