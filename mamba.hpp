@@ -783,21 +783,18 @@ inline void save_state(const std::string& path, const std::vector<Token>& ids,
 inline ssm::State<float> load_state(const std::string& path, const Config& config,
                                     std::vector<Token>& ids) {
   const Checkpoint file = read_safetensors(path);
-  const auto matrix = [&](const std::string& name, Index rows, Index cols) {
+  const auto fill = [&](const std::string& name, auto& m) {
     const Tensor& tensor = file.at(name);
-    if (tensor.shape != std::vector<std::int64_t>{rows, cols})
-      fail("wrong state: ", path, ": ", name, ": expected ", shape_text({rows, cols}),
+    if (tensor.shape != std::vector<std::int64_t>{m.rows(), m.cols()})
+      fail("wrong state: ", path, ": ", name, ": expected ", shape_text({m.rows(), m.cols()}),
            " for this model, found ", shape_text(tensor.shape));
-    Matrix<float> m(rows, cols);
-    convert(tensor, m.data());
-    return m;
+    m = Eigen::Map<const Matrix<float>>(values<float>(tensor).data(), m.rows(), m.cols());
   };
   ssm::State<float> state(config);
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
-    auto& layer = state.layers[l];
     const std::string name = "layers." + std::to_string(l) + ".";
-    layer.conv = matrix(name + "conv", layer.conv.rows(), layer.conv.cols());
-    layer.h = matrix(name + "h", layer.h.rows(), layer.h.cols());
+    fill(name + "conv", state.layers[l].conv);
+    fill(name + "h", state.layers[l].h);
   }
   if (file.find("layers." + std::to_string(config.n_layer) + ".h"))
     fail("wrong state: ", path, ": expected ", config.n_layer, " layers, found more");
@@ -1169,11 +1166,9 @@ struct ModelFolder {
   Config config;
   Checkpoint checkpoint;
 
-  CLI::App* add_model(CLI::App& app, const char* name, const char* what) {
-    CLI::App* sub = app.add_subcommand(name, what);
+  void add_model(CLI::App* sub) {
     sub->add_option("--model", folder, "directory with config.json, weights and tokenizer.json");
     sub->add_option("--tokenizer", tokenizer_flag, "another tokenizer.json, or its directory");
-    return sub;
   }
   void add_dtype(CLI::App* sub) {
     static const std::map<std::string, DType> kTypes = {
@@ -1189,9 +1184,10 @@ struct ModelFolder {
         ->delimiter(',')
         ->check(CLI::Range(1e-6f, 1e6f));
   }
-  template <class Engine>
-  CLI::App* add_engine(CLI::App& app, const char* name, const char* what) {
-    CLI::App* sub = add_model(app, name, what);
+  template <class Engine, class Ratio>
+  void add_engine(CLI::App* sub, Ratio& delta_ratio) {
+    add_model(sub);
+    add_delta_ratio(sub, delta_ratio);
     add_dtype(sub);
     const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     sub->add_option("--threads", engine_options.threads, "CPU threads (default: all cores)")
@@ -1199,7 +1195,6 @@ struct ModelFolder {
         ->transform(CLI::PositiveNumber)  // comes before Bound
         ->default_str("");
     if (Engine::kHasDevice) sub->add_option("--device", engine_options.device, "which GPU");
-    return sub;
   }
 
   void open() {
@@ -1294,9 +1289,8 @@ struct Generate : ModelFolder {
   std::vector<std::string> prompts;
   std::map<Token, std::string> ends;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_engine<Engine>(app, "generate", "continue a text");
-    add_delta_ratio(sub, engine_options.delta_ratio);
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
     SamplerOptions& sampler = options.sampler;
     sub->add_option("prompt,--prompt", prompt,
                     "the text to continue, - for standard input less a final newline");
@@ -1319,7 +1313,6 @@ struct Generate : ModelFolder {
     sub->add_option("--load-state", state_from, "go on from a saved state");
     sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text");
     sub->add_flag("--ignore-eos", ignore_eos, "go on after an end token");
-    return sub;
   }
 
   void run() {
@@ -1444,12 +1437,10 @@ struct Logits : ModelFolder, TextFlags {
   Mode mode;
   std::string out;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_engine<Engine>(app, "logits", "write the logits of every position");
-    add_delta_ratio(sub, engine_options.delta_ratio);
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
     add_text(sub, true, mode);
     sub->add_option("--out", out, "the safetensors file to write")->required();
-    return sub;
   }
   void run() {
     check_writable(out);
@@ -1481,10 +1472,9 @@ struct Perplexity : ModelFolder, TextFlags {
   bool truncate = false;
   std::string csv;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_engine<Engine>(app, "perplexity", "of a text, against context length");
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, delta_ratios);
     add_text(sub, false, options.mode);
-    add_delta_ratio(sub, delta_ratios);
     sub->add_option("--lengths", lengths,
                     "context lengths, comma-separated (default: the whole text)")
         ->delimiter(',')
@@ -1499,7 +1489,6 @@ struct Perplexity : ModelFolder, TextFlags {
         ->excludes("--stride")
         ->excludes("--carry-state");
     sub->add_option("--csv", csv, "also write the table here");
-    return sub;
   }
   void run() {
     check_writable(csv);
@@ -1591,16 +1580,14 @@ template <class Engine>
 struct ScoreRequests : ModelFolder {
   std::string requests_file, out_file;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_engine<Engine>(app, "score", "how likely continuations and choices are");
-    add_delta_ratio(sub, engine_options.delta_ratio);
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
     sub->add_option("--requests", requests_file,
                     "a file with an object {\"context\", \"continuation\"} a line, texts or arrays "
                     "of token ids; choices of one question have \"doc\" and \"label\" too, the "
                     "number of the right one from 0; - for standard input")
         ->required();
     sub->add_option("--out", out_file, "write the answers here, not to standard output");
-    return sub;
   }
   void run() {
     open();
@@ -1641,8 +1628,8 @@ struct Inspect : ModelFolder {
   std::string prompt, out;
   Index layer = 0;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_model(app, "inspect", "what a layer's scan does with a text");
+  void declare(CLI::App* sub) {
+    add_model(sub);
     add_delta_ratio(sub, engine_options.delta_ratio);
     sub->add_option("prompt,--prompt", prompt, "the text, - for standard input")->required();
     sub->add_option("--layer", layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
@@ -1650,7 +1637,6 @@ struct Inspect : ModelFolder {
                     "the folder to write into: safetensors files of delta, memory, the state's "
                     "norm and the implied attention, and heat maps of them")
         ->required();
-    return sub;
   }
   void run() {
     open();
@@ -1715,10 +1701,9 @@ struct Inspect : ModelFolder {
 struct Tokenize : ModelFolder {
   bool decode = false;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_model(app, "tokenize", "standard input to token ids, line by line");
+  void declare(CLI::App* sub) {
+    add_model(sub);
     sub->add_flag("--decode", decode, "token ids to text");
-    return sub;
   }
   void run() {
     tokenizer();
@@ -1734,8 +1719,7 @@ struct Tokenize : ModelFolder {
 };
 
 struct Info : ModelFolder {
-  CLI::App* declare(CLI::App& app) { return add_model(app, "info", "sizes of a model"); }
-
+  void declare(CLI::App* sub) { add_model(sub); }
   void run() {
     open();
     const Config& c = config;
@@ -1773,11 +1757,10 @@ struct Info : ModelFolder {
 struct Convert : ModelFolder {
   std::string out;
 
-  CLI::App* declare(CLI::App& app) {
-    CLI::App* sub = add_model(app, "convert", "write a model in the Hugging Face layout");
+  void declare(CLI::App* sub) {
+    add_model(sub);
     add_dtype(sub);
     sub->add_option("--out", out, "the directory to write")->required();
-    return sub;
   }
   void run() {
     open();
@@ -1805,13 +1788,17 @@ struct Convert : ModelFolder {
   }
 };
 
-using Command = void (*)(CLI::App&);
-
 /// Adds a subcommand to the app, which runs it once it was parsed.
+using Command = std::function<void(CLI::App& app)>;
+
 template <class Struct>
-void add_command(CLI::App& app) {
-  const auto command = std::make_shared<Struct>();
-  command->declare(app)->callback([command] { command->run(); });
+Command command(const char* name, const char* what) {
+  return [=](CLI::App& app) {
+    CLI::App* sub = app.add_subcommand(name, what);
+    const auto flags = std::make_shared<Struct>();
+    flags->declare(sub);
+    sub->callback([flags] { flags->run(); });
+  };
 }
 
 /// The whole of main: `mamba "Once upon a time"` is short for `mamba generate "Once upon a time"`.
@@ -1822,12 +1809,17 @@ int run(int argc, char** argv, const std::vector<Command>& more = {}) {
   CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();  // --help shows them
-  for (const Command add :
-       {add_command<Generate<Engine>>, add_command<Logits<Engine>>, add_command<Perplexity<Engine>>,
-        add_command<ScoreRequests<Engine>>, add_command<Inspect>, add_command<Tokenize>,
-        add_command<Info>, add_command<Convert>})
-    add(app);
-  for (const Command add : more) add(app);
+  std::vector<Command> commands = {
+      command<Generate<Engine>>("generate", "continue a text"),
+      command<Logits<Engine>>("logits", "write the logits of every position"),
+      command<Perplexity<Engine>>("perplexity", "perplexity of a text, against context length"),
+      command<ScoreRequests<Engine>>("score", "how likely continuations and choices are"),
+      command<Inspect>("inspect", "what a layer's scan does with a text"),
+      command<Tokenize>("tokenize", "standard input to token ids, line by line"),
+      command<Info>("info", "sizes of a model"),
+      command<Convert>("convert", "write a model in the Hugging Face layout")};
+  commands.insert(commands.end(), more.begin(), more.end());
+  for (const Command& add : commands) add(app);
   std::vector<std::string> words(argv + 1, argv + argc);
   bool named = words.empty() || words[0] == "-h" || words[0] == "--help";
   for (const CLI::App* sub : app.get_subcommands({})) named = named || words[0] == sub->get_name();
