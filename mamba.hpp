@@ -6,7 +6,7 @@
 //   4. Sequences      walking a text in pieces; generation; saving and loading the state
 //   5. Scoring        logits to a file, perplexity, continuations and choices
 //   6. Inspection     what one layer's scan does with a text
-//   7. Command line   one function a subcommand
+//   7. Command line   one struct a subcommand
 //
 // What a program brings is an Engine, a class with
 //   Engine(const Checkpoint&, const Config&, const EngineOptions&)
@@ -84,17 +84,52 @@ struct Config : ssm::Sizes {
   Token bos_token_id = 0;                  // -1: none
   std::vector<Token> eos_token_ids = {0};  // each ends a text
   Json token_ids = Json::object();         // what the file says of bos, eos and pad, for convert
+
+  /// Numbers that one layer remembers of a text.
+  Index state_size() const { return d_inner * d_state + conv_width() * (d_conv - 1); }
 };
 
 // No size may exceed its limit, so that products of sizes stay far below 2^63.
 constexpr std::int64_t kMaxWidth = 1 << 20, kMaxLayers = 1 << 16, kMaxVocab = 1 << 28;
 
+/// A size in config.json: its name in the Hugging Face and in the original layout; in each, the
+/// default of Mamba and of Mamba-2. 0: no such size.
+struct SizeField {
+  Index Config::*member;
+  const char* names[2];
+  Index defaults[2][2];
+  std::int64_t most;
+};
+inline const SizeField kSizeFields[] = {
+    {&Config::d_model, {"hidden_size", "d_model"}, {{768, 4096}, {2560, 2560}}, kMaxWidth},
+    {&Config::n_layer, {"num_hidden_layers", "n_layer"}, {{32, 64}, {64, 64}}, kMaxLayers},
+    {&Config::vocab_size,
+     {"vocab_size", "vocab_size"},
+     {{50280, 32768}, {50277, 50277}},
+     kMaxVocab},
+    {&Config::d_state, {"state_size", "d_state"}, {{16, 128}, {16, 128}}, kMaxWidth},
+    {&Config::d_conv, {"conv_kernel", "d_conv"}, {{4, 4}, {4, 4}}, kMaxWidth},
+    {&Config::n_heads, {"num_heads", ""}, {{0, 128}, {0, 0}}, kMaxWidth},
+    {&Config::head_dim, {"head_dim", "headdim"}, {{0, 64}, {0, 64}}, kMaxWidth},
+    {&Config::n_groups, {"n_groups", "ngroups"}, {{0, 8}, {0, 1}}, kMaxWidth},
+    {&Config::chunk, {"chunk_size", "chunk_size"}, {{0, 256}, {0, 256}}, kMaxWidth}};
+
+/// The same for what is true or false. Defaults are those of Config.
+struct FlagField {
+  bool Config::*member;
+  const char* names[2];
+};
+inline const FlagField kFlagFields[] = {
+    {&Config::tie_embeddings, {"tie_word_embeddings", "tie_embeddings"}},
+    {&Config::use_bias, {"use_bias", "bias"}},
+    {&Config::use_conv_bias, {"use_conv_bias", "conv_bias"}},
+    {&Config::residual_in_fp32, {"residual_in_fp32", "residual_in_fp32"}}};
+
 /// Python writes Infinity, -Infinity and NaN where JSON has no word for them: outside of
 /// strings, put them in quotes.
 inline std::string quote_bare_floats(std::string_view text) {
   std::string json;
-  for (std::size_t i = 0; i < text.size();) {
-    std::size_t n = 1;  // length of the token at i
+  for (std::size_t i = 0, n = 1; i < text.size(); i += n, n = 1) {  // n: length of the token at i
     bool bare = false;
     if (text[i] == '"') {
       while (i + n < text.size() && text[i + n] != '"') n += text[i + n] == '\\' ? 2 : 1;
@@ -104,7 +139,6 @@ inline std::string quote_bare_floats(std::string_view text) {
         if (!bare && text.substr(i, word.size()) == word) n = word.size(), bare = true;
     }
     json += bare ? '"' + std::string(text.substr(i, n)) + '"' : text.substr(i, n);
-    i += n;
   }
   return json;
 }
@@ -118,13 +152,14 @@ struct Fields {
     const auto field = object.find(key);
     return field == object.end() || field->is_null() ? nullptr : &*field;
   }
+  Json value(const char* key, const Json& absent) const { return find(key) ? *find(key) : absent; }
   [[noreturn]] void wrong(const char* key, const std::string& expected) const {
     const Json found = object.contains(key) ? object[key] : Json();
     fail("bad config: ", where, ": ", key, ": expected ", expected, ", found ",
          quote(found.dump(-1, ' ', true, Json::error_handler_t::replace)));
   }
-  std::int64_t integer(const char* key, std::int64_t absent, std::int64_t low,
-                       std::int64_t high) const {
+  std::int64_t integer(const char* key, std::int64_t absent, std::int64_t low = 1,
+                       std::int64_t high = kMaxWidth) const {
     const Json* value = find(key);
     if (value == nullptr) return absent;
     const bool huge = value->is_number_unsigned() && value->get<std::uint64_t>() >> 63 != 0;
@@ -137,15 +172,6 @@ struct Fields {
     if (value != nullptr && !value->is_boolean()) wrong(key, "true or false");
     return value == nullptr ? absent : value->get<bool>();
   }
-  /// Fails where the flag is there and not what this project computes.
-  void only(const char* key, bool computed) const {
-    if (flag(key, computed) != computed) wrong(key, computed ? "true" : "false");
-  }
-  std::string text(const char* key, const char* absent) const {
-    const Json* value = find(key);
-    if (value != nullptr && !value->is_string()) wrong(key, "a string");
-    return value == nullptr ? absent : value->get<std::string>();
-  }
   /// A number, where Infinity may be a word or {"__float__": "Infinity"}.
   double number(const char* key, const Json& value) const {
     const Json& plain = value.contains("__float__") ? value["__float__"] : value;
@@ -153,103 +179,96 @@ struct Fields {
     if (!plain.is_number()) wrong(key, "a number");
     return plain.get<double>();
   }
-  double number(const char* key, double absent) const {
-    const Json* value = find(key);
-    return value == nullptr ? absent : number(key, *value);
-  }
   /// A token id or a list of them; null and -1 are none.
-  std::vector<Token> tokens(const char* key, const std::vector<Token>& absent) const {
-    if (!object.contains(key)) return absent;
-    const Json list = object[key].is_array() ? object[key] : Json::array({object[key]});
-    std::vector<Token> ids;
-    for (const Json& each : list) {
+  std::vector<Token> tokens(const char* key) const {
+    const Json ids = value(key, Json::array());
+    std::vector<Token> found;
+    for (const Json& each : ids.is_array() ? ids : Json::array({ids})) {
       const Json one = {{key, each}};
       const std::int64_t id = Fields{one, where}.integer(key, -1, -1, kMaxVocab);
-      if (id >= 0) ids.push_back(static_cast<Token>(id));
+      if (id >= 0) found.push_back(static_cast<Token>(id));
     }
-    return ids;
+    return found;
   }
 };
 
-/// The config in either layout: names are (Hugging Face, original). In the original, what
-/// belongs to one block is in ssm_cfg.
-inline Config config_from_json(const Json& json, bool original, const std::string& path) {
+/// Fails where a model of these layouts is one that is not computed here. (norm_before_gate means
+/// nothing in the Hugging Face layout: transformers ignores it; Mamba-Codestral-7B has it wrong.)
+inline void refuse_others(const Fields& fields, bool original, const Config& c) {
+  const Json act = fields.value("hidden_act", "silu"), none = Json::array();
+  if (act != "silu" && act != "swish") fields.wrong("hidden_act", "silu");
+  for (const auto& [key, computed] : std::map<const char*, Json>{{"rms_norm", true},
+                                                                 {"rmsnorm", true},
+                                                                 {"norm_before_gate", false},
+                                                                 {"D_has_hdim", false},
+                                                                 {"d_ssm", c.d_inner},
+                                                                 {"d_intermediate", 0},
+                                                                 {"attn_layer_idx", none}})
+    if ((original || key == std::string("rms_norm")) && fields.value(key, computed) != computed)
+      fields.wrong(key, computed.dump());
+  if (!(c.norm_eps > 0 && c.norm_eps < 1))
+    fields.wrong("layer_norm_epsilon", "a number between 0 and 1");
+  if (c.version == 2 && c.d_inner != c.n_heads * c.head_dim)
+    fail("bad config: ", fields.where, ": expected heads * head_dim = d_inner = ", c.d_inner,
+         ", found ", c.n_heads, " * ", c.head_dim);
+  if (c.version == 2 && c.n_heads % c.n_groups != 0)
+    fail("bad config: ", fields.where, ": groups: expected a divisor of the ", c.n_heads,
+         " heads, found ", c.n_groups);
+}
+
+/// What is derived from other sizes where the file does not say, and the limits of delta.
+inline void read_widths(const Fields& fields, bool original, Config& c) {
+  const double d_inner = std::floor(fields.number("expand", fields.value("expand", 2)) *
+                                    static_cast<double>(c.d_model));
+  if (!(d_inner >= 1 && d_inner <= kMaxWidth))
+    fields.wrong("expand", "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
+  c.d_inner = static_cast<Index>(d_inner);
+  if (c.version == 1) {
+    const char* rank = original ? "dt_rank" : "time_step_rank";
+    const bool automatic = fields.value(rank, "auto") == "auto";
+    c.dt_rank = automatic ? (c.d_model + 15) / 16 : fields.integer(rank, 0);  // ceil(D / 16)
+    if (!original) c.d_inner = fields.integer("intermediate_size", c.d_inner);
+    return;
+  }
+  if (original) c.n_heads = c.d_inner / c.head_dim;
+  const char* limit = original ? "dt_limit" : "time_step_limit";
+  const Json pair = fields.value(limit, {0, "Infinity"});
+  if (!pair.is_array() || pair.size() != 2) fields.wrong(limit, "two numbers");
+  c.dt_min = fields.number(limit, pair[0]);
+  c.dt_max = fields.number(limit, pair[1]);
+  if (!(0 <= c.dt_min && c.dt_min <= c.dt_max)) fields.wrong(limit, "0 <= low <= high");
+}
+
+/// The config in either layout. What belongs to one block is in the original's ssm_cfg.
+inline Config config_from_json(Json json, bool original, const std::string& path) {
   const Fields fields{json, path};
-  const Json none = Json::object();
-  const Json* ssm_cfg = fields.find("ssm_cfg");
-  if (ssm_cfg != nullptr && !ssm_cfg->is_object()) fields.wrong("ssm_cfg", "an object");
-  const Fields block = original ? Fields{ssm_cfg == nullptr ? none : *ssm_cfg, path} : fields;
-  const auto name = [&](const char* hugging_face, const char* ours) {
-    return original ? ours : hugging_face;
-  };
-  const std::string type = original ? block.text("layer", "Mamba1") : fields.text("model_type", "");
-  const bool two = type == name("mamba2", "Mamba2");
-  if (!two && type != name("mamba", "Mamba1"))
-    block.wrong(name("model_type", "layer"), name("mamba or mamba2", "Mamba1 or Mamba2"));
-  const auto by_layout = [&](std::int64_t mamba, std::int64_t mamba2, std::int64_t both) {
-    return original ? both : two ? mamba2 : mamba;
-  };
-  const auto size = [&](const char* key, std::int64_t absent) {
-    return block.integer(key, absent, 1, kMaxWidth);
-  };
+  const Json block = fields.value("ssm_cfg", Json::object());
+  if (original && !block.is_object()) fields.wrong("ssm_cfg", "an object");
+  if (original) json.update(block);
+  const char* key = original ? "layer" : "model_type";
+  const std::string names[] = {original ? "Mamba1" : "mamba", original ? "Mamba2" : "mamba2"};
+  const Json type = fields.value(key, original ? "Mamba1" : "");
+  if (type != names[0] && type != names[1]) fields.wrong(key, names[0] + " or " + names[1]);
 
   Config c;
-  c.version = two ? 2 : 1;
-  c.d_model =
-      fields.integer(name("hidden_size", "d_model"), by_layout(768, 4096, 2560), 1, kMaxWidth);
-  c.n_layer =
-      fields.integer(name("num_hidden_layers", "n_layer"), by_layout(32, 64, 64), 1, kMaxLayers);
-  c.vocab_size = fields.integer("vocab_size", by_layout(50280, 32768, 50277), 1, kMaxVocab);
-  c.tie_embeddings = fields.flag(name("tie_word_embeddings", "tie_embeddings"), original || !two);
-  c.residual_in_fp32 = fields.flag("residual_in_fp32", true);
-  const std::vector<Token> bos = fields.tokens("bos_token_id", {0});
+  c.version = type == names[0] ? 1 : 2;
+  for (const SizeField& size : kSizeFields)
+    if (const Index absent = size.defaults[original][c.version - 1])
+      c.*size.member = fields.integer(size.names[original], absent, 1, size.most);
+  c.tie_embeddings = original || c.version == 1;
+  for (const FlagField& flag : kFlagFields)
+    c.*flag.member = fields.flag(flag.names[original], c.*flag.member);
+  if (!original)
+    c.norm_eps =
+        fields.number("layer_norm_epsilon", fields.value("layer_norm_epsilon", c.norm_eps));
+  read_widths(fields, original, c);
+  const int end = original || c.version == 1 ? 0 : 2;
+  c.token_ids = {{"bos_token_id", 0}, {"eos_token_id", end}, {"pad_token_id", end}};
+  for (auto& [name, ids] : c.token_ids.items()) ids = json.value(name, ids);
+  const std::vector<Token> bos = Fields{c.token_ids, path}.tokens("bos_token_id");
   c.bos_token_id = bos.empty() ? -1 : bos[0];
-  c.eos_token_ids = fields.tokens("eos_token_id", {static_cast<Token>(by_layout(0, 2, 0))});
-  for (const char* key : {"bos_token_id", "eos_token_id", "pad_token_id"})
-    if (json.contains(key)) c.token_ids[key] = json[key];
-  c.norm_eps = original ? c.norm_eps : fields.number("layer_norm_epsilon", c.norm_eps);
-  c.d_state = size(name("state_size", "d_state"), two ? 128 : 16);
-  c.d_conv = size(name("conv_kernel", "d_conv"), 4);
-  c.use_bias = block.flag(name("use_bias", "bias"), false);
-  c.use_conv_bias = block.flag(name("use_conv_bias", "conv_bias"), true);
-  const double d_inner = std::floor(block.number("expand", 2) * static_cast<double>(c.d_model));
-  if (!(d_inner >= 1 && d_inner <= kMaxWidth))
-    block.wrong("expand", "a factor that makes 1 to " + std::to_string(kMaxWidth) + " channels");
-  c.d_inner = static_cast<std::int64_t>(d_inner);
-  if (two) {
-    c.head_dim = size(name("head_dim", "headdim"), 64);
-    c.n_heads = original ? c.d_inner / c.head_dim : size("num_heads", 128);
-    c.n_groups = size(name("n_groups", "ngroups"), by_layout(0, 8, 1));
-    c.chunk = size("chunk_size", 256);
-    const char* limit = name("time_step_limit", "dt_limit");
-    if (const Json* pair = block.find(limit)) {
-      if (!pair->is_array() || pair->size() != 2) block.wrong(limit, "two numbers");
-      c.dt_min = block.number(limit, (*pair)[0]);
-      c.dt_max = block.number(limit, (*pair)[1]);
-      if (!(0 <= c.dt_min && c.dt_min <= c.dt_max)) block.wrong(limit, "0 <= low <= high");
-    }
-  } else {
-    const char* rank = name("time_step_rank", "dt_rank");
-    const bool automatic = block.find(rank) == nullptr || *block.find(rank) == "auto";
-    c.dt_rank = automatic ? (c.d_model + 15) / 16 : size(rank, 0);  // ceil(D / 16)
-    if (!original) c.d_inner = size("intermediate_size", c.d_inner);
-  }
-
-  // What else a model of these layouts may be, and is not here.
-  fields.only("rms_norm", true);
-  if (original) {                 // in the Hugging Face layout norm_before_gate means nothing:
-                                  // transformers
-    block.only("rmsnorm", true);  // ignores it, and Mamba-Codestral-7B has it wrong
-    block.only("norm_before_gate", false);
-    block.only("D_has_hdim", false);
-    block.integer("d_ssm", c.d_inner, c.d_inner, c.d_inner);
-    fields.integer("d_intermediate", 0, 0, 0);
-    const Json* attention = fields.find("attn_layer_idx");
-    if (attention != nullptr && !attention->empty()) fields.wrong("attn_layer_idx", "[]");
-  } else if (const std::string act = fields.text("hidden_act", "silu");
-             act != "silu" && act != "swish") {
-    fields.wrong("hidden_act", "silu");
-  }
+  c.eos_token_ids = Fields{c.token_ids, path}.tokens("eos_token_id");
+  refuse_others(fields, original, c);
   return c;
 }
 
@@ -271,17 +290,7 @@ inline Config read_config(const std::string& directory) {
   if (!original && !json.contains("model_type"))
     fail("bad config: ", path, ": expected model_type (Hugging Face) or d_model (original), ",
          "found neither");
-  const Config c = config_from_json(json, original, path);
-  if (!(c.norm_eps > 0 && c.norm_eps < 1))
-    fail("bad config: ", path, ": layer_norm_epsilon: expected a number between 0 and 1, ",
-         "found ", c.norm_eps);
-  if (c.version == 2 && c.d_inner != c.n_heads * c.head_dim)
-    fail("bad config: ", path, ": expected heads * head_dim = d_inner = ", c.d_inner, ", found ",
-         c.n_heads, " * ", c.head_dim);
-  if (c.version == 2 && c.n_heads % c.n_groups != 0)
-    fail("bad config: ", path, ": groups: expected a divisor of the ", c.n_heads, " heads, found ",
-         c.n_groups);
-  return c;
+  return config_from_json(json, original, path);
 }
 
 inline void write_text(const std::string& path, std::string_view text) {
@@ -292,45 +301,27 @@ inline void write_text(const std::string& path, std::string_view text) {
 
 /// Writes DIR/config.json in the Hugging Face layout.
 inline void write_config(const std::string& directory, const Config& c) {
+  const std::string path = directory + "/config.json";
+  if (c.d_inner % c.d_model != 0)
+    fail("cannot write: ", path, ": expand: this layout knows whole numbers only, found ",
+         c.d_inner, " / ", c.d_model);
   const bool two = c.version == 2;
   nlohmann::ordered_json json = {
       {"architectures", {two ? "Mamba2ForCausalLM" : "MambaForCausalLM"}},
       {"model_type", two ? "mamba2" : "mamba"},
-      {"vocab_size", c.vocab_size},
-      {"hidden_size", c.d_model},
-      {"num_hidden_layers", c.n_layer},
-      {"state_size", c.d_state},
-      {"conv_kernel", c.d_conv},
+      {"expand", c.d_inner / c.d_model},
       {"layer_norm_epsilon", c.norm_eps},
-      {"hidden_act", "silu"},
-      {"use_bias", c.use_bias},
-      {"use_conv_bias", c.use_conv_bias},
-      {"residual_in_fp32", c.residual_in_fp32},
-      {"tie_word_embeddings", c.tie_embeddings}};
-  if (c.d_inner % c.d_model != 0)
-    fail("cannot write: ", directory,
-         "/config.json: expand: this layout knows whole numbers only, found ", c.d_inner, " / ",
-         c.d_model);
-  json["expand"] = c.d_inner / c.d_model;
-  if (two) {
-    json["num_heads"] = c.n_heads;
-    json["head_dim"] = c.head_dim;
-    json["n_groups"] = c.n_groups;
-    json["chunk_size"] = c.chunk;
-    if (c.dt_min > 0 || std::isfinite(c.dt_max)) {
-      json["time_step_limit"] = {c.dt_min, c.dt_max};
-      if (std::isinf(c.dt_max)) json["time_step_limit"][1] = {{"__float__", "Infinity"}};
-    }
-  } else {
-    json["intermediate_size"] = c.d_inner;
-    json["time_step_rank"] = c.dt_rank;
+      {"hidden_act", "silu"}};
+  for (const SizeField& size : kSizeFields)
+    if (size.defaults[0][two]) json[size.names[0]] = c.*size.member;
+  for (const FlagField& flag : kFlagFields) json[flag.names[0]] = c.*flag.member;
+  if (!two) json.update({{"intermediate_size", c.d_inner}, {"time_step_rank", c.dt_rank}});
+  if (c.dt_min > 0 || std::isfinite(c.dt_max)) {
+    json["time_step_limit"] = {c.dt_min, c.dt_max};
+    if (std::isinf(c.dt_max)) json["time_step_limit"][1] = {{"__float__", "Infinity"}};
   }
-  const auto& ends = c.eos_token_ids;
-  json["bos_token_id"] = c.bos_token_id < 0 ? Json() : Json(c.bos_token_id);
-  json["eos_token_id"] = ends.empty() ? Json() : ends.size() == 1 ? Json(ends[0]) : Json(ends);
-  json["pad_token_id"] = ends.empty() ? Json() : Json(ends[0]);
-  for (const auto& [key, ids] : c.token_ids.items()) json[key] = ids;
-  write_text(directory + "/config.json", json.dump(2) + "\n");
+  for (const auto& [name, ids] : c.token_ids.items()) json[name] = ids;
+  write_text(path, json.dump(2) + "\n");
 }
 
 // =======================================================================================
@@ -338,14 +329,14 @@ inline void write_config(const std::string& directory, const Config& c) {
 // =======================================================================================
 
 /// Calls visit(name, shape, destination) for every weight of the model, by its Hugging Face name.
-/// The original layout differs in one name only (original_name). Model: ssm::Model or anything
-/// with the same members.
+/// The original layout differs in one name only, backbone.embedding.weight. Model: ssm::Model or
+/// anything with the same members.
 template <class Model, class Visit>
 void for_each_weight(const Config& c, Model& model, const Visit& visit) {
   using Shape = std::vector<std::int64_t>;
   visit("backbone.embeddings.weight", Shape{c.vocab_size, c.d_model}, model.embedding);
   for (Index l = 0; l < c.n_layer; ++l) {
-    auto& w = model.layers[static_cast<std::size_t>(l)];
+    auto& w = model.layers[l];
     const std::string layer = "backbone.layers." + std::to_string(l) + ".",
                       mixer = layer + "mixer.";
     visit(layer + "norm.weight", Shape{c.d_model}, w.norm);
@@ -375,37 +366,23 @@ void for_each_weight(const Config& c, Model& model, const Visit& visit) {
 /// The same list without a model: visit(name, shape).
 template <class Visit>
 void for_each_shape(const Config& config, const Visit& visit) {
-  struct None {};
-  struct Layer {
-    None norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D,
-        gated_norm, out_proj, out_proj_bias;
-  };
-  struct {
-    None embedding, norm_f, lm_head;
-    std::vector<Layer> layers;
-    bool tied = true;
-  } no_model;
-  no_model.layers.resize(static_cast<std::size_t>(config.n_layer));
+  ssm::Model<float> no_model;
+  no_model.layers.resize(config.n_layer);
   no_model.tied = config.tie_embeddings;
-  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const None&) {
+  for_each_weight(config, no_model, [&](const std::string& name, const auto& shape, const auto&) {
     visit(name, shape);
   });
-}
-
-inline std::string original_name(const std::string& name) {
-  return name == "backbone.embeddings.weight" ? "backbone.embedding.weight" : name;
 }
 
 /// The tensor of this name in either layout, saved with the head or by the backbone alone. Where
 /// the two are tied, the head stands for an embedding that is not there.
 inline const Tensor& find_weight(const Checkpoint& checkpoint, const std::string& name, bool tied) {
-  const std::string_view backbone = "backbone.";
-  for (const std::string& known : {original_name(name), name}) {
-    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
-    if (known.rfind(backbone, 0) != 0) continue;
-    if (const Tensor* tensor = checkpoint.find(known.substr(backbone.size()))) return *tensor;
-  }
   const bool embedding = name == "backbone.embeddings.weight";
+  for (const std::string& known : {embedding ? "backbone.embedding.weight" : name, name}) {
+    if (const Tensor* tensor = checkpoint.find(known)) return *tensor;
+    if (known.rfind("backbone.", 0) != 0) continue;
+    if (const Tensor* tensor = checkpoint.find(known.substr(9))) return *tensor;
+  }
   const Tensor* head = tied && embedding ? checkpoint.find("lm_head.weight") : nullptr;
   return head != nullptr ? *head : checkpoint.at(name);
 }
@@ -449,19 +426,23 @@ void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>&
 /// Fails if weights and state would be out of all proportion to the file: in a pickle, many tensors
 /// may be one storage, and the state grows with products of sizes that weights have the sums of.
 inline void check_size(const Checkpoint& checkpoint, const Config& c) {
-  const auto product = [](std::initializer_list<Index> sizes) {
-    return std::accumulate(sizes.begin(), sizes.end(), 4.0,  // bytes of a float
-                           [](double n, Index size) { return n * static_cast<double>(size); });
-  };
-  double bytes = product({c.n_layer, c.d_inner, c.d_state}) +
-                 product({c.n_layer, c.conv_width(), c.d_conv - 1});
+  double numbers = static_cast<double>(c.n_layer) * static_cast<double>(c.state_size());
   for_each_shape(c, [&](const std::string&, const std::vector<std::int64_t>& shape) {
-    bytes += std::accumulate(shape.begin(), shape.end(), 4.0, std::multiplies<double>());
+    numbers += std::accumulate(shape.begin(), shape.end(), 1.0, std::multiplies<double>());
   });
+  const double bytes = 4 * numbers;  // as floats
   const double most = std::max(64 * static_cast<double>(checkpoint.file_size), 0x1p26);
   if (checkpoint.file_size > 0 && bytes > most)
     fail("too large: ", checkpoint.where, ": config.json asks for ", bytes / 0x1p20,
          " MiB of weights and state, expected at most ", most / 0x1p20, " for a file of this size");
+}
+
+/// Whether the head is the embedding: config.json says so, and there is no other head in the file.
+inline bool is_tied(const Checkpoint& checkpoint, const Config& c) {
+  const std::vector<std::int64_t> shape = {c.vocab_size, c.d_model};
+  if (!c.tie_embeddings || !checkpoint.find("lm_head.weight")) return c.tie_embeddings;
+  return same_values(weight(checkpoint, "lm_head.weight", shape),
+                     weight(checkpoint, "backbone.embeddings.weight", shape, true));
 }
 
 /// Model: ssm::Model<Scalar, Weight>. storage: dtype in which matrices are kept; as in the file
@@ -472,17 +453,10 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   check_size(checkpoint, config);
   Model model;
   model.sizes = config;
-  model.layers.resize(static_cast<std::size_t>(config.n_layer));
-  const std::vector<std::int64_t> by_token = {config.vocab_size, config.d_model};
-  model.tied = config.tie_embeddings;
-  if (model.tied && checkpoint.find("lm_head.weight")) {
-    model.tied = same_values(weight(checkpoint, "lm_head.weight", by_token),
-                             weight(checkpoint, "backbone.embeddings.weight", by_token, true));
-    if (!model.tied)
-      warn(checkpoint.where +
-           ": lm_head.weight differs from the embedding that config.json ties"
-           " it to: used as it is");
-  }
+  model.layers.resize(config.n_layer);
+  model.tied = is_tied(checkpoint, config);
+  if (model.tied != config.tie_embeddings)
+    warn(checkpoint.where + ": lm_head.weight is not the embedding, as config.json has it: used");
   std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
     const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
@@ -502,22 +476,20 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
 /// Sizes of the published models, by the names they are known by; the rest is the package's
 /// default.
 inline Config published_config(const std::string& name) {
-  static const std::map<std::string, std::pair<Index, Index>> kSizes = {
+  static const std::map<std::string, std::array<Index, 2>> kSizes = {
       // d_model, n_layer
-      {"130m", {768, 24}},         {"370m", {1024, 48}},        {"790m", {1536, 48}},
-      {"1.4b", {2048, 48}},        {"2.8b", {2560, 64}},        {"mamba2-130m", {768, 24}},
-      {"mamba2-370m", {1024, 48}}, {"mamba2-780m", {1536, 48}}, {"mamba2-1.3b", {2048, 48}},
-      {"mamba2-2.7b", {2560, 64}}};
-  const auto found = kSizes.find(name);
-  std::string names;
-  for (const auto& known : kSizes) names += (names.empty() ? "" : ", ") + known.first;
-  if (found == kSizes.end())
-    fail_usage("--shape: expected one of ", names, ", found ", quote(name));
-  const Json json = {{"d_model", found->second.first},
-                     {"n_layer", found->second.second},
-                     {"vocab_size", 50280},
-                     {"ssm_cfg", {{"layer", name.find("mamba2") == 0 ? "Mamba2" : "Mamba1"}}}};
-  return config_from_json(json, true, name);
+      {"130m", {768, 24}},  {"370m", {1024, 48}}, {"790m", {1536, 48}}, {"780m", {1536, 48}},
+      {"1.4b", {2048, 48}}, {"1.3b", {2048, 48}}, {"2.8b", {2560, 64}}, {"2.7b", {2560, 64}}};
+  const bool two = name.rfind("mamba2-", 0) == 0;
+  const auto size = kSizes.find(name.substr(two ? 7 : 0));
+  if (size == kSizes.end())
+    fail_usage("--shape: expected 130m to 2.8b or mamba2-130m to mamba2-2.7b, found ", quote(name));
+  const Json block = {{"layer", two ? "Mamba2" : "Mamba1"}};
+  return config_from_json({{"d_model", size->second[0]},
+                           {"n_layer", size->second[1]},
+                           {"vocab_size", 50280},
+                           {"ssm_cfg", block}},
+                          true, name);
 }
 
 // =======================================================================================
@@ -539,9 +511,7 @@ inline Config published_config(const std::string& name) {
 struct SamplerOptions {
   float temperature = 0.8f;
   int top_k = 0;  // 0: off
-  float top_p = 0.95f;
-  float min_p = 0;
-  float repetition_penalty = 1;
+  float top_p = 0.95f, min_p = 0, repetition_penalty = 1;
   std::uint64_t seed = 1;
 };
 
@@ -624,7 +594,7 @@ inline std::vector<double> filtered_probabilities(const float* logits, std::size
       if (id < 0 || static_cast<std::size_t>(id) >= vocab_size)
         fail("sampler: history: expected ids in [0, ", vocab_size, "), found ", id);
       const double s = logits[id], r = options.repetition_penalty;
-      scores[static_cast<std::size_t>(id)] = s < 0 ? s * r : s / r;
+      scores[id] = s < 0 ? s * r : s / r;
     }
   }
   std::size_t best = 0;
@@ -696,14 +666,20 @@ struct Mode {
 inline Mode parse_mode(const std::string& text) {
   if (text == "parallel") return {Mode::parallel, 0};
   if (text == "recurrent") return {Mode::recurrent, 0};
-  const std::string_view prefix = "chunked=";
-  Index chunk = 0;
-  const char* end = text.data() + text.size();
-  if (text.compare(0, prefix.size(), prefix) == 0 && text.size() > prefix.size()) {
-    const auto [rest, error] = std::from_chars(text.data() + prefix.size(), end, chunk);
-    if (error == std::errc() && rest == end && chunk > 0) return {Mode::chunked, chunk};
-  }
+  Mode mode{Mode::chunked, 0};
+  std::istringstream chunk(text.rfind("chunked=", 0) == 0 ? text.substr(8) : "");
+  if (chunk >> mode.chunk && chunk.peek() == EOF && mode.chunk > 0) return mode;
   fail_usage("--mode: expected parallel, recurrent or chunked=K with K > 0, found ", quote(text));
+}
+
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// How far something long has come, on stderr if that is a terminal.
+inline void show_progress(Index done, Index all) {
+  static const bool terminal = ::isatty(2) == 1;
+  if (terminal) std::cerr << done << "/" << all << "\033[K\r" << std::flush;
 }
 
 /// logits (count, vocab_size) of positions first, first + 1, ...
@@ -766,7 +742,7 @@ void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::Stat
     auto& s = sequences[i];
     const auto take = [&](std::size_t end) {
       const std::size_t begin = std::exchange(s.taken, end);
-      return prefill(engine, s.state, s.ids.data() + begin, static_cast<Index>(end - begin));
+      return prefill(engine, s.state, s.ids.data() + begin, end - begin);
     };
     if (options.n == 0) {
       take(s.ids.size() - 1);
@@ -776,12 +752,16 @@ void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::Stat
     for (Index made = 0; made < options.n; ++made) {
       if (made > 0) logits = engine.prefill(s.state, &s.ids[s.taken++], 1);
       for (const Token id : options.never) logits(id) = -std::numeric_limits<float>::infinity();
-      s.ids.push_back(sample(logits.data(), static_cast<std::size_t>(logits.cols()), s.ids,
-                             options.sampler, s.index, s.ids.size()));
+      s.ids.push_back(
+          sample(logits.data(), logits.cols(), s.ids, options.sampler, s.index, s.ids.size()));
       on_token(i, s.ids.back());
       if (contains(options.end_tokens, s.ids.back())) break;
     }
   }
+}
+
+inline Tensor view(const std::string& name, const Matrix<float>& m) {
+  return tensor_view(name, {m.rows(), m.cols()}, m.data());
 }
 
 // A saved state is a safetensors file: per layer `layers.L.conv` (d_conv - 1, conv_width) and
@@ -789,18 +769,13 @@ void generate_on_host(Engine& engine, std::vector<Sequence<typename Engine::Stat
 
 inline void save_state(const std::string& path, const std::vector<Token>& ids,
                        const ssm::State<float>& state) {
-  std::vector<Matrix<float>> rows;  // h lies column by column; files are row-major
+  std::vector<Matrix<float>> rows(2 * state.layers.size());  // files are row-major
   std::vector<Tensor> tensors = {
       tensor_view("ids", {static_cast<std::int64_t>(ids.size())}, ids.data())};
-  rows.reserve(state.layers.size());
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
-    const auto& layer = state.layers[l];
     const std::string name = "layers." + std::to_string(l) + ".";
-    rows.emplace_back(layer.h);
-    tensors.push_back(
-        tensor_view(name + "conv", {layer.conv.rows(), layer.conv.cols()}, layer.conv.data()));
-    tensors.push_back(
-        tensor_view(name + "h", {layer.h.rows(), layer.h.cols()}, rows.back().data()));
+    tensors.push_back(view(name + "conv", rows[2 * l] = state.layers[l].conv));
+    tensors.push_back(view(name + "h", rows[2 * l + 1] = state.layers[l].h));
   }
   write_safetensors(path, tensors, {{"format", "mamba state"}});
 }
@@ -808,21 +783,18 @@ inline void save_state(const std::string& path, const std::vector<Token>& ids,
 inline ssm::State<float> load_state(const std::string& path, const Config& config,
                                     std::vector<Token>& ids) {
   const Checkpoint file = read_safetensors(path);
-  const auto matrix = [&](const std::string& name, Index rows, Index cols) {
+  const auto fill = [&](const std::string& name, auto& m) {
     const Tensor& tensor = file.at(name);
-    if (tensor.shape != std::vector<std::int64_t>{rows, cols})
-      fail("wrong state: ", path, ": ", name, ": expected ", shape_text({rows, cols}),
+    if (tensor.shape != std::vector<std::int64_t>{m.rows(), m.cols()})
+      fail("wrong state: ", path, ": ", name, ": expected ", shape_text({m.rows(), m.cols()}),
            " for this model, found ", shape_text(tensor.shape));
-    Matrix<float> m(rows, cols);
-    convert(tensor, m.data());
-    return m;
+    m = Eigen::Map<const Matrix<float>>(values<float>(tensor).data(), m.rows(), m.cols());
   };
   ssm::State<float> state(config);
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
-    auto& layer = state.layers[l];
     const std::string name = "layers." + std::to_string(l) + ".";
-    layer.conv = matrix(name + "conv", layer.conv.rows(), layer.conv.cols());
-    layer.h = matrix(name + "h", layer.h.rows(), layer.h.cols());
+    fill(name + "conv", state.layers[l].conv);
+    fill(name + "h", state.layers[l].h);
   }
   if (file.find("layers." + std::to_string(config.n_layer) + ".h"))
     fail("wrong state: ", path, ": expected ", config.n_layer, " layers, found more");
@@ -839,25 +811,6 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
 // 5. Scoring
 // =======================================================================================
 
-/// ids (L) and logits (L, vocab_size) of a text as a safetensors file, written as they are made.
-template <class Engine>
-void write_logits(Engine& engine, const std::vector<Token>& ids, Mode mode,
-                  const std::string& path) {
-  const Index L = static_cast<Index>(ids.size());
-  const std::vector<Tensor> tensors = {
-      tensor_view("ids", {L}, ids.data()),
-      {"logits", DType::F32, {L, engine.config().vocab_size}, nullptr, nullptr}};
-  AtomicFile file(path);
-  write_safetensors_header(file, tensors, {});
-  file.write(tensors[0].bytes());
-  auto state = engine.new_state();
-  walk(engine, state, ids.data(), L, mode, [&](Index, const Matrix<float>& logits) {
-    file.write({reinterpret_cast<const char*>(logits.data()),
-                static_cast<std::size_t>(logits.size()) * sizeof(float)});
-  });
-  file.commit();
-}
-
 /// -log softmax(logits)[target], in nats. Weights that are not numbers end here.
 inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
   if (!logits.row(row).allFinite()) fail("logits: expected numbers, found NaN or infinity");
@@ -865,8 +818,6 @@ inline double negative_log_likelihood(const Matrix<float>& logits, Index row, To
   const double largest = scores.maxCoeff();
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
 }
-
-using Progress = std::function<void(Index done, Index all)>;
 
 struct Score {
   Index length = 0, tokens = 0;  // context, tokens scored
@@ -882,18 +833,19 @@ struct PerplexityOptions {
   Mode mode;
 };
 
-/// Fails unless a text of n tokens can be scored so.
-inline void check(const PerplexityOptions& options, Index n) {
-  const Index length = options.length ? options.length : n;
-  const Index stride = options.stride ? options.stride : length;
+/// The options for a text of n tokens, with what was left out. Fails where it cannot be scored so.
+inline PerplexityOptions checked(PerplexityOptions o, Index n) {
+  if (o.length == 0) o.length = n;
+  if (o.stride == 0) o.stride = o.length;
   if (n < 2) fail("perplexity: text: expected at least 2 tokens, found ", n);
-  if (length < 2 || length > n)
+  if (o.length < 2 || o.length > n)
     fail("perplexity: --lengths: expected at least 2 and at most the ", n,
-         " tokens of the text, found ", length);
-  if (stride < 1 || stride > length)
-    fail("perplexity: --stride: expected 1 to the window length ", length, ", found ", stride);
-  if (options.carry_state && stride != length)
+         " tokens of the text, found ", o.length);
+  if (o.stride < 1 || o.stride > o.length)
+    fail("perplexity: --stride: expected 1 to the window length ", o.length, ", found ", o.stride);
+  if (o.carry_state && o.stride != o.length)
     fail("perplexity: --stride: windows cannot overlap with --carry-state");
+  return o;
 }
 
 /// Mean negative log likelihood of ids 2..n. Without carry_state every window starts from nothing:
@@ -901,18 +853,15 @@ inline void check(const PerplexityOptions& options, Index n) {
 /// that no window has scored yet; the very first token of the text, and of windows that do not
 /// overlap, has no context and is not scored.
 template <class Engine>
-Score perplexity(Engine& engine, const std::vector<Token>& ids, const PerplexityOptions& options,
-                 const Progress& progress = {}) {
-  const Index n = static_cast<Index>(ids.size());
-  check(options, n);
-  const Index length = options.length ? options.length : n;
-  const Index stride = options.stride ? options.stride : length;
-  Score score{length, 0, 0};
+Score perplexity(Engine& engine, const std::vector<Token>& ids, const PerplexityOptions& given) {
+  const Index n = ids.size();
+  const PerplexityOptions options = checked(given, n);
+  Score score{options.length, 0, 0};
   auto state = engine.new_state();
   Index scored = 1;  // targets before this index are done
-  for (Index begin = 0; scored < n; begin += stride) {
+  for (Index begin = 0; scored < n; begin += options.stride) {
     // inputs [begin, end), the target of input t is t + 1
-    const Index end = std::min(begin + length - (options.carry_state ? 0 : 1), n - 1);
+    const Index end = std::min(begin + options.length - (options.carry_state ? 0 : 1), n - 1);
     if (!options.carry_state) {
       state = engine.new_state();
       scored = std::max(scored, begin + 1);
@@ -922,10 +871,10 @@ Score perplexity(Engine& engine, const std::vector<Token>& ids, const Perplexity
            for (Index i = 0; i < logits.rows(); ++i) {
              const Index target = begin + first + i + 1;
              if (target < scored) continue;
-             score.nll += negative_log_likelihood(logits, i, ids[static_cast<std::size_t>(target)]);
+             score.nll += negative_log_likelihood(logits, i, ids[target]);
              ++score.tokens;
            }
-           if (progress) progress(begin + first, n);
+           show_progress(begin + first, n);
          });
     scored = std::max(scored, end + 1);
     if (end == n - 1) break;
@@ -955,7 +904,7 @@ Likelihood likelihood(Engine& engine, const Request& request) {
   Likelihood found;
   const auto judge = [&](Index first, const Matrix<float>& logits) {
     for (Index i = 0; i < logits.rows(); ++i) {
-      const Token target = continuation[static_cast<std::size_t>(first + i)];
+      const Token target = continuation[first + i];
       Index likeliest = 0;
       logits.row(i).maxCoeff(&likeliest);
       found.greedy = found.greedy && likeliest == target;
@@ -963,26 +912,24 @@ Likelihood likelihood(Engine& engine, const Request& request) {
     }
   };
   auto state = engine.new_state();
-  judge(0, prefill(engine, state, context.data(), static_cast<Index>(context.size())));
-  walk(engine, state, continuation.data(), static_cast<Index>(continuation.size()) - 1, {},
+  judge(0, prefill(engine, state, context.data(), context.size()));
+  walk(engine, state, continuation.data(), Index(continuation.size()) - 1, {},
        [&](Index first, const Matrix<float>& logits) { judge(first + 1, logits); });
   return found;
 }
 
 /// How many bytes of the text are left without the white space at its end, as Python sees it.
 inline std::size_t stripped_size(std::string_view text) {
-  std::size_t end = text.size();
-  while (end > 0) {
-    std::size_t begin = end - 1;
-    while (begin > 0 && (text[begin] & 0xC0) == 0x80) --begin;  // to the character's first byte
+  const auto* bytes = reinterpret_cast<const utf8proc_uint8_t*>(text.data());
+  std::size_t end = 0;
+  for (std::size_t i = 0; i < text.size();) {
     utf8proc_int32_t c = -1;
-    utf8proc_iterate(reinterpret_cast<const utf8proc_uint8_t*>(text.data()) + begin,
-                     static_cast<utf8proc_ssize_t>(end - begin), &c);
+    const auto n = utf8proc_iterate(bytes + i, text.size() - i, &c);
+    i += n > 0 ? static_cast<std::size_t>(n) : 1;
     const auto* is = utf8proc_get_property(c);
     if (is->bidi_class != UTF8PROC_BIDI_CLASS_WS && is->bidi_class != UTF8PROC_BIDI_CLASS_B &&
         is->bidi_class != UTF8PROC_BIDI_CLASS_S && is->category != UTF8PROC_CATEGORY_ZS)
-      break;
-    end = begin;
+      end = i;
   }
   return end;
 }
@@ -1018,9 +965,9 @@ inline void begin_text(Request& request, const Config& config, const std::string
 /// The continuation's length, without one leading space.
 inline void measure(Request& request, std::string_view text) {
   if (!text.empty() && text[0] == ' ') text.remove_prefix(1);
-  request.bytes = static_cast<double>(text.size());
-  request.characters = static_cast<double>(
-      std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; }));
+  request.bytes = text.size();
+  request.characters =
+      std::count_if(text.begin(), text.end(), [](char c) { return (c & 0xC0) != 0x80; });
 }
 
 /// The requests that are the choices of each question, in their order.
@@ -1044,28 +991,28 @@ inline Questions questions_of(const std::vector<Request>& requests) {
 inline nlohmann::ordered_json summary(const std::vector<Likelihood>& found,
                                       const Questions& questions,
                                       const std::vector<Request>& requests) {
-  double greedy = 0, logprob = 0, acc = 0, acc_norm = 0, acc_bytes = 0;
+  double greedy = 0, logprob = 0;
   for (const Likelihood& each : found) greedy += each.greedy, logprob += each.logprob;
-  for (const auto& question : questions) {
-    const auto right = [&, &choices = question.second](double Request::*length) {
+  const auto n = static_cast<double>(found.size());
+  nlohmann::ordered_json sum = {
+      {"requests", found.size()}, {"greedy", greedy / n}, {"perplexity", std::exp(-logprob / n)}};
+  if (questions.empty()) return sum;
+  const auto accuracy = [&](double Request::*length) {
+    double right = 0;
+    for (const auto& question : questions) {
+      const auto& choices = question.second;
       std::vector<double> scores;
       for (const std::size_t i : choices)
         scores.push_back(length ? found[i].logprob / requests[i].*length : found[i].logprob);
       const auto best = std::max_element(scores.begin(), scores.end()) - scores.begin();
-      return static_cast<std::size_t>(best) == requests[choices[0]].label;
-    };
-    acc += right(nullptr);
-    acc_norm += right(&Request::characters);
-    acc_bytes += right(&Request::bytes);
-  }
-  const auto n = static_cast<double>(found.size()), q = static_cast<double>(questions.size());
-  nlohmann::ordered_json sum = {
-      {"requests", found.size()}, {"greedy", greedy / n}, {"perplexity", std::exp(-logprob / n)}};
-  if (q > 0)
-    sum.update({{"questions", questions.size()},
-                {"acc", acc / q},
-                {"acc_norm", acc_norm / q},
-                {"acc_bytes", acc_bytes / q}});
+      right += static_cast<std::size_t>(best) == requests[choices[0]].label;
+    }
+    return right / static_cast<double>(questions.size());
+  };
+  sum.update({{"questions", questions.size()},
+              {"acc", accuracy(nullptr)},
+              {"acc_norm", accuracy(&Request::characters)},
+              {"acc_bytes", accuracy(&Request::bytes)}});
   return sum;
 }
 
@@ -1102,36 +1049,32 @@ Inspection follow(const Inputs& in, Index d_state, const Step& step) {
   return seen;
 }
 
-/// `attention` is called with the matrix M (L, L), y = M x, of every channel (Mamba-2: head) in
-/// turn.
+/// `attention` is called with the matrix M (L, L), y = M x, of each channel (Mamba-2: head).
 template <class Attention>
 Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids, Index layer,
                    float delta_ratio, const Attention& attention) {
   const ssm::Sizes& sizes = model.sizes;
-  const auto& w = model.layers[static_cast<std::size_t>(layer)];
+  const auto& w = model.layers[layer];
   ssm::Trace<float> trace;
   trace.layer = layer;
   ssm::Options<float> options;
   options.delta_ratio = delta_ratio;
   options.trace = &trace;
   ssm::State<float> state(sizes);
-  ssm::backbone(model, ids.data(), static_cast<Index>(ids.size()), state, options);
-  if (sizes.version == 1) {
-    auto in = ssm::scan_inputs(w, sizes, trace.projected, trace.convolved, trace.dt_B_C,
-                               trace.delta);
+  ssm::backbone(model, ids.data(), ids.size(), state, options);
+  const auto look = [&](auto in, Index channels, const auto& step, auto... d_state) {
     in.delta_ratio = delta_ratio;
-    in.z = {};
-    const Inspection seen = follow(in, sizes.d_state, ssm::selective_scan_step<float>);
-    for (Index c = 0; c < sizes.d_inner; ++c)
-      attention(c, ssm::implied_attention(in, seen.delta, c));
+    const Inspection seen = follow(in, sizes.d_state, step);
+    for (Index i = 0; i < channels; ++i)
+      attention(i, ssm::implied_attention(in, seen.delta, i, d_state...));
     return seen;
-  }
-  auto in = ssm::ssd_inputs(w, sizes, trace.projected, trace.convolved);
-  in.delta_ratio = delta_ratio;
-  const Inspection seen = follow(in, sizes.d_state, ssm::ssd_step<float>);
-  for (Index i = 0; i < sizes.n_heads; ++i)
-    attention(i, ssm::implied_attention(in, seen.delta, i, sizes.d_state));
-  return seen;
+  };
+  if (sizes.version == 2)
+    return look(ssm::ssd_inputs(w, sizes, trace.projected, trace.convolved), sizes.n_heads,
+                ssm::ssd_step<float>, sizes.d_state);
+  auto in = ssm::scan_inputs(w, sizes, trace.projected, trace.convolved, trace.dt_B_C, trace.delta);
+  in.z = {};
+  return look(in, sizes.d_inner, ssm::selective_scan_step<float>);
 }
 
 // --- a plain heat map: no axes, no words; the numbers lie beside it in the safetensors file ---
@@ -1167,11 +1110,10 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
       const auto colour = heat_colour(high > low ? (v - low) / (high - low) : v - v + 0.5);
       pixels.append(colour.begin(), colour.end());
     }
-  const auto append = [](void* to, void* data, int size) {
-    static_cast<std::string*>(to)->append(static_cast<char*>(data), static_cast<std::size_t>(size));
+  const auto append = [](void* to, void* data, int n) {
+    static_cast<std::string*>(to)->append(static_cast<char*>(data), n);
   };
-  if (!stbi_write_png_to_func(append, &png, static_cast<int>(width), static_cast<int>(height), 3,
-                              pixels.data(), static_cast<int>(3 * width)))
+  if (!stbi_write_png_to_func(append, &png, width, height, 3, pixels.data(), 3 * width))
     fail("cannot write: ", path, ": out of memory");
   write_text(path, png);
 }
@@ -1180,7 +1122,7 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
 // 7. Command line
 // =======================================================================================
 //
-// Each subcommand is a struct of its flags, a function that runs it, and one that declares it.
+// Each subcommand is a struct of its flags that declares them and runs.
 // Results go to stdout, progress and statistics to stderr.
 // Exit status 0: done, 1: failed, 2: wrong usage.
 
@@ -1205,14 +1147,11 @@ inline std::vector<Token> parse_ids(const std::string& text, const std::string& 
   return ids;
 }
 
-inline std::vector<Token> parse_ids(const Json& array, const std::string& where) {
-  std::vector<Token> ids;
-  for (const Json& id : array) {
-    if (!id.is_number_unsigned() || id > kMaxVocab)
-      fail(where, ": expected token ids, found ", quote(id.dump()));
-    ids.push_back(id.get<Token>());
-  }
-  return ids;
+/// There must be ids, and the model must have them all.
+inline void check_ids(const std::vector<Token>& ids, Index vocab_size, const std::string& where) {
+  if (ids.empty()) fail(where, ": expected at least one token, found none");
+  for (const Token id : ids)
+    if (id >= vocab_size) fail(where, ": expected token ids below ", vocab_size, ", found ", id);
 }
 
 inline void print_ids(const std::vector<Token>& ids) {
@@ -1220,99 +1159,49 @@ inline void print_ids(const std::vector<Token>& ids) {
   std::cout << "\n";
 }
 
-/// There must be ids, and the model must have them all.
-inline void check_ids(const std::vector<Token>& ids, const Config& config,
-                      const std::string& where) {
-  if (ids.empty()) fail(where, ": expected at least one token, found none");
-  for (const Token id : ids)
-    if (id < 0 || id >= config.vocab_size)
-      fail(where, ": expected token ids below ", config.vocab_size, ", found ", id);
-}
-
-inline double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-/// A bar on stderr while something long goes on, if stderr is a terminal.
-inline void show_progress(Index done, Index all) {
-  static const bool terminal = ::isatty(2) == 1;
-  static double last = 0;
-  if (!terminal || now() - last < 0.1) return;
-  last = now();
-  const int width = 40, filled = static_cast<int>(width * done / std::max<Index>(1, all));
-  std::cerr << "\r[" << std::string(filled, '#') << std::string(width - filled, ' ') << "] " << done
-            << "/" << all << std::flush << "\r\033[K";
-}
-
-// --- the model, which almost every subcommand opens ---
-
-inline const CLI::Range kRatio(1e-6f, 1e6f);
-
-struct ModelFlags {
-  std::string folder = "weights/stories", tokenizer;
-  EngineOptions engine;
-
-  void add_model(CLI::App* sub) {
-    sub->add_option("--model", folder, "directory with config.json, weights and tokenizer.json");
-    sub->add_option("--tokenizer", tokenizer, "another tokenizer.json, or its directory");
-  }
-  void add_dtype(CLI::App* sub) {
-    sub->add_option_function<std::string>(
-           "--dtype",
-           [this](const std::string& name) {
-             engine.dtype = name == "f32" ? DType::F32 : name == "f16" ? DType::F16 : DType::BF16;
-           },
-           "storage of weights (default: as in the file)")
-        ->check(CLI::IsMember({"f32", "bf16", "f16"}));
-  }
-  void add_delta_ratio(CLI::App* sub) {
-    sub->add_option("--delta-ratio", engine.delta_ratio, "stretches every step of the state")
-        ->check(kRatio);
-  }
-  void add_engine(CLI::App* sub, bool has_device) {
-    add_model(sub);
-    add_dtype(sub);
-    sub->add_option_function<int>(
-           "--threads",
-           [this](const int& n) {
-             const unsigned cores = std::max(1u, std::thread::hardware_concurrency());
-             engine.threads = std::min(n, static_cast<int>(cores));
-           },
-           "CPU threads, at most as many as there are cores (default: all)")
-        ->check(CLI::PositiveNumber);
-    if (has_device) sub->add_option("--device", engine.device, "which GPU");
-  }
-};
-
-inline std::string tokenizer_path(const ModelFlags& flags) {
-  const std::string path = flags.tokenizer.empty() ? flags.folder : flags.tokenizer;
-  return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
-}
-
-inline Tokenizer open_tokenizer(const ModelFlags& flags) {
-  const std::string path = tokenizer_path(flags);
-  if (!std::filesystem::exists(path))
-    fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
-         "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
-         "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
-  const MappedFile file(path);
-  if (const std::string what = what_it_is(file.bytes()); !what.empty())
-    fail("no tokenizer: ", path, ": found ", what);
-  return Tokenizer::from_text(file.bytes(), path);
-}
-
-/// What lies in a model's folder. The tokenizer is read when it is needed.
-class ModelFiles {
- public:
+/// What lies in the folder --model. The tokenizer is read when it is needed.
+struct ModelFolder {
+  std::string folder = "weights/stories", tokenizer_flag;
+  EngineOptions engine_options;
   Config config;
   Checkpoint checkpoint;
 
-  explicit ModelFiles(const ModelFlags& flags) : flags_(flags) {
-    if (!std::filesystem::is_directory(flags.folder))
-      fail("no model: ", flags.folder,
-           ": expected a directory with config.json and weights (--model)");
-    config = read_config(flags.folder);
-    checkpoint = read_checkpoint(flags.folder);
+  void add_model(CLI::App* sub) {
+    sub->add_option("--model", folder, "directory with config.json, weights and tokenizer.json");
+    sub->add_option("--tokenizer", tokenizer_flag, "another tokenizer.json, or its directory");
+  }
+  void add_dtype(CLI::App* sub) {
+    static const std::map<std::string, DType> kTypes = {
+        {"f32", DType::F32}, {"bf16", DType::BF16}, {"f16", DType::F16}};
+    const auto set = [this](const std::string& name) { engine_options.dtype = kTypes.at(name); };
+    sub->add_option_function<std::string>("--dtype", set,
+                                          "storage of weights (default: the file's)")
+        ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+  }
+  template <class Ratio>  // a number, or several with commas between them
+  static void add_delta_ratio(CLI::App* sub, Ratio& ratio) {
+    sub->add_option("--delta-ratio", ratio, "stretches every step of the state")
+        ->delimiter(',')
+        ->check(CLI::Range(1e-6f, 1e6f));
+  }
+  template <class Engine, class Ratio>
+  void add_engine(CLI::App* sub, Ratio& delta_ratio) {
+    add_model(sub);
+    add_delta_ratio(sub, delta_ratio);
+    add_dtype(sub);
+    const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    sub->add_option("--threads", engine_options.threads, "CPU threads (default: all cores)")
+        ->transform(CLI::Bound(1, cores))
+        ->transform(CLI::PositiveNumber)  // comes before Bound
+        ->default_str("");
+    if (Engine::kHasDevice) sub->add_option("--device", engine_options.device, "which GPU");
+  }
+
+  void open() {
+    if (!std::filesystem::is_directory(folder))
+      fail("no model: ", folder, ": expected a directory with config.json and weights (--model)");
+    config = read_config(folder);
+    checkpoint = read_checkpoint(folder);
     // A token that has a row in embedding and head exists, whatever vocab_size says.
     Index rows = kMaxVocab;
     for (const Tensor* each : {&find_weight(checkpoint, "backbone.embeddings.weight", true),
@@ -1322,56 +1211,51 @@ class ModelFiles {
       config.vocab_size =
           std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
   }
-
-  bool has_tokenizer() const { return std::filesystem::exists(tokenizer_path(flags_)); }
+  std::string tokenizer_path() const {
+    const std::string path = tokenizer_flag.empty() ? folder : tokenizer_flag;
+    return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
+  }
+  bool has_tokenizer() const { return std::filesystem::exists(tokenizer_path()); }
   const Tokenizer& tokenizer() {
-    return tokenizer_ ? *tokenizer_ : tokenizer_.emplace(open_tokenizer(flags_));
+    if (tokenizer_) return *tokenizer_;
+    const std::string path = tokenizer_path();
+    if (!has_tokenizer())
+      fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
+           "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
+           "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
+    const MappedFile file(path);
+    if (const std::string what = what_it_is(file.bytes()); !what.empty())
+      fail("no tokenizer: ", path, ": found ", what);
+    return tokenizer_.emplace(Tokenizer::from_text(file.bytes(), path));
   }
-  /// The rows of the embedding that no token has.
-  std::vector<Token> rows_without_token() {
-    std::vector<Token> ids;
-    for (Token id = 0; has_tokenizer() && id < config.vocab_size; ++id)
-      if (!tokenizer().text_of(id)) ids.push_back(id);
-    return ids;
+
+  /// The tokens that end a text, each with the files that say so: config.json and
+  /// generation_config.json have ids, tokenizer_config.json a name.
+  std::map<Token, std::string> end_tokens() {
+    std::map<Token, std::string> ends;
+    const auto add = [&](const std::vector<Token>& ids, const char* file) {
+      for (const Token id : ids) ends[id] += (ends[id].empty() ? "" : ", ") + std::string(file);
+    };
+    add(config.eos_token_ids, "config.json");
+    const std::string path = folder + "/generation_config.json";
+    if (std::filesystem::exists(path))
+      add(Fields{read_settings(path), path}.tokens("eos_token_id"), "generation_config.json");
+    const auto beside = std::filesystem::path(tokenizer_path()).parent_path();
+    const std::string names = beside / "tokenizer_config.json";
+    if (has_tokenizer() && std::filesystem::exists(names)) {
+      const Json token = read_settings(names).value("eos_token", Json());  // or {"content": ...}
+      const Json name = token.is_object() ? token.value("content", Json()) : token;
+      if (const auto id = tokenizer().id_of(name.is_string() ? name.get<std::string>() : ""))
+        add({*id}, "tokenizer_config.json");
+    }
+    return ends;
   }
-  std::map<Token, std::string> end_tokens();
 
  private:
-  const ModelFlags& flags_;
   std::optional<Tokenizer> tokenizer_;
 };
 
-/// The tokens that end a text, each with the files that say so: config.json and
-/// generation_config.json have ids, tokenizer_config.json a name.
-inline std::map<Token, std::string> ModelFiles::end_tokens() {
-  std::map<Token, std::string> ends;
-  const auto add = [&](const std::vector<Token>& ids, const char* file) {
-    for (const Token id : ids) ends[id] += (ends[id].empty() ? "" : ", ") + std::string(file);
-  };
-  add(config.eos_token_ids, "config.json");
-  const std::string path = flags_.folder + "/generation_config.json";
-  if (std::filesystem::exists(path)) {
-    const Json json = read_settings(path);
-    add(Fields{json, path}.tokens("eos_token_id", {}), "generation_config.json");
-  }
-  const auto beside = std::filesystem::path(tokenizer_path(flags_)).parent_path();
-  const std::string names = beside / "tokenizer_config.json";
-  if (has_tokenizer() && std::filesystem::exists(names)) {
-    const Json token = read_settings(names).value("eos_token", Json());  // or {"content": ...}
-    const Json name = token.is_object() ? token.value("content", Json()) : token;
-    if (const auto id = tokenizer().id_of(name.is_string() ? name.get<std::string>() : ""))
-      add({*id}, "tokenizer_config.json");
-  }
-  return ends;
-}
-
 // --- generate ---
-
-struct GenerateFlags : ModelFlags, GenerateOptions {
-  std::string prompt, prompt_file, prompt_ids, save_state, load_state;
-  std::size_t batch = 1;
-  bool ids = false, ignore_eos = false;
-};
 
 /// A prompt, or what standard input has, without the newline at its end.
 inline std::string read_prompt(const std::string& prompt) {
@@ -1382,149 +1266,136 @@ inline std::string read_prompt(const std::string& prompt) {
   return text;
 }
 
-/// The prompts, one a sequence: --prompt, or the lines of --prompt-file.
-inline std::vector<std::string> read_prompts(const GenerateFlags& f) {
-  if (f.prompt_file.empty()) return {read_prompt(f.prompt)};
+/// The lines of --prompt-file.
+inline std::vector<std::string> read_prompts(const std::string& path) {
   std::vector<std::string> prompts;
-  const std::string text = read_file(f.prompt_file), mark = "\xef\xbb\xbf";  // byte order mark
+  const std::string text = read_file(path), mark = "\xef\xbb\xbf";  // byte order mark
   std::istringstream lines(text.compare(0, 3, mark) == 0 ? text.substr(3) : text);
   for (std::string line; std::getline(lines, line);) {
     if (!line.empty() && line.back() == '\r') line.pop_back();
     prompts.push_back(line);
   }
-  if (prompts.empty())
-    fail("--prompt-file: ", f.prompt_file, ": expected a prompt a line, found none");
+  if (prompts.empty()) fail("--prompt-file: ", path, ": expected a prompt a line, found none");
   return prompts;
 }
 
-/// A text before its first token is made: the saved one if there is one, and the prompt.
 template <class Engine>
-Sequence<typename Engine::State> begin_sequence(const GenerateFlags& f, const Engine& engine,
-                                                ModelFiles& files, const std::string& prompt,
-                                                std::size_t index) {
-  Sequence<typename Engine::State> s{{}, engine.new_state(), index, 0};
-  if (!f.load_state.empty()) {
-    s.state = engine.from_host(load_state(f.load_state, files.config, s.ids));
-    s.taken = s.ids.size() - 1;
-  }
-  std::vector<Token> ids = parse_ids(f.prompt_ids, "--prompt-ids");
-  if (!prompt.empty() || (f.prompt_ids.empty() && files.has_tokenizer()))
-    ids = f.load_state.empty() ? files.tokenizer().encode_prompt(prompt)
-                               : files.tokenizer().encode(prompt);
-  s.ids.insert(s.ids.end(), ids.begin(), ids.end());
-  if (s.ids.empty() && files.config.bos_token_id >= 0) s.ids.push_back(files.config.bos_token_id);
-  check_ids(s.ids, files.config, f.prompt_ids.empty() ? "--prompt" : "--prompt-ids");
-  return s;
-}
+struct Generate : ModelFolder {
+  using Sequences = std::vector<Sequence<typename Engine::State>>;
+  std::string prompt, prompt_file, prompt_ids, state_to, state_from;
+  std::size_t batch = 1;
+  bool ids = false, ignore_eos = false;
+  GenerateOptions options;
+  std::vector<std::string> prompts;
+  std::map<Token, std::string> ends;
 
-/// Continues some sequences, whose prompts are these, together; prints text as it is made.
-template <class Engine>
-void generate_and_print(const GenerateFlags& f, Engine& engine, ModelFiles& files,
-                        std::vector<Sequence<typename Engine::State>>& sequences,
-                        const std::vector<std::string>& prompts,
-                        const std::map<Token, std::string>& ends, const OnToken& on_token) {
-  if (f.ids) {
-    engine.generate(sequences, f, on_token);
-    for (const auto& s : sequences) print_ids(s.ids);
-    return;
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
+    SamplerOptions& sampler = options.sampler;
+    sub->add_option("prompt,--prompt", prompt,
+                    "the text to continue, - for standard input less a final newline");
+    sub->add_option("--prompt-file", prompt_file,
+                    "prompts, one a line, less Windows' line ends and byte order mark")
+        ->excludes("--prompt");
+    sub->add_option("--prompt-ids", prompt_ids, "token ids to continue")
+        ->excludes("--prompt")
+        ->excludes("--prompt-file");
+    sub->add_option("-n", options.n, "tokens to add at most")->check(CLI::NonNegativeNumber);
+    sub->add_option("--temperature", sampler.temperature, "0 is greedy");
+    sub->add_option("--top-k", sampler.top_k, "keep the k likeliest tokens, 0: all");
+    sub->add_option("--top-p", sampler.top_p, "keep the likeliest tokens that make up p");
+    sub->add_option("--min-p", sampler.min_p, "keep tokens p times as likely as the likeliest");
+    sub->add_option("--repetition-penalty", sampler.repetition_penalty, "above 1: less repetition");
+    sub->add_option("--seed", sampler.seed, "same seed, same text")->check(CLI::NonNegativeNumber);
+    sub->add_option("--batch", batch, "so many continuations of each prompt")
+        ->check(CLI::Range(1, 1 << 16));
+    sub->add_option("--save-state", state_to, "where to leave the state, to go on later");
+    sub->add_option("--load-state", state_from, "go on from a saved state");
+    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text");
+    sub->add_flag("--ignore-eos", ignore_eos, "go on after an end token");
   }
-  std::vector<std::vector<Token>> given;
-  for (const auto& s : sequences) given.push_back(s.ids);
-  std::size_t shown = 0;  // texts whose beginning is printed
-  std::optional<StreamDecoder> decoder;
-  const auto show = [&](std::size_t end) {
-    for (; shown < end; ++shown) {
-      if (decoder) std::cout << decoder->finish() << "\n";
-      decoder.emplace(files.tokenizer());
-      std::string text;
-      for (const Token id : given[shown]) text += decoder->push(id);
-      if (f.load_state.empty()) std::cout << (f.prompt_ids.empty() ? prompts[shown] : text);
-    }
-    std::cout << std::flush;
-  };
-  show(1);
-  engine.generate(sequences, f, [&](std::size_t i, Token token) {
-    on_token(i, token);
-    show(i + 1);
-    if (ends.count(token) == 0) std::cout << decoder->push(token) << std::flush;
-  });
-  show(sequences.size());
-  // bytes of a character that the saved state will complete are not printed yet
-  std::cout << (f.save_state.empty() ? decoder->finish() : "") << std::endl;
-}
 
-template <class Engine>
-void run_generate(GenerateFlags& f) {
-  check(f.sampler);
-  const std::vector<std::string> prompts = read_prompts(f);
-  const std::size_t texts = prompts.size() * f.batch;
-  if (texts != 1 && !(f.save_state.empty() && f.load_state.empty()))
-    fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
-  check_writable(f.save_state);
-  ModelFiles files(f);
-  Engine engine(files.checkpoint, files.config, f.engine);
-  const std::map<Token, std::string> ends = files.end_tokens();
-  for (const auto& end : ends)
-    if (!f.ignore_eos) f.end_tokens.push_back(end.first);
-  f.never = files.rows_without_token();
-  std::size_t taken = 0, made = 0;
-  double to_first = 0, to_rest = 0;  // seconds
-  for (std::size_t begin = 0; begin < texts; begin += Engine::kBatch) {
-    std::vector<Sequence<typename Engine::State>> sequences;
-    std::vector<std::string> some;
-    for (std::size_t i = begin; i < std::min(texts, begin + Engine::kBatch); ++i) {
-      some.push_back(prompts[i / f.batch]);
-      sequences.push_back(begin_sequence(f, engine, files, some.back(), i));
-      taken += sequences.back().ids.size() - sequences.back().taken;
+  void run() {
+    check(options.sampler);
+    prompts = prompt_file.empty() ? std::vector{read_prompt(prompt)} : read_prompts(prompt_file);
+    const std::size_t texts = prompts.size() * batch;
+    if (texts != 1 && !(state_to + state_from).empty())
+      fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
+    check_writable(state_to);
+    open();
+    Engine engine(checkpoint, config, engine_options);
+    ends = end_tokens();
+    for (const auto& end : ends)
+      if (!ignore_eos) options.end_tokens.push_back(end.first);
+    for (Token id = 0; has_tokenizer() && id < config.vocab_size; ++id)
+      if (!tokenizer().text_of(id)) options.never.push_back(id);
+    std::size_t taken = 0, made = 0;
+    double seconds = 0;
+    for (std::size_t i = 0; i < texts;) {
+      Sequences sequences;
+      for (; i < texts && sequences.size() < Engine::kBatch; ++i) {
+        sequences.push_back(begin_sequence(engine, i));
+        taken += sequences.back().ids.size() - sequences.back().taken;
+      }
+      const double start = now();
+      made += generate(engine, sequences);
+      seconds += now() - start;
+      if (!state_to.empty())
+        save_state(state_to, sequences[0].ids, engine.to_host(sequences[0].state));
     }
-    const double start = now();
-    double first = 0;
-    generate_and_print(f, engine, files, sequences, some, ends, [&](std::size_t, Token) {
-      if (first == 0) first = now();
+    std::cerr << taken << " tokens in, " << made << " tokens out in " << std::setprecision(3)
+              << seconds << " s\n";
+  }
+
+  /// A text before its first token is made: the saved one if there is one, and the prompt.
+  auto begin_sequence(const Engine& engine, std::size_t index) {
+    Sequence<typename Engine::State> s{{}, engine.new_state(), index, 0};
+    if (!state_from.empty()) {
+      s.state = engine.from_host(load_state(state_from, config, s.ids));
+      s.taken = s.ids.size() - 1;
+    }
+    const std::string& text = prompts[index / batch];
+    std::vector<Token> more = parse_ids(prompt_ids, "--prompt-ids");
+    if (!text.empty() || (prompt_ids.empty() && has_tokenizer()))
+      more = state_from.empty() ? tokenizer().encode_prompt(text) : tokenizer().encode(text);
+    s.ids.insert(s.ids.end(), more.begin(), more.end());
+    if (s.ids.empty() && config.bos_token_id >= 0) s.ids.push_back(config.bos_token_id);
+    check_ids(s.ids, config.vocab_size, prompt_ids.empty() ? "--prompt" : "--prompt-ids");
+    return s;
+  }
+
+  /// Continues some texts together and prints them as they are made. Returns the number of tokens.
+  std::size_t generate(Engine& engine, Sequences& sequences) {
+    std::size_t made = 0, begun = 0;  // tokens; texts whose prompt is printed
+    if (ids) {
+      engine.generate(sequences, options, [&](std::size_t, Token) { ++made; });
+      for (const auto& s : sequences) print_ids(s.ids);
+      return made;
+    }
+    std::vector<StreamDecoder> decoders(sequences.size(), StreamDecoder(tokenizer()));
+    std::vector<std::string> begins(sequences.size());
+    for (std::size_t i = 0; i < sequences.size(); ++i) {
+      for (const Token id : sequences[i].ids) begins[i] += decoders[i].push(id);
+      if (prompt_ids.empty()) begins[i] = prompts[sequences[i].index / batch];
+      if (!state_from.empty()) begins[i].clear();
+    }
+    const auto begin = [&](std::size_t end) {
+      for (; begun < end; ++begun)
+        std::cout << (begun > 0 ? decoders[begun - 1].finish() + "\n" : "") << begins[begun];
+      std::cout << std::flush;
+    };
+    begin(1);
+    engine.generate(sequences, options, [&](std::size_t i, Token token) {
       ++made;
+      begin(i + 1);
+      if (ends.count(token) == 0) std::cout << decoders[i].push(token) << std::flush;
     });
-    to_first += (first == 0 ? now() : first) - start;
-    to_rest += first == 0 ? 0 : now() - first;
-    if (!f.save_state.empty())
-      save_state(f.save_state, sequences[0].ids, engine.to_host(sequences[0].state));
+    begin(sequences.size());
+    // bytes of a character that the saved state will complete are not printed yet
+    std::cout << (state_to.empty() ? decoders.back().finish() : "") << std::endl;
+    return made;
   }
-  std::cerr << std::fixed << std::setprecision(3) << taken << " tokens in, first token after "
-            << to_first << " s; " << made << " tokens out";
-  if (made > texts)
-    std::cerr << ", " << to_rest / static_cast<double>(made - texts) * 1e3 << " ms each";
-  std::cerr << "\n";
-}
-
-template <class Engine>
-void generate_command(CLI::App& app) {
-  const auto f = std::make_shared<GenerateFlags>();
-  CLI::App* sub = app.add_subcommand("generate", "continue a text");
-  f->add_engine(sub, Engine::kHasDevice);
-  f->add_delta_ratio(sub);
-  SamplerOptions& sampler = f->sampler;
-  auto* text = sub->add_option("prompt,--prompt", f->prompt,
-                               "the text to continue, - for standard input less a final newline");
-  auto* lines = sub->add_option("--prompt-file", f->prompt_file,
-                                "prompts, one a line, less Windows' line ends and byte order mark");
-  sub->add_option("--prompt-ids", f->prompt_ids, "token ids to continue")
-      ->excludes(text)
-      ->excludes(lines);
-  lines->excludes(text);
-  sub->add_option("-n", f->n, "tokens to add at most")->check(CLI::NonNegativeNumber);
-  sub->add_option("--temperature", sampler.temperature, "0 is greedy");
-  sub->add_option("--top-k", sampler.top_k, "keep the k likeliest tokens, 0: all");
-  sub->add_option("--top-p", sampler.top_p, "keep the likeliest tokens that make up p");
-  sub->add_option("--min-p", sampler.min_p, "keep tokens p times as likely as the likeliest");
-  sub->add_option("--repetition-penalty", sampler.repetition_penalty, "above 1: less repetition");
-  sub->add_option("--seed", sampler.seed, "same seed, same text")->check(CLI::NonNegativeNumber);
-  sub->add_option("--batch", f->batch, "so many continuations of each prompt")
-      ->check(CLI::Range(1, 1 << 16));
-  sub->add_option("--save-state", f->save_state, "where to leave the state, to go on later");
-  sub->add_option("--load-state", f->load_state, "go on from a saved state");
-  sub->add_flag("--ids", f->ids, "print token ids, one line a sequence, instead of text");
-  sub->add_flag("--ignore-eos", f->ignore_eos, "go on after an end token");
-  sub->callback([f] { run_generate<Engine>(*f); });
-}
+};
 
 // --- logits and perplexity ---
 
@@ -1534,168 +1405,141 @@ struct Document {
   std::vector<Token> ids;
 };
 
-/// One of --text, --ids-file and, where there is one text only, --ids.
+/// One of --text, --ids-file and, where there is one text only, --ids; and how it is walked.
 struct TextFlags {
   std::vector<std::string> texts;
   std::string ids, ids_file;
 
-  void add_text(CLI::App* sub, bool one) {
-    auto* group = sub->add_option_group("input", "the text, one of");
-    auto* text =
-        group->add_option("--text", texts, "text files, each a document; - for standard input");
+  void add_text(CLI::App* sub, bool one, Mode& mode) {
+    auto* group = sub->add_option_group("input", "the text, one of")->require_option(1);
+    auto* text = group->add_option("--text", texts, "text files, each a document; - for stdin");
     group->add_option("--ids-file", ids_file, "a file of token ids, - for standard input");
     if (one) text->expected(1), group->add_option("--ids", ids, "token ids");
-    group->require_option(1);
+    const auto set_mode = [&mode](const std::string& name) { mode = parse_mode(name); };
+    sub->add_option_function<std::string>("--mode", set_mode, "parallel, recurrent or chunked=K")
+        ->default_str("parallel");
   }
-  std::vector<Document> read(ModelFiles& files) const {
+  std::vector<Document> read(ModelFolder& model) const {
     std::vector<Document> all;
     for (const std::string& text : texts)
-      all.push_back({"--text: " + text, files.tokenizer().encode(read_file(text))});
+      all.push_back({"--text: " + text, model.tokenizer().encode(read_file(text))});
     if (!ids_file.empty())
       all.push_back({"--ids-file: " + ids_file, parse_ids(read_file(ids_file), "--ids-file")});
     if (all.empty()) all.push_back({"--ids", parse_ids(ids, "--ids")});
-    for (const auto& [where, ids] : all) check_ids(ids, files.config, where);
+    for (const Document& text : all) check_ids(text.ids, model.config.vocab_size, text.where);
     return all;
   }
 };
 
-inline void add_mode(CLI::App* sub, Mode& mode) {
-  sub->add_option_function<std::string>(
-         "--mode", [&mode](const std::string& text) { mode = parse_mode(text); },
-         "parallel, recurrent or chunked=K")
-      ->default_str("parallel");
-}
-
+/// ids (L) and logits (L, vocab_size) of a text as a safetensors file, written as they are made.
 template <class Engine>
-void logits_command(CLI::App& app) {
-  struct Flags : ModelFlags, TextFlags {
-    Mode mode;
-    std::string out;
-  };
-  const auto f = std::make_shared<Flags>();
-  CLI::App* sub = app.add_subcommand("logits", "write the logits of every position");
-  f->add_engine(sub, Engine::kHasDevice);
-  f->add_delta_ratio(sub);
-  f->add_text(sub, true);
-  add_mode(sub, f->mode);
-  sub->add_option("--out", f->out, "the safetensors file to write")->required();
-  sub->callback([f] {
-    check_writable(f->out);
-    ModelFiles files(*f);
-    const std::vector<Document> text = f->read(files);
-    Engine engine(files.checkpoint, files.config, f->engine);
-    write_logits(engine, text[0].ids, f->mode, f->out);
-  });
-}
+struct Logits : ModelFolder, TextFlags {
+  Mode mode;
+  std::string out;
 
-struct PerplexityFlags : ModelFlags, TextFlags, PerplexityOptions {
-  std::vector<Index> lengths;
-  std::vector<float> delta_ratios = {1};
-  bool truncate = false;
-  std::string csv;
-};
-
-/// The documents of at least so many tokens; all, if there is none.
-inline std::vector<Document> long_enough(std::vector<Document> all, Index length) {
-  const auto shorter = [&](const Document& text) {
-    return static_cast<Index>(text.ids.size()) < length;
-  };
-  if (std::all_of(all.begin(), all.end(), shorter)) return all;
-  for (const Document& text : all)
-    if (shorter(text))
-      warn(text.where + ": " + std::to_string(text.ids.size()) +
-           " tokens, shorter than the longest length: left out");
-  all.erase(std::remove_if(all.begin(), all.end(), shorter), all.end());
-  return all;
-}
-
-/// The score of all documents in windows of one length; --truncate: of the first window of each.
-template <class Engine>
-Score perplexity(Engine& engine, const std::vector<Document>& texts,
-                 const PerplexityOptions& options, bool truncate) {
-  Score score{options.length, 0, 0};
-  for (const Document& text : texts) {
-    std::vector<Token> ids = text.ids;
-    if (truncate) ids.resize(static_cast<std::size_t>(options.length));
-    const Score part = perplexity(engine, ids, options, show_progress);
-    score.length = std::max(score.length, part.length);
-    score.tokens += part.tokens;
-    score.nll += part.nll;
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
+    add_text(sub, true, mode);
+    sub->add_option("--out", out, "the safetensors file to write")->required();
   }
-  return score;
-}
+  void run() {
+    check_writable(out);
+    open();
+    const std::vector<Document> text = read(*this);
+    Engine engine(checkpoint, config, engine_options);
+    const std::vector<Token>& ids = text[0].ids;
+    const Index L = ids.size();
+    const std::vector<Tensor> tensors = {
+        tensor_view("ids", {L}, ids.data()),
+        {"logits", DType::F32, {L, config.vocab_size}, nullptr, nullptr}};
+    AtomicFile file(out);
+    write_safetensors_header(file, tensors, {});
+    file.write(tensors[0].bytes());
+    auto state = engine.new_state();
+    walk(engine, state, ids.data(), L, mode,
+         [&](Index, const Matrix<float>& logits) { file.write(view("logits", logits).bytes()); });
+    file.commit();
+  }
+};
 
 /// Perplexity against context length: the same documents for every length, a row for each length
 /// and delta ratio.
 template <class Engine>
-void run_perplexity(PerplexityFlags& f) {
-  check_writable(f.csv);
-  if (f.lengths.empty()) f.lengths.push_back(0);
-  std::sort(f.lengths.begin(), f.lengths.end());
-  ModelFiles files(f);
-  const std::vector<Document> texts = long_enough(f.read(files), f.lengths.back());
-  for (const Document& text : texts)
-    for (const Index length : f.lengths) {
-      f.length = length;
-      check(f, static_cast<Index>(text.ids.size()));
-    }
-  std::ostringstream csv;
-  csv << "length,tokens,nll,perplexity,delta_ratio\n" << std::setprecision(9);
-  std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
-  for (const float ratio : f.delta_ratios) {
-    f.engine.delta_ratio = ratio;
-    Engine engine(files.checkpoint, files.config, f.engine);
-    for (const Index length : f.lengths) {
-      f.length = length;
-      const Score score = perplexity(engine, texts, f, f.truncate);
-      std::cout << std::setw(9) << score.length << std::setw(10) << score.tokens << std::fixed
-                << std::setprecision(4) << std::setw(12) << score.mean() << ' ' << std::setw(11)
-                << score.perplexity() << std::setw(13) << std::defaultfloat << ratio << std::endl;
-      csv << score.length << ',' << score.tokens << ',' << score.mean() << ',' << score.perplexity()
-          << ',' << ratio << '\n';
-    }
-  }
-  if (!f.csv.empty()) write_text(f.csv, csv.str());
-}
+struct Perplexity : ModelFolder, TextFlags {
+  PerplexityOptions options;
+  std::vector<Index> lengths;
+  std::vector<float> delta_ratios = {1};
+  bool truncate = false;
+  std::string csv;
 
-template <class Engine>
-void perplexity_command(CLI::App& app) {
-  const auto f = std::make_shared<PerplexityFlags>();
-  CLI::App* sub = app.add_subcommand("perplexity", "perplexity of a text, against context length");
-  f->add_engine(sub, Engine::kHasDevice);
-  f->add_text(sub, false);
-  add_mode(sub, f->mode);
-  sub->add_option("--delta-ratio", f->delta_ratios,
-                  "stretches every step of the state; several, separated by commas")
-      ->delimiter(',')
-      ->check(kRatio);
-  auto* lengths = sub->add_option("--lengths", f->lengths,
-                                  "context lengths, separated by commas (default: the whole text)")
-                      ->delimiter(',')
-                      ->check(CLI::PositiveNumber);
-  auto* stride = sub->add_option("--stride", f->stride,
-                                 "tokens from window to window (default: no overlap; each "
-                                 "token is then read length / stride times)")
-                     ->check(CLI::PositiveNumber);
-  auto* carry =
-      sub->add_flag("--carry-state", f->carry_state, "each window goes on from the one before");
-  sub->add_flag("--truncate", f->truncate,
-                "of each document only the first tokens, one window of each length")
-      ->needs(lengths)
-      ->excludes(stride)
-      ->excludes(carry);
-  sub->add_option("--csv", f->csv, "also write the table here");
-  sub->callback([f] { run_perplexity<Engine>(*f); });
-}
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, delta_ratios);
+    add_text(sub, false, options.mode);
+    sub->add_option("--lengths", lengths,
+                    "context lengths, comma-separated (default: the whole text)")
+        ->delimiter(',')
+        ->check(CLI::PositiveNumber);
+    sub->add_option("--stride", options.stride,
+                    "tokens from window to window (default: no overlap; each token is then read "
+                    "length / stride times)")
+        ->check(CLI::PositiveNumber);
+    sub->add_flag("--carry-state", options.carry_state, "windows go on from the one before");
+    sub->add_flag("--truncate", truncate, "of each document only one window of each length")
+        ->needs("--lengths")
+        ->excludes("--stride")
+        ->excludes("--carry-state");
+    sub->add_option("--csv", csv, "also write the table here");
+  }
+  void run() {
+    check_writable(csv);
+    if (lengths.empty()) lengths.push_back(0);
+    std::sort(lengths.begin(), lengths.end());
+    open();
+    const std::vector<Document> documents = long_enough(read(*this));
+    std::ostringstream table;
+    table << "length,tokens,nll,perplexity,delta_ratio\n" << std::setprecision(9);
+    std::cout << "   length    tokens  NLL (nats)  perplexity  delta ratio\n";
+    for (const float ratio : delta_ratios) {
+      engine_options.delta_ratio = ratio;
+      Engine engine(checkpoint, config, engine_options);
+      for (const Index length : lengths) {
+        options.length = length;
+        Score s;
+        for (Document text : documents) {
+          if (truncate) text.ids.resize(length);
+          const Score part = perplexity(engine, text.ids, options);
+          s = {std::max(s.length, part.length), s.tokens + part.tokens, s.nll + part.nll};
+        }
+        std::cout << std::setw(9) << s.length << std::setw(10) << s.tokens << std::fixed
+                  << std::setprecision(4) << std::setw(12) << s.mean() << ' ' << std::setw(11)
+                  << s.perplexity() << std::setw(13) << std::defaultfloat << ratio << std::endl;
+        table << s.length << ',' << s.tokens << ',' << s.mean() << ',' << s.perplexity() << ','
+              << ratio << '\n';
+      }
+    }
+    if (!csv.empty()) write_text(csv, table.str());
+  }
+
+  /// The documents of at least the longest length; all, if there is none. Each can be scored.
+  std::vector<Document> long_enough(std::vector<Document> all) {
+    const auto end = std::stable_partition(all.begin(), all.end(), [&](const Document& text) {
+      return static_cast<Index>(text.ids.size()) >= lengths.back();
+    });
+    for (auto text = end; end != all.begin() && text != all.end(); ++text)
+      warn(text->where + ": " + std::to_string(text->ids.size()) +
+           " tokens, shorter than the longest length: left out");
+    if (end != all.begin()) all.erase(end, all.end());
+    for (const Document& text : all)
+      for (const Index length : lengths) options.length = length, checked(options, text.ids.size());
+    return all;
+  }
+};
 
 // --- score ---
 
-struct ScoreFlags : ModelFlags {
-  std::string requests, out;
-};
-
 /// One line of the file: {"context", "continuation"}, of a choice "doc" and "label" too.
-inline Request parse_request(const std::string& line, const std::string& where, ModelFiles& files) {
+inline Request parse_request(const std::string& line, const std::string& where,
+                             ModelFolder& model) {
   const Json json = parse_json(line, where);
   if (!json.is_object()) fail(where, ": expected an object");
   const auto field = [&](const char* name, const char* other) -> const Json& {
@@ -1704,269 +1548,258 @@ inline Request parse_request(const std::string& line, const std::string& where, 
       fail(where, ": ", name, ": expected a string or an array of token ids");
     return *found;
   };
-  const Json& context = field("context", "prompt");
-  const Json& continuation = field("continuation", "answer");
+  const Json &context = field("context", "prompt"), &continuation = field("continuation", "answer");
   if (context.type() != continuation.type())
     fail(where, ": expected two strings or two arrays, found one of each");
-  Request request =
-      context.is_string()
-          ? encode_request(files.tokenizer(), context, continuation)
-          : Request{parse_ids(context, where), parse_ids(continuation, where), 0, 0, {}, 0};
-  begin_text(request, files.config, where);
-  check_ids(request.context, files.config, where + ": context");
-  check_ids(request.continuation, files.config, where + ": continuation");
+  const auto ids_of = [&](const Json& array) {
+    std::string text;
+    for (const Json& id : array) text += id.dump() + " ";
+    return parse_ids(text, where);
+  };
+  Request request = context.is_string()
+                        ? encode_request(model.tokenizer(), context, continuation)
+                        : Request{ids_of(context), ids_of(continuation), 0, 0, {}, 0};
+  begin_text(request, model.config, where);
+  check_ids(request.context, model.config.vocab_size, where + ": context");
+  check_ids(request.continuation, model.config.vocab_size, where + ": continuation");
   if (json.contains("doc") != json.contains("label"))
     fail(where, ": expected doc and label, found only one of them");
   if (!json.contains("doc")) return request;
-  const std::size_t tokens = request.continuation.size();
-  measure(request, continuation.is_string() ? continuation.get<std::string>()
-                   : files.has_tokenizer()  ? files.tokenizer().decode(request.continuation)
-                                            : std::string(tokens, 'x'));  // their number stands in
-  request.question = json["doc"].dump();
   if (!json["label"].is_number_unsigned())
     fail(where, ": label: expected the number of the right choice, from 0");
+  request.question = json["doc"].dump();
   request.label = json["label"].get<std::size_t>();
+  measure(request, continuation.is_string() ? continuation.get<std::string>()
+                   : model.has_tokenizer()  ? model.tokenizer().decode(request.continuation)
+                                            : std::string(request.continuation.size(), 'x'));
   return request;
 }
 
 /// A line of JSON for each request: into --out, or to stdout; the summary then goes to stderr.
 template <class Engine>
-void run_score(const ScoreFlags& f) {
-  ModelFiles files(f);
-  std::vector<Request> requests;
-  std::istringstream file(read_file(f.requests));
-  std::size_t number = 0;
-  for (std::string line; std::getline(file, line);) {
-    const std::string where = "--requests: " + f.requests + ": line " + std::to_string(++number);
-    if (line.find_first_not_of(" \t\r") != std::string::npos)
-      requests.push_back(parse_request(line, where, files));
-  }
-  if (requests.empty())
-    fail("--requests: ", f.requests, ": expected a JSON object a line, found none");
-  const Questions questions = questions_of(requests);
-  std::optional<AtomicFile> out;
-  if (!f.out.empty()) out.emplace(f.out);
-  Engine engine(files.checkpoint, files.config, f.engine);
-  std::vector<Likelihood> found;
-  for (const Request& request : requests) {
-    found.push_back(likelihood(engine, request));
-    const nlohmann::ordered_json answer = {{"logprob", found.back().logprob},
-                                           {"tokens", request.continuation.size()},
-                                           {"greedy", found.back().greedy}};
-    out ? out->write(answer.dump() + "\n") : void(std::cout << answer.dump() << std::endl);
-    show_progress(static_cast<Index>(found.size()), static_cast<Index>(requests.size()));
-  }
-  if (out) out->commit();
-  (out ? std::cout : std::cerr) << summary(found, questions, requests) << std::endl;
-}
+struct ScoreRequests : ModelFolder {
+  std::string requests_file, out_file;
 
-template <class Engine>
-void score_command(CLI::App& app) {
-  const auto f = std::make_shared<ScoreFlags>();
-  CLI::App* sub = app.add_subcommand("score", "how likely continuations and choices are");
-  f->add_engine(sub, Engine::kHasDevice);
-  f->add_delta_ratio(sub);
-  sub->add_option(
-         "--requests", f->requests,
-         "a file with an object {\"context\", \"continuation\"} a line, texts or arrays of "
-         "token ids; choices of one question have \"doc\" and \"label\" too, the number of "
-         "the right one from 0; - for standard input")
-      ->required();
-  sub->add_option("--out", f->out, "write the answers here, a line each, not to standard output");
-  sub->callback([f] { run_score<Engine>(*f); });
-}
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
+    sub->add_option("--requests", requests_file,
+                    "a file with an object {\"context\", \"continuation\"} a line, texts or arrays "
+                    "of token ids; choices of one question have \"doc\" and \"label\" too, the "
+                    "number of the right one from 0; - for standard input")
+        ->required();
+    sub->add_option("--out", out_file, "write the answers here, not to standard output");
+  }
+  void run() {
+    open();
+    const std::vector<Request> requests = read_requests();
+    const Questions questions = questions_of(requests);
+    std::optional<AtomicFile> out;
+    if (!out_file.empty()) out.emplace(out_file);
+    Engine engine(checkpoint, config, engine_options);
+    std::vector<Likelihood> found;
+    for (const Request& request : requests) {
+      const auto& [logprob, greedy] = found.emplace_back(likelihood(engine, request));
+      const nlohmann::ordered_json answer = {
+          {"logprob", logprob}, {"tokens", request.continuation.size()}, {"greedy", greedy}};
+      out ? out->write(answer.dump() + "\n") : void(std::cout << answer << std::endl);
+      show_progress(found.size(), requests.size());
+    }
+    if (out) out->commit();
+    (out ? std::cout : std::cerr) << summary(found, questions, requests) << std::endl;
+  }
+  std::vector<Request> read_requests() {
+    std::vector<Request> requests;
+    std::istringstream file(read_file(requests_file));
+    const std::string where = "--requests: " + requests_file;
+    std::size_t number = 0;
+    for (std::string line; std::getline(file, line);) {
+      ++number;
+      if (line.find_first_not_of(" \t\r") != std::string::npos)
+        requests.push_back(parse_request(line, where + ": line " + std::to_string(number), *this));
+    }
+    if (requests.empty()) fail(where, ": expected a JSON object a line, found none");
+    return requests;
+  }
+};
 
 // --- inspect ---
 
-struct InspectFlags : ModelFlags {
+struct Inspect : ModelFolder {
   std::string prompt, out;
   Index layer = 0;
-};
 
-/// Forgets the layers above this one: they do not matter to it.
-inline void keep_layers(ModelFiles& files, Index last) {
-  auto& tensors = files.checkpoint.tensors;
-  for (auto tensor = tensors.begin(); tensor != tensors.end();) {
-    const std::size_t at = tensor->first.find("layers.");
-    const bool above = at != std::string::npos && std::atoll(tensor->first.c_str() + at + 7) > last;
-    tensor = above ? tensors.erase(tensor) : std::next(tensor);
+  void declare(CLI::App* sub) {
+    add_model(sub);
+    add_delta_ratio(sub, engine_options.delta_ratio);
+    sub->add_option("prompt,--prompt", prompt, "the text, - for standard input")->required();
+    sub->add_option("--layer", layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
+    sub->add_option("--out", out,
+                    "the folder to write into: safetensors files of delta, memory, the state's "
+                    "norm and the implied attention, and heat maps of them")
+        ->required();
   }
-  files.config.n_layer = last + 1;
-}
-
-/// Numbers and heat maps of one layer, into the folder --out.
-inline void run_inspect(const InspectFlags& f) {
-  ModelFiles files(f);
-  const Config& config = files.config;
-  if (f.layer >= config.n_layer)
-    fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", f.layer);
-  const std::vector<Token> ids = files.tokenizer().encode_prompt(read_prompt(f.prompt));
-  check_ids(ids, config, "--prompt");
-  const auto L = static_cast<std::int64_t>(ids.size());
-  const std::int64_t channels = config.version == 1 ? config.d_inner : config.n_heads;
-  const auto most = static_cast<std::int64_t>(std::sqrt((1 << 28) / channels));
-  if (L > most)
-    fail("--prompt: expected at most ", most, " tokens, so that the ", channels,
-         " matrices of the layer stay below 1 GiB, found ", L);
-  const std::string out = make_folder(f.out);
-  for (const std::string name : {"attention", "delta", "memory"})
-    check_writable(out + name + ".png");
-  keep_layers(files, f.layer);
-  const auto model = load_model<ssm::Model<float>>(files.checkpoint, config);
-
-  const auto view = [](const char* name, const Matrix<float>& m) {
-    return tensor_view(name, {m.rows(), m.cols()}, m.data());
-  };
-  AtomicFile file(out + "attention.safetensors");
-  Matrix<float> mean = Matrix<float>::Zero(L, L), like_x(L, config.d_inner);
-  const Tensor all{"M", DType::F32, {channels, L, L}, nullptr, nullptr};
-  write_safetensors_header(
-      file, {all, view("attention", mean), view("x", like_x), view("y", like_x)}, {});
-  const Inspection seen =
-      inspect(model, ids, f.layer, f.engine.delta_ratio, [&](Index c, const Matrix<float>& M) {
-        file.write(view("M", M).bytes());
-        mean += M.cwiseAbs() / static_cast<float>(channels);
-        show_progress(c + 1, channels);
-      });
-  for (const Tensor& tensor : {view("attention", mean), view("x", seen.x), view("y", seen.y)})
-    file.write(tensor.bytes());
-  file.commit();
-  write_safetensors(out + "delta.safetensors",
-                    {view("delta", seen.delta), tensor_view("ids", {L}, ids.data())});
-  write_safetensors(out + "memory.safetensors", {view("memory", seen.memory)});
-  write_safetensors(out + "state_norm.safetensors",
-                    {tensor_view("state_norm", {L}, seen.state_norm.data())});
-
-  // All of them span decades. Of the attention four are shown; above the diagonal it is log10(0).
-  const Matrix<float> log_mean = mean.array().log10();
-  write_heat_map(out + "attention.png", log_mean, log_mean.maxCoeff() - 4);
-  write_heat_map(out + "delta.png", seen.delta.transpose().array().log10());
-  write_heat_map(out + "memory.png", seen.memory.array().log10());
-}
-
-inline void inspect_command(CLI::App& app) {
-  const auto f = std::make_shared<InspectFlags>();
-  CLI::App* sub = app.add_subcommand("inspect", "what a layer's scan does with a text");
-  f->add_model(sub);
-  f->add_delta_ratio(sub);
-  sub->add_option("prompt,--prompt", f->prompt, "the text, - for standard input")->required();
-  sub->add_option("--layer", f->layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
-  sub->add_option("--out", f->out,
-                  "the folder to write into: safetensors files of delta, memory, the state's norm "
-                  "and the implied attention, and heat maps of them")
-      ->required();
-  sub->callback([f] { run_inspect(*f); });
-}
+  void run() {
+    open();
+    if (layer >= config.n_layer)
+      fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", layer);
+    const std::vector<Token> ids = tokenizer().encode_prompt(read_prompt(prompt));
+    check_ids(ids, config.vocab_size, "--prompt");
+    const Index channels = config.version == 1 ? config.d_inner : config.n_heads;
+    const Index L = ids.size();
+    const auto most = static_cast<Index>(std::sqrt((1 << 28) / channels));
+    if (L > most)
+      fail("--prompt: expected at most ", most, " tokens, so that the ", channels,
+           " matrices of the layer stay below 1 GiB, found ", L);
+    const std::string to = make_folder(out);
+    for (const std::string name : {"attention", "delta", "memory"})
+      check_writable(to + name + ".png");
+    forget_layers_above();
+    write(load_model<ssm::Model<float>>(checkpoint, config), ids, channels, to);
+  }
+  /// They do not matter to this layer.
+  void forget_layers_above() {
+    std::map<std::string, Tensor> kept;
+    for (const auto& [name, tensor] : checkpoint.tensors) {
+      const std::size_t at = name.find("layers.");
+      if (at == std::string::npos || std::atoll(&name[at + 7]) <= layer) kept[name] = tensor;
+    }
+    checkpoint.tensors = kept;
+    config.n_layer = layer + 1;
+  }
+  void write(const ssm::Model<float>& model, const std::vector<Token>& ids, Index channels,
+             const std::string& to) const {
+    const Index L = ids.size();
+    AtomicFile file(to + "attention.safetensors");
+    Matrix<float> mean = Matrix<float>::Zero(L, L), like_x(L, config.d_inner);
+    const Tensor all{"M", DType::F32, {channels, L, L}, nullptr, nullptr};
+    write_safetensors_header(
+        file, {all, view("attention", mean), view("x", like_x), view("y", like_x)}, {});
+    const auto take = [&](Index c, const Matrix<float>& M) {
+      file.write(view("M", M).bytes());
+      mean += M.cwiseAbs() / channels;
+      show_progress(c + 1, channels);
+    };
+    const Inspection seen = inspect(model, ids, layer, engine_options.delta_ratio, take);
+    for (const Tensor& m : {view("attention", mean), view("x", seen.x), view("y", seen.y)})
+      file.write(m.bytes());
+    file.commit();
+    write_safetensors(to + "delta.safetensors",
+                      {view("delta", seen.delta), tensor_view("ids", {L}, ids.data())});
+    write_safetensors(to + "memory.safetensors", {view("memory", seen.memory)});
+    write_safetensors(to + "state_norm.safetensors",
+                      {tensor_view("state_norm", {L}, seen.state_norm.data())});
+    // All of them span decades. Of the attention four are shown; above the diagonal it is log10(0).
+    const Matrix<float> log_mean = mean.array().log10();
+    write_heat_map(to + "attention.png", log_mean, log_mean.maxCoeff() - 4);
+    write_heat_map(to + "delta.png", seen.delta.transpose().array().log10());
+    write_heat_map(to + "memory.png", seen.memory.array().log10());
+  }
+};
 
 // --- tokenize, info, convert ---
 
-inline void tokenize_command(CLI::App& app) {
-  struct Flags : ModelFlags {
-    bool decode = false;
-  };
-  const auto f = std::make_shared<Flags>();
-  CLI::App* sub = app.add_subcommand("tokenize", "standard input to token ids, line by line");
-  f->add_model(sub);
-  sub->add_flag("--decode", f->decode, "token ids to text");
-  sub->callback([f] {
-    const Tokenizer tokenizer = open_tokenizer(*f);
+struct Tokenize : ModelFolder {
+  bool decode = false;
+
+  void declare(CLI::App* sub) {
+    add_model(sub);
+    sub->add_flag("--decode", decode, "token ids to text");
+  }
+  void run() {
+    tokenizer();
     for (std::string line; std::getline(std::cin, line);) {
       if (!line.empty() && line.back() == '\r') line.pop_back();
-      if (!f->decode) {
-        print_ids(tokenizer.encode(line));
-        continue;
-      }
-      const std::vector<Token> ids = parse_ids(line, "standard input");
-      for (const Token id : ids)
-        if (static_cast<std::size_t>(id) >= tokenizer.vocab_size())
-          fail("standard input: expected token ids below ", tokenizer.vocab_size(), ", found ", id);
-      std::cout << tokenizer.decode(ids) << "\n";
+      const std::vector<Token> ids =
+          decode ? parse_ids(line, "standard input") : tokenizer().encode(line);
+      if (decode && !ids.empty()) check_ids(ids, tokenizer().vocab_size(), "standard input");
+      decode ? void(std::cout << tokenizer().decode(ids) << "\n") : print_ids(ids);
     }
     if (std::cin.bad()) fail("cannot read: standard input");
-  });
-}
-
-inline void run_info(const ModelFlags& f) {
-  ModelFiles files(f);
-  const Config& c = files.config;
-  std::map<std::string, std::size_t> dtypes;
-  std::size_t parameters = 0, bytes = 0;
-  for (const auto& [name, tensor] : files.checkpoint.tensors) {
-    parameters += tensor.size();
-    bytes += tensor.byte_size();
-    dtypes[dtype_name(tensor.dtype)] += tensor.size();
   }
-  const auto row = [](const char* name, const auto&... values) {
-    std::cout << std::left << std::setw(13) << name;
-    (std::cout << ... << values) << "\n";
-  };
-  row("model", c.version == 1 ? "Mamba" : "Mamba-2", ", ", files.checkpoint.where);
-  row("d_model", c.d_model), row("n_layer", c.n_layer), row("vocab_size", c.vocab_size);
-  row("d_inner", c.d_inner), row("d_state", c.d_state), row("d_conv", c.d_conv);
-  if (c.version == 1)
-    row("dt_rank", c.dt_rank);
-  else
-    row("n_heads", c.n_heads), row("head_dim", c.head_dim), row("n_groups", c.n_groups);
-  std::string ends, stored;
-  for (const auto& [id, source] : files.end_tokens())
-    ends += (ends.empty() ? "" : "; ") + std::to_string(id) + " (" + source + ")";
-  row("end tokens", ends.empty() ? "none" : ends);
-  row("head", c.tie_embeddings ? "tied to the embedding" : "its own");
-  row("parameters", parameters), row("bytes", bytes);
-  for (const auto& [name, count] : dtypes)
-    stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
-  row("dtypes", stored);
-  row("state", 4 * c.n_layer * ((c.d_conv - 1) * c.conv_width() + c.d_inner * c.d_state),
-      " bytes a sequence, at any length");
-}
+};
 
-inline void info_command(CLI::App& app) {
-  const auto f = std::make_shared<ModelFlags>();
-  CLI::App* sub = app.add_subcommand("info", "sizes of a model");
-  f->add_model(sub);
-  sub->callback([f] { run_info(*f); });
-}
+struct Info : ModelFolder {
+  void declare(CLI::App* sub) { add_model(sub); }
+  void run() {
+    open();
+    const Config& c = config;
+    const auto row = [](const char* name, const auto&... values) {
+      std::cout << std::left << std::setw(13) << name;
+      (std::cout << ... << values) << "\n";
+    };
+    row("model", c.version == 1 ? "Mamba" : "Mamba-2", ", ", checkpoint.where);
+    row("d_model", c.d_model), row("n_layer", c.n_layer), row("vocab_size", c.vocab_size);
+    row("d_inner", c.d_inner), row("d_state", c.d_state), row("d_conv", c.d_conv);
+    if (c.version == 1)
+      row("dt_rank", c.dt_rank);
+    else
+      row("n_heads", c.n_heads), row("head_dim", c.head_dim), row("n_groups", c.n_groups);
+    std::string ends, stored;
+    for (const auto& [id, source] : end_tokens())
+      ends += (ends.empty() ? "" : "; ") + std::to_string(id) + " (" + source + ")";
+    row("end tokens", ends.empty() ? "none" : ends);
+    row("head", c.tie_embeddings ? "tied to the embedding" : "its own");
+    std::map<std::string, std::size_t> dtypes;
+    std::size_t parameters = 0, bytes = 0;
+    for (const auto& [name, tensor] : checkpoint.tensors) {
+      parameters += tensor.size();
+      bytes += tensor.byte_size();
+      dtypes[dtype_name(tensor.dtype)] += tensor.size();
+    }
+    for (const auto& [name, count] : dtypes)
+      stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
+    row("parameters", parameters), row("bytes", bytes), row("dtypes", stored);
+    row("state", 4 * c.n_layer * c.state_size(), " bytes a sequence, at any length");
+  }
+};
 
 /// Writes the model in the Hugging Face layout, with the small files that belong to it.
-inline void run_convert(const ModelFlags& f, const std::string& folder) {
-  ModelFiles files(f);
-  Config& config = files.config;
-  check_size(files.checkpoint, config);
-  const Tensor* head = files.checkpoint.find("lm_head.weight");
-  config.tie_embeddings =
-      config.tie_embeddings &&
-      (!head || same_values(*head, weight(files.checkpoint, "backbone.embeddings.weight",
-                                          {config.vocab_size, config.d_model}, true)));
-  std::vector<Tensor> tensors;
-  for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
-    Tensor tensor = weight(files.checkpoint, name, shape, config.tie_embeddings);
-    if (f.engine.dtype) tensor = to_dtype(tensor, *f.engine.dtype);
-    tensor.name = name;
-    if (shape[0] == config.vocab_size) tensor.shape[0] = config.vocab_size;  // without the padding
-    tensors.push_back(tensor);
-  });
-  const std::string out = make_folder(folder);
-  write_safetensors(out + "model.safetensors", tensors, {{"format", "pt"}});
-  write_config(folder, config);
-  for (const char* name : {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
-                           "chat_template.json", "special_tokens_map.json"})
-    if (const std::string path = f.folder + "/" + name; std::filesystem::exists(path))
-      write_text(out + name, MappedFile(path).bytes());
-  if (const std::string path = tokenizer_path(f); std::filesystem::exists(path))
-    write_text(out + "tokenizer.json", MappedFile(path).bytes());
-}
+struct Convert : ModelFolder {
+  std::string out;
 
-inline void convert_command(CLI::App& app) {
-  const auto f = std::make_shared<std::pair<ModelFlags, std::string>>();
-  CLI::App* sub = app.add_subcommand("convert", "write a model in the Hugging Face layout");
-  f->first.add_model(sub);
-  f->first.add_dtype(sub);
-  sub->add_option("--out", f->second, "the directory to write")->required();
-  sub->callback([f] { run_convert(f->first, f->second); });
-}
+  void declare(CLI::App* sub) {
+    add_model(sub);
+    add_dtype(sub);
+    sub->add_option("--out", out, "the directory to write")->required();
+  }
+  void run() {
+    open();
+    check_size(checkpoint, config);
+    config.tie_embeddings = is_tied(checkpoint, config);
+    std::vector<Tensor> tensors;
+    for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
+      Tensor tensor = weight(checkpoint, name, shape, config.tie_embeddings);
+      if (engine_options.dtype) tensor = to_dtype(tensor, *engine_options.dtype);
+      tensor.name = name;
+      tensor.shape = shape;  // without the padding
+      tensors.push_back(tensor);
+    });
+    const std::string to = make_folder(out);
+    write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}});
+    write_config(out, config);
+    const auto copy = [&](const std::string& path, const std::string& name) {
+      if (std::filesystem::exists(path)) write_text(to + name, MappedFile(path).bytes());
+    };
+    for (const std::string name :
+         {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+          "chat_template.json", "special_tokens_map.json"})
+      copy(folder + "/" + name, name);
+    copy(tokenizer_path(), "tokenizer.json");
+  }
+};
 
-/// A subcommand: adds itself to the app, with what it does once it was parsed.
-using Command = void (*)(CLI::App&);
+/// Adds a subcommand to the app, which runs it once it was parsed.
+using Command = std::function<void(CLI::App& app)>;
+
+template <class Struct>
+Command command(const char* name, const char* what) {
+  return [=](CLI::App& app) {
+    CLI::App* sub = app.add_subcommand(name, what);
+    const auto flags = std::make_shared<Struct>();
+    flags->declare(sub);
+    sub->callback([flags] { flags->run(); });
+  };
+}
 
 /// The whole of main: `mamba "Once upon a time"` is short for `mamba generate "Once upon a time"`.
 template <class Engine>
@@ -1976,16 +1809,17 @@ int run(int argc, char** argv, const std::vector<Command>& more = {}) {
   CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
   app.require_subcommand(1);
   app.option_defaults()->always_capture_default();  // --help shows them
-  std::vector<Command> commands = {generate_command<Engine>,
-                                   logits_command<Engine>,
-                                   perplexity_command<Engine>,
-                                   score_command<Engine>,
-                                   inspect_command,
-                                   tokenize_command,
-                                   info_command,
-                                   convert_command};
+  std::vector<Command> commands = {
+      command<Generate<Engine>>("generate", "continue a text"),
+      command<Logits<Engine>>("logits", "write the logits of every position"),
+      command<Perplexity<Engine>>("perplexity", "perplexity of a text, against context length"),
+      command<ScoreRequests<Engine>>("score", "how likely continuations and choices are"),
+      command<Inspect>("inspect", "what a layer's scan does with a text"),
+      command<Tokenize>("tokenize", "standard input to token ids, line by line"),
+      command<Info>("info", "sizes of a model"),
+      command<Convert>("convert", "write a model in the Hugging Face layout")};
   commands.insert(commands.end(), more.begin(), more.end());
-  for (const Command declare : commands) declare(app);
+  for (const Command& add : commands) add(app);
   std::vector<std::string> words(argv + 1, argv + argc);
   bool named = words.empty() || words[0] == "-h" || words[0] == "--help";
   for (const CLI::App* sub : app.get_subcommands({})) named = named || words[0] == sub->get_name();
@@ -1996,13 +1830,12 @@ int run(int argc, char** argv, const std::vector<Command>& more = {}) {
     return status;
   };
   try {
-    try {
-      app.parse(words);
-    } catch (const CLI::CallForHelp& help) {
-      app.exit(help);
-    }
+    app.parse(words);
     if (!std::cout.flush()) fail("cannot write to standard output");
     return 0;
+  } catch (const CLI::CallForHelp& help) {
+    app.exit(help);
+    return std::cout.flush() ? 0 : say("cannot write to standard output", 1);
   } catch (const CLI::ParseError& error) {
     return say(std::string(error.what()) + "; --help shows the usage", 2);
   } catch (const UsageError& error) {
@@ -2010,7 +1843,7 @@ int run(int argc, char** argv, const std::vector<Command>& more = {}) {
   } catch (const std::bad_alloc&) {
     return say("out of memory", 1);
   } catch (const std::length_error&) {
-    return say("out of memory: more was asked for than there can be", 1);
+    return say("out of memory", 1);
   } catch (const std::exception& error) {
     return say(error.what(), 1);
   }

@@ -531,7 +531,9 @@ TEST_CASE("weights: a model is found under every name that people's files have f
        {renamed([](const std::string& name) { return "_orig_mod.module." + name; }),
         renamed([&](const std::string& name) { return "model." + after(name, "backbone."); }),
         renamed([&](const std::string& name) { return after(name, "backbone."); }),
-        renamed([&](const std::string& name) { return original_name(name).substr(9); }),
+        renamed([&](const std::string& name) {  // the original package's own
+          return name == embedding ? "embedding.weight" : after(name, "backbone.");
+        }),
         renamed([&](const std::string& name) {  // the head alone stands for the tied pair
           return name == embedding ? "module.lm_head.weight" : name;
         })}) {
