@@ -2242,15 +2242,10 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 // batch.
 
 constexpr int kSsdStepThreads = 256;
-// Rows of a block, kHeld of them held by each lane: few, so that one sequence fills the GPU, or, for
-// many sequences, so many that a block reads B and C once for a whole head.
-template <int kHeld>
-constexpr int kSsdStepRows = kHeld* kSsdStepThreads / 32;
-constexpr int kSsdFewHeld = 2, kSsdManyHeld = 8;
+constexpr int kSsdHeld = 2;  // rows that a lane holds at once
+constexpr int kSsdStepRows = kSsdHeld * kSsdStepThreads / 32;
 
-inline int ssd_step_blocks(int64_t head_dim) {  // of a head, for few sequences
-  return int(ceil_div(head_dim, kSsdStepRows<kSsdFewHeld>));
-}
+inline int ssd_step_blocks(int64_t head_dim) { return int(ceil_div(head_dim, kSsdStepRows)); }
 
 // What decode asks for in place of a.out: the gated output in float, and what its norm needs.
 template <class T>
@@ -2273,21 +2268,21 @@ __device__ inline void store_block_sum(float v, float* to) {
   *to = v;
 }
 
-template <int kHeld, class T>
+template <class T>
 __global__ void __launch_bounds__(kSsdStepThreads)
     ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
   const int P = a.head_dim, N = a.d_state, blocks = gridDim.x / a.n_heads;
   const int b = blockIdx.y, head = blockIdx.x / blocks, group = head / (a.n_heads / a.n_groups);
-  const int p0 = blockIdx.x % blocks * kSsdStepRows<kHeld>, rows = min(kSsdStepRows<kHeld>, P - p0);
+  const int p0 = blockIdx.x % blocks * kSsdStepRows, rows = min(kSsdStepRows, P - p0);
   const int lane = threadIdx.x % lanes;
   const auto p_of = [&](int i) { return int(threadIdx.x) / lanes + i * (int(blockDim.x) / lanes); };
   const int64_t channel = int64_t{head} * P + p0, row = int64_t{b} * a.n_heads * P + channel;
   const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
   const bool done = a.done && a.done[b];
-  float h[kHeld][4];
+  float h[kSsdHeld][4];
   const auto load_h = [&](int n) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kSsdHeld; ++i) {
       const int p = p_of(i);
       unpack(load<4>(a.h0 + (row + p) * N + n, a.h0 && p < rows && n < N), h[i]);
     }
@@ -2299,9 +2294,9 @@ __global__ void __launch_bounds__(kSsdStepThreads)
 
   const T* B = a.B + b * a.B_stride + group * N;
   const T* C = a.C + b * a.C_stride + group * N;
-  float y[kHeld] = {}, x[kHeld], z[kHeld];
+  float y[kSsdHeld] = {}, x[kSsdHeld], z[kSsdHeld];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kSsdHeld; ++i) {
     const int p = p_of(i);
     x[i] = p < rows ? to_float(a.x[b * a.x_stride + channel + p]) : 0.f;
     z[i] = gate.z && p < rows ? to_float(gate.z[b * gate.z_stride + channel + p]) : 0.f;
@@ -2313,7 +2308,7 @@ __global__ void __launch_bounds__(kSsdStepThreads)
     float B_n[4], C_n[4];
     unpack(load<4>(B + n, true), B_n), unpack(load<4>(C + n, true), C_n);
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
+    for (int i = 0; i < kSsdHeld; ++i) {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         h[i][k] = fmaf(decay, h[i][k], delta * B_n[k] * x[i]);
@@ -2325,7 +2320,7 @@ __global__ void __launch_bounds__(kSsdStepThreads)
   }
   float squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
+  for (int i = 0; i < kSsdHeld; ++i) {
     const int p = p_of(i);
     for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
     if (lane != 0 || p >= rows) continue;
@@ -2477,8 +2472,8 @@ inline int ssd_step_lanes(int d_state) {
   return lanes;
 }
 template <class T>
-dim3 ssd_step_grid(const SsdArgs<T>& a, int rows_of_a_block) {
-  return dim3(unsigned(a.n_heads * ceil_div(a.head_dim, rows_of_a_block)), unsigned(a.batch));
+dim3 ssd_step_grid(const SsdArgs<T>& a) {
+  return dim3(unsigned(a.n_heads * ssd_step_blocks(a.head_dim)), unsigned(a.batch));
 }
 
 template <class T>
@@ -2487,18 +2482,16 @@ void ssd_step(const SsdArgs<T>& a, cudaStream_t stream) {
   if (a.d_state % 4 || !aligned4(a.B, a.B_stride) || !aligned4(a.C, a.C_stride))
     return ssd_naive(a, stream);
   // not launched early: the kernel before may be the step before, whose state is read at once
-  const bool many = a.batch * a.n_heads >= 4 * multiprocessors();
-  const auto kernel = many ? ssd_step_kernel<kSsdManyHeld, T> : ssd_step_kernel<kSsdFewHeld, T>;
-  const dim3 grid = ssd_step_grid(a, many ? kSsdStepRows<kSsdManyHeld> : kSsdStepRows<kSsdFewHeld>);
-  kernel<<<grid, kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{}, ssd_step_lanes(a.d_state));
+  ssd_step_kernel<<<ssd_step_grid(a), kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{},
+                                                                    ssd_step_lanes(a.d_state));
   CUDA_CHECK(cudaGetLastError());
 }
 
 // The same with the gate, launched early: the kernel before must not be a step of the same state.
 template <class T>
 void ssd_gated_step(const SsdArgs<T>& a, const SsdGate<T>& gate, cudaStream_t stream) {
-  launch_early(ssd_step_kernel<kSsdFewHeld, T>, ssd_step_grid(a, kSsdStepRows<kSsdFewHeld>),
-               kSsdStepThreads, 0, stream, a, gate, ssd_step_lanes(a.d_state));
+  launch_early(ssd_step_kernel<T>, ssd_step_grid(a), kSsdStepThreads, 0, stream, a, gate,
+               ssd_step_lanes(a.d_state));
 }
 
 // ---------------------------------------------------------------------------------------
@@ -3504,7 +3497,7 @@ inline void assign(const Tensor& A_log, std::optional<DType> storage, DeviceStat
 
 // Calls f with a null pointer to the type of the weights.
 template <class Function>
-void with_type(DType dtype, const Function& f) {
+void with_weight_type(DType dtype, const Function& f) {
   switch (dtype) {
     case DType::F32:
       return f(static_cast<float*>(nullptr));
@@ -4053,7 +4046,7 @@ void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) 
 
 inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L) {
   logits_.grow(static_cast<size_t>(config_.vocab_size));
-  with_type(dtype_, [&](auto* type) {
+  with_weight_type(dtype_, [&](auto* type) {
     prefill_as<std::remove_pointer_t<decltype(type)>>(state, ids, L, 0);
   });
   return download_logits(std::min<Index>(L, 1));
@@ -4062,7 +4055,7 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
 inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
   logits_.grow(static_cast<size_t>(std::min(L, kRows) * config_.vocab_size));
-  with_type(dtype_, [&](auto* type) {
+  with_weight_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (Index t = 0; t < L; t += kPiece) {
       const Index count = std::min(kPiece, L - t);
@@ -4197,7 +4190,7 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
                                  const GenerateOptions& options, const OnToken& on_token) {
   check(options.sampler);
   if (sequences.empty()) return;
-  with_type(dtype_, [&](auto* type) {
+  with_weight_type(dtype_, [&](auto* type) {
     generate_as<std::remove_pointer_t<decltype(type)>>(sequences, options, on_token);
   });
 }

@@ -34,7 +34,7 @@ inline DeviceModel random_model(const Config& config, DType dtype) {
     if constexpr (std::is_same_v<std::remove_reference_t<decltype(to)>, DeviceMatrix>) {
       to.rows = shape[0], to.cols = shape[1];
       to.bytes = DeviceBuffer<std::byte>(static_cast<size_t>(size) * dtype_size(dtype));
-      with_type(dtype, [&](auto* type) {
+      with_weight_type(dtype, [&](auto* type) {
         fill_random(reinterpret_cast<decltype(type)>(to.bytes.data()), size,
                     std::sqrt(3.f / float(shape[1])), 0.f, ++seed);
       });
