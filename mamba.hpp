@@ -1598,9 +1598,11 @@ struct ScoreRequests : ModelFolder {
     Engine engine(checkpoint, config, engine_options);
     std::vector<Likelihood> found;
     for (const Request& request : requests) {
-      const auto& [logprob, greedy] = found.emplace_back(likelihood(engine, request));
-      const nlohmann::ordered_json answer = {
-          {"logprob", logprob}, {"tokens", request.continuation.size()}, {"greedy", greedy}};
+      const Likelihood one = likelihood(engine, request);
+      found.push_back(one);
+      const nlohmann::ordered_json answer = {{"logprob", one.logprob},
+                                             {"tokens", request.continuation.size()},
+                                             {"greedy", one.greedy}};
       out ? out->write(answer.dump() + "\n") : void(std::cout << answer << std::endl);
       show_progress(found.size(), requests.size());
     }
