@@ -50,14 +50,14 @@ def check(text, folder, fix):
 
 
 def main():
-    failed = False
+    failed, fix = False, "--fix" in sys.argv[1:]
     for page in ("README.md", "tests/README.md"):
         with open(page, encoding="utf-8") as f:
             text = f.read()
-        mended, links, wrong = check(text, os.path.dirname(page), "--fix" in sys.argv[1:])
+        mended, links, wrong = check(text, os.path.dirname(page), fix)
         for line in wrong:
             print(f"{page}: {line}")
-        if mended != text:
+        if fix and mended != text:
             with open(page, "w", encoding="utf-8") as f:
                 f.write(mended)
         print(f"{page}: {links} links to lines, {len(wrong)} wrong")
