@@ -285,6 +285,23 @@ __device__ inline float silu(float x) {
   return x * reciprocal_approx(1.f + exp2_approx(-kLog2e * x));
 }
 
+template <class V>
+__device__ inline V warp_sum(V v) {
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+  return v;
+}
+// The sum over a block of kThreads threads, the same bits in all of them.
+template <int kThreads>
+__device__ inline float block_sum(float v) {
+  __shared__ float of_warp[kThreads / 32];
+  v = warp_sum(v);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+  __syncthreads();  // the warps' sums are written before they are added
+  v = of_warp[0];
+  for (int i = 1; i < kThreads / 32; ++i) v += of_warp[i];
+  return v;
+}
+
 // Sequences lie one behind another as rows of the same matrices: sequence b owns the rows
 // b L .. (b + 1) L, or, if their lengths differ, cu_seqlens[b] .. cu_seqlens[b + 1].
 struct Rows {
@@ -1381,7 +1398,7 @@ __global__ void __launch_bounds__(128) ssd_naive_kernel(SsdArgs<T> a) {
       h[i] = decay * h[i] + delta * x * B;
       y += h[i] * C;
     }
-    for (int d = 16; d > 0; d /= 2) y += __shfl_xor_sync(~0u, y, d);
+    y = warp_sum(y);
     if (lane == 0) a.out[t * a.out_stride + channel] = from_float<T>(y + D * x);
   }
   for (int i = 0; i < kSsdNaiveStates; ++i) {
@@ -2256,18 +2273,6 @@ struct SsdGate {
   float* squares = nullptr;  // (batch, n_heads * ssd_step_blocks): sums of their squares, or null
 };
 
-// The sum of v over the block goes to *to.
-__device__ inline void store_block_sum(float v, float* to) {
-  __shared__ float of_warp[kSsdStepThreads / 32];
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
-  __syncthreads();  // the warps' sums are written before they are added
-  if (threadIdx.x > 0) return;
-  v = 0.f;
-  for (const float sum : of_warp) v += sum;
-  *to = v;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kSsdStepThreads)
     ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
@@ -2331,7 +2336,9 @@ __global__ void __launch_bounds__(kSsdStepThreads)
     else
       a.out[b * a.out_stride + channel + p] = from_float<T>(out);
   }
-  if (gate.squares) store_block_sum(squares, gate.squares + int64_t{b} * gridDim.x + blockIdx.x);
+  if (!gate.squares) return;
+  squares = block_sum<kSsdStepThreads>(squares);
+  if (threadIdx.x == 0) gate.squares[int64_t{b} * gridDim.x + blockIdx.x] = squares;
 }
 
 // --- launchers
@@ -2505,17 +2512,6 @@ void ssd_gated_step(const SsdArgs<T>& a, const SsdGate<T>& gate, cudaStream_t st
 
 constexpr int kNormThreads = 256;
 
-// Sum over the block, the same bits in every thread on every run.
-__device__ inline float block_sum(float v) {
-  __shared__ float partial[kNormThreads / 32];
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
-  __syncthreads();  // the partial sums before their reads
-  v = partial[0];
-  for (int i = 1; i < kNormThreads / 32; ++i) v += partial[i];
-  return v;
-}
-
 __device__ inline float sum_of_squares(const float (&v)[4]) {
   return v[0] * v[0] + v[1] * v[1] + v[2] * v[2] + v[3] * v[3];
 }
@@ -2554,7 +2550,7 @@ __global__ void __launch_bounds__(kNormThreads)
     store(row_values + i, pack<float>(v));
     sum += sum_of_squares(v);
   }
-  const float scale = rsqrtf(block_sum(sum) / d + eps);
+  const float scale = rsqrtf(block_sum<kNormThreads>(sum) / d + eps);
   scale_row(out + row * out_stride, row_values, weight, d, scale);
 }
 
@@ -2573,7 +2569,7 @@ __global__ void __launch_bounds__(kNormThreads)
     store(row_values + i, pack<float>(v));
     sum += sum_of_squares(v);
   }
-  const float scale = rsqrtf(block_sum(sum) / group_size + eps);
+  const float scale = rsqrtf(block_sum<kNormThreads>(sum) / group_size + eps);
   scale_row(out + row * out_stride + first, row_values, weight + first, group_size, scale);
 }
 
@@ -2686,7 +2682,7 @@ __device__ inline void scales_of_groups(const NormStep& norm, int batch, int64_t
   for (int i = threadIdx.x / 32; i < batch * norm.n_groups; i += blockDim.x / 32) {
     float sum = 0.f;
     for (int s = lane; s < norm.slots; s += 32) sum += norm.squares[i * norm.slots + s];
-    for (int d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+    sum = warp_sum(sum);
     if (lane == 0) scales[i] = rsqrtf(sum * norm.n_groups / cols + norm.eps);
   }
   __syncthreads();  // scales are written before anybody reads them
@@ -2858,12 +2854,12 @@ __device__ inline float2 add_up(float (&sum)[kSums], float (&squares)[kBatch], i
   float mine = 0.f, my_squares = 0.f;
 #pragma unroll
   for (int i = 0; i < kSums; ++i) {
-    for (int d = 16; d > 0; d /= 2) sum[i] += __shfl_xor_sync(~0u, sum[i], d);
+    sum[i] = warp_sum(sum[i]);
     if (lane == i) mine = sum[i];
   }
 #pragma unroll
   for (int b = 0; b < kBatch && kSquares; ++b) {
-    for (int d = 16; d > 0; d /= 2) squares[b] += __shfl_xor_sync(~0u, squares[b], d);
+    squares[b] = warp_sum(squares[b]);
     if (lane % kBatch == b) my_squares = squares[b];
   }
   if (split == 1) return {mine, my_squares};
@@ -3112,9 +3108,9 @@ __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
   return s < 0 ? s * a.penalty : s / a.penalty;
 }
 
-// An unsigned integer in the order of (b, score): the sequence, and below it the score's bits, turned so
-// that they sort as integers. Without a penalty a score is a float; with one, the 56 upper bits of a
-// double (scores that agree in them, 44 bits of the fraction, count as equal).
+// An unsigned integer in the order of (b, score): the sequence, and below it the score's bits,
+// turned so that they sort as integers. Without a penalty a score is a float; with one, the 56 upper
+// bits of a double (scores that agree in them, 44 bits of the fraction, count as equal).
 __host__ __device__ inline int score_bits(const SampleArgs& a) { return a.seen ? 56 : 32; }
 __device__ inline uint64_t sort_key(const SampleArgs& a, int64_t b, double score) {
   if (!a.seen) {
@@ -3133,11 +3129,6 @@ inline void sort_by_score(const SampleArgs& a, void* room, size_t& bytes, cudaSt
                                              a.sorted_ids, a.batch * a.vocab_size, 0, end, stream));
 }
 
-template <class V>
-__device__ inline V warp_sum(V v) {
-  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-  return v;
-}
 __device__ inline Best warp_best(Best best) {
   for (int d = 16; d > 0; d /= 2) {
     const double score = __shfl_xor_sync(~0u, best.score, d);
