@@ -136,12 +136,12 @@ std::string shape_of(std::initializer_list<std::pair<const char*, int64_t>> size
   return text;
 }
 
-struct Shape {
+struct Sizes {
   int64_t batch, width, L;
 };
 
 template <class T>
-void bench_conv(Bench& bench, DType dtype, const Shape& s) {
+void bench_conv(Bench& bench, DType dtype, const Sizes& s) {
   const std::string shape = shape_of({{"batch", s.batch}, {"d", s.width}, {"L", s.L}});
   if (!bench.wants(shape)) return;
   constexpr int64_t kWidth = 4;
@@ -171,7 +171,7 @@ void bench_conv(Bench& bench, DType dtype, const Shape& s) {
 }
 
 template <class T>
-void bench_scan(Bench& bench, DType dtype, const Shape& s) {
+void bench_scan(Bench& bench, DType dtype, const Sizes& s) {
   const std::string shape = shape_of({{"batch", s.batch}, {"d_inner", s.width}, {"L", s.L}});
   if (!bench.wants(shape)) return;
   const int64_t d = s.width, N = 16, rows = s.batch * s.L;
@@ -210,7 +210,7 @@ void bench_scan(Bench& bench, DType dtype, const Shape& s) {
 }
 
 template <class T>
-void bench_ssd(Bench& bench, DType dtype, const Shape& s) {
+void bench_ssd(Bench& bench, DType dtype, const Sizes& s) {
   const std::string shape = shape_of({{"batch", s.batch}, {"L", s.L}, {"heads", s.width}});
   if (!bench.wants(shape)) return;
   const int64_t H = s.width, P = 64, N = 128, d = H * P, rows = s.batch * s.L;
@@ -251,7 +251,7 @@ void bench_ssd(Bench& bench, DType dtype, const Shape& s) {
 }
 
 template <class T>
-void bench_norms(Bench& bench, DType dtype, const Shape& s, bool gated) {
+void bench_norms(Bench& bench, DType dtype, const Sizes& s, bool gated) {
   const std::string shape = shape_of({{"rows", s.batch * s.L}, {"d", s.width}});
   if (!bench.wants(shape)) return;
   const int64_t d = s.width, rows = s.batch * s.L;
@@ -384,14 +384,14 @@ void bench_models(const Bench& bench, bool decode, bool prefill) {
   }
 }
 
-constexpr Shape kScanShapes[] = {{1, 1536, 2048}, {8, 1536, 2048},  {1, 5120, 2048},
+constexpr Sizes kScanShapes[] = {{1, 1536, 2048}, {8, 1536, 2048},  {1, 5120, 2048},
                                  {8, 5120, 2048}, {1, 5120, 16384}, {1, 1536, 65536},
                                  {1, 5120, 65536}};
-constexpr Shape kConvShapes[] = {{1, 1536, 2048}, {1, 5120, 2048},  {8, 1536, 2048},
+constexpr Sizes kConvShapes[] = {{1, 1536, 2048}, {1, 5120, 2048},  {8, 1536, 2048},
                                  {8, 5120, 2048}, {1, 5120, 16384}, {1, 1536, 65536}};
-constexpr Shape kSsdShapes[] = {{8, 24, 2048},  {1, 80, 2048},   {8, 80, 2048},
+constexpr Sizes kSsdShapes[] = {{8, 24, 2048},  {1, 80, 2048},   {8, 80, 2048},
                                 {1, 128, 2048}, {1, 128, 16384}, {1, 128, 65536}};
-constexpr Shape kNormShapes[] = {{1, 768, 2048}, {1, 5120, 2048}, {8, 5120, 2048}};
+constexpr Sizes kNormShapes[] = {{1, 768, 2048}, {1, 5120, 2048}, {8, 5120, 2048}};
 
 void run_bench(const Flags& flags) {
   using bf16 = __nv_bfloat16;
@@ -408,16 +408,16 @@ void run_bench(const Flags& flags) {
                                       std::pair("f32", matmul_peak<float>(bench.queue()))})
       std::cout << Json{{"op", "matmul"}, {"dtype", dtype}, {"TFLOP/s", peak / 1e12}} << std::endl;
   if (asked("selective_scan"))
-    for (const Shape& s : kScanShapes)
+    for (const Sizes& s : kScanShapes)
       bench_scan<bf16>(bench, DType::BF16, s), bench_scan<float>(bench, DType::F32, s);
   if (asked("causal_conv1d"))
-    for (const Shape& s : kConvShapes)
+    for (const Sizes& s : kConvShapes)
       bench_conv<bf16>(bench, DType::BF16, s), bench_conv<float>(bench, DType::F32, s);
   if (asked("ssd"))
-    for (const Shape& s : kSsdShapes) bench_ssd<bf16>(bench, DType::BF16, s);
+    for (const Sizes& s : kSsdShapes) bench_ssd<bf16>(bench, DType::BF16, s);
   for (const bool gated : {false, true})
     if (asked(gated ? "gated_rms_norm" : "rms_norm"))
-      for (const Shape& s : kNormShapes) bench_norms<bf16>(bench, DType::BF16, s, gated);
+      for (const Sizes& s : kNormShapes) bench_norms<bf16>(bench, DType::BF16, s, gated);
   if (asked("sampler"))
     for (const int64_t batch : {1, 64}) bench_sampler(bench, batch);
   bench_models(bench, asked("decode"), asked("prefill"));
