@@ -24,7 +24,7 @@ run: mamba       ## install what is missing, build, and tell a story from the sh
 	./mamba "Once upon a time"
 
 test: mamba build/tests  ## the same, then all tests that this machine can run
-	python3 tests/check_readme.py
+	python3 tests/check_readme.py --names
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
 	python3 tests/test_outputs.py ./mamba
