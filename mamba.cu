@@ -2253,16 +2253,18 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 
 // --- step: one token for every sequence of a batch (a.L = 1). The state is most of what a step
 // moves: it is requested before the wait for the kernel before (which cannot change it) and read
-// and written exactly once. A block owns kSsdStepRows rows of one head; a row of h is
-// spread over `lanes` lanes (a power of two), four neighbouring states each. a.h0 is the state
-// before, a.hT after; they are normally the same buffer. Grid: x = heads, blocks of rows; y =
-// batch.
+// and written exactly once. A row of h is spread over `lanes` lanes (a power of two), four
+// neighbouring states each; a lane holds kSsdHeld rows at once. a.h0 is the state before, a.hT after;
+// they are normally the same buffer. Grid: x = heads, pieces of their rows; y = batch. Pieces are
+// as small as can be where few sequences must fill the GPU, else whole heads.
 
 constexpr int kSsdStepThreads = 256;
-constexpr int kSsdHeld = 2;  // rows that a lane holds at once
-constexpr int kSsdStepRows = kSsdHeld * kSsdStepThreads / 32;
+constexpr int kSsdHeld = 2;                                    // rows that a lane holds at once
+constexpr int kSsdStepRows = kSsdHeld * kSsdStepThreads / 32;  // that a block holds at once
 
-inline int ssd_step_blocks(int64_t head_dim) { return int(ceil_div(head_dim, kSsdStepRows)); }
+inline int ssd_step_blocks(int64_t head_dim) {  // of a head, for few sequences
+  return int(ceil_div(head_dim, kSsdStepRows));
+}
 
 // What decode asks for in place of a.out: the gated output in float, and what its norm needs.
 template <class T>
@@ -2273,38 +2275,32 @@ struct SsdGate {
   float* squares = nullptr;  // (batch, n_heads * ssd_step_blocks): sums of their squares, or null
 };
 
-template <class T>
-__global__ void __launch_bounds__(kSsdStepThreads)
-    ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
-  const int P = a.head_dim, N = a.d_state, blocks = gridDim.x / a.n_heads;
-  const int b = blockIdx.y, head = blockIdx.x / blocks, group = head / (a.n_heads / a.n_groups);
-  const int p0 = blockIdx.x % blocks * kSsdStepRows, rows = min(kSsdStepRows, P - p0);
-  const int lane = threadIdx.x % lanes;
-  const auto p_of = [&](int i) { return int(threadIdx.x) / lanes + i * (int(blockDim.x) / lanes); };
-  const int64_t channel = int64_t{head} * P + p0, row = int64_t{b} * a.n_heads * P + channel;
-  const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
-  const bool done = a.done && a.done[b];
+// Rows p0 .. of one head of sequence b, as many as a block holds: reads their states, and, once
+// begin() returns true, advances them. Returns this thread's part of the squares of the gated y.
+template <class T, class Begin>
+__device__ inline float ssd_step_rows(const SsdArgs<T>& a, const SsdGate<T>& gate, int lanes, int b,
+                                      int head, int p0, int end, const Begin& begin) {
+  const int P = a.head_dim, N = a.d_state, group = head / (a.n_heads / a.n_groups);
+  const int lane = threadIdx.x % lanes, step = int(blockDim.x) / lanes;
+  const auto p_of = [&](int i) { return p0 + int(threadIdx.x) / lanes + i * step; };
+  const int64_t channel = int64_t{head} * P, row = int64_t{b} * a.n_heads * P + channel;
   float h[kSsdHeld][4];
   const auto load_h = [&](int n) {
 #pragma unroll
-    for (int i = 0; i < kSsdHeld; ++i) {
-      const int p = p_of(i);
-      unpack(load<4>(a.h0 + (row + p) * N + n, a.h0 && p < rows && n < N), h[i]);
-    }
+    for (int i = 0; i < kSsdHeld; ++i)
+      unpack(load<4>(a.h0 + (row + p_of(i)) * N + n, a.h0 && p_of(i) < end && n < N), h[i]);
   };
+  const float A = a.A[head], D = a.D ? a.D[head] : 0.f, dt_bias = a.dt_bias ? a.dt_bias[head] : 0.f;
   load_h(4 * lane);
-  launch_next();
-  wait_for_previous();
-  if (done) return;
+  if (!begin()) return 0.f;
 
   const T* B = a.B + b * a.B_stride + group * N;
   const T* C = a.C + b * a.C_stride + group * N;
-  float y[kSsdHeld] = {}, x[kSsdHeld], z[kSsdHeld];
+  float y[kSsdHeld] = {}, x[kSsdHeld] = {}, z[kSsdHeld] = {};
 #pragma unroll
   for (int i = 0; i < kSsdHeld; ++i) {
-    const int p = p_of(i);
-    x[i] = p < rows ? to_float(a.x[b * a.x_stride + channel + p]) : 0.f;
-    z[i] = gate.z && p < rows ? to_float(gate.z[b * gate.z_stride + channel + p]) : 0.f;
+    if (p_of(i) < end) x[i] = to_float(a.x[b * a.x_stride + channel + p_of(i)]);
+    if (gate.z && p_of(i) < end) z[i] = to_float(gate.z[b * gate.z_stride + channel + p_of(i)]);
   }
   const float delta = ssd_delta(a, to_float(a.dt[b * a.dt_stride + head]) + dt_bias);
   const float decay = exp2_approx(delta * (kLog2e * A));
@@ -2319,22 +2315,40 @@ __global__ void __launch_bounds__(kSsdStepThreads)
         h[i][k] = fmaf(decay, h[i][k], delta * B_n[k] * x[i]);
         y[i] = fmaf(C_n[k], h[i][k], y[i]);
       }
-      const int p = p_of(i);
-      if (a.hT && p < rows) store(a.hT + (row + p) * N + n, pack<float>(h[i]));
+      if (a.hT && p_of(i) < end) store(a.hT + (row + p_of(i)) * N + n, pack<float>(h[i]));
     }
   }
   float squares = 0.f;
 #pragma unroll
   for (int i = 0; i < kSsdHeld; ++i) {
-    const int p = p_of(i);
     for (int d = lanes / 2; d > 0; d /= 2) y[i] += __shfl_xor_sync(~0u, y[i], d);
-    if (lane != 0 || p >= rows) continue;
-    const float out = fmaf(D, x[i], y[i]), gated = out * silu(z[i]);
-    squares = fmaf(gated, gated, squares);
-    if (gate.gated)
-      gate.gated[row + p] = gated;
-    else
-      a.out[b * a.out_stride + channel + p] = from_float<T>(out);
+    if (lane != 0 || p_of(i) >= end) continue;
+    const float out = fmaf(D, x[i], y[i]);
+    if (gate.gated) {
+      const float gated = out * silu(z[i]);
+      squares = fmaf(gated, gated, squares);
+      gate.gated[row + p_of(i)] = gated;
+    } else {
+      a.out[b * a.out_stride + channel + p_of(i)] = from_float<T>(out);
+    }
+  }
+  return squares;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSsdStepThreads)
+    ssd_step_kernel(SsdArgs<T> a, SsdGate<T> gate, int lanes) {
+  const int pieces = gridDim.x / a.n_heads, rows = ceil_div(a.head_dim, pieces);
+  const int b = blockIdx.y, head = blockIdx.x / pieces;
+  const int first = blockIdx.x % pieces * rows, end = min(a.head_dim, first + rows);
+  const bool done = a.done && a.done[b];
+  float squares = 0.f;
+  for (int p0 = first; p0 < end; p0 += kSsdStepRows) {
+    squares += ssd_step_rows(a, gate, lanes, b, head, p0, end, [&] {
+      if (p0 == first) launch_next(), wait_for_previous();
+      return !done;
+    });
+    if (done) return;
   }
   if (!gate.squares) return;
   squares = block_sum<kSsdStepThreads>(squares);
@@ -2479,8 +2493,8 @@ inline int ssd_step_lanes(int d_state) {
   return lanes;
 }
 template <class T>
-dim3 ssd_step_grid(const SsdArgs<T>& a) {
-  return dim3(unsigned(a.n_heads * ssd_step_blocks(a.head_dim)), unsigned(a.batch));
+dim3 ssd_step_grid(const SsdArgs<T>& a, int pieces) {
+  return dim3(unsigned(a.n_heads * pieces), unsigned(a.batch));
 }
 
 template <class T>
@@ -2489,16 +2503,17 @@ void ssd_step(const SsdArgs<T>& a, cudaStream_t stream) {
   if (a.d_state % 4 || !aligned4(a.B, a.B_stride) || !aligned4(a.C, a.C_stride))
     return ssd_naive(a, stream);
   // not launched early: the kernel before may be the step before, whose state is read at once
-  ssd_step_kernel<<<ssd_step_grid(a), kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{},
-                                                                    ssd_step_lanes(a.d_state));
+  const bool many = a.batch * a.n_heads >= 4 * multiprocessors();
+  const dim3 grid = ssd_step_grid(a, many ? 1 : ssd_step_blocks(a.head_dim));
+  ssd_step_kernel<<<grid, kSsdStepThreads, 0, stream>>>(a, SsdGate<T>{}, ssd_step_lanes(a.d_state));
   CUDA_CHECK(cudaGetLastError());
 }
 
 // The same with the gate, launched early: the kernel before must not be a step of the same state.
 template <class T>
 void ssd_gated_step(const SsdArgs<T>& a, const SsdGate<T>& gate, cudaStream_t stream) {
-  launch_early(ssd_step_kernel<T>, ssd_step_grid(a), kSsdStepThreads, 0, stream, a, gate,
-               ssd_step_lanes(a.d_state));
+  launch_early(ssd_step_kernel<T>, ssd_step_grid(a, ssd_step_blocks(a.head_dim)), kSsdStepThreads,
+               0, stream, a, gate, ssd_step_lanes(a.d_state));
 }
 
 // ---------------------------------------------------------------------------------------
