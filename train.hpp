@@ -477,9 +477,6 @@ inline double learning_rate(const TrainOptions& o, Index step) {
   return o.lr * (0.05 + 0.95 * (1 + std::cos(M_PI * part)) / 2);
 }
 
-struct AdamW {
-  double lr, beta1, beta2, eps, weight_decay;
-};  // moves to the reference
 struct Step {
   Index number = 0, tokens = 0;  // steps taken with this one; targets in it
   double loss = 0, gradient_norm = 0, lr = 0;
@@ -522,7 +519,7 @@ Step train_step(Learner& learner, const Source& source, const TrainOptions& o, I
     fail("train: step ", step.number, ": expected a finite loss and gradient, found ", step.loss,
          " and ", step.gradient_norm, where_not_finite(learner.learned().weights, batches));
   const double scale = o.clip > 0 ? std::min(1.0, o.clip / (step.gradient_norm + 1e-6)) : 1;
-  learner.update({step.lr, o.beta1, o.beta2, o.eps, o.weight_decay}, scale);
+  learner.update(ssm::AdamW{step.lr, o.beta1, o.beta2, o.eps, o.weight_decay}, scale);
   return step;
 }
 
