@@ -81,11 +81,17 @@ ssm::Model<Scalar> computed(const ssm::Model<Scalar>& learned) {
 }
 
 /// A published or saved model as parameters to train on from; padding rows of the vocabulary go.
-inline ssm::Model<float> parameters_of(const Checkpoint& checkpoint, const Config& config) {
-  auto model = load_model<ssm::Model<float>>(checkpoint, config, DType::F32);
-  for (auto& layer : model.layers) layer.A = (-layer.A.array()).log();
+template <class Scalar>
+ssm::Model<Scalar> parameters_of(const Checkpoint& checkpoint, const Config& config) {
+  auto model = load_model<ssm::Model<Scalar>>(checkpoint, config, DType::F32);
   model.embedding.conservativeResize(config.vocab_size, Eigen::NoChange);
   if (!model.tied) model.lm_head.conservativeResize(config.vocab_size, Eigen::NoChange);
+  for (Index l = 0; l < config.n_layer; ++l) {
+    auto& A = model.layers[l].A;  // A_log as the file has it
+    const std::string name = "backbone.layers." + std::to_string(l) + ".mixer.A_log";
+    const auto A_log = values<Scalar>(find_weight(checkpoint, name, false));
+    A = Eigen::Map<const Matrix<Scalar>>(A_log.data(), A.rows(), A.cols());
+  }
   return model;
 }
 
@@ -655,7 +661,7 @@ struct Train : ModelFolder {
       fail_usage("train: expected one of --model, --shape and --config");
     if (!folder.empty()) {
       open();
-      auto weights = parameters_of(checkpoint, config);
+      auto weights = parameters_of<float>(checkpoint, config);
       config.tie_embeddings = weights.tied;
       return {std::move(weights), zeros<float>(config), zeros<float>(config)};
     }
