@@ -417,7 +417,7 @@ class CpuLearner {
     if (options.dtype.value_or(DType::F32) != DType::F32)
       fail("--dtype: the CPU trains in f32 only, found ", dtype_name(*options.dtype));
     threads_ = limit_threads(options.threads);
-    options_.form = cpu_form(config);
+    options_.form = ssm::Form::sequential;  // rounds least
     options_.delta_ratio = Scalar(options.delta_ratio);
     for (auto& part : gradients_) part = ssm::zeros_like(model_);
   }

@@ -171,7 +171,7 @@ TEST_CASE("training: a piece that goes on from a carried state has the whole tex
       parameters_of<double>(read_checkpoint(test::root("tests/golden/mamba1-hf")), config),
       zeros<double>(config), zeros<double>(config)};
   Piece whole;
-  for (Token t = 0; t < 30; ++t) whole.ids.push_back(t * 37 % 500);
+  for (Token t = 0; t < 30; ++t) whole.ids.push_back(t * 37 % config.vocab_size);
   const Piece a{{whole.ids.begin(), whole.ids.begin() + 13}, 1, 0, true},
       b{{whole.ids.begin() + 12, whole.ids.end()}, 1, 0, false};
   CpuLearner<double> learner(config, start, {});
