@@ -39,8 +39,10 @@ def picture(alternative):
     plt.savefig(png, format="png", metadata={"Software": None})
     plt.close("all")
     text = " ".join(alternative.split())
-    display({"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": text}, raw=True,
+    display({"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": "(a picture)"}, raw=True,
             metadata={"image/png": {"alt": text}})
+    page = f"<details><summary>The picture in words</summary>{html.escape(text)}</details>"
+    display({"text/html": page, "text/plain": text}, raw=True)  # few viewers read the alternative text above
 
 
 def show(*names, file="ssm_reference.hpp"):
