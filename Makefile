@@ -27,6 +27,7 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/check_readme.py --names
 	python3 tests/test_fetch.py
 	python3 tests/test_command_line.py ./mamba
+	python3 tests/test_cases.py ./mamba
 	python3 tests/test_outputs.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
@@ -106,6 +107,7 @@ SANITIZE = -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/debug/tests
 	python3 tests/test_command_line.py build/debug/mamba
+	python3 tests/test_cases.py build/debug/mamba
 	python3 tests/test_outputs.py build/debug/mamba
 
 build/debug/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
