@@ -258,7 +258,8 @@ inline Regex file_pattern(const std::string& pattern) {
   static const Regex known(
       R"((?x) \A (?: [^][\\(){}] | \) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2} | \\[dDsSrntAz\W_]
       | \((?!\?|\*) | \(\?(?:[:=!>]|<[=!]|i[:)]) | \{\d+(?:,\d*)?}(?!\+)
-      | \[\^?(?: [^][\\&] | &(?!&) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2} | \\[dDsSrnt\W_] )+] )*+)");
+      | \[\^?(?: [^][\\&] | &(?!&) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2}
+               | \\[dDsSrnt\W_] )+] )*+)");
   static const Replace space = {Regex(R"(\\[^s](*SKIP)(*F)|\\s)"), "\\p{White_Space}"};
   static const Replace other = {Regex(R"(\\[^S](*SKIP)(*F)|\\S)"), "\\P{White_Space}"};
   const std::size_t end = known.find(pattern)->second;

@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -91,7 +92,8 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "expected model_type (Hugging Face) or d_model (original)"},
       {"other model", R"({"model_type": "falcon_mamba"})",
        "model_type: expected mamba or mamba2, found '\"falcon_mamba\"'"},
-      {"model type is a number", R"({"model_type": 2})", "model_type: expected mamba or mamba2, found '2'"},
+      {"model type is a number", R"({"model_type": 2})", 
+       "model_type: expected mamba or mamba2, found '2'"},
       {"other layer", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba3"}})",
        "layer: expected Mamba1 or Mamba2, found '\"Mamba3\"'"},
       {"ssm_cfg is a list", R"({"d_model": 64, "ssm_cfg": [1]})", "ssm_cfg: expected an object"},
@@ -189,9 +191,16 @@ std::string safetensors(const std::string& header, std::size_t bytes) {
   return u64(header.size()) + header + std::string(bytes, '\0');
 }
 
+/// A header of these tensors, each a name, dtype, shape and offsets.
+std::string entries(const std::vector<std::array<std::string, 4>>& tensors) {
+  std::string header;
+  for (const auto& [name, dtype, shape, offsets] : tensors)
+    header += (header.empty() ? "{\"" : ",\"") + name + R"(":{"dtype":")" + dtype +
+              R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
+  return header + "}";
+}
 std::string entry(const std::string& dtype, const std::string& shape, const std::string& offsets) {
-  return R"({"x":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets +
-         "}}";
+  return entries({{"x", dtype, shape, offsets}});
 }
 
 }  // namespace
@@ -216,9 +225,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
       {"deep lists", safetensors("{\"x\":" + std::string(1000000, '['), 0),
        "nested deeper than 64"},
       {"tensor twice",
-       safetensors(
-           R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
-           8),
+       safetensors(entries({{"x", "F32", "[1]", "[0,4]"}, {"x", "F32", "[1]", "[4,8]"}}), 8),
        "'x' appears twice"},
       {"dtype twice",
        safetensors(R"({"x":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}})", 4),
@@ -269,21 +276,15 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
       {"too many bytes for the shape", safetensors(entry("F16", "[2]", "[0,8]"), 8),
        "expected 4 bytes for F16 (2), found 0 to 8"},
       {"overlap",
-       safetensors(
-           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
-           12),
+       safetensors(entries({{"a", "F32", "[2]", "[0,8]"}, {"b", "F32", "[2]", "[4,12]"}}), 12),
        "'b': expected bytes from 8 to at most 12, found 4 to 12"},
       {"two tensors in one place",
-       safetensors(
-           R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
-           4),
+       safetensors(entries({{"a", "F32", "[1]", "[0,4]"}, {"b", "F32", "[1]", "[0,4]"}}), 4),
        "'b': expected bytes from 4 to at most 4, found 0 to 4"},
       {"hole at the start", safetensors(entry("F32", "[1]", "[4,8]"), 8),
        "'x': expected bytes from 0 to at most 8, found 4 to 8"},
       {"hole in the middle",
-       safetensors(
-           R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})",
-           5),
+       safetensors(entries({{"a", "U8", "[2]", "[0,2]"}, {"b", "U8", "[2]", "[3,5]"}}), 5),
        "'b': expected bytes from 2 to at most 5, found 3 to 5"},
       {"bytes left over", safetensors(entry("F32", "[1]", "[0,4]"), 9),
        "expected tensors up to byte 9, found 4"},
@@ -732,9 +733,15 @@ TEST_CASE("random damage: a PyTorch file loads or ends in one line") {
 
 TEST_CASE("random damage: a config loads or ends in one line") {
   const auto seeds = {
-      R"({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 128, "state_size": 16, "time_step_rank": 5, "use_bias": false, "eos_token_id": [0, 1], "expand": 2})"s,
-      R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "time_step_limit": [0.0, {"__float__": "Infinity"}], "layer_norm_epsilon": 1e-05})"s,
-      R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2", "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]}, "attn_layer_idx": []})"s};
+      R"({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 128,
+          "state_size": 16, "time_step_rank": 5, "use_bias": false, "eos_token_id": [0, 1],
+          "expand": 2})"s,
+      R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16,
+          "n_groups": 2, "time_step_limit": [0.0, {"__float__": "Infinity"}],
+          "layer_norm_epsilon": 1e-05})"s,
+      R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2",
+          "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]},
+          "attn_layer_idx": []})"s};
   survive(seeds, "config.json", 3000, [](const std::string& folder) {
     const Config c = read_config(folder);
     REQUIRE((c.d_model > 0 && c.d_inner > 0 && c.d_state > 0 && c.d_conv > 0 && c.n_layer > 0 &&
