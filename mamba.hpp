@@ -457,6 +457,7 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   model.tied = is_tied(checkpoint, config);
   if (model.tied != config.tie_embeddings)
     warn(checkpoint.where + ": lm_head.weight is not the embedding, as config.json has it: used");
+  warn(non_finite(checkpoint));  // looks at every value, and is done before pages are dropped
   std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
     const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
@@ -469,7 +470,6 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
       ignored.push_back(checkpoint.where + ": " + quote(tensor.name) +
                         " is not a weight of this model: ignored");
   warn(ignored);
-  warn(non_finite(checkpoint));
   return model;
 }
 
@@ -1771,13 +1771,12 @@ struct Convert : ModelFolder {
     std::vector<Tensor> tensors;
     for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
       Tensor tensor = weight(checkpoint, name, shape, config.tie_embeddings);
-      if (engine_options.dtype) tensor = to_dtype(tensor, *engine_options.dtype);
       tensor.name = name;
       tensor.shape = shape;  // without the padding
       tensors.push_back(tensor);
     });
     const std::string to = make_folder(out);
-    write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}});
+    write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}}, engine_options.dtype);
     write_config(out, config);
     const auto copy = [&](const std::string& path, const std::string& name) {
       if (std::filesystem::exists(path)) write_text(to + name, MappedFile(path).bytes());
