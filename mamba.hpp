@@ -413,6 +413,7 @@ void assign(const Tensor& tensor, std::optional<DType>, Matrix<Scalar>& matrix) 
   const Index rows = tensor.shape[0];
   matrix.resize(rows, static_cast<Index>(tensor.size()) / rows);
   convert(tensor, matrix.data());
+  drop_pages(tensor);
 }
 
 /// The one place where A = -exp(A_log) is made: A_log may be any number, A is always negative.
@@ -1222,7 +1223,7 @@ struct ModelFolder {
     if (!has_tokenizer())
       fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
            "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
-           "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
+           "--tokenizer, or give and print token ids (--prompt-ids with --ids, --ids-file)");
     const MappedFile file(path);
     if (const std::string what = what_it_is(file.bytes()); !what.empty())
       fail("no tokenizer: ", path, ": found ", what);
