@@ -4201,6 +4201,265 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
   });
 }
 
+// ============================================================================================
+// Inference ends here: what follows is for gradients
+// ============================================================================================
+//
+// A gradient is named after its input, with a d before it, and is of one scalar loss. Gradients of
+// states go in and out like the states do: in comes that of the state after the piece, out goes that
+// of the state before it, so that pieces are walked from the last to the first. Gradients of
+// weights are float and are added to what is there. Sums over rows, channels and sequences have a
+// fixed order: the same bits on every run.
+
+// --- selective scan -----------------------------------------------------------------------------
+//
+//   dy_t     = dout_t silu(z_t)
+//   g_t      = C_t dy_t + u_t,   u_{t-1} = a_t g_t,   a_t = exp(delta_t A)     u_{L-1} = dhT
+//   dx_t     = delta_t (g_t . B_t) + D dy_t
+//   ddelta_t = (x_t (g_t . B_t) + A . (g_t a_t h_{t-1})) slope_t       slope: of softplus, and ratio
+//   dB_t     = sum_d delta_t x_t g_t           dC_t = sum_d dy_t h_t
+//   dz_t     = dout_t y_t silu'(z_t)           dh0  = u_{-1}
+//   dA       = sum_t delta_t g_t a_t h_{t-1}   dD   = sum_t dy_t x_t
+//
+// g_t is the gradient of h_t. The forward pass keeps nothing: the states are computed once more.
+
+template <class T>
+struct ScanBackwardArgs {
+  ScanArgs<T> in;                                        // out and hT are not used
+  const T* dout = nullptr;                               // (batch L, d_inner)
+  const float* dhT = nullptr;                            // (batch, d_inner, d_state) or null
+  T *dx = nullptr, *ddelta = nullptr;                    // (batch L, d_inner)
+  T *dB = nullptr, *dC = nullptr;                        // (batch L, n_groups d_state)
+  T* dz = nullptr;                                       // as z
+  float *dA = nullptr, *dD = nullptr, *dbias = nullptr;  // as A, D, delta_bias; added to
+  float* dh0 = nullptr;  // (batch, d_inner, d_state) or null; may be dhT
+  int64_t dout_stride = 0, dx_stride = 0, ddelta_stride = 0, dB_stride = 0, dC_stride = 0;
+  int64_t dz_stride = 0;
+  int64_t n_rows = 0;  // with cu_seqlens: of all sequences; 0: at most batch L
+};
+
+// 1 / (1 + e^-x): nothing overflows.
+__device__ inline float sigmoid(float x) {
+  const float e = exp2_approx(-kLog2e * fabsf(x)), r = reciprocal_approx(1.f + e);
+  return x < 0.f ? e * r : r;
+}
+
+// What the backward needs of (t, d) alone.
+struct ScanPoint {
+  float x, delta, dy;
+  float slope;  // of delta: by delta_raw
+  float dgate;  // dout silu'(z)
+};
+template <class T>
+__device__ inline ScanPoint scan_point(const ScanArgs<T>& a, float x, float delta_raw, float z,
+                                       float dout) {
+  ScanPoint p{x, delta_raw, dout, 1.f, 0.f};
+  if (a.delta_softplus) p.delta = softplus(delta_raw), p.slope = sigmoid(delta_raw);
+  p.delta *= a.delta_ratio, p.slope *= a.delta_ratio;
+  if (a.z) {
+    const float s = sigmoid(z);
+    p.dy = dout * z * s, p.dgate = dout * s * fmaf(z, 1.f - s, 1.f);
+  }
+  return p;
+}
+
+// What is left to be done at (t, d) when the sums over its states are there: y = C . h,
+// gB = g . B, gh = A . (g a h_{t-1}).
+template <class T>
+__device__ inline void finish_point(const ScanBackwardArgs<T>& a, int64_t t, int64_t d,
+                                    const ScanPoint& p, float D, float y, float gB, float gh,
+                                    float& dD, float& dbias) {
+  const float ddelta = fmaf(p.x, gB, gh) * p.slope;
+  a.dx[t * a.dx_stride + d] = from_float<T>(fmaf(p.delta, gB, D * p.dy));
+  a.ddelta[t * a.ddelta_stride + d] = from_float<T>(ddelta);
+  if (a.in.z) a.dz[t * a.dz_stride + d] = from_float<T>(p.dgate * fmaf(D, p.x, y));
+  dD = fmaf(p.dy, p.x, dD), dbias += ddelta;
+}
+
+// Sums that several blocks contribute to, each to its own place, until all are there and are added
+// up in order. `states` is d_state, or more if places are padded.
+struct ScanParts {
+  int64_t blocks = 0, rows = 0, walks = 0, states = 0;
+  float* BC = nullptr;      // (blocks of channels, rows, {dB, dC}, states)
+  float* A = nullptr;       // (walks, d_inner, states); a walk: a sequence, or a piece of one
+  float* D_bias = nullptr;  // (walks, {dD, dbias}, d_inner)
+
+  int64_t size(int64_t d_inner) const {
+    return 2 * blocks * rows * states + walks * d_inner * (states + 2);
+  }
+  void place(float* at, int64_t d_inner) {
+    BC = at, A = BC + 2 * blocks * rows * states, D_bias = A + walks * d_inner * states;
+  }
+};
+
+template <class T>
+int64_t rows_in_all(const ScanBackwardArgs<T>& a) {
+  return a.in.cu_seqlens && a.n_rows ? a.n_rows : a.in.batch * a.in.L;
+}
+
+// dB and dC from the parts of all blocks of channels of a group, one thread an entry of either.
+template <class T>
+__global__ void selective_scan_backward_sum_BC_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t width = 2 * parts.states, groups = a.in.n_groups, N = a.in.d_state;
+  const int64_t n = i % parts.states, t = i / width / groups, group = i / width % groups;
+  if (t >= (a.in.cu_seqlens ? a.in.cu_seqlens[a.in.batch] : parts.rows) || n >= N) return;
+  const int64_t of_group = parts.blocks / groups;
+  const float* part = parts.BC + (group * of_group * parts.rows + t) * width + i % width;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t k = 0; k < of_group; ++k) sum += part[k * parts.rows * width];
+  const bool of_C = i % width >= parts.states;
+  T* const row = of_C ? a.dC + t * a.dC_stride : a.dB + t * a.dB_stride;
+  row[group * N + n] = from_float<T>(sum);
+}
+
+// Adds the parts of all walks to dA, dD and dbias, one thread an entry of one of them.
+template <class T>
+__global__ void selective_scan_backward_sum_weights_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t d_inner = a.in.d_inner, of_A = d_inner * parts.states;
+  if (i >= of_A + 2 * d_inner) return;
+  const float* part = i < of_A ? parts.A + i : parts.D_bias + (i - of_A);
+  const int64_t step = i < of_A ? of_A : 2 * d_inner, n = i % parts.states;
+  float* to = i < of_A             ? a.dA + i / parts.states * a.in.d_state + n
+              : i < of_A + d_inner ? a.dD + (i - of_A)
+                                   : a.dbias + (i - of_A - d_inner);
+  if (i < of_A ? n >= a.in.d_state : !(i < of_A + d_inner ? a.dD : a.dbias)) return;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t k = 0; k < parts.walks; ++k) sum += part[k * step];
+  *to += sum;
+}
+
+// Per row and channel, for one state after the other: h of every row, and the sums over states.
+struct ScanHistory {
+  float *h, *y, *gB, *gh;  // (rows, d_inner)
+};
+
+// One thread owns one channel. State by state it walks forward, leaving h of every row in memory, and
+// back; at last it walks over all rows to make what is left of the sums over states. A block is a
+// warp: it adds up what its channels, of one group, give to dB and dC.
+template <class T>
+__global__ void __launch_bounds__(32)
+    selective_scan_backward_naive_kernel(ScanBackwardArgs<T> a, ScanHistory of, ScanParts parts) {
+  const ScanArgs<T>& in = a.in;
+  const int64_t N = in.d_state, channels = in.d_inner / in.n_groups, blocks = parts.blocks;
+  const int64_t b = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int64_t group = block / (blocks / in.n_groups);
+  const int64_t c = block % (blocks / in.n_groups) * 32 + threadIdx.x;
+  const bool exists = c < channels;  // others lend a hand in sums
+  const int64_t d = group * channels + (exists ? c : 0), i = b * in.d_inner + d;
+  const Rows rows = rows_of(b, in.L, in.cu_seqlens);
+  const int64_t end = rows.first + rows.count;
+  const float bias = in.delta_bias ? in.delta_bias[d] : 0.f;
+  const auto point = [&](int64_t t) {
+    return scan_point(in, to_float(in.x[t * in.x_stride + d]),
+                      to_float(in.delta[t * in.delta_stride + d]) + bias,
+                      in.z ? to_float(in.z[t * in.z_stride + d]) : 0.f,
+                      exists ? to_float(a.dout[t * a.dout_stride + d]) : 0.f);
+  };
+  for (int64_t n = 0; n < N; ++n) {
+    const T *B = in.B + group * N + n, *C = in.C + group * N + n;
+    const float A = in.A[d * N + n], h0 = in.h0 ? in.h0[i * N + n] : 0.f;
+    float h = h0, dA = 0.f, u = a.dhT && exists ? a.dhT[i * N + n] : 0.f;
+    for (int64_t t = rows.first; t < end && exists; ++t) {
+      const ScanPoint p = point(t);
+      const int64_t at = t * in.d_inner + d;
+      h = expf(p.delta * A) * h + p.delta * p.x * to_float(B[t * in.B_stride]);
+      of.h[at] = h;
+      of.y[at] = (n > 0 ? of.y[at] : 0.f) + to_float(C[t * in.C_stride]) * h;
+    }
+    for (int64_t t = end - 1; t >= rows.first; --t) {
+      const ScanPoint p = point(t);
+      const int64_t at = t * in.d_inner + d;
+      const float B_t = to_float(B[t * in.B_stride]), C_t = to_float(C[t * in.C_stride]);
+      const float before = t > rows.first && exists ? of.h[at - in.d_inner] : h0;
+      const float a_t = expf(p.delta * A), g = C_t * p.dy + u, gah = g * a_t * before;
+      const float dB = warp_sum(g * p.delta * p.x), dC = warp_sum(exists ? p.dy * of.h[at] : 0.f);
+      if (threadIdx.x == 0) {
+        float* const part = parts.BC + (block * parts.rows + t) * 2 * N + n;
+        part[0] = dB, part[N] = dC;
+      }
+      u = a_t * g, dA += p.delta * gah;
+      if (!exists) continue;
+      of.gB[at] = (n > 0 ? of.gB[at] : 0.f) + g * B_t;
+      of.gh[at] = (n > 0 ? of.gh[at] : 0.f) + A * gah;
+    }
+    if (exists) parts.A[i * N + n] = dA;
+    if (exists && a.dh0) a.dh0[i * N + n] = u;
+  }
+  if (!exists) return;
+  float dD = 0.f, dbias = 0.f;
+  for (int64_t t = rows.first; t < end; ++t) {
+    const int64_t at = t * in.d_inner + d;
+    finish_point(a, t, d, point(t), in.D ? in.D[d] : 0.f, of.y[at], of.gB[at], of.gh[at], dD,
+                 dbias);
+  }
+  parts.D_bias[2 * b * in.d_inner + d] = dD;
+  parts.D_bias[(2 * b + 1) * in.d_inner + d] = dbias;
+}
+
+// --- launchers ------------------------------------------------------------------------------
+
+template <class T>
+void selective_scan_backward_sums(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                  cudaStream_t stream) {
+  const int64_t sums = 2 * parts.rows * a.in.n_groups * parts.states;
+  const int64_t weights = a.in.d_inner * (parts.states + 2);
+  if (sums > 0)
+    selective_scan_backward_sum_BC_kernel<<<ceil_div(sums, 128), 128, 0, stream>>>(a, parts);
+  CUDA_CHECK(cudaGetLastError());
+  selective_scan_backward_sum_weights_kernel<<<ceil_div(weights, 128), 128, 0, stream>>>(a, parts);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+ScanParts naive_scan_parts(const ScanBackwardArgs<T>& a) {
+  const int64_t blocks = a.in.n_groups * ceil_div(a.in.d_inner / a.in.n_groups, 32);
+  return {blocks, rows_in_all(a), a.in.batch, a.in.d_state};
+}
+
+// Bytes of workspace that the launcher of the same name needs.
+template <class T>
+size_t selective_scan_backward_naive_workspace(const ScanBackwardArgs<T>& a) {
+  return sizeof(float) *
+         (4 * rows_in_all(a) * a.in.d_inner + naive_scan_parts(a).size(a.in.d_inner));
+}
+
+template <class T>
+void selective_scan_backward_naive(const ScanBackwardArgs<T>& a, float* workspace,
+                                   cudaStream_t stream) {
+  if (a.in.batch * a.in.d_inner == 0) return;
+  ScanParts parts = naive_scan_parts(a);
+  const int64_t each = parts.rows * a.in.d_inner;
+  const ScanHistory history{workspace, workspace + each, workspace + 2 * each,
+                            workspace + 3 * each};
+  parts.place(workspace + 4 * each, a.in.d_inner);
+  selective_scan_backward_naive_kernel<<<a.in.batch * parts.blocks, 32, 0, stream>>>(a, history,
+                                                                                     parts);
+  CUDA_CHECK(cudaGetLastError());
+  selective_scan_backward_sums(a, parts, stream);
+}
+
+template <class T>
+size_t selective_scan_backward_workspace(const ScanBackwardArgs<T>& a) {
+  return selective_scan_backward_naive_workspace(a);
+}
+
+// Every gradient of `selective_scan`.
+template <class T>
+void selective_scan_backward(const ScanBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  const int64_t N = a.in.d_state;
+  if (N < 1 || N > kMaxStates)
+    fail("selective_scan_backward: d_state: expected 1 to ", kMaxStates, ", found ", N);
+  if (a.in.d_inner % a.in.n_groups != 0)
+    fail("selective_scan_backward: d_inner: expected a multiple of n_groups ", a.in.n_groups,
+         ", found ", a.in.d_inner);
+  if (a.in.batch * a.in.d_inner == 0) return;
+  selective_scan_backward_naive(a, workspace, stream);
+}
+
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
