@@ -4266,14 +4266,13 @@ __device__ inline ScanPoint scan_point(const ScanArgs<T>& a, float x, float delt
 // What is left to be done at (t, d) when the sums over its states are there: y = C . h,
 // gB = g . B, gh = A . (g a h_{t-1}).
 template <class T>
-__device__ inline void finish_point(const ScanBackwardArgs<T>& a, int64_t t, int64_t d,
-                                    const ScanPoint& p, float D, float y, float gB, float gh,
-                                    float& dD, float& dbias) {
-  const float ddelta = fmaf(p.x, gB, gh) * p.slope;
-  a.dx[t * a.dx_stride + d] = from_float<T>(fmaf(p.delta, gB, D * p.dy));
-  a.ddelta[t * a.ddelta_stride + d] = from_float<T>(ddelta);
-  if (a.in.z) a.dz[t * a.dz_stride + d] = from_float<T>(p.dgate * fmaf(D, p.x, y));
-  dD = fmaf(p.dy, p.x, dD), dbias += ddelta;
+__device__ inline void finish_point(bool gated, const ScanPoint& p, float D, float y, float gB,
+                                    float gh, T* dx, T* ddelta, T* dz, float& dD, float& dbias) {
+  const float gradient = fmaf(p.x, gB, gh) * p.slope;
+  *dx = from_float<T>(fmaf(p.delta, gB, D * p.dy));
+  *ddelta = from_float<T>(gradient);
+  if (gated) *dz = from_float<T>(p.dgate * fmaf(D, p.x, y));
+  dD = fmaf(p.dy, p.x, dD), dbias += gradient;
 }
 
 // Sums that several blocks contribute to, each to its own place, until all are there and are added
@@ -4393,11 +4392,409 @@ __global__ void __launch_bounds__(32)
   float dD = 0.f, dbias = 0.f;
   for (int64_t t = rows.first; t < end; ++t) {
     const int64_t at = t * in.d_inner + d;
-    finish_point(a, t, d, point(t), in.D ? in.D[d] : 0.f, of.y[at], of.gB[at], of.gh[at], dD,
-                 dbias);
+    finish_point(in.z != nullptr, point(t), in.D ? in.D[d] : 0.f, of.y[at], of.gB[at], of.gh[at],
+                 a.dx + t * a.dx_stride + d, a.ddelta + t * a.ddelta_stride + d,
+                 a.dz + t * a.dz_stride + d, dD, dbias);
   }
   parts.D_bias[2 * b * in.d_inner + d] = dD;
   parts.D_bias[(2 * b + 1) * in.d_inner + d] = dbias;
+}
+
+// Since the rung before: time is cut into pieces that all run at once, sums over states and channels
+// are taken in registers, and what is done once per (t, d) is not repeated for each state. For
+// d_state <= 16, in three steps:
+//
+//   summary  walks every piece forward from a zero state, a short way (kRows rows) after the other,
+//            and leaves the state at the start of each way, h_way; the state at the end, `first`;
+//            and `later`, the gradient of the state before the piece where that after it is zero:
+//            u = sum_t P_t C_t dy_t, P_t = a_0 .. a_t.
+//   link     walks over the pieces, forward with the state, and back with its gradient. Over a whole
+//            piece the decay is exp(A sum_t delta_t). Then `first` is the state before the piece and
+//            `later` the gradient of the state after it.
+//   fused    walks a piece's ways from the last to the first, each forward from
+//            h_way + exp(A sum_t delta_t) first, keeping p_t = a_t h_{t-1} in shared memory, and back.
+//
+// A warp owns 32 channels of one group, a lane kChannels of them times kStates states: lane l
+// channels 4 (l / 4) .. and states 4 (l % 4) .. Sums over states or channels begin inside of a lane,
+// go on between lanes, by exchanges that halve the number of sums, and end with channel l's in lane
+// l, which also prepares and finishes what is done once per (t, d). A block's warps then add up dB and
+// dC in shared memory. Per (t, d, n): 3 exps, 7 instructions in `summary`, 4 forward and 12 back.
+struct BackTile {
+  static constexpr int kRows = 8, kWarps = 4, kChannels = 4, kStates = 4, kN = 16;
+  static constexpr int kThreads = 32 * kWarps;  // and channels of a block
+};
+
+// Every sequence in `count` pieces of `length` rows, a multiple of kRows; the last may be shorter.
+struct ScanPieces {
+  int64_t count = 1, length = 0;
+  float *first = nullptr, *later = nullptr;  // (batch, count, d_inner, kN)
+  float* h_way = nullptr;                    // (ways, d_inner, kN)
+  float* total = nullptr;                    // (batch, count, d_inner): sum of delta_t
+  float* before = nullptr;                   // (ways, d_inner): the same from the piece to the way
+
+  // Ways of all pieces: row t of sequence b begins one at (first row of b + t) / kRows + b.
+  static int64_t ways(int64_t rows, int64_t batch) { return rows / BackTile::kRows + batch + 1; }
+};
+
+// Of (kRows, 32) channels, what a warp reads back, as floats.
+struct BackRows {
+  static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  alignas(16) float delta[kRows][32], delta_x[kRows][32], dy[kRows][32];
+  alignas(16) float B[kRows][kN], C[kRows][kN];
+};
+struct BackMemory {  // of a block of the fused kernel
+  struct Warp {
+    BackRows rows;
+    float x[BackTile::kRows][32], slope[BackTile::kRows][32], dgate[BackTile::kRows][32];
+    Vector<float, 4> p[BackTile::kRows][BackTile::kChannels][32];
+  } warp[BackTile::kWarps];
+  float BC[2][BackTile::kWarps][BackTile::kRows][32];  // of ways with odd and even numbers
+};
+
+// Where a warp works, and its lane's own channel.
+template <class T>
+struct BackWarp {
+  static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  const ScanBackwardArgs<T>& a;
+  Rows rows;
+  int64_t sequence, piece, block, group;  // piece: of all; block: of channels, of all groups
+  int64_t first_channel;                  // of the warp
+  int lane, n_channels;                   // of the warp, that exist
+  int64_t d;                              // the lane's own channel
+  bool exists;
+  float bias;
+
+  __device__ BackWarp(const ScanBackwardArgs<T>& a, const ScanPieces& pieces) : a(a) {
+    const ScanArgs<T>& in = a.in;
+    const int channels = in.d_inner / in.n_groups, blocks = ceil_div(channels, BackTile::kThreads);
+    block = blockIdx.x % (blocks * in.n_groups), piece = blockIdx.x / (blocks * in.n_groups);
+    sequence = piece / pieces.count, group = block / blocks, lane = threadIdx.x % 32;
+    rows = rows_of(sequence, in.L, in.cu_seqlens);
+    const int64_t skip = min(rows.count, piece % pieces.count * pieces.length);
+    rows = {rows.first + skip, min(pieces.length, rows.count - skip)};
+    const int c = block % blocks * BackTile::kThreads + threadIdx.x / 32 * 32;
+    first_channel = group * channels + c, n_channels = min(32, channels - c);
+    exists = lane < n_channels, d = first_channel + lane;
+    bias = in.delta_bias && exists ? in.delta_bias[d] : 0.f;
+  }
+  __device__ int ways() const { return ceil_div(int(rows.count), kRows); }
+  __device__ int64_t way(int j) const { return rows.first / kRows + sequence + j; }
+
+  // f(k, at): channel k of this lane exists; its states lie at `at` in (d_inner, kN).
+  template <class Function>
+  __device__ void each_channel(const Function& f) const {
+#pragma unroll
+    for (int k = 0; k < BackTile::kChannels; ++k) {
+      const int c = lane / 4 * 4 + k;
+      if (c < n_channels) f(k, (first_channel + c) * kN + lane % 4 * 4);
+    }
+  }
+  __device__ void load_A(float (&A)[4][4]) const {  // times log2(e), as the exps take it
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int c = lane / 4 * 4 + k, n = lane % 4 * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool there = c < n_channels && n + i < a.in.d_state;
+        A[k][i] = there ? kLog2e * a.in.A[(first_channel + c) * a.in.d_state + n + i] : 0.f;
+      }
+    }
+  }
+  __device__ void load_states(const float* from, float (&h)[4][4]) const {
+    each_channel([&](int k, int64_t at) { unpack(load<4>(from + at, true), h[k]); });
+  }
+  __device__ void store_states(float* to, const float (&h)[4][4]) const {
+    each_channel([&](int k, int64_t at) { store(to + at, pack<float>(h[k])); });
+  }
+
+  // What a lane reads of a way: its channel's numbers, and its share of B and C.
+  struct Raw {
+    T x[kRows], delta[kRows], z[kRows], dout[kRows], BC[kRows];
+  };
+  __device__ void fetch(int j, Raw& raw) const {
+    const ScanArgs<T>& in = a.in;
+    const int64_t t = rows.first + j * kRows;
+    const int left = int(rows.count) - j * kRows;
+    const auto column = [&](T(&to)[kRows], const T* from, int64_t long_stride) {
+      const int stride = int(long_stride);
+      from += t * long_stride + d;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) to[r] = exists && r < left ? from[r * stride] : T(0.f);
+    };
+    column(raw.x, in.x, in.x_stride), column(raw.delta, in.delta, in.delta_stride);
+    column(raw.dout, a.dout, a.dout_stride);
+    if (in.z) column(raw.z, in.z, in.z_stride);
+    const int n = lane % kN, N = int(in.d_state);
+    const auto quarter = [&](T* to, const T* from, int64_t long_stride) {
+      const int stride = int(long_stride);
+      from += t * long_stride + group * N + n;
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) {
+        const int r = lane / kN + 2 * i;
+        to[i] = n < N && r < left ? from[r * stride] : T(0.f);
+      }
+    };
+    quarter(raw.BC, in.B, in.B_stride), quarter(raw.BC + kRows / 2, in.C, in.C_stride);
+  }
+  // Leaves them for the other lanes. f(r, point): for what only this lane needs.
+  template <class Function>
+  __device__ void prepare(int j, const Raw& raw, BackRows& to, const Function& f) const {
+    const int left = exists ? int(rows.count) - j * kRows : 0;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      ScanPoint p = scan_point(a.in, to_float(raw.x[r]), to_float(raw.delta[r]) + bias,
+                               a.in.z ? to_float(raw.z[r]) : 0.f, to_float(raw.dout[r]));
+      if (r >= left) p.delta = 0.f;  // the state stands still
+      to.delta[r][lane] = p.delta, to.delta_x[r][lane] = p.delta * p.x, to.dy[r][lane] = p.dy;
+      f(r, p);
+    }
+#pragma unroll
+    for (int i = 0; i < kRows / 2; ++i) {
+      const int r = lane / kN + 2 * i;
+      to.B[r][lane % kN] = to_float(raw.BC[i]),
+                     to.C[r][lane % kN] = to_float(raw.BC[i + kRows / 2]);
+    }
+  }
+  // Four numbers of a row: of this lane's channels, or states.
+  __device__ void of_channels(const float (&row)[32], float (&to)[4]) const {
+    unpack(load<4>(&row[lane / 4 * 4], true), to);
+  }
+  __device__ void of_states(const float (&row)[kN], float (&to)[4]) const {
+    unpack(load<4>(&row[lane % 4 * 4], true), to);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(BackTile::kThreads, 4)
+    selective_scan_backward_summary_kernel(ScanBackwardArgs<T> a, ScanPieces pieces) {
+  __shared__ BackRows of_warp[BackTile::kWarps];
+  BackRows& rows = of_warp[threadIdx.x / 32];
+  const BackWarp<T> warp(a, pieces);
+  float A[4][4], h[4][4] = {}, u[4][4] = {}, P[4][4], total = 0.f;
+  warp.load_A(A);
+#pragma unroll
+  for (int k = 0; k < 16; ++k) P[k / 4][k % 4] = 1.f;
+  typename BackWarp<T>::Raw raw;
+  const int ways = warp.ways();
+  if (ways > 0) warp.fetch(0, raw);
+  for (int j = 0; j < ways; ++j) {
+    warp.store_states(pieces.h_way + warp.way(j) * a.in.d_inner * BackTile::kN, h);
+    if (warp.exists) pieces.before[warp.way(j) * a.in.d_inner + warp.d] = total;
+    __syncwarp();  // all lanes have read the way before
+    warp.prepare(j, raw, rows, [&](int, const ScanPoint& p) { total += p.delta; });
+    __syncwarp();  // what is prepared is there to be read
+    if (j + 1 < ways) warp.fetch(j + 1, raw);
+#pragma unroll 4
+    for (int r = 0; r < BackTile::kRows; ++r) {
+      float delta[4], delta_x[4], dy[4], B[4], C[4];
+      warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
+      warp.of_channels(rows.dy[r], dy), warp.of_states(rows.B[r], B);
+      warp.of_states(rows.C[r], C);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float a_t = exp2_approx(delta[k] * A[k][n]);
+          P[k][n] *= a_t;
+          u[k][n] = fmaf(P[k][n], C[n] * dy[k], u[k][n]);
+          h[k][n] = fmaf(a_t, h[k][n], delta_x[k] * B[n]);
+        }
+    }
+  }
+  const int64_t at = warp.piece * a.in.d_inner;
+  warp.store_states(pieces.first + at * BackTile::kN, h);
+  warp.store_states(pieces.later + at * BackTile::kN, u);
+  if (warp.exists) pieces.total[at + warp.d] = total;
+}
+
+// One thread owns a state. It asks for the numbers of several pieces at once.
+template <class T>
+__global__ void selective_scan_backward_link_kernel(ScanBackwardArgs<T> a, ScanPieces pieces) {
+  constexpr int kAhead = 8, kN = BackTile::kN;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, n = i % kN;
+  const int64_t d_inner = a.in.d_inner, d = i / kN % d_inner, b = i / kN / d_inner;
+  if (b >= a.in.batch) return;
+  const bool exists = n < a.in.d_state;
+  const int64_t state = (b * d_inner + d) * a.in.d_state + n;
+  const float A = exists ? kLog2e * a.in.A[d * a.in.d_state + n] : 0.f;
+  // Of pieces k, k + step, ..: *v is replaced by what comes before the piece in this direction.
+  const auto walk = [&](float* v, float carried, int64_t k, int64_t step) {
+    for (int64_t left = pieces.count; left > 0; left -= kAhead) {
+      float own[kAhead], decay[kAhead];
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        const int64_t at = ((b * pieces.count + k + s * step) * d_inner + d);
+        own[s] = s < left ? v[at * kN + n] : 0.f;
+        decay[s] = s < left ? exp2_approx(A * pieces.total[at]) : 1.f;
+      }
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        if (s < left) v[((b * pieces.count + k + s * step) * d_inner + d) * kN + n] = carried;
+        carried = fmaf(decay[s], carried, own[s]);
+      }
+      k += kAhead * step;
+    }
+    return carried;
+  };
+  walk(pieces.first, exists && a.in.h0 ? a.in.h0[state] : 0.f, 0, 1);
+  const float u = walk(pieces.later, exists && a.dhT ? a.dhT[state] : 0.f, pieces.count - 1, -1);
+  if (exists && a.dh0) a.dh0[state] = u;
+}
+
+// Adds v over the two lanes that differ in kBit: the one without it goes on with the first half of
+// the sums, the other with the second; both find them in front.
+template <int kBit, int kHalf, int n>
+__device__ inline void exchange_halves(float (&v)[n], int lane) {
+  const bool upper = lane & kBit;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = v[i], high = v[i + kHalf];
+    v[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, kBit);
+  }
+}
+
+// What a lane of the fused kernel carries from row to row, back in time.
+template <class T>
+struct BackLane {
+  const BackWarp<T>& warp;
+  BackMemory::Warp& memory;
+  float A[4][4], u[4][4], dA[4][4] = {};
+  float D, dD = 0.f, dbias = 0.f;
+  T *dx, *ddelta, *dz;  // of the row, and of the lane's own channel
+
+  __device__ BackLane(const BackWarp<T>& warp, BackMemory::Warp& memory)
+      : warp(warp), memory(memory) {
+    const ScanBackwardArgs<T>& a = warp.a;
+    warp.load_A(A);
+    D = a.in.D && warp.exists ? a.in.D[warp.d] : 0.f;
+    const int64_t end =
+        warp.rows.first + int64_t(warp.ways()) * BackTile::kRows;  // where rows end, in full ways
+    dx = a.dx + end * a.dx_stride + warp.d, ddelta = a.ddelta + end * a.ddelta_stride + warp.d;
+    dz = a.dz + end * a.dz_stride + warp.d;
+  }
+
+  // From the state before the way: leaves p_t of every row.
+  __device__ void forward(float (&h)[4][4]) {
+    const BackRows& rows = memory.rows;
+#pragma unroll 4
+    for (int r = 0; r < BackTile::kRows; ++r) {
+      float delta[4], delta_x[4], B[4];
+      warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
+      warp.of_states(rows.B[r], B);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float p[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          p[n] = exp2_approx(delta[k] * A[k][n]) * h[k][n];
+          h[k][n] = fmaf(delta_x[k], B[n], p[n]);
+        }
+        memory.p[r][k][warp.lane] = pack<float>(p);
+      }
+    }
+  }
+
+  // Row r: the lane's shares of y, g . B and A . (g p) of its channels, and of dB and dC of its states.
+  __device__ void row(int r, float (&sums)[12], float (&BC)[8]) {
+    const BackRows& rows = memory.rows;
+    float delta[4], delta_x[4], dy[4], B[4], C[4];
+    warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
+    warp.of_channels(rows.dy[r], dy), warp.of_states(rows.B[r], B), warp.of_states(rows.C[r], C);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float p[4];
+      unpack(memory.p[r][k][warp.lane], p);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float a_t = exp2_approx(delta[k] * A[k][n]), g = fmaf(C[n], dy[k], u[k][n]);
+        const float h = fmaf(delta_x[k], B[n], p[n]), gp = g * p[n];
+        sums[3 * k] = fmaf(C[n], h, sums[3 * k]);
+        sums[3 * k + 1] = fmaf(g, B[n], sums[3 * k + 1]);
+        sums[3 * k + 2] = fmaf(A[k][n], gp, sums[3 * k + 2]);
+        dA[k][n] = fmaf(delta[k], gp, dA[k][n]);
+        BC[n] = fmaf(g, delta_x[k], BC[n]);
+        BC[4 + n] = fmaf(dy[k], h, BC[4 + n]);
+        u[k][n] = a_t * g;
+      }
+    }
+  }
+
+  // Completes row r for the lane's own channel: y, g . B and log2(e) A . (g p).
+  __device__ void finish(int r, bool inside, float y, float gB, float gh) {
+    const ScanBackwardArgs<T>& a = warp.a;
+    const ScanPoint p{memory.x[r][warp.lane], memory.rows.delta[r][warp.lane],
+                      memory.rows.dy[r][warp.lane], memory.slope[r][warp.lane],
+                      memory.dgate[r][warp.lane]};
+    dx -= a.dx_stride, ddelta -= a.ddelta_stride, dz -= a.dz_stride;
+    if (inside)
+      finish_point(a.in.z != nullptr, p, D, y, gB, gh / kLog2e, dx, ddelta, dz, dD, dbias);
+  }
+
+  // Walks a way back; leaves the warp's dB and dC of each row in BC.
+  __device__ void back(int left, float (&BC_of)[BackTile::kRows][32]) {
+    const int lane = warp.lane;
+#pragma unroll 2
+    for (int r = BackTile::kRows - 1; r >= 0; --r) {
+      float sums[12] = {}, BC[8] = {};
+      row(r, sums, BC);
+      exchange_halves<2, 6>(sums, lane), exchange_halves<1, 3>(sums, lane);
+      exchange_halves<16, 4>(BC, lane), exchange_halves<8, 2>(BC, lane);
+      exchange_halves<4, 1>(BC, lane);
+      BC_of[r][lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4] = BC[0];
+      finish(r, warp.exists && r < left, sums[0], sums[1], sums[2]);
+    }
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(BackTile::kThreads, 2)
+    selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces,
+                                         ScanParts parts) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  auto& block = *reinterpret_cast<BackMemory*>(shared_memory);
+  const BackWarp<T> warp(a, pieces);
+  BackMemory::Warp& memory = block.warp[threadIdx.x / 32];
+  BackLane<T> lane(warp, memory);
+  const int64_t d_inner = a.in.d_inner, at = warp.piece * d_inner;
+  float first[4][4] = {};
+  warp.load_states(pieces.first + at * kN, first);
+  warp.load_states(pieces.later + at * kN, lane.u);
+  typename BackWarp<T>::Raw raw;
+  const int ways = warp.ways();
+  if (ways > 0) warp.fetch(ways - 1, raw);
+  for (int j = ways - 1; j >= 0; --j) {
+    float h[4][4] = {};
+    warp.load_states(pieces.h_way + warp.way(j) * d_inner * kN, h);
+    const float before = warp.exists ? pieces.before[warp.way(j) * d_inner + warp.d] : 0.f;
+    warp.prepare(j, raw, memory.rows, [&](int r, const ScanPoint& p) {
+      memory.x[r][warp.lane] = p.x, memory.slope[r][warp.lane] = p.slope;
+      memory.dgate[r][warp.lane] = p.dgate;
+    });
+    __syncwarp();  // what is prepared is there to be read
+    if (j > 0) warp.fetch(j - 1, raw);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float total = __shfl_sync(~0u, before, warp.lane / 4 * 4 + k);
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        h[k][n] = fmaf(exp2_approx(total * lane.A[k][n]), first[k][n], h[k][n]);
+    }
+    lane.forward(h);
+    const int left = int(warp.rows.count) - j * kRows;
+    lane.back(left, block.BC[j & 1][threadIdx.x / 32]);
+    __syncthreads();  // dB and dC of all warps are there; they have read those of way j + 2
+    float* const to = parts.BC + (warp.block * parts.rows + warp.rows.first + j * kRows) * 2 * kN;
+    for (int i = threadIdx.x; i < min(left, kRows) * 2 * kN; i += BackTile::kThreads) {
+      float sum = 0.f;
+#pragma unroll
+      for (int w = 0; w < BackTile::kWarps; ++w) sum += block.BC[j & 1][w][i / 32][i % 32];
+      to[i] = sum;
+    }
+  }
+  warp.store_states(parts.A + at * kN, lane.dA);
+  if (!warp.exists) return;
+  parts.D_bias[2 * at + warp.d] = lane.dD, parts.D_bias[2 * at + d_inner + warp.d] = lane.dbias;
 }
 
 // --- launchers ------------------------------------------------------------------------------
@@ -4442,9 +4839,73 @@ void selective_scan_backward_naive(const ScanBackwardArgs<T>& a, float* workspac
   selective_scan_backward_sums(a, parts, stream);
 }
 
+// Into how many pieces the fused kernel cuts each sequence: so that its blocks, of which each
+// multiprocessor holds two, come in rounds that are nearly full. A piece costs as much as its rows
+// and some more.
+template <class T>
+ScanPieces scan_pieces(const ScanBackwardArgs<T>& a) {
+  constexpr int64_t kLeast = 32, kMost = 512, kMore = 16;
+  const int64_t blocks =
+      a.in.batch * a.in.n_groups * ceil_div(a.in.d_inner / a.in.n_groups, BackTile::kThreads);
+  ScanPieces best;
+  int64_t least = INT64_MAX;
+  for (int64_t count = 1; count <= std::clamp<int64_t>(a.in.L / kLeast, 1, kMost); ++count) {
+    const int64_t length = ceil_div(ceil_div(a.in.L, count), BackTile::kRows) * BackTile::kRows;
+    const int64_t cost = ceil_div(blocks * count, 2 * multiprocessors()) * (length + kMore);
+    if (cost < least) least = cost, best.count = count, best.length = length;
+  }
+  return best;
+}
+
+template <class T>
+bool scan_backward_is_fused(const ScanBackwardArgs<T>& a) {
+  return a.in.d_state <= BackTile::kN && int(sizeof(BackMemory)) <= shared_bytes();
+}
+
+template <class T>
+ScanParts fused_scan_parts(const ScanBackwardArgs<T>& a, const ScanPieces& pieces) {
+  const int64_t blocks = a.in.n_groups * ceil_div(a.in.d_inner / a.in.n_groups, BackTile::kThreads);
+  return {blocks, rows_in_all(a), a.in.batch * pieces.count, BackTile::kN};
+}
+
+// Bytes of workspace that `selective_scan_backward` needs: per row and channel, a state every kRows
+// rows is the most of it, 8 bytes.
 template <class T>
 size_t selective_scan_backward_workspace(const ScanBackwardArgs<T>& a) {
-  return selective_scan_backward_naive_workspace(a);
+  if (a.in.batch * a.in.d_inner == 0) return 0;
+  if (!scan_backward_is_fused(a)) return selective_scan_backward_naive_workspace(a);
+  const ScanPieces pieces = scan_pieces(a);
+  const int64_t ways = ScanPieces::ways(rows_in_all(a), a.in.batch);
+  return sizeof(float) * (a.in.d_inner * (a.in.batch * pieces.count * (2 * BackTile::kN + 1) +
+                                          ways * (BackTile::kN + 1)) +
+                          fused_scan_parts(a, pieces).size(a.in.d_inner));
+}
+
+template <class T>
+void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspace,
+                                   cudaStream_t stream) {
+  ScanPieces pieces = scan_pieces(a);
+  ScanParts parts = fused_scan_parts(a, pieces);
+  const int64_t d = a.in.d_inner, states = parts.walks * d * BackTile::kN;
+  const int64_t ways = ScanPieces::ways(parts.rows, a.in.batch);
+  const auto take = [&](int64_t size) { return std::exchange(workspace, workspace + size); };
+  pieces.first = take(states), pieces.later = take(states);
+  pieces.h_way = take(ways * d * BackTile::kN);
+  parts.place(take(parts.size(d)), d);
+  pieces.total = take(parts.walks * d), pieces.before = take(ways * d);
+
+  const int64_t grid = parts.walks * parts.blocks, threads = BackTile::kThreads;
+  selective_scan_backward_summary_kernel<<<grid, threads, 0, stream>>>(a, pieces);
+  CUDA_CHECK(cudaGetLastError());
+  const int64_t links = a.in.batch * d * BackTile::kN;
+  selective_scan_backward_link_kernel<<<ceil_div(links, 128), 128, 0, stream>>>(a, pieces);
+  CUDA_CHECK(cudaGetLastError());
+  const auto kernel = selective_scan_backward_fused_kernel<T>;
+  constexpr int bytes = sizeof(BackMemory);
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts);
+  CUDA_CHECK(cudaGetLastError());
+  selective_scan_backward_sums(a, parts, stream);
 }
 
 // Every gradient of `selective_scan`.
@@ -4457,7 +4918,8 @@ void selective_scan_backward(const ScanBackwardArgs<T>& a, float* workspace, cud
     fail("selective_scan_backward: d_inner: expected a multiple of n_groups ", a.in.n_groups,
          ", found ", a.in.d_inner);
   if (a.in.batch * a.in.d_inner == 0) return;
-  selective_scan_backward_naive(a, workspace, stream);
+  if (!scan_backward_is_fused(a)) return selective_scan_backward_naive(a, workspace, stream);
+  selective_scan_backward_fused(a, workspace, stream);
 }
 
 }  // namespace mamba
