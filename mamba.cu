@@ -4922,6 +4922,597 @@ void selective_scan_backward(const ScanBackwardArgs<T>& a, float* workspace, cud
   selective_scan_backward_fused(a, workspace, stream);
 }
 
+// --- sums over rows ------------------------------------------------------------------------------
+//
+// A weight's gradient is a sum over all rows of all sequences. Each block leaves its part of it, and
+// the parts are then added up in order: the same bits on every run.
+
+// Columns [0, split) are added to `to`, the others to `rest`; either may be null.
+struct ColumnSums {
+  const float* parts;  // (rows, columns)
+  int64_t rows, columns;
+  float* to;
+  int64_t split;
+  float* rest;
+};
+
+// Each of the 8 warps of a block takes every eighth row of 32 columns. Grid: columns.
+static __global__ void __launch_bounds__(256) add_column_sums_kernel(ColumnSums a) {
+  __shared__ float of_warp[8][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t c = int64_t(blockIdx.x) * 32 + lane;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t r = warp; r < a.rows; r += 8) sum += c < a.columns ? a.parts[r * a.columns + c] : 0.f;
+  of_warp[warp][lane] = sum;
+  __syncthreads();  // all warps' sums are there before they are added
+  float* const to = c < a.split ? a.to : a.rest;
+  if (warp > 0 || c >= a.columns || !to) return;
+  for (int i = 1; i < 8; ++i) sum += of_warp[i][lane];
+  to[c < a.split ? c : c - a.split] += sum;
+}
+inline void add_column_sums(const ColumnSums& a, cudaStream_t stream) {
+  if (a.rows * a.columns == 0) return;
+  add_column_sums_kernel<<<unsigned(ceil_div(a.columns, 32)), 256, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// Rows that a block sums up where its grid is one of pieces of rows: all blocks together fill a GPU
+// several times, and there are at most kMostParts parts to add up.
+constexpr int64_t kMostParts = 1024;
+inline int64_t rows_of_part(int64_t rows) {
+  return std::max<int64_t>(1, ceil_div(rows, kMostParts));
+}
+inline int64_t count_parts(int64_t rows) { return ceil_div(rows, rows_of_part(rows)); }
+
+// parts (parts, d) = sums over runs of `each` rows of dy.  Grid: channels, parts.
+template <class T>
+__global__ void __launch_bounds__(128)
+    bias_backward_kernel(const T* dy, int64_t stride, int64_t rows, int64_t each, int64_t d,
+                         float* parts) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= d) return;
+  const int64_t begin = blockIdx.y * each, end = min(rows, begin + each);
+  float sum = 0.f;
+#pragma unroll 4
+  for (int64_t t = begin; t < end; ++t) sum += to_float(dy[t * stride + c]);
+  parts[blockIdx.y * d + c] = sum;
+}
+// dbias (d) += the sum over the rows of dy.
+template <class T>
+void bias_backward(const T* dy, int64_t stride, int64_t rows, int64_t d, float* dbias,
+                   float* workspace, cudaStream_t stream) {
+  if (rows * d == 0) return;
+  const dim3 grid(unsigned(ceil_div(d, 128)), unsigned(count_parts(rows)));
+  bias_backward_kernel<<<grid, 128, 0, stream>>>(dy, stride, rows, rows_of_part(rows), d,
+                                                 workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, count_parts(rows), d, dbias, d, nullptr}, stream);
+}
+
+// Floats of workspace for bias_backward, rms_norm_backward and gated_rms_norm_backward.
+inline int64_t row_parts(int64_t rows, int64_t d) { return count_parts(rows) * d; }
+
+// silu(x) = x s and its derivative s + x s (1 - s), s = 1 / (1 + e^-x): e^-x may be infinite, s is
+// then 0.
+struct SiluPoint {
+  float value, slope;
+};
+__device__ inline SiluPoint silu_point(float x) {
+  const float s = reciprocal_approx(1.f + exp2_approx(-kLog2e * x)), value = x * s;
+  return {value, fmaf(value, 1.f - s, s)};
+}
+
+// --- causal convolution --------------------------------------------------------------------------
+//
+//   s[t]       = bias + sum_k weight[k] x[t - (width - 1) + k]       out[t] = act(s[t])
+//   ds[t]      = dout[t] act'(s[t])                                  0 outside of the sequence
+//   dx[t]      = sum_k weight[k] ds[t + (width - 1) - k]
+//   dweight[k] = sum_t ds[t] x[t - (width - 1) + k]                  dbias = sum_t ds[t]
+//
+// x begins with the width - 1 rows of the state: their dx is dstate. The last width - 1 rows of
+// state and x are the next state: its gradient dstate_out is added to their dx.
+
+template <class T>
+struct ConvBackwardArgs {
+  ConvArgs<T> in;                              // out and state_out are not used
+  const T* dout = nullptr;                     // (batch L, d)
+  const float* dstate_out = nullptr;           // (batch, width - 1, d) or null
+  T* dx = nullptr;                             // (batch L, d)
+  float *dweight = nullptr, *dbias = nullptr;  // (d, width); (d) or null; added to
+  float* dstate = nullptr;                     // (batch, width - 1, d) or null; not dstate_out
+  int64_t dout_stride = 0, dx_stride = 0;
+};
+
+// A warp owns 32 kVector neighbouring channels and kRows rows of them. It walks them forwards, a
+// window of x and one of ds sliding through registers: s[t] needs the last width inputs, dx[t] is
+// complete when ds[t + width - 1] is there. So a warp begins with the width - 1 inputs before its
+// rows and goes on for width - 1 steps after them, kRows being such that these are whole tiles of
+// kTile rows, whose x and dout are asked for together. dweight and dbias stay in registers; a block
+// adds up those of its warps, which are neighbours in time. Grid as in the forward kernel.
+template <class T, int kWidth>
+struct ConvWalk {
+  static constexpr int kTile = sizeof(T) == 4 ? 4 : 8;
+  static constexpr int kRows = 32 - (kWidth - 1);
+};
+
+// dx of row p of x, p >= -(width - 1): before the sequence it is that of the state.
+template <int kVector, class T>
+__device__ inline void store_conv_dx(const ConvBackwardArgs<T>& a, int64_t b, const Rows& rows,
+                                     int64_t d, int64_t p, float (&dx)[kVector]) {
+  const int64_t past = a.in.width - 1, kept = p - (rows.count - past);  // row of the next state
+  if (a.dstate_out && kept >= 0)
+    for (int i = 0; i < kVector; ++i) dx[i] += a.dstate_out[(b * past + kept) * a.in.d + d + i];
+  if (p >= 0) return store(a.dx + (rows.first + p) * a.dx_stride + d, pack<T>(dx));
+  if (a.dstate && p >= -past) store(a.dstate + (b * past + past + p) * a.in.d + d, pack<float>(dx));
+}
+
+// What a thread holds of kVector channels.
+template <int kWidth, int kVector>
+struct ConvWindows {
+  float weight[kVector][kWidth], bias[kVector];
+  float x[kWidth][kVector], ds[kWidth][kVector];  // of the last kWidth steps
+  float dweight[kVector][kWidth] = {}, dbias[kVector] = {};
+
+  // One step: x[kWidth - 1] and dout have arrived -> dx of kWidth - 1 steps before. `own`: the step
+  // is one of the warp's rows.
+  __device__ void step(const float (&dout)[kVector], bool activate, bool own, float (&dx)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float s = bias[i], sum = 0.f;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) s = fmaf(weight[i][k], x[k][i], s);
+      const float now = activate ? dout[i] * silu_point(s).slope : dout[i], of_own = own ? now : 0.f;
+      ds[kWidth - 1][i] = now, dbias[i] += of_own;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        dweight[i][k] = fmaf(of_own, x[k][i], dweight[i][k]);
+        sum = fmaf(weight[i][k], ds[kWidth - 1 - k][i], sum);
+      }
+      dx[i] = sum;
+#pragma unroll
+      for (int k = 0; k + 1 < kWidth; ++k) x[k][i] = x[k + 1][i], ds[k][i] = ds[k + 1][i];
+    }
+  }
+};
+
+// The sums of a block's warps, added up in order -> parts (part, [dweight (d, width), dbias (d)]).
+template <int kWidth, int kVector, class T>
+__device__ inline void store_conv_part(const ConvBackwardArgs<T>& a,
+                                       const ConvWindows<kWidth, kVector>& w, int64_t part,
+                                       int64_t d, float* parts) {
+  constexpr int kSums = kVector * (kWidth + 1);
+  __shared__ float sums[kConvWarps][kSums][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sums[warp][i * (kWidth + 1) + k][lane] = w.dweight[i][k];
+    sums[warp][i * (kWidth + 1) + kWidth][lane] = w.dbias[i];
+  }
+  __syncthreads();  // all warps' sums are there before they are added
+  if (warp > 0 || d >= a.in.d) return;
+  float* const to = parts + part * a.in.d * (a.in.width + 1);
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) {
+    float sum = sums[0][j][lane];
+    for (int i = 1; i < kConvWarps; ++i) sum += sums[i][j][lane];
+    const int64_t channel = d + j / (kWidth + 1);
+    const int k = j % (kWidth + 1), tap = k - (kWidth - a.in.width);
+    if (k == kWidth) to[a.in.d * a.in.width + channel] = sum;
+    if (k < kWidth && tap >= 0) to[channel * a.in.width + tap] = sum;
+  }
+}
+
+template <class T, int kWidth, int kVector>
+__global__ void __launch_bounds__(32 * kConvWarps, 4)
+    causal_conv1d_backward_kernel(ConvBackwardArgs<T> a, unsigned blocks, unsigned pieces,
+                                  float* parts) {
+  using Walk = ConvWalk<T, kWidth>;
+  const int64_t part = blockIdx.x / blocks, b = part / pieces;
+  const int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
+  const int64_t begin = (part % pieces * kConvWarps + threadIdx.x / 32) * Walk::kRows;
+  const Rows rows = rows_of(b, a.in.L, a.in.cu_seqlens);
+  const int64_t end = min(begin + Walk::kRows, rows.count);
+  ConvWindows<kWidth, kVector> w;
+  const bool exists = d < a.in.d && (begin < rows.count || begin == 0);
+  if (exists) {
+    load_taps(a.in, d, w.weight, w.bias);
+#pragma unroll
+    for (int k = 0; k + 1 < kWidth; ++k) {
+      const int64_t t = begin - (kWidth - 1) + k;
+      const bool known = t >= -(a.in.width - 1) && t < rows.count;
+      unpack(known ? conv_input<kVector>(a.in, b, rows, t, d) : Vector<T, kVector>{}, w.x[k]);
+      for (int i = 0; i < kVector; ++i) w.ds[k][i] = 0.f;
+    }
+  }
+  const int64_t stop = min(end + kWidth - 1, rows.count);  // rows to read
+  const T* const x = a.in.x + rows.first * a.in.x_stride + d;
+  const T* const dout = a.dout + rows.first * a.dout_stride + d;
+#pragma unroll 1
+  for (int64_t tile = begin; exists && tile < end + kWidth - 1; tile += Walk::kTile) {
+    Vector<T, kVector> x_rows[Walk::kTile], dout_rows[Walk::kTile];
+#pragma unroll
+    for (int r = 0; r < Walk::kTile; ++r) {
+      x_rows[r] = load<kVector>(x + (tile + r) * a.in.x_stride, tile + r < stop);
+      dout_rows[r] = load<kVector>(dout + (tile + r) * a.dout_stride, tile + r < stop);
+    }
+#pragma unroll
+    for (int r = 0; r < Walk::kTile; ++r) {
+      const int64_t p = tile + r - (kWidth - 1);
+      float dout_t[kVector], dx[kVector];
+      unpack(x_rows[r], w.x[kWidth - 1]), unpack(dout_rows[r], dout_t);
+      w.step(dout_t, a.in.activate, tile + r < end, dx);
+      if ((p >= begin || begin == 0) && p < end) store_conv_dx<kVector>(a, b, rows, d, p, dx);
+    }
+  }
+  store_conv_part(a, w, part, d, parts);
+}
+
+template <class T, int kWidth>
+int64_t conv_backward_pieces(const ConvBackwardArgs<T>& a) {  // of a sequence
+  return std::max<int64_t>(1, ceil_div(a.in.L, kConvWarps * ConvWalk<T, kWidth>::kRows));
+}
+template <class T>
+int64_t conv_backward_parts(const ConvBackwardArgs<T>& a) {
+  return a.in.batch *
+         (a.in.width <= 4 ? conv_backward_pieces<T, 4>(a) : conv_backward_pieces<T, 8>(a));
+}
+// Bytes of workspace that causal_conv1d_backward needs.
+template <class T>
+size_t causal_conv1d_backward_workspace(const ConvBackwardArgs<T>& a) {
+  return sizeof(float) * conv_backward_parts(a) * a.in.d * (a.in.width + 1);
+}
+
+template <class T>
+void causal_conv1d_backward(const ConvBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  const ConvArgs<T>& in = a.in;
+  if (in.width < 2 || in.width > 8)
+    fail("causal_conv1d_backward: width: expected 2 to 8, found ", in.width);
+  if (in.batch * in.d == 0) return;
+  const bool aligned = in.width == 4 && aligned4(in.x, in.x_stride) && aligned4(in.state, in.d) &&
+                       aligned4(in.weight, 4) && aligned4(in.bias, 4) &&
+                       aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
+                       aligned4(a.dstate, in.d);
+  const int64_t blocks = ceil_div(in.d, (aligned ? 4 : 1) * 32), parts = conv_backward_parts(a);
+  const auto kernel = aligned         ? causal_conv1d_backward_kernel<T, 4, 4>
+                      : in.width <= 4 ? causal_conv1d_backward_kernel<T, 4, 1>
+                                      : causal_conv1d_backward_kernel<T, 8, 1>;
+  kernel<<<unsigned(parts * blocks), 32 * kConvWarps, 0, stream>>>(
+      a, unsigned(blocks), unsigned(parts / in.batch), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  const int64_t weights = in.d * in.width;
+  add_column_sums({workspace, parts, weights + in.d, a.dweight, weights, a.dbias}, stream);
+}
+
+// --- norms ---------------------------------------------------------------------------------------
+//
+//   out = v s weight, s = 1 / sqrt(mean(v^2) + eps)       v: the residual, or y silu(z) of a group
+//   dv  = s (weight dout) - v s^3 mean(v weight dout)     dweight = sum over rows of dout v s
+//
+// One block takes some rows, one after the other, and of gated_rms_norm one group of channels; dweight
+// stays in shared memory, each number with the thread that adds to it. A row is read twice, the
+// second time from the cache.
+
+// The sums of both numbers over a block of kThreads threads.
+template <int kThreads>
+__device__ inline void block_sums(float& a, float& b) {
+  __shared__ float of_warp[2][kThreads / 32];
+  a = warp_sum(a), b = warp_sum(b);
+  __syncthreads();  // the last call's sums have been read before these are written
+  if (threadIdx.x % 32 == 0) of_warp[0][threadIdx.x / 32] = a, of_warp[1][threadIdx.x / 32] = b;
+  __syncthreads();  // the warps' sums are written before they are added
+  a = of_warp[0][0], b = of_warp[1][0];
+  for (int i = 1; i < kThreads / 32; ++i) a += of_warp[0][i], b += of_warp[1][i];
+}
+
+// dv = scale weight dout - back v
+struct NormSlopes {
+  float scale, back;
+};
+template <int kThreads>
+__device__ inline NormSlopes norm_slopes(float squares, float along, int d, float eps) {
+  block_sums<kThreads>(squares, along);
+  const float scale = rsqrtf(squares / d + eps);
+  return {scale, scale * scale * scale * (along / d)};
+}
+
+// The first pass over a row: sums of v^2 and of v weight dout, v_of(v, i) giving v[i .. i + 4).
+template <class T, class Values>
+__device__ inline NormSlopes norm_slopes_of_row(const T* dout, const float* weight, int d, float eps,
+                                                const Values& v_of) {
+  float squares = 0.f, along = 0.f;
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], w[4], g[4];
+    v_of(v, i), load4(w, weight + i), load4(g, dout + i);
+    squares += sum_of_squares(v);
+    for (int k = 0; k < 4; ++k) along = fmaf(v[k], w[k] * g[k], along);
+  }
+  return norm_slopes<kNormThreads>(squares, along, d, eps);
+}
+
+// The second: dv[i .. i + 4), and dweight.
+template <class T, class Values, class Function>
+__device__ inline void norm_gradients_of_row(const T* dout, const float* weight, int d,
+                                             const NormSlopes& s, float* dweight,
+                                             const Values& v_of, const Function& take_dv) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], w[4], g[4], sum[4];
+    v_of(v, i), load4(w, weight + i), load4(g, dout + i), load4(sum, dweight + i);
+    for (int k = 0; k < 4; ++k) {
+      sum[k] = fmaf(g[k], v[k] * s.scale, sum[k]);
+      v[k] = s.scale * w[k] * g[k] - s.back * v[k];
+    }
+    store(dweight + i, pack<float>(sum));
+    take_dv(v, i);
+  }
+}
+
+// Each thread begins with zeros in its own numbers of a row in shared memory, and ends by leaving
+// them in `to`.
+__device__ inline void zero_row(float* row, int d) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) store(row + i, Vector<float, 4>{});
+}
+__device__ inline void leave_row(const float* row, int d, float* to) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads)
+    store(to + i, load<4>(row + i, true));
+}
+
+template <class T>
+struct NormBackwardArgs {
+  int64_t rows = 0;
+  int d = 0;
+  float eps = 0;
+  const float* residual = nullptr;  // (rows, d)
+  const float* weight = nullptr;    // (d)
+  const T* dout = nullptr;          // (rows, d)
+  float* d_residual = nullptr;      // (rows, d), added to
+  T* rounded = nullptr;             // (rows, d) the same as T, or null; may be dout
+  float* dweight = nullptr;         // (d), added to
+};
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    rms_norm_backward_kernel(NormBackwardArgs<T> a, int64_t each, float* parts) {
+  extern __shared__ __align__(16) float dweight_row[];
+  zero_row(dweight_row, a.d);
+  const int64_t end = min(a.rows, (blockIdx.x + int64_t{1}) * each);
+  for (int64_t row = blockIdx.x * each; row < end; ++row) {
+    const float* residual = a.residual + row * a.d;
+    const T* dout = a.dout + row * a.d;
+    const auto v_of = [&](float (&v)[4], int i) { load4(v, residual + i); };
+    const NormSlopes s = norm_slopes_of_row(dout, a.weight, a.d, a.eps, v_of);
+    const auto take_dv = [&](const float (&dv)[4], int i) {
+      float* const to = a.d_residual + row * a.d + i;
+      float sum[4];
+      load4(sum, to);
+      for (int k = 0; k < 4; ++k) sum[k] += dv[k];
+      store(to, pack<float>(sum));
+      if (a.rounded) store(a.rounded + row * a.d + i, pack<T>(sum));
+    };
+    norm_gradients_of_row(dout, a.weight, a.d, s, dweight_row, v_of, take_dv);
+  }
+  leave_row(dweight_row, a.d, parts + int64_t{blockIdx.x} * a.d);
+}
+
+// workspace: row_parts(rows, d) floats.
+template <class T>
+void rms_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  if (a.d % 4) fail("rms_norm_backward: width: expected a multiple of 4, found ", a.d);
+  if (a.rows == 0) return;
+  const int64_t parts = count_parts(a.rows);
+  rms_norm_backward_kernel<<<unsigned(parts), kNormThreads, a.d * sizeof(float), stream>>>(
+      a, rows_of_part(a.rows), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
+// y, z, dout, dy, dz (rows, d), their rows so far apart; the mean square is that of each of `groups`
+// equal runs of channels.
+template <class T>
+struct GatedNormBackwardArgs {
+  int64_t rows = 0;
+  int d = 0, groups = 1;
+  float eps = 0;
+  const T *y = nullptr, *z = nullptr, *dout = nullptr;
+  const float* weight = nullptr;  // (d)
+  T *dy = nullptr, *dz = nullptr;
+  float* dweight = nullptr;  // (d), added to
+  int64_t y_stride = 0, z_stride = 0, dout_stride = 0, dy_stride = 0, dz_stride = 0;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    gated_rms_norm_backward_kernel(GatedNormBackwardArgs<T> a, int64_t each, float* parts) {
+  extern __shared__ __align__(16) float dweight_row[];
+  const int width = a.d / a.groups;
+  const int64_t first = int64_t{blockIdx.y} * width;
+  const float* weight = a.weight + first;
+  zero_row(dweight_row, width);
+  const int64_t end = min(a.rows, (blockIdx.x + int64_t{1}) * each);
+  for (int64_t row = blockIdx.x * each; row < end; ++row) {
+    const T *y = a.y + row * a.y_stride + first, *z = a.z + row * a.z_stride + first;
+    const T* dout = a.dout + row * a.dout_stride + first;
+    const auto v_of = [&](float (&v)[4], int i) {
+      float gate[4];
+      load4(v, y + i), load4(gate, z + i);
+      for (int k = 0; k < 4; ++k) v[k] *= silu(gate[k]);
+    };
+    const NormSlopes s = norm_slopes_of_row(dout, weight, width, a.eps, v_of);
+    const auto take_dv = [&](const float (&dv)[4], int i) {
+      float dy[4], dz[4];
+      load4(dy, y + i), load4(dz, z + i);
+      for (int k = 0; k < 4; ++k) {
+        const SiluPoint gate = silu_point(dz[k]);
+        dz[k] = dv[k] * dy[k] * gate.slope, dy[k] = dv[k] * gate.value;
+      }
+      store(a.dy + row * a.dy_stride + first + i, pack<T>(dy));
+      store(a.dz + row * a.dz_stride + first + i, pack<T>(dz));
+    };
+    norm_gradients_of_row(dout, weight, width, s, dweight_row, v_of, take_dv);
+  }
+  leave_row(dweight_row, width, parts + int64_t{blockIdx.x} * a.d + first);
+}
+
+// workspace: row_parts(rows, d) floats.
+template <class T>
+void gated_rms_norm_backward(const GatedNormBackwardArgs<T>& a, float* workspace,
+                             cudaStream_t stream) {
+  const int width = a.d / a.groups;
+  if (width % 4) fail("gated_rms_norm_backward: group: expected a multiple of 4, found ", width);
+  if (a.rows == 0) return;
+  const dim3 grid(unsigned(count_parts(a.rows)), unsigned(a.groups));
+  gated_rms_norm_backward_kernel<<<grid, kNormThreads, width * sizeof(float), stream>>>(
+      a, rows_of_part(a.rows), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, grid.x, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
+// --- embedding -----------------------------------------------------------------------------------
+//
+//   dE[id] += sum over the rows t with ids[t] = id of d_residual[t]
+//
+// The rows are sorted by id, those of one id keeping their order, and each run of them is summed.
+
+static __global__ void embedding_keys_kernel(const Token* ids, int64_t rows, uint64_t* keys,
+                                             Token* positions) {
+  const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t < rows) keys[t] = uint64_t(ids[t]), positions[t] = Token(t);
+}
+
+// The block at the begin of a run takes it; the others have nothing to do.  Grid: rows, channels.
+static __global__ void __launch_bounds__(128)
+    embedding_backward_kernel(const uint64_t* ids, const Token* positions, int64_t rows,
+                              int64_t d_model, const float* d_residual, float* d_embedding) {
+  const int64_t begin = blockIdx.x, c = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  const uint64_t id = ids[begin];
+  if (c >= d_model || (begin > 0 && ids[begin - 1] == id)) return;
+  int64_t end = begin + 1;  // the first row of a higher id lies in [end, above]
+  for (int64_t above = rows; end < above;) {
+    const int64_t middle = (end + above) / 2;
+    ids[middle] == id ? end = middle + 1 : above = middle;
+  }
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t i = begin; i < end; ++i) sum += d_residual[positions[i] * d_model + c];
+  d_embedding[int64_t(id) * d_model + c] += sum;
+}
+
+class EmbeddingBackward {
+ public:
+  // d_embedding (vocab_size, d_model) += the rows of d_residual (rows, d_model).
+  void operator()(const Token* ids, int64_t rows, int64_t vocab_size, int64_t d_model,
+                  const float* d_residual, float* d_embedding, cudaStream_t stream) {
+    if (rows == 0) return;
+    keys_.grow(size_t(2 * rows)), positions_.grow(size_t(2 * rows));
+    uint64_t *keys = keys_.data(), *sorted_keys = keys + rows;
+    Token *positions = positions_.data(), *sorted = positions + rows;
+    int bits = 1;
+    while ((vocab_size - 1) >> bits) ++bits;
+    size_t bytes = 0;
+    for (const bool measure : {true, false}) {
+      if (!measure) room_.grow(bytes);
+      if (!measure)
+        embedding_keys_kernel<<<unsigned(ceil_div(rows, 256)), 256, 0, stream>>>(ids, rows, keys,
+                                                                                 positions);
+      CUDA_CHECK(cudaGetLastError());
+      CUDA_CHECK(cub::DeviceRadixSort::SortPairs(measure ? nullptr : room_.data(), bytes, keys,
+                                                 sorted_keys, positions, sorted, rows, 0, bits,
+                                                 stream));
+    }
+    const dim3 grid(unsigned(rows), unsigned(ceil_div(d_model, 128)));
+    embedding_backward_kernel<<<grid, 128, 0, stream>>>(sorted_keys, sorted, rows, d_model,
+                                                        d_residual, d_embedding);
+    CUDA_CHECK(cudaGetLastError());
+  }
+
+ private:
+  DeviceBuffer<uint64_t> keys_;
+  DeviceBuffer<Token> positions_;
+  DeviceBuffer<std::byte> room_;
+};
+
+// --- cross-entropy -------------------------------------------------------------------------------
+//
+//   nll_t = log(sum_v exp(logits_t[v])) - logits_t[target_t]
+//   dlogits_t[v] = scale (exp(logits_t[v]) / sum - (v = target_t))      target -1: both are zero
+//
+// One block takes a row: it reads the logits once for their maximum and the sum of exponentials,
+// each thread for its own and then all for the block, and a second time to put dlogits, as T, into
+// their place.  Grid: rows, `stride` floats apart; row t of dlogits begins where that of logits did.
+
+constexpr int kEntropyThreads = 512;
+
+// A sum of exp(v - max).
+struct ExpSum {
+  float max, sum;
+  __device__ void add(float other_max, float other_sum) {
+    const float m = fmaxf(max, other_max);
+    if (m == -INFINITY) return;
+    sum = sum * exp2_approx(kLog2e * (max - m)) + other_sum * exp2_approx(kLog2e * (other_max - m));
+    max = m;
+  }
+};
+
+// The same over a row, the same bits in all threads.
+__device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size) {
+  __shared__ ExpSum of_warp[kEntropyThreads / 32];
+  ExpSum own{-INFINITY, 0.f};
+  for (int64_t i = 4 * threadIdx.x; i < vocab_size; i += 4 * kEntropyThreads) {
+    float v[4];
+    load4(v, logits + i);
+    float max = -INFINITY, sum = 0.f;
+    for (int k = 0; k < 4; ++k) v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
+    for (int k = 0; k < 4; ++k) sum += exp2_approx(kLog2e * (v[k] - max));
+    own.add(max, sum);
+  }
+  for (int d = 16; d > 0; d /= 2) {
+    const float max = __shfl_xor_sync(~0u, own.max, d), sum = __shfl_xor_sync(~0u, own.sum, d);
+    own.add(max, sum);
+  }
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
+  __syncthreads();  // the warps' sums are written before they are added
+  own = of_warp[0];
+  for (int i = 1; i < kEntropyThreads / 32; ++i) own.add(of_warp[i].max, of_warp[i].sum);
+  return own;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads)
+    cross_entropy_kernel(float* logits, int64_t stride, int64_t vocab_size, const Token* targets,
+                         float scale, float* nll) {
+  float* const row = logits + blockIdx.x * stride;
+  T* const dlogits = reinterpret_cast<T*>(row);
+  const int64_t target = targets[blockIdx.x];
+  const ExpSum all = exp_sum_of_row(row, vocab_size);
+  if (threadIdx.x == 0)
+    nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
+  if (scale == 0.f) return;  // the loss alone is wanted
+  const float factor = target < 0 ? 0.f : scale / all.sum;
+  for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
+    const int64_t i = first + 4 * threadIdx.x;
+    float v[4] = {};
+    if (i < vocab_size) load4(v, row + i);
+    for (int k = 0; k < 4; ++k)
+      v[k] = target < 0 ? 0.f
+                        : factor * exp2_approx(kLog2e * (v[k] - all.max)) -
+                              (i + k == target ? scale : 0.f);
+    __syncthreads();  // logits have been read, also the target's, before they are overwritten
+    if (i < vocab_size) store(dlogits + i, pack<T>(v));
+  }
+}
+
+// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16 bytes.
+template <class T>
+void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
+                   const Token* targets, float scale, float* nll, cudaStream_t stream) {
+  if (rows == 0) return;
+  const auto kernel = cross_entropy_kernel<T>;
+  kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
+                                                         nll);
+  CUDA_CHECK(cudaGetLastError());
+}
+
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
