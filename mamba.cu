@@ -246,7 +246,7 @@ __device__ void copy_async_wait_but() {
   __pipeline_wait_prior(kPending);
 }
 
-constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126 become 0.
 // (exp2f is more instructions.)
@@ -4265,14 +4265,13 @@ __device__ inline ScanPoint scan_point(const ScanArgs<T>& a, float x, float delt
 
 // What is left to be done at (t, d) when the sums over its states are there: y = C . h,
 // gB = g . B, gh = A . (g a h_{t-1}).
-template <class T>
-__device__ inline void finish_point(bool gated, const ScanPoint& p, float D, float y, float gB,
-                                    float gh, T* dx, T* ddelta, T* dz, float& dD, float& dbias) {
-  const float gradient = fmaf(p.x, gB, gh) * p.slope;
-  *dx = from_float<T>(fmaf(p.delta, gB, D * p.dy));
-  *ddelta = from_float<T>(gradient);
-  if (gated) *dz = from_float<T>(p.dgate * fmaf(D, p.x, y));
-  dD = fmaf(p.dy, p.x, dD), dbias += gradient;
+struct ScanPointGradients {
+  float dx, ddelta, dz, dD;
+};
+__device__ inline ScanPointGradients finish_point(const ScanPoint& p, float D, float y, float gB,
+                                                  float gh) {
+  return {fmaf(p.delta, gB, D * p.dy), fmaf(p.x, gB, gh) * p.slope, p.dgate * fmaf(D, p.x, y),
+          p.dy * p.x};
 }
 
 // Sums that several blocks contribute to, each to its own place, until all are there and are added
@@ -4392,9 +4391,12 @@ __global__ void __launch_bounds__(32)
   float dD = 0.f, dbias = 0.f;
   for (int64_t t = rows.first; t < end; ++t) {
     const int64_t at = t * in.d_inner + d;
-    finish_point(in.z != nullptr, point(t), in.D ? in.D[d] : 0.f, of.y[at], of.gB[at], of.gh[at],
-                 a.dx + t * a.dx_stride + d, a.ddelta + t * a.ddelta_stride + d,
-                 a.dz + t * a.dz_stride + d, dD, dbias);
+    const ScanPointGradients g =
+        finish_point(point(t), in.D ? in.D[d] : 0.f, of.y[at], of.gB[at], of.gh[at]);
+    a.dx[t * a.dx_stride + d] = from_float<T>(g.dx);
+    a.ddelta[t * a.ddelta_stride + d] = from_float<T>(g.ddelta);
+    if (in.z) a.dz[t * a.dz_stride + d] = from_float<T>(g.dz);
+    dD += g.dD, dbias += g.ddelta;
   }
   parts.D_bias[2 * b * in.d_inner + d] = dD;
   parts.D_bias[(2 * b + 1) * in.d_inner + d] = dbias;
@@ -4436,154 +4438,187 @@ struct ScanPieces {
   static int64_t ways(int64_t rows, int64_t batch) { return rows / BackTile::kRows + batch + 1; }
 };
 
-// Of (kRows, 32) channels, what a warp reads back, as floats.
+// A way of a warp, as floats: what its lanes read of each other.
 struct BackRows {
   static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
   alignas(16) float delta[kRows][32], delta_x[kRows][32], dy[kRows][32];
   alignas(16) float B[kRows][kN], C[kRows][kN];
 };
 struct BackMemory {  // of a block of the fused kernel
+  static constexpr int kRows = BackTile::kRows;
   struct Warp {
     BackRows rows;
-    float x[BackTile::kRows][32], slope[BackTile::kRows][32], dgate[BackTile::kRows][32];
-    Vector<float, 4> p[BackTile::kRows][BackTile::kChannels][32];
+    alignas(16) float x[kRows][32], slope[kRows][32], dgate[kRows][32];
+    alignas(16) float y[kRows][32], gB[kRows][32], gh[kRows][32];  // sums over states
+    Vector<float, 4> p[kRows][BackTile::kChannels][32];
   } warp[BackTile::kWarps];
-  float BC[2][BackTile::kWarps][BackTile::kRows][32];  // of ways with odd and even numbers
+  alignas(16) float BC[2][BackTile::kWarps][kRows][32];  // of ways with even and odd numbers
 };
 
-// Where a warp works, and its lane's own channel.
+// Four neighbouring numbers of a row, of which `count` exist: at once where `whole`.
+template <class T>
+__device__ inline Vector<T, 4> load_some(const T* p, int count, bool whole) {
+  if (whole) return load<4>(p, count > 0);
+  T numbers[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) numbers[i] = i < count ? p[i] : T(0.f);
+  Vector<T, 4> v;
+  std::memcpy(&v, numbers, sizeof v);
+  return v;
+}
+template <class T>
+__device__ inline void store_some(T* p, const float (&v)[4], int count, bool whole) {
+  if (whole) {
+    if (count > 0) store(p, pack<T>(v));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    if (i < count) p[i] = from_float<T>(v[i]);
+}
+
+// Where a warp works. A lane has three places in it: it walks time with 4 channels and 4 states,
+// prepares and finishes 4 channels of two rows of a way, and fetches 4 states of one row of B and C.
 template <class T>
 struct BackWarp {
   static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  static_assert(kRows == 8,
+                "32 lanes: 4 rows of 8 times 4 channels, twice; 8 rows of 4 times 4 states");
   const ScanBackwardArgs<T>& a;
+  const bool whole;  // may four neighbouring numbers be read at once?
+  const int lane = threadIdx.x % 32;
+  const int walked = lane / 4 * 4, state = lane % 4 * 4;  // the first of 4 channels, of 4 states
+  const int row = lane / 8, served = lane % 8 * 4;        // rows `row` and row + 4; 4 channels
   Rows rows;
   int64_t sequence, piece, block, group;  // piece: of all; block: of channels, of all groups
-  int64_t first_channel;                  // of the warp
-  int lane, n_channels;                   // of the warp, that exist
-  int64_t d;                              // the lane's own channel
-  bool exists;
-  float bias;
+  int64_t channel;                        // the warp's first
+  int n_channels;                         // of the warp, that exist
 
-  __device__ BackWarp(const ScanBackwardArgs<T>& a, const ScanPieces& pieces) : a(a) {
+  __device__ BackWarp(const ScanBackwardArgs<T>& a, const ScanPieces& pieces, bool whole)
+      : a(a), whole(whole) {
     const ScanArgs<T>& in = a.in;
     const int channels = in.d_inner / in.n_groups, blocks = ceil_div(channels, BackTile::kThreads);
     block = blockIdx.x % (blocks * in.n_groups), piece = blockIdx.x / (blocks * in.n_groups);
-    sequence = piece / pieces.count, group = block / blocks, lane = threadIdx.x % 32;
+    sequence = piece / pieces.count, group = block / blocks;
     rows = rows_of(sequence, in.L, in.cu_seqlens);
     const int64_t skip = min(rows.count, piece % pieces.count * pieces.length);
     rows = {rows.first + skip, min(pieces.length, rows.count - skip)};
     const int c = block % blocks * BackTile::kThreads + threadIdx.x / 32 * 32;
-    first_channel = group * channels + c, n_channels = min(32, channels - c);
-    exists = lane < n_channels, d = first_channel + lane;
-    bias = in.delta_bias && exists ? in.delta_bias[d] : 0.f;
+    channel = group * channels + c, n_channels = min(32, channels - c);
   }
   __device__ int ways() const { return ceil_div(int(rows.count), kRows); }
   __device__ int64_t way(int j) const { return rows.first / kRows + sequence + j; }
 
-  // f(k, at): channel k of this lane exists; its states lie at `at` in (d_inner, kN).
-  template <class Function>
-  __device__ void each_channel(const Function& f) const {
-#pragma unroll
-    for (int k = 0; k < BackTile::kChannels; ++k) {
-      const int c = lane / 4 * 4 + k;
-      if (c < n_channels) f(k, (first_channel + c) * kN + lane % 4 * 4);
-    }
-  }
+  // --- as it walks
   __device__ void load_A(float (&A)[4][4]) const {  // times log2(e), as the exps take it
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const int c = lane / 4 * 4 + k, n = lane % 4 * 4;
+    for (int k = 0; k < 4; ++k)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const bool there = c < n_channels && n + i < a.in.d_state;
-        A[k][i] = there ? kLog2e * a.in.A[(first_channel + c) * a.in.d_state + n + i] : 0.f;
+      for (int n = 0; n < 4; ++n) {
+        const int64_t d = channel + walked + k, N = a.in.d_state;
+        const bool exists = walked + k < n_channels && state + n < N;
+        A[k][n] = exists ? kLog2e * a.in.A[d * N + state + n] : 0.f;
       }
-    }
   }
+  // To and from (d_inner, kN).
   __device__ void load_states(const float* from, float (&h)[4][4]) const {
-    each_channel([&](int k, int64_t at) { unpack(load<4>(from + at, true), h[k]); });
+    from += (channel + walked) * kN + state;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) unpack(load<4>(from + k * kN, walked + k < n_channels), h[k]);
   }
   __device__ void store_states(float* to, const float (&h)[4][4]) const {
-    each_channel([&](int k, int64_t at) { store(to + at, pack<float>(h[k])); });
+    to += (channel + walked) * kN + state;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      if (walked + k < n_channels) store(to + k * kN, pack<float>(h[k]));
+  }
+  __device__ void of_channels(const float (&row)[32], float (&to)[4]) const {
+    unpack(load<4>(&row[walked], true), to);
+  }
+  __device__ void of_states(const float (&row)[kN], float (&to)[4]) const {
+    unpack(load<4>(&row[state], true), to);
   }
 
-  // What a lane reads of a way: its channel's numbers, and its share of B and C.
+  // --- as it fetches and prepares
   struct Raw {
-    T x[kRows], delta[kRows], z[kRows], dout[kRows], BC[kRows];
+    Vector<T, 4> x[2], delta[2], z[2], dout[2], B, C;
   };
   __device__ void fetch(int j, Raw& raw) const {
     const ScanArgs<T>& in = a.in;
-    const int64_t t = rows.first + j * kRows;
-    const int left = int(rows.count) - j * kRows;
-    const auto column = [&](T(&to)[kRows], const T* from, int64_t long_stride) {
-      const int stride = int(long_stride);
-      from += t * long_stride + d;
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) to[r] = exists && r < left ? from[r * stride] : T(0.f);
+    const int64_t first = rows.first + j * kRows;
+    const int left = int(rows.count) - j * kRows, n_states = int(in.d_state) - state;
+    const auto both = [&](Vector<T, 4>(&to)[2], const T* from, int64_t stride) {
+      from += (first + row) * stride + channel + served;
+      to[0] = load_some(from, row < left ? n_channels - served : 0, whole);
+      to[1] = load_some(from + 4 * stride, row + 4 < left ? n_channels - served : 0, whole);
     };
-    column(raw.x, in.x, in.x_stride), column(raw.delta, in.delta, in.delta_stride);
-    column(raw.dout, a.dout, a.dout_stride);
-    if (in.z) column(raw.z, in.z, in.z_stride);
-    const int n = lane % kN, N = int(in.d_state);
-    const auto quarter = [&](T* to, const T* from, int64_t long_stride) {
-      const int stride = int(long_stride);
-      from += t * long_stride + group * N + n;
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) {
-        const int r = lane / kN + 2 * i;
-        to[i] = n < N && r < left ? from[r * stride] : T(0.f);
-      }
-    };
-    quarter(raw.BC, in.B, in.B_stride), quarter(raw.BC + kRows / 2, in.C, in.C_stride);
+    both(raw.x, in.x, in.x_stride), both(raw.delta, in.delta, in.delta_stride);
+    both(raw.dout, a.dout, a.dout_stride);
+    if (in.z) both(raw.z, in.z, in.z_stride);
+    const int r = lane / 4;
+    const int64_t t = first + r, n = group * in.d_state + state;
+    raw.B = load_some(in.B + t * in.B_stride + n, r < left ? n_states : 0, whole);
+    raw.C = load_some(in.C + t * in.C_stride + n, r < left ? n_states : 0, whole);
   }
-  // Leaves them for the other lanes. f(r, point): for what only this lane needs.
-  template <class Function>
-  __device__ void prepare(int j, const Raw& raw, BackRows& to, const Function& f) const {
-    const int left = exists ? int(rows.count) - j * kRows : 0;
+  __device__ void load_served(const float* from, float (&to)[4]) const {  // zeros without it
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      ScanPoint p = scan_point(a.in, to_float(raw.x[r]), to_float(raw.delta[r]) + bias,
-                               a.in.z ? to_float(raw.z[r]) : 0.f, to_float(raw.dout[r]));
-      if (r >= left) p.delta = 0.f;  // the state stands still
-      to.delta[r][lane] = p.delta, to.delta_x[r][lane] = p.delta * p.x, to.dy[r][lane] = p.dy;
+    for (int i = 0; i < 4; ++i)
+      to[i] = from && served + i < n_channels ? from[channel + served + i] : 0.f;
+  }
+  // Leaves what was fetched for the other lanes. f(row, points): for what only this lane needs.
+  template <class Function>
+  __device__ void prepare(int j, const Raw& raw, const float (&bias)[4], BackRows& to,
+                          const Function& f) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[4], delta[4], z[4] = {}, dout[4], delta_x[4], dy[4];
+      unpack(raw.x[half], x), unpack(raw.delta[half], delta), unpack(raw.dout[half], dout);
+      if (a.in.z) unpack(raw.z[half], z);
+      const int r = row + 4 * half;
+      const bool inside = j * kRows + r < rows.count;
+      ScanPoint p[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        p[i] = scan_point(a.in, x[i], delta[i] + bias[i], z[i], dout[i]);
+        if (!inside) p[i].delta = p[i].slope = 0.f;  // the state stands still
+        delta[i] = p[i].delta, delta_x[i] = p[i].delta * x[i], dy[i] = p[i].dy;
+      }
+      store(&to.delta[r][served], pack<float>(delta));
+      store(&to.delta_x[r][served], pack<float>(delta_x));
+      store(&to.dy[r][served], pack<float>(dy));
       f(r, p);
     }
-#pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) {
-      const int r = lane / kN + 2 * i;
-      to.B[r][lane % kN] = to_float(raw.BC[i]),
-                     to.C[r][lane % kN] = to_float(raw.BC[i + kRows / 2]);
-    }
-  }
-  // Four numbers of a row: of this lane's channels, or states.
-  __device__ void of_channels(const float (&row)[32], float (&to)[4]) const {
-    unpack(load<4>(&row[lane / 4 * 4], true), to);
-  }
-  __device__ void of_states(const float (&row)[kN], float (&to)[4]) const {
-    unpack(load<4>(&row[lane % 4 * 4], true), to);
+    float B[4], C[4];
+    unpack(raw.B, B), unpack(raw.C, C);
+    store(&to.B[lane / 4][state], pack<float>(B)), store(&to.C[lane / 4][state], pack<float>(C));
   }
 };
 
 template <class T>
-__global__ void __launch_bounds__(BackTile::kThreads, 4)
-    selective_scan_backward_summary_kernel(ScanBackwardArgs<T> a, ScanPieces pieces) {
+__global__ void __launch_bounds__(BackTile::kThreads, 3)
+    selective_scan_backward_summary_kernel(ScanBackwardArgs<T> a, ScanPieces pieces, bool whole) {
   __shared__ BackRows of_warp[BackTile::kWarps];
   BackRows& rows = of_warp[threadIdx.x / 32];
-  const BackWarp<T> warp(a, pieces);
-  float A[4][4], h[4][4] = {}, u[4][4] = {}, P[4][4], total = 0.f;
+  const BackWarp<T> warp(a, pieces, whole);
+  const int64_t d_inner = a.in.d_inner, own = warp.channel + warp.lane;  // a channel
+  const bool exists = warp.lane < warp.n_channels;
+  float A[4][4], h[4][4] = {}, u[4][4] = {}, P[4][4], bias[4], total = 0.f;
   warp.load_A(A);
+  warp.load_served(a.in.delta_bias, bias);
 #pragma unroll
   for (int k = 0; k < 16; ++k) P[k / 4][k % 4] = 1.f;
   typename BackWarp<T>::Raw raw;
   const int ways = warp.ways();
   if (ways > 0) warp.fetch(0, raw);
   for (int j = 0; j < ways; ++j) {
-    warp.store_states(pieces.h_way + warp.way(j) * a.in.d_inner * BackTile::kN, h);
-    if (warp.exists) pieces.before[warp.way(j) * a.in.d_inner + warp.d] = total;
+    warp.store_states(pieces.h_way + warp.way(j) * d_inner * BackTile::kN, h);
+    if (exists) pieces.before[warp.way(j) * d_inner + own] = total;
     __syncwarp();  // all lanes have read the way before
-    warp.prepare(j, raw, rows, [&](int, const ScanPoint& p) { total += p.delta; });
+    warp.prepare(j, raw, bias, rows, [](int, const ScanPoint(&)[4]) {});
     __syncwarp();  // what is prepared is there to be read
     if (j + 1 < ways) warp.fetch(j + 1, raw);
+#pragma unroll
+    for (int r = 0; r < BackTile::kRows; ++r) total += rows.delta[r][warp.lane];
 #pragma unroll 4
     for (int r = 0; r < BackTile::kRows; ++r) {
       float delta[4], delta_x[4], dy[4], B[4], C[4];
@@ -4601,10 +4636,10 @@ __global__ void __launch_bounds__(BackTile::kThreads, 4)
         }
     }
   }
-  const int64_t at = warp.piece * a.in.d_inner;
+  const int64_t at = warp.piece * d_inner;
   warp.store_states(pieces.first + at * BackTile::kN, h);
   warp.store_states(pieces.later + at * BackTile::kN, u);
-  if (warp.exists) pieces.total[at + warp.d] = total;
+  if (exists) pieces.total[at + own] = total;
 }
 
 // One thread owns a state. It asks for the numbers of several pieces at once.
@@ -4658,19 +4693,24 @@ template <class T>
 struct BackLane {
   const BackWarp<T>& warp;
   BackMemory::Warp& memory;
-  float A[4][4], u[4][4], dA[4][4] = {};
-  float D, dD = 0.f, dbias = 0.f;
-  T *dx, *ddelta, *dz;  // of the row, and of the lane's own channel
+  float A[4][4], u[4][4], dA[4][4] = {};           // as it walks
+  float D[4], bias[4], dD[4] = {}, dbias[4] = {};  // as it prepares and finishes
 
   __device__ BackLane(const BackWarp<T>& warp, BackMemory::Warp& memory)
       : warp(warp), memory(memory) {
-    const ScanBackwardArgs<T>& a = warp.a;
     warp.load_A(A);
-    D = a.in.D && warp.exists ? a.in.D[warp.d] : 0.f;
-    const int64_t end =
-        warp.rows.first + int64_t(warp.ways()) * BackTile::kRows;  // where rows end, in full ways
-    dx = a.dx + end * a.dx_stride + warp.d, ddelta = a.ddelta + end * a.ddelta_stride + warp.d;
-    dz = a.dz + end * a.dz_stride + warp.d;
+    warp.load_served(warp.a.in.D, D), warp.load_served(warp.a.in.delta_bias, bias);
+  }
+
+  __device__ void prepare(int j, const typename BackWarp<T>::Raw& raw) {
+    warp.prepare(j, raw, bias, memory.rows, [&](int r, const ScanPoint(&p)[4]) {
+      const float x[4] = {p[0].x, p[1].x, p[2].x, p[3].x};
+      const float slope[4] = {p[0].slope, p[1].slope, p[2].slope, p[3].slope};
+      const float dgate[4] = {p[0].dgate, p[1].dgate, p[2].dgate, p[3].dgate};
+      store(&memory.x[r][warp.served], pack<float>(x));
+      store(&memory.slope[r][warp.served], pack<float>(slope));
+      store(&memory.dgate[r][warp.served], pack<float>(dgate));
+    });
   }
 
   // From the state before the way: leaves p_t of every row.
@@ -4719,82 +4759,116 @@ struct BackLane {
     }
   }
 
-  // Completes row r for the lane's own channel: y, g . B and log2(e) A . (g p).
-  __device__ void finish(int r, bool inside, float y, float gB, float gh) {
-    const ScanBackwardArgs<T>& a = warp.a;
-    const ScanPoint p{memory.x[r][warp.lane], memory.rows.delta[r][warp.lane],
-                      memory.rows.dy[r][warp.lane], memory.slope[r][warp.lane],
-                      memory.dgate[r][warp.lane]};
-    dx -= a.dx_stride, ddelta -= a.ddelta_stride, dz -= a.dz_stride;
-    if (inside)
-      finish_point(a.in.z != nullptr, p, D, y, gB, gh / kLog2e, dx, ddelta, dz, dD, dbias);
-  }
-
-  // Walks a way back; leaves the warp's dB and dC of each row in BC.
-  __device__ void back(int left, float (&BC_of)[BackTile::kRows][32]) {
+  // Walks a way back; leaves the sums of each row over states, and the warp's over channels in BC_of.
+  __device__ void back(float (&BC_of)[BackTile::kRows][32]) {
     const int lane = warp.lane;
 #pragma unroll 2
     for (int r = BackTile::kRows - 1; r >= 0; --r) {
       float sums[12] = {}, BC[8] = {};
       row(r, sums, BC);
       exchange_halves<2, 6>(sums, lane), exchange_halves<1, 3>(sums, lane);
+      memory.y[r][lane] = sums[0], memory.gB[r][lane] = sums[1], memory.gh[r][lane] = sums[2];
       exchange_halves<16, 4>(BC, lane), exchange_halves<8, 2>(BC, lane);
       exchange_halves<4, 1>(BC, lane);
       BC_of[r][lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4] = BC[0];
-      finish(r, warp.exists && r < left, sums[0], sums[1], sums[2]);
+    }
+  }
+
+  // Completes the gradients of the lane's two rows of way j.
+  __device__ void finish(int j) {
+    const ScanBackwardArgs<T>& a = warp.a;
+    const int count = warp.n_channels - warp.served;
+#pragma unroll
+    for (int r = warp.row; r < BackTile::kRows; r += 4) {
+      float x[4], delta[4], dy[4], slope[4], dgate[4], y[4], gB[4], gh[4], dz[4];
+      const auto read = [&](const float(&rows)[BackTile::kRows][32], float(&to)[4]) {
+        unpack(load<4>(&rows[r][warp.served], true), to);
+      };
+      read(memory.x, x), read(memory.rows.delta, delta), read(memory.rows.dy, dy);
+      read(memory.slope, slope), read(memory.dgate, dgate);
+      read(memory.y, y), read(memory.gB, gB), read(memory.gh, gh);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const ScanPointGradients g = finish_point({x[i], delta[i], dy[i], slope[i], dgate[i]}, D[i],
+                                                  y[i], gB[i], gh[i] * kLn2);
+        x[i] = g.dx, delta[i] = g.ddelta, dz[i] = g.dz;
+        dD[i] += g.dD, dbias[i] += g.ddelta;
+      }
+      if (j * BackTile::kRows + r >= warp.rows.count) continue;
+      const int64_t t = warp.rows.first + j * BackTile::kRows + r, d = warp.channel + warp.served;
+      store_some(a.dx + t * a.dx_stride + d, x, count, warp.whole);
+      store_some(a.ddelta + t * a.ddelta_stride + d, delta, count, warp.whole);
+      if (a.in.z) store_some(a.dz + t * a.dz_stride + d, dz, count, warp.whole);
     }
   }
 };
 
+// Adds up the dB and dC of a block's warps: one thread two sums of a row.
+__device__ inline void add_warps(const float (&BC)[BackTile::kWarps][BackTile::kRows][32], int left,
+                                 float* to) {
+  const int r = threadIdx.x / 16, i = threadIdx.x % 16 * 2;
+  static_assert(BackTile::kThreads == 16 * BackTile::kRows, "all rows");
+  float sum[2] = {};
+#pragma unroll
+  for (int w = 0; w < BackTile::kWarps; ++w) {
+    float of_warp[2];
+    unpack(load<2>(&BC[w][r][i], true), of_warp);
+    sum[0] += of_warp[0], sum[1] += of_warp[1];
+  }
+  if (r < left) store(to + r * 32 + i, pack<float>(sum));
+}
+
 template <class T>
 __global__ void __launch_bounds__(BackTile::kThreads, 2)
-    selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces,
-                                         ScanParts parts) {
+    selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces, ScanParts parts,
+                                         bool whole) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
   auto& block = *reinterpret_cast<BackMemory*>(shared_memory);
-  const BackWarp<T> warp(a, pieces);
-  BackMemory::Warp& memory = block.warp[threadIdx.x / 32];
-  BackLane<T> lane(warp, memory);
+  const BackWarp<T> warp(a, pieces, whole);
+  BackLane<T> lane(warp, block.warp[threadIdx.x / 32]);
   const int64_t d_inner = a.in.d_inner, at = warp.piece * d_inner;
-  float first[4][4] = {};
+  const int64_t own = warp.channel + warp.lane;  // a channel
+  const bool exists = warp.lane < warp.n_channels;
+  float first[4][4];
   warp.load_states(pieces.first + at * kN, first);
   warp.load_states(pieces.later + at * kN, lane.u);
   typename BackWarp<T>::Raw raw;
   const int ways = warp.ways();
   if (ways > 0) warp.fetch(ways - 1, raw);
   for (int j = ways - 1; j >= 0; --j) {
-    float h[4][4] = {};
+    float h[4][4];
     warp.load_states(pieces.h_way + warp.way(j) * d_inner * kN, h);
-    const float before = warp.exists ? pieces.before[warp.way(j) * d_inner + warp.d] : 0.f;
-    warp.prepare(j, raw, memory.rows, [&](int r, const ScanPoint& p) {
-      memory.x[r][warp.lane] = p.x, memory.slope[r][warp.lane] = p.slope;
-      memory.dgate[r][warp.lane] = p.dgate;
-    });
+    const float before = exists ? pieces.before[warp.way(j) * d_inner + own] : 0.f;
+    lane.prepare(j, raw);
     __syncwarp();  // what is prepared is there to be read
     if (j > 0) warp.fetch(j - 1, raw);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const float total = __shfl_sync(~0u, before, warp.lane / 4 * 4 + k);
+      const float sum = __shfl_sync(~0u, before, warp.walked + k);
 #pragma unroll
       for (int n = 0; n < 4; ++n)
-        h[k][n] = fmaf(exp2_approx(total * lane.A[k][n]), first[k][n], h[k][n]);
+        h[k][n] = fmaf(exp2_approx(sum * lane.A[k][n]), first[k][n], h[k][n]);
     }
     lane.forward(h);
-    const int left = int(warp.rows.count) - j * kRows;
-    lane.back(left, block.BC[j & 1][threadIdx.x / 32]);
-    __syncthreads();  // dB and dC of all warps are there; they have read those of way j + 2
-    float* const to = parts.BC + (warp.block * parts.rows + warp.rows.first + j * kRows) * 2 * kN;
-    for (int i = threadIdx.x; i < min(left, kRows) * 2 * kN; i += BackTile::kThreads) {
-      float sum = 0.f;
-#pragma unroll
-      for (int w = 0; w < BackTile::kWarps; ++w) sum += block.BC[j & 1][w][i / 32][i % 32];
-      to[i] = sum;
-    }
+    lane.back(block.BC[j & 1][threadIdx.x / 32]);
+    // dB and dC of all warps are there; all have read those of way j + 2. Sums over states are there.
+    __syncthreads();
+    const int64_t t = warp.rows.first + j * kRows;
+    add_warps(block.BC[j & 1], int(warp.rows.count) - j * kRows,
+              parts.BC + (warp.block * parts.rows + t) * 2 * kN);
+    lane.finish(j);
   }
   warp.store_states(parts.A + at * kN, lane.dA);
-  if (!warp.exists) return;
-  parts.D_bias[2 * at + warp.d] = lane.dD, parts.D_bias[2 * at + d_inner + warp.d] = lane.dbias;
+  const auto store_served = [&](float(&v)[4], float* to) {  // over the lanes of the same channels
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] += __shfl_xor_sync(~0u, v[i], 8), v[i] += __shfl_xor_sync(~0u, v[i], 16);
+      if (warp.row == 0 && warp.served + i < warp.n_channels) to[warp.served + i] = v[i];
+    }
+  };
+  store_served(lane.dD, parts.D_bias + 2 * at + warp.channel);
+  store_served(lane.dbias, parts.D_bias + 2 * at + d_inner + warp.channel);
 }
 
 // --- launchers ------------------------------------------------------------------------------
@@ -4857,6 +4931,14 @@ ScanPieces scan_pieces(const ScanBackwardArgs<T>& a) {
   return best;
 }
 
+// May four neighbouring channels, and four neighbouring states of B and C, be read and written at
+// once?
+template <class T>
+bool moves_four(const ScanBackwardArgs<T>& a) {
+  return reads_four(a.in) && aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
+         aligned4(a.ddelta, a.ddelta_stride) && aligned4(a.dz, a.dz_stride);
+}
+
 template <class T>
 bool scan_backward_is_fused(const ScanBackwardArgs<T>& a) {
   return a.in.d_state <= BackTile::kN && int(sizeof(BackMemory)) <= shared_bytes();
@@ -4894,8 +4976,9 @@ void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspac
   parts.place(take(parts.size(d)), d);
   pieces.total = take(parts.walks * d), pieces.before = take(ways * d);
 
+  const bool whole = moves_four(a);
   const int64_t grid = parts.walks * parts.blocks, threads = BackTile::kThreads;
-  selective_scan_backward_summary_kernel<<<grid, threads, 0, stream>>>(a, pieces);
+  selective_scan_backward_summary_kernel<<<grid, threads, 0, stream>>>(a, pieces, whole);
   CUDA_CHECK(cudaGetLastError());
   const int64_t links = a.in.batch * d * BackTile::kN;
   selective_scan_backward_link_kernel<<<ceil_div(links, 128), 128, 0, stream>>>(a, pieces);
@@ -4903,7 +4986,7 @@ void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspac
   const auto kernel = selective_scan_backward_fused_kernel<T>;
   constexpr int bytes = sizeof(BackMemory);
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts);
+  kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts, whole);
   CUDA_CHECK(cudaGetLastError());
   selective_scan_backward_sums(a, parts, stream);
 }

@@ -279,18 +279,23 @@ inline Json read_settings(const std::string& path) {
   return json;
 }
 
-/// Reads DIR/config.json in either layout.
-inline Config read_config(const std::string& directory) {
-  const std::string path = directory + "/config.json";
-  const bool there = ::access(path.c_str(), F_OK) == 0;
-  if (const std::string what = there ? "" : what_folder_is(directory); !what.empty())
-    fail("no model: ", directory, ": found ", what);
+/// A config.json in either layout.
+inline Config parse_config(const std::string& path) {
   const Json json = read_settings(path);
   const bool original = json.contains("d_model") && !json.contains("hidden_size");
   if (!original && !json.contains("model_type"))
     fail("bad config: ", path, ": expected model_type (Hugging Face) or d_model (original), ",
          "found neither");
   return config_from_json(json, original, path);
+}
+
+/// The same of a model's folder.
+inline Config read_config(const std::string& directory) {
+  const std::string path = directory + "/config.json";
+  const bool there = ::access(path.c_str(), F_OK) == 0;
+  if (const std::string what = there ? "" : what_folder_is(directory); !what.empty())
+    fail("no model: ", directory, ": found ", what);
+  return parse_config(path);
 }
 
 inline void write_text(const std::string& path, std::string_view text) {
@@ -767,37 +772,52 @@ inline Tensor view(const std::string& name, const Matrix<float>& m) {
 // A saved state is a safetensors file: per layer `layers.L.conv` (d_conv - 1, conv_width) and
 // `layers.L.h` (d_inner, d_state), and `ids`, the text so far; the last id is not in the state yet.
 
+/// The tensors of a state, row-major as in files, their names after `prefix`.
+inline std::vector<Tensor> state_tensors(const ssm::State<float>& state,
+                                         const std::string& prefix = "") {
+  std::vector<Tensor> tensors;
+  for (std::size_t l = 0; l < state.layers.size(); ++l)
+    for (const auto& [name, rows] :
+         {std::pair{".conv", std::make_shared<Matrix<float>>(state.layers[l].conv)},
+          {".h", std::make_shared<Matrix<float>>(state.layers[l].h)}}) {
+      tensors.push_back(view(prefix + "layers." + std::to_string(l) + name, *rows));
+      tensors.back().keep_alive = rows;
+    }
+  return tensors;
+}
+
 inline void save_state(const std::string& path, const std::vector<Token>& ids,
                        const ssm::State<float>& state) {
-  std::vector<Matrix<float>> rows(2 * state.layers.size());  // files are row-major
-  std::vector<Tensor> tensors = {
-      tensor_view("ids", {static_cast<std::int64_t>(ids.size())}, ids.data())};
-  for (std::size_t l = 0; l < state.layers.size(); ++l) {
-    const std::string name = "layers." + std::to_string(l) + ".";
-    tensors.push_back(view(name + "conv", rows[2 * l] = state.layers[l].conv));
-    tensors.push_back(view(name + "h", rows[2 * l + 1] = state.layers[l].h));
-  }
+  std::vector<Tensor> tensors = state_tensors(state);
+  tensors.push_back(tensor_view("ids", {static_cast<std::int64_t>(ids.size())}, ids.data()));
   write_safetensors(path, tensors, {{"format", "mamba state"}});
 }
 
-inline ssm::State<float> load_state(const std::string& path, const Config& config,
-                                    std::vector<Token>& ids) {
-  const Checkpoint file = read_safetensors(path);
+/// The state whose tensors' names begin with `prefix`.
+inline ssm::State<float> read_state(const Checkpoint& file, const std::string& prefix,
+                                    const Config& config) {
   const auto fill = [&](const std::string& name, auto& m) {
     const Tensor& tensor = file.at(name);
     if (tensor.shape != std::vector<std::int64_t>{m.rows(), m.cols()})
-      fail("wrong state: ", path, ": ", name, ": expected ", shape_text({m.rows(), m.cols()}),
+      fail("wrong state: ", file.where, ": ", name, ": expected ", shape_text({m.rows(), m.cols()}),
            " for this model, found ", shape_text(tensor.shape));
     m = Eigen::Map<const Matrix<float>>(values<float>(tensor).data(), m.rows(), m.cols());
   };
   ssm::State<float> state(config);
   for (std::size_t l = 0; l < state.layers.size(); ++l) {
-    const std::string name = "layers." + std::to_string(l) + ".";
+    const std::string name = prefix + "layers." + std::to_string(l) + ".";
     fill(name + "conv", state.layers[l].conv);
     fill(name + "h", state.layers[l].h);
   }
-  if (file.find("layers." + std::to_string(config.n_layer) + ".h"))
-    fail("wrong state: ", path, ": expected ", config.n_layer, " layers, found more");
+  if (file.find(prefix + "layers." + std::to_string(config.n_layer) + ".h"))
+    fail("wrong state: ", file.where, ": expected ", config.n_layer, " layers, found more");
+  return state;
+}
+
+inline ssm::State<float> load_state(const std::string& path, const Config& config,
+                                    std::vector<Token>& ids) {
+  const Checkpoint file = read_safetensors(path);
+  const ssm::State<float> state = read_state(file, "", config);
   for (const std::int64_t id : values<std::int64_t>(file.at("ids"))) {
     if (id < 0 || id >= config.vocab_size)
       fail("wrong state: ", path, ": ids: expected ids below ", config.vocab_size, ", found ", id);
@@ -890,6 +910,7 @@ struct Request {
   double characters = 0, bytes = 0;  // of the continuation, without one leading space
   std::string question;              // its "doc" as JSON; empty: none
   std::size_t label = 0;             // which of the question's choices is right
+  bool is_text = false;              // strings, not ids
 };
 
 struct Likelihood {
@@ -1229,6 +1250,18 @@ struct ModelFolder {
     return tokenizer_.emplace(Tokenizer::from_text(file.bytes(), path));
   }
 
+  /// What lies beside the weights and a user needs to go on there.
+  void copy_small_files(const std::string& to) const {
+    const auto copy = [&](const std::string& path, const std::string& name) {
+      if (std::filesystem::exists(path)) write_text(to + name, MappedFile(path).bytes());
+    };
+    for (const std::string name :
+         {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
+          "chat_template.json", "special_tokens_map.json"})
+      copy(folder + "/" + name, name);
+    if (has_tokenizer()) copy(tokenizer_path(), "tokenizer.json");
+  }
+
   /// The tokens that end a text, each with the files that say so: config.json and
   /// generation_config.json have ids, tokenizer_config.json a name.
   std::map<Token, std::string> end_tokens() {
@@ -1558,7 +1591,8 @@ inline Request parse_request(const std::string& line, const std::string& where,
   };
   Request request = context.is_string()
                         ? encode_request(model.tokenizer(), context, continuation)
-                        : Request{ids_of(context), ids_of(continuation), 0, 0, {}, 0};
+                        : Request{ids_of(context), ids_of(continuation), 0, 0, {}, 0, false};
+  request.is_text = context.is_string();
   begin_text(request, model.config, where);
   check_ids(request.context, model.config.vocab_size, where + ": context");
   check_ids(request.continuation, model.config.vocab_size, where + ": continuation");
@@ -1779,14 +1813,7 @@ struct Convert : ModelFolder {
     const std::string to = make_folder(out);
     write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}});
     write_config(out, config);
-    const auto copy = [&](const std::string& path, const std::string& name) {
-      if (std::filesystem::exists(path)) write_text(to + name, MappedFile(path).bytes());
-    };
-    for (const std::string name :
-         {"generation_config.json", "tokenizer_config.json", "chat_template.jinja",
-          "chat_template.json", "special_tokens_map.json"})
-      copy(folder + "/" + name, name);
-    copy(tokenizer_path(), "tokenizer.json");
+    copy_small_files(to);
   }
 };
 
