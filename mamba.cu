@@ -36,7 +36,7 @@
 // embedding_kernel                   backbone               a row of the table     tokens
 // best_kernel, weight_kernel,        sample (mamba.hpp)     CUB's radix sort, sums batch,
 //   sample_kernel                                           of 32 stretches        vocabulary
-#include "mamba.hpp"
+#include "train.hpp"
 
 #include <cublas_v2.h>
 #include <cuda_awbarrier_primitives.h>
@@ -3577,6 +3577,7 @@ class Queue {
     cudaStreamDestroy(stream_);
   }
   cudaStream_t stream() const { return stream_; }
+  cublasHandle_t cublas() const { return cublas_; }
   void wait() const { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
 
   // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
@@ -3709,16 +3710,19 @@ struct Compute {
     int64_t batch, L;
     bool step;
     const int* done;
+    const int64_t* cu_seqlens = nullptr;  // (batch + 1) if lengths differ: L is the longest,
+    int64_t total = 0;                    // and there are so many tokens
+    int64_t rows() const { return cu_seqlens ? total : batch * L; }
     template <class Args>
     void to(Args& args) const {
-      args.batch = batch, args.L = L, args.done = done;
+      args.batch = batch, args.L = L, args.done = done, args.cu_seqlens = cu_seqlens;
     }
   };
 
   // residual -> rms_norm, in_proj -> a.projected, causal_conv1d and silu -> a.x
   void project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                   T* conv_state) const {
-    const int64_t rows = tokens.batch * tokens.L;
+    const int64_t rows = tokens.rows();
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
@@ -3733,10 +3737,10 @@ struct Compute {
     add_bias(a.residual, w.out_proj_bias, rows, config.d_model, queue.stream());
   }
 
-  // residual += the Mamba block of rms_norm(residual)
-  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+  // The Mamba block of rms_norm(residual), up to out_proj -> a.y
+  void mamba_inner(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                    T* conv_state, float* h) const {
-    const int64_t rows = tokens.batch * tokens.L;
+    const int64_t rows = tokens.rows();
     project_in(w, a, tokens, conv_state);
     linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
     linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
@@ -3745,13 +3749,18 @@ struct Compute {
     scan_room.grow(tokens.step ? 0 : selective_scan_workspace(scan));
     tokens.step ? selective_scan_step(scan, queue.stream())
                 : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
-    project_out(w, a, a.y, rows);
+  }
+  // residual += the Mamba block of rms_norm(residual)
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                   T* conv_state, float* h) const {
+    mamba_inner(w, a, tokens, conv_state, h);
+    project_out(w, a, a.y, tokens.rows());
   }
 
-  // The same for Mamba-2.
-  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+  // The same for Mamba-2, up to out_proj -> a.delta
+  void mamba2_inner(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                     T* conv_state, float* h) const {
-    const int64_t rows = tokens.batch * tokens.L;
+    const int64_t rows = tokens.rows();
     project_in(w, a, tokens, conv_state);
     SsdArgs<T> in = ssd_args(a, w, a.x, config.conv_width(), h);
     tokens.to(in);
@@ -3761,7 +3770,11 @@ struct Compute {
     gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
                    eps(), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
                    queue.stream());
-    project_out(w, a, a.delta, rows);
+  }
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                    T* conv_state, float* h) const {
+    mamba2_inner(w, a, tokens, conv_state, h);
+    project_out(w, a, a.delta, tokens.rows());
   }
 
   using Block = void (Compute::*)(const DeviceLayer&, const Activations<T>&, const Tokens&, T*,
@@ -3912,6 +3925,8 @@ inline void use_device(int device) {
   }
 }
 
+class CudaLearner;  // below, with all that is for gradients
+
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
@@ -3921,6 +3936,7 @@ class CudaEngine {
   static constexpr size_t kBatch = size_t(kMostSequences);  // texts that are generated together
 
   using State = DeviceState;
+  using Learner = CudaLearner;
 
   CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
@@ -3943,6 +3959,8 @@ class CudaEngine {
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
+  /// The mean nll of ids 2 to n, and its gradient for every weight, A_log's in the place of A.
+  double gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients);
 
  private:
   friend struct ModelBench;  // tests/bench.cu
@@ -3998,8 +4016,8 @@ class CudaEngine {
 
 // --- states: a host's h lies column by column, the GPU's row by row ---
 
-inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
-  State state = new_state();
+inline DeviceState device_state(const Config& config, DType dtype, const ssm::State<float>& host) {
+  DeviceState state(config, dtype, 1);
   std::vector<float> conv, h;
   for (const auto& layer : host.layers) {
     const Matrix<float> rows = layer.h;
@@ -4008,29 +4026,36 @@ inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
   }
   const auto n = static_cast<int64_t>(conv.size());
   const Tensor plain = tensor_view("conv", {n}, conv.data());
-  const Tensor stored = dtype_ == DType::F32 ? plain : to_dtype(plain, dtype_);
+  const Tensor stored = dtype == DType::F32 ? plain : to_dtype(plain, dtype);
   if (n > 0) state.conv.copy_from(static_cast<const std::byte*>(stored.data));
   state.h.copy_from(h.data());
   return state;
 }
 
-inline ssm::State<float> CudaEngine::to_host(const State& state) const {
-  queue_->wait();
+inline ssm::State<float> host_state(const Config& config, DType dtype, const DeviceState& state) {
   std::vector<std::byte> conv(state.conv.size());
   std::vector<float> h(state.h.size());
   state.conv.copy_to(conv.data());
   state.h.copy_to(h.data());
-  ssm::State<float> host(config_);
+  ssm::State<float> host(config);
   const std::byte* next_conv = conv.data();
   const float* next_h = h.data();
   for (auto& layer : host.layers) {
-    const size_t bytes = layer.conv.size() * dtype_size(dtype_);
-    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
+    const size_t bytes = layer.conv.size() * dtype_size(dtype);
+    convert(Tensor{"conv", dtype, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
     layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
     next_conv += bytes;
     next_h += layer.h.size();
   }
   return host;
+}
+
+inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
+  return device_state(config_, dtype_, host);
+}
+inline ssm::State<float> CudaEngine::to_host(const State& state) const {
+  queue_->wait();
+  return host_state(config_, dtype_, state);
 }
 
 // --- whole texts ---
@@ -5594,6 +5619,819 @@ void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_si
   kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
                                                          nll);
   CUDA_CHECK(cudaGetLastError());
+}
+
+// STUB
+template <class T>
+struct SsdBackwardArgs {
+  SsdArgs<T> in;
+  const T* dout = nullptr;
+  T *dx = nullptr, *ddt = nullptr, *dB = nullptr, *dC = nullptr;
+  float *dA = nullptr, *dD = nullptr, *ddt_bias = nullptr;
+  int64_t dout_stride = 0, dx_stride = 0, ddt_stride = 0, dB_stride = 0, dC_stride = 0, n_rows = 0;
+};
+template <class T>
+size_t ssd_backward_workspace(const SsdBackwardArgs<T>&) { return 0; }
+template <class T>
+void ssd_backward(const SsdBackwardArgs<T>&, float*, cudaStream_t) { fail("ssd_backward: not there yet"); }
+// END STUB
+
+// ============================================================================================
+// The model's backward
+// ============================================================================================
+
+// A float for every number of every weight: gradients, or what the trainer keeps. The members of
+// ssm::Layer and ssm::Model, which for_each_weight names; A (d_inner, d_state) row by row.
+struct FloatLayer {
+  float *norm = nullptr, *in_proj = nullptr, *in_proj_bias = nullptr;
+  float *conv_weight = nullptr, *conv_bias = nullptr, *x_proj = nullptr, *dt_proj = nullptr;
+  float *dt_bias = nullptr, *A = nullptr, *D = nullptr, *gated_norm = nullptr;
+  float *out_proj = nullptr, *out_proj_bias = nullptr;
+};
+struct FloatModel {
+  float *embedding = nullptr, *norm_f = nullptr, *lm_head = nullptr;
+  std::vector<FloatLayer> layers;
+  bool tied = true;
+  float* head() const { return tied ? embedding : lm_head; }
+};
+
+inline int64_t size_of(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+// All of them in one buffer, weight after weight, each from a multiple of 64 numbers on, with zeros
+// between.
+struct FlatModel {
+  FloatModel at;
+  DeviceBuffer<float> numbers;
+
+  FlatModel(const Config& config, bool tied) {
+    at.layers.resize(static_cast<size_t>(config.n_layer));
+    at.tied = tied;
+    numbers = DeviceBuffer<float>(static_cast<size_t>(place(config, nullptr)));
+    place(config, numbers.data());
+    numbers.zero();
+  }
+
+ private:
+  int64_t place(const Config& config, float* to) {
+    int64_t used = 0;
+    for_each_weight(config, at, [&](const std::string&, const auto& shape, float*& weight) {
+      weight = to ? to + used : nullptr;
+      used += ceil_div(size_of(shape), int64_t{64}) * 64;
+    });
+    return used;
+  }
+};
+
+// A batch of texts, one behind another: to tell targets[i] from ids up to i, for every i where it is
+// not -1.
+struct TextBatch {
+  int64_t batch = 0, L = 0, rows = 0;  // L: of the longest
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1), or null: all are L tokens long
+  const Token *ids = nullptr, *targets = nullptr;  // (rows)
+  const DeviceState* before = nullptr;             // states to begin with; null: zero
+  DeviceState* after = nullptr;                    // where to leave those at the end; with `before`
+};
+
+// Memory that stays from batch to batch.
+struct TrainingRoom {
+  DeviceBuffer<std::byte> forward, backward;  // activations of one layer, and their gradients
+  DeviceBuffer<std::byte> kept;               // activations of layers that are not recomputed
+  DeviceBuffer<std::byte> work, conv;         // of one operation; a convolution's state
+  DeviceBuffer<float> stream, logits, nll, h;
+  EmbeddingBackward embedding;
+  int64_t rows = 0, kept_layers = 0;  // for which `kept` was made
+};
+
+// Gradients of all operations of ssm_reference.hpp's blocks and model, each right after the one that
+// it leads back through. `a` are activations of the forward pass, `d` their gradients, of the same
+// names: d.y of a.y. Weights' gradients are added to `gradients`, in float32.
+//
+// What is kept for them, numbers per token: the residual stream before every layer, d_model floats a
+// layer; and for as many layers as there is memory for, in T,
+//   Mamba    5 d_inner + dt_rank + 2 d_state                   projected, x, dt_B_C, delta, y
+//   Mamba-2  5 d_inner + 4 n_groups d_state + n_heads          projected, x B C, y, normed y
+// The other layers go forward once more from the residual stream when their turn comes.
+template <class T>
+struct ComputeBackward {
+  const Compute<T>& forward;
+  const FloatModel& gradients;
+  TrainingRoom& room;
+  using Tokens = typename Compute<T>::Tokens;
+
+  const Config& config() const { return forward.config; }
+  const Queue& queue() const { return forward.queue; }
+  cudaStream_t stream() const { return forward.queue.stream(); }
+  float* work(size_t bytes) const {
+    room.work.grow(bytes);
+    return reinterpret_cast<float*>(room.work.data());
+  }
+
+  // Of y = x W^T:  dx = dy W + beta dx,  dW += dy^T x.  x, dx (rows, cols), dy (rows, outputs)
+  void linear_backward(const T* x, int64_t x_stride, const T* dy, int64_t dy_stride, int64_t rows,
+                       const T* W, int64_t outputs, int64_t cols, float* dW, T* dx,
+                       float beta = 0.f) const {
+    if (rows == 0) return;
+    const float one = 1.f;
+    const auto type = kCudaType<T>;
+    CUBLAS_CHECK(cublasGemmEx(queue().cublas(), CUBLAS_OP_N, CUBLAS_OP_N, int(cols), int(rows),
+                              int(outputs), &one, W, type, int(cols), dy, type, int(dy_stride),
+                              &beta, dx, type, int(x_stride), CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(queue().cublas(), CUBLAS_OP_N, CUBLAS_OP_T, int(cols), int(outputs),
+                              int(rows), &one, x, type, int(x_stride), dy, type, int(dy_stride),
+                              &one, dW, CUDA_R_32F, int(cols), CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT));
+  }
+  void linear_backward(const T* x, int64_t x_stride, const T* dy, int64_t dy_stride, int64_t rows,
+                       const DeviceMatrix& W, float* dW, T* dx, float beta = 0.f) const {
+    linear_backward(x, x_stride, dy, dy_stride, rows, W.as<T>(), W.rows, W.cols, dW, dx, beta);
+  }
+  void bias_backward(const T* dy, int64_t rows, int64_t d, float* dbias) const {
+    if (dbias)
+      mamba::bias_backward(dy, d, rows, d, dbias, work(sizeof(float) * row_parts(rows, d)),
+                           stream());
+  }
+  // d.residual += what comes through rms_norm of a.residual, whose gradient is d.u; rounded -> d.u
+  void rms_norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
+                         int64_t rows, float* dweight) const {
+    const auto d_model = int(config().d_model);
+    mamba::rms_norm_backward<T>({rows, d_model, forward.eps(), a.residual, weight.data(), d.u,
+                                 d.residual, d.u, dweight},
+                                work(sizeof(float) * row_parts(rows, d_model)), stream());
+  }
+
+  // d.u, of out_proj's output -> d_y
+  void project_out_backward(const DeviceLayer& w, const FloatLayer& g, const T* y,
+                            const Activations<T>& d, T* d_y, int64_t rows) const {
+    bias_backward(d.u, rows, config().d_model, g.out_proj_bias);
+    linear_backward(y, config().d_inner, d.u, config().d_model, rows, w.out_proj, g.out_proj, d_y);
+  }
+  // d.x -> d.projected, its other columns being there already -> d.residual and, rounded, d.u
+  void project_in_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                           const Activations<T>& d, const Tokens& tokens,
+                           const T* conv_state) const {
+    const int64_t rows = tokens.rows(), width = config().in_proj_width();
+    ConvBackwardArgs<T> conv;
+    conv.in = forward.conv_args(a, w, nullptr);
+    conv.in.state = conv_state;
+    tokens.to(conv.in);
+    conv.dout = d.x, conv.dout_stride = config().conv_width();
+    conv.dx = d.projected + (conv.in.x - a.projected), conv.dx_stride = width;
+    conv.dweight = g.conv_weight, conv.dbias = g.conv_bias;
+    causal_conv1d_backward(conv, work(causal_conv1d_backward_workspace(conv)), stream());
+    bias_backward(d.projected, rows, width, g.in_proj_bias);
+    linear_backward(a.u, config().d_model, d.projected, width, rows, w.in_proj, g.in_proj, d.u);
+    rms_norm_backward(a, d, w.norm, rows, g.norm);
+  }
+
+  ScanBackwardArgs<T> scan_backward_args(const DeviceLayer& w, const FloatLayer& g,
+                                         const Activations<T>& a, const Activations<T>& d,
+                                         const Tokens& tokens, const float* h) const {
+    ScanBackwardArgs<T> scan;
+    scan.in = forward.scan_args(a, w, a.x, config().d_inner, nullptr);
+    scan.in.h0 = h;
+    tokens.to(scan.in);
+    scan.n_rows = tokens.rows();
+    scan.dout = d.y, scan.dx = d.x, scan.ddelta = d.delta;
+    scan.dB = d.dt_B_C + config().dt_rank, scan.dC = scan.dB + config().d_state;
+    scan.dz = d.projected + config().d_inner;
+    scan.dA = g.A, scan.dD = g.D, scan.dbias = g.dt_bias;
+    scan.dout_stride = scan.dx_stride = scan.ddelta_stride = config().d_inner;
+    scan.dB_stride = scan.dC_stride = scan.in.B_stride, scan.dz_stride = scan.in.z_stride;
+    return scan;
+  }
+
+  // d.u: gradient of the block's output. a.u, and d.residual, which is added to, as in rms_norm.
+  void mamba_block_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                            const Activations<T>& d, const Tokens& tokens, const T* conv_state,
+                            const float* h) const {
+    const int64_t rows = tokens.rows(), width = config().dt_rank + 2 * config().d_state;
+    project_out_backward(w, g, a.y, d, d.y, rows);
+    const auto scan = scan_backward_args(w, g, a, d, tokens, h);
+    selective_scan_backward(scan, work(selective_scan_backward_workspace(scan)), stream());
+    linear_backward(a.dt_B_C, width, d.delta, config().d_inner, rows, w.dt_proj, g.dt_proj,
+                    d.dt_B_C);
+    linear_backward(a.x, config().d_inner, d.dt_B_C, width, rows, w.x_proj, g.x_proj, d.x, 1.f);
+    project_in_backward(w, g, a, d, tokens, conv_state);
+  }
+
+  SsdBackwardArgs<T> ssd_backward_args(const DeviceLayer& w, const FloatLayer& g,
+                                       const Activations<T>& a, const Activations<T>& d,
+                                       const Tokens& tokens, const float* h) const {
+    SsdBackwardArgs<T> ssd;
+    ssd.in = forward.ssd_args(a, w, a.x, config().conv_width(), nullptr);
+    ssd.in.h0 = h;
+    tokens.to(ssd.in);
+    ssd.n_rows = tokens.rows();
+    ssd.dout = d.y, ssd.dx = d.x, ssd.dB = d.x + config().d_inner;
+    ssd.dC = ssd.dB + config().n_groups * config().d_state;
+    ssd.ddt = d.projected + config().d_inner + config().conv_width();
+    ssd.dA = g.A, ssd.dD = g.D, ssd.ddt_bias = g.dt_bias;
+    ssd.dout_stride = config().d_inner, ssd.ddt_stride = config().in_proj_width();
+    ssd.dx_stride = ssd.dB_stride = ssd.dC_stride = config().conv_width();
+    return ssd;
+  }
+
+  // The same for Mamba-2.
+  void mamba2_block_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                             const Activations<T>& d, const Tokens& tokens, const T* conv_state,
+                             const float* h) const {
+    const int64_t rows = tokens.rows(), d_inner = config().d_inner;
+    const int64_t width = config().in_proj_width();
+    project_out_backward(w, g, a.delta, d, d.delta, rows);
+    gated_rms_norm_backward<T>(
+        {rows, int(d_inner), int(config().n_groups), forward.eps(), a.y, a.projected, d.delta,
+         w.gated_norm.data(), d.y, d.projected, g.gated_norm, d_inner, width, d_inner, d_inner, width},
+        work(sizeof(float) * row_parts(rows, d_inner)), stream());
+    const auto ssd = ssd_backward_args(w, g, a, d, tokens, h);
+    ssd_backward(ssd, work(ssd_backward_workspace(ssd)), stream());
+    project_in_backward(w, g, a, d, tokens, conv_state);
+  }
+
+  // --- what is kept ---
+
+  // Calls f(member, numbers per token) for what a layer keeps.
+  template <class Function>
+  void for_each_kept(Activations<T>& a, const Function& f) const {
+    const Config& c = config();
+    f(a.projected, c.in_proj_width());
+    f(a.x, c.conv_width());
+    if (c.version == 1) f(a.dt_B_C, c.dt_rank + 2 * c.d_state);
+    f(a.delta, c.d_inner);
+    f(a.y, c.d_inner);
+  }
+  int64_t kept_numbers(Activations<T> a, int64_t rows) const {  // of a layer
+    int64_t sum = 0;
+    for_each_kept(a, [&](T*&, int64_t width) { sum += ceil_div(rows * width, int64_t{128}) * 128; });
+    return sum;
+  }
+  float* residual(const Activations<T>& a, Index l, int64_t rows) const {  // before layer l
+    return l < config().n_layer ? room.stream.data() + l * rows * config().d_model : a.residual;
+  }
+  // The activations of layer l: its own where they are kept, else those that all share.
+  Activations<T> of_layer(Activations<T> a, Index l, int64_t rows) const {
+    if (l >= room.kept_layers) return a;
+    T* next = reinterpret_cast<T*>(room.kept.data()) + l * kept_numbers(a, rows);
+    for_each_kept(a, [&](T*& p, int64_t width) {
+      p = std::exchange(next, next + ceil_div(rows * width, int64_t{128}) * 128);
+    });
+    return a;
+  }
+
+  // Rows of logits at a time: at most 256 MiB of them. A row is a multiple of 8 numbers long.
+  int64_t logits_stride() const { return ceil_div(config().vocab_size, Index{8}) * 8; }
+  int64_t logits_rows(int64_t rows) const {
+    return std::min(rows, std::max<int64_t>(128, (int64_t{1} << 26) / logits_stride() / 128 * 128));
+  }
+
+  // Bytes for so many rows without any that a layer keeps, or an operation's own.
+  size_t least_bytes(int64_t rows) const {
+    const Config& c = config();
+    const int64_t numbers = kept_numbers({c, 0, room.forward}, rows) + rows * c.d_model;
+    return 2 * (sizeof(T) * numbers + sizeof(float) * rows * c.d_model) +
+           sizeof(float) * (c.n_layer * rows * c.d_model + logits_rows(rows) * logits_stride());
+  }
+  size_t operation_bytes(const Activations<T>& a, const Activations<T>& d,
+                         const Tokens& tokens) const {
+    const DeviceLayer& w = forward.model.layers[0];
+    const FloatLayer& g = gradients.layers[0];
+    if (config().version == 1)
+      return selective_scan_backward_workspace(scan_backward_args(w, g, a, d, tokens, nullptr));
+    return ssd_backward_workspace(ssd_backward_args(w, g, a, d, tokens, nullptr));
+  }
+
+  // Makes room for a batch, and chooses how many layers keep their activations.
+  void make_room(const Tokens& tokens) const {
+    const int64_t rows = tokens.rows();
+    if (rows <= room.rows) return;
+    room = TrainingRoom{};
+    need_memory(least_bytes(rows), "activations of a batch");
+    const Activations<T> a(config(), rows, room.forward), d(config(), rows, room.backward);
+    room.stream = DeviceBuffer<float>(size_t(config().n_layer * rows * config().d_model));
+    room.logits = DeviceBuffer<float>(size_t(logits_rows(rows) * logits_stride()));
+    room.nll = DeviceBuffer<float>(size_t(rows));
+    work(operation_bytes(a, d, tokens));
+    size_t available = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    const size_t layer = sizeof(T) * size_t(kept_numbers(a, rows));
+    const size_t spare = total / 32;  // for the rest
+    const Index most = available > spare ? Index((available - spare) / layer) : 0;
+    room.kept_layers = std::min<Index>(config().n_layer, most);
+    room.kept = DeviceBuffer<std::byte>(size_t(room.kept_layers) * layer);
+    room.rows = rows;
+    if (room.kept_layers < config().n_layer)
+      std::cerr << "activations of " << config().n_layer - room.kept_layers << " of "
+                << config().n_layer << " layers are recomputed: no memory to keep them\n";
+  }
+
+  // --- the whole model ---
+
+  // Activations of a layer with the residual stream before it, once the forward pass is over.
+  Activations<T> activations_again(const TextBatch& b, const Tokens& tokens, Activations<T> a,
+                                   Index l) const {
+    a = of_layer(a, l, b.rows);
+    a.residual = residual(a, l, b.rows);
+    const DeviceLayer& w = forward.model.layers[l];
+    if (l < room.kept_layers) return forward.rms_norm(a, w.norm, b.rows), a;
+    T* conv = nullptr;
+    float* h = nullptr;
+    if (b.before) {  // of this layer, to be advanced once more
+      const size_t conv_bytes = b.before->conv.bytes() / config().n_layer;
+      const size_t h_size = b.before->h.size() / config().n_layer;
+      room.conv.grow(conv_bytes), room.h.grow(h_size);
+      conv = reinterpret_cast<T*>(room.conv.data()), h = room.h.data();
+      const auto copy = [&](void* to, const void* from, size_t bytes) {
+        CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
+      };
+      copy(conv, b.before->layer_conv<T>(config(), l), conv_bytes);
+      copy(h, b.before->layer_h(config(), l), sizeof(float) * h_size);
+    }
+    config().version == 1 ? forward.mamba_inner(w, a, tokens, conv, h)
+                          : forward.mamba2_inner(w, a, tokens, conv, h);
+    return a;
+  }
+
+  // ids -> `last`.residual after all layers. keep: what the backward pass needs stays.
+  void all_layers(const TextBatch& b, const Tokens& tokens, const Activations<T>& last,
+                  bool keep) const {
+    const size_t bytes = sizeof(float) * b.rows * config().d_model;
+    const auto block =
+        config().version == 1 ? &Compute<T>::mamba_block : &Compute<T>::mamba2_block;
+    Activations<T> a = last;
+    if (keep) a.residual = residual(last, 0, b.rows);
+    forward.embed(a, b.ids, b.rows);
+    for (Index l = 0; l < config().n_layer; ++l) {
+      if (keep) {
+        const float* before = residual(last, l, b.rows);
+        a = of_layer(last, l, b.rows);
+        a.residual = residual(last, l + 1, b.rows);
+        CUDA_CHECK(cudaMemcpyAsync(a.residual, before, bytes, cudaMemcpyDeviceToDevice, stream()));
+      }
+      (forward.*block)(forward.model.layers[l], a, tokens,
+                       b.after ? b.after->layer_conv<T>(config(), l) : nullptr,
+                       b.after ? b.after->layer_h(config(), l) : nullptr);
+    }
+  }
+
+  // a.residual after all layers -> room.nll; and, unless scale is 0, d.residual and d.u of the
+  // gradient of scale times their sum. Logits are there for some rows at a time.
+  void head_backward(const TextBatch& b, const Activations<T>& a, const Activations<T>& d,
+                     float scale) const {
+    const Config& c = config();
+    const int64_t d_model = c.d_model, vocab_size = c.vocab_size, stride = logits_stride();
+    forward.rms_norm(a, forward.model.norm_f, b.rows);
+    float* const logits = room.logits.data();
+    for (int64_t first = 0; first < b.rows; first += logits_rows(b.rows)) {
+      const int64_t rows = std::min(b.rows - first, logits_rows(b.rows));
+      const T* hidden = a.u + first * d_model;
+      queue().linear(hidden, rows, d_model, forward.head(), vocab_size, d_model, logits, stride);
+      cross_entropy<T>(logits, stride, rows, vocab_size, b.targets + first, scale,
+                       room.nll.data() + first, stream());
+      if (scale != 0.f)
+        linear_backward(hidden, d_model, reinterpret_cast<const T*>(logits),
+                        stride * int64_t(sizeof(float) / sizeof(T)), rows, forward.head(),
+                        vocab_size, d_model, gradients.head(), d.u + first * d_model);
+    }
+    if (scale == 0.f) return;
+    CUDA_CHECK(cudaMemsetAsync(d.residual, 0, sizeof(float) * b.rows * d_model, stream()));
+    rms_norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f);
+  }
+
+  // Adds the gradients of scale times the sum of nll. Returns that sum, unscaled.
+  double operator()(const TextBatch& b, float scale) const {
+    if (b.rows == 0) return 0;
+    const Tokens tokens{b.batch, b.L, false, nullptr, b.cu_seqlens, b.rows};
+    make_room(tokens);
+    const Activations<T> last(config(), b.rows, room.forward), d(config(), b.rows, room.backward);
+    all_layers(b, tokens, last, scale != 0.f);
+    head_backward(b, last, d, scale);
+    for (Index l = config().n_layer; l-- > 0 && scale != 0.f;) {
+      const Activations<T> a = activations_again(b, tokens, last, l);
+      const T* conv = b.before ? b.before->layer_conv<T>(config(), l) : nullptr;
+      const float* h = b.before ? b.before->layer_h(config(), l) : nullptr;
+      const auto block_backward = config().version == 1 ? &ComputeBackward::mamba_block_backward
+                                                        : &ComputeBackward::mamba2_block_backward;
+      (this->*block_backward)(forward.model.layers[l], gradients.layers[l], a, d, tokens, conv, h);
+    }
+    if (scale != 0.f)
+      room.embedding(b.ids, b.rows, config().vocab_size, config().d_model, d.residual,
+                     gradients.embedding, stream());
+    std::vector<float> nll(static_cast<size_t>(b.rows));
+    CUDA_CHECK(cudaMemcpyAsync(nll.data(), room.nll.data(), sizeof(float) * nll.size(),
+                               cudaMemcpyDeviceToHost, stream()));
+    queue().wait();
+    return std::accumulate(nll.begin(), nll.end(), 0.0);
+  }
+};
+
+// Pieces of texts on the GPU.
+class TextsOnGpu {
+ public:
+  TextBatch upload(const Batch& pieces, const Queue& queue) {
+    std::vector<Token> ids, targets;
+    std::vector<int64_t> begin = {0};
+    TextBatch b;
+    bool ragged = false;
+    for (const Piece& piece : pieces) {
+      const auto n = std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
+      ids.insert(ids.end(), piece.ids.begin(), piece.ids.begin() + n);
+      for (Index t = 0; t < n; ++t)
+        targets.push_back(t + 1 >= piece.first ? piece.ids[t + 1] : -1);
+      ragged = ragged || n != static_cast<Index>(pieces[0].ids.size()) - 1;
+      begin.push_back(begin.back() + n);
+      b.L = std::max(b.L, int64_t{n});
+    }
+    b.batch = static_cast<int64_t>(pieces.size()), b.rows = begin.back();
+    b.ids = copy(ids_, ids, queue), b.targets = copy(targets_, targets, queue);
+    b.cu_seqlens = ragged ? copy(begin_, begin, queue) : nullptr;
+    queue.wait();  // the host's vectors are about to vanish
+    return b;
+  }
+
+ private:
+  template <class Number>
+  static const Number* copy(DeviceBuffer<Number>& to, const std::vector<Number>& from,
+                            const Queue& queue) {
+    to.grow(from.size());
+    CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), from.size() * sizeof(Number),
+                               cudaMemcpyHostToDevice, queue.stream()));
+    return to.data();
+  }
+  DeviceBuffer<Token> ids_, targets_;
+  DeviceBuffer<int64_t> begin_;
+};
+
+// A weight's numbers, of the host's matrix and of the GPU's: row by row there.
+template <class Matrix_>
+void upload_weight(const Matrix_& from, float* to) {
+  const Matrix<float> rows = from;
+  CUDA_CHECK(cudaMemcpy(to, rows.data(), rows.size() * sizeof(float), cudaMemcpyHostToDevice));
+}
+template <class Matrix_>
+void download_weight(const float* from, const std::vector<int64_t>& shape, Matrix_& to) {
+  const Index rows = Matrix_::RowsAtCompileTime == 1 ? 1 : shape[0];
+  Matrix<float> numbers(rows, size_of(shape) / rows);
+  CUDA_CHECK(
+      cudaMemcpy(numbers.data(), from, numbers.size() * sizeof(float), cudaMemcpyDeviceToHost));
+  to = numbers;
+}
+
+// Calls f(name, shape, weight of `model`, place in `flat`) for every weight of both.
+template <class Model, class Function>
+void for_each_pair(const Config& config, Model& model, const FloatModel& flat, const Function& f) {
+  std::vector<float*> places;
+  for_each_weight(config, flat, [&](const std::string&, const auto&, float* p) {
+    places.push_back(p);
+  });
+  size_t next = 0;
+  for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& weight) {
+    f(name, shape, weight, places[next++]);
+  });
+}
+
+inline ssm::Model<float> download_model(const Config& config, const FloatModel& flat) {
+  ssm::Model<float> model;
+  model.sizes = config, model.tied = flat.tied;
+  model.layers.resize(static_cast<size_t>(config.n_layer));
+  for_each_pair(config, model, flat, [](const std::string&, const auto& shape, auto& to, float* p) {
+    download_weight(p, shape, to);
+  });
+  return model;
+}
+
+// --- mamba gradients -----------------------------------------------------------------------------
+
+inline double CudaEngine::gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients) {
+  const FlatModel sums(config_, model_.tied);
+  TrainingRoom room;
+  TextsOnGpu texts;
+  const TextBatch text = texts.upload({Piece{ids}}, *queue_);
+  double loss = 0;
+  with_weight_type(dtype_, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Compute<T> forward = compute<T>();
+    loss = ComputeBackward<T>{forward, sums.at, room}(text, 1.f);
+  });
+  gradients = download_model(config_, sums.at);
+  const float scale = 1.f / float(text.rows);  // of the mean; f16 has room for that of the sum only
+  for_each_weight(config_, gradients,
+                  [&](const std::string&, const auto&, auto& g) { g *= scale; });
+  for (size_t l = 0; l < gradients.layers.size(); ++l) {  // A = -exp(A_log): dA_log = dA A
+    ssm::StateMatrix<float>& dA = gradients.layers[l].A;
+    Matrix<float> A(dA.rows(), dA.cols());
+    model_.layers[l].A.copy_to(A.data());
+    dA.array() *= A.array();
+  }
+  return loss / double(text.rows);
+}
+
+// ============================================================================================
+// The trainer's kernels
+// ============================================================================================
+//
+// Parameters, gradients g and AdamW's moments m and v lie in float32 in four flat buffers of the same
+// places. The model that computes is a copy: matrices in T, A = -exp(A_log), the rest as it is.
+//
+//   g  = scale dloss/dw, for A_log:  dA_log = dA A
+//   m  = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
+//   w -= lr weight_decay w + lr (m / (1 - beta1^steps)) / (sqrt(v / (1 - beta2^steps)) + eps)
+
+constexpr int kParameterChunk = 4096, kUpdateThreads = 256;
+
+enum class ParameterKind { row, matrix, A_log };
+struct ParameterChunk {  // of one parameter: at most kParameterChunk numbers
+  int64_t first;         // in the flat buffers
+  void* copy;            // of the same numbers, in the model that computes
+  int count;
+  ParameterKind kind;
+  bool decays;
+};
+struct FlatParameters {
+  const ParameterChunk* chunks;
+  int64_t n_chunks;
+  float *w, *g, *m, *v;
+};
+
+__device__ inline float parameter_gradient(const ParameterChunk& c, const float* g, int i) {
+  const float to_A = c.kind == ParameterKind::A_log ? static_cast<const float*>(c.copy)[i] : 1.f;
+  return g[c.first + i] * to_A;
+}
+template <class T>
+__device__ inline void copy_parameter(const ParameterChunk& c, int i, float w) {
+  if (c.kind == ParameterKind::matrix)
+    static_cast<T*>(c.copy)[i] = from_float<T>(w);
+  else
+    static_cast<float*>(c.copy)[i] = c.kind == ParameterKind::A_log ? -expf(w) : w;
+}
+
+// parts[block] = the sum of g^2 over every gridDim.x-th chunk.
+static __global__ void __launch_bounds__(kUpdateThreads)
+    gradient_norm_kernel(FlatParameters a, double* parts) {
+  __shared__ double of_warp[kUpdateThreads / 32];
+  double sum = 0;
+  for (int64_t k = blockIdx.x; k < a.n_chunks; k += gridDim.x) {
+    const ParameterChunk c = a.chunks[k];
+    for (int i = threadIdx.x; i < c.count; i += kUpdateThreads) {
+      const double g = parameter_gradient(c, a.g, i);
+      sum += g * g;
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x > 0) return;
+  for (int i = 1; i < kUpdateThreads / 32; ++i) sum += of_warp[i];
+  parts[blockIdx.x] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kUpdateThreads) copy_parameters_kernel(FlatParameters a) {
+  const ParameterChunk c = a.chunks[blockIdx.x];
+  for (int i = threadIdx.x; i < c.count; i += kUpdateThreads)
+    copy_parameter<T>(c, i, a.w[c.first + i]);
+}
+
+struct AdamWStep {  // the numbers of one step
+  float scale, beta1, beta2, eps;
+  float decay;        // lr weight_decay
+  float lr, v_scale;  // lr / (1 - beta1^steps), 1 / (1 - beta2^steps)
+};
+
+template <class T>
+__global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a, AdamWStep s) {
+  const ParameterChunk c = a.chunks[blockIdx.x];
+  float *w = a.w + c.first, *m = a.m + c.first, *v = a.v + c.first;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < c.count; i += kUpdateThreads) {
+    const float g = s.scale * parameter_gradient(c, a.g, i);
+    const float m_i = fmaf(s.beta1, m[i], (1.f - s.beta1) * g);
+    const float v_i = fmaf(s.beta2, v[i], (1.f - s.beta2) * g * g);
+    const float decayed = c.decays ? fmaf(-s.decay, w[i], w[i]) : w[i];
+    const float w_i = decayed - s.lr * m_i / (sqrtf(v_i * s.v_scale) + s.eps);
+    m[i] = m_i, v[i] = v_i, w[i] = w_i, a.g[c.first + i] = 0.f;
+    copy_parameter<T>(c, i, w_i);
+  }
+}
+
+// ============================================================================================
+// The learner
+// ============================================================================================
+
+// What train.hpp asks of a program, see there.
+class CudaLearner {
+ public:
+  CudaLearner(const Config& config, const Learned<float>& learned, const EngineOptions& options);
+
+  double accumulate(const Batch& batch, double scale);
+  double loss(const Batch& batch);
+  double gradient_norm();
+  void update(const AdamW& adamw, double scale);
+  Index steps() const { return steps_; }
+  Learned<float> learned() const;
+  std::vector<ssm::State<float>> carried() const;
+  void carry(const std::vector<ssm::State<float>>& states);
+
+ private:
+  static constexpr unsigned kNormBlocks = 1024;
+
+  void make_copies();
+  void make_chunks();
+  double run(TextBatch batch, float scale);
+  void begin_states(const Batch& batch);
+  FlatParameters flat() const {
+    return {chunks_.data(), static_cast<int64_t>(chunks_.size()), w_->numbers.data(),
+            g_->numbers.data(), m_->numbers.data(), v_->numbers.data()};
+  }
+  template <class Function>
+  void with_type(const Function& f) const {
+    if (dtype_ == DType::F32) return f(static_cast<float*>(nullptr));
+    f(static_cast<__nv_bfloat16*>(nullptr));
+  }
+
+  Config config_;
+  DType dtype_;
+  float delta_ratio_;
+  Index steps_;
+  std::unique_ptr<Queue> queue_;
+  std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters
+  DeviceModel model_;                         // the copy to compute with
+  DeviceBuffer<ParameterChunk> chunks_;
+  DeviceBuffer<double> norm_parts_;
+  DeviceBuffer<std::byte> activation_room_, scan_room_;
+  TrainingRoom room_;
+  TextsOnGpu texts_;
+  DeviceState slots_;  // --carry-state: of each slot's last piece
+  DeviceState before_, after_;  // of the pieces of a batch
+};
+
+inline CudaLearner::CudaLearner(const Config& config, const Learned<float>& learned,
+                                const EngineOptions& options)
+    : config_(config),
+      dtype_(options.dtype.value_or(DType::F32)),
+      delta_ratio_(options.delta_ratio),
+      steps_(learned.steps) {
+  if (dtype_ == DType::F16) fail_usage("train: --dtype: expected f32 or bf16, found f16");
+  use_device(options.device);
+  queue_ = std::make_unique<Queue>();
+  const size_t floats = weight_bytes(config, DType::F32);
+  need_memory(4 * floats + weight_bytes(config, dtype_), "parameters, gradients and moments");
+  for (auto* flat : {&w_, &g_, &m_, &v_})
+    *flat = std::make_unique<FlatModel>(config, learned.weights.tied);
+  const auto up = [](const std::string&, const auto&, const auto& from, float* to) {
+    upload_weight(from, to);
+  };
+  for_each_pair(config, learned.weights, w_->at, up);
+  for_each_pair(config, learned.m, m_->at, up);
+  for_each_pair(config, learned.v, v_->at, up);
+  make_copies();
+  make_chunks();
+  norm_parts_ = DeviceBuffer<double>(kNormBlocks);
+  CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
+  with_type([&](auto* type) {
+    const auto kernel = copy_parameters_kernel<std::remove_pointer_t<decltype(type)>>;
+    kernel<<<unsigned(chunks_.size()), kUpdateThreads, 0, queue_->stream()>>>(flat());
+    CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+// Room for the model that computes.
+inline void CudaLearner::make_copies() {
+  model_.sizes = config_, model_.tied = w_->at.tied;
+  model_.layers.resize(static_cast<size_t>(config_.n_layer));
+  for_each_weight(config_, model_, [&](const std::string&, const auto& shape, auto& to) {
+    const auto size = static_cast<size_t>(size_of(shape));
+    if constexpr (std::is_same_v<decltype(to), DeviceMatrix&>) {
+      to.rows = shape[0], to.cols = shape[1];
+      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
+    } else {
+      to = DeviceBuffer<float>(size);
+    }
+  });
+}
+
+inline void CudaLearner::make_chunks() {
+  std::vector<ParameterChunk> chunks;
+  for_each_pair(config_, model_, w_->at,
+                [&](const std::string& name, const auto& shape, auto& weight, float* place) {
+    using Weight = std::remove_reference_t<decltype(weight)>;
+    ParameterChunk c{place - w_->numbers.data(), nullptr, 0, ParameterKind::row, false};
+    size_t number = sizeof(float);
+    if constexpr (std::is_same_v<Weight, DeviceMatrix>) {
+      c.kind = ParameterKind::matrix, number = dtype_size(dtype_);
+      c.copy = weight.bytes.data();
+    } else {
+      if (std::is_same_v<Weight, DeviceStateMatrix>) c.kind = ParameterKind::A_log;
+      c.copy = weight.data();
+    }
+    c.decays = Parameter<float>{name, shape, nullptr, 0}.decays();
+    for (int64_t left = size_of(shape); left > 0; left -= kParameterChunk) {
+      c.count = int(std::min<int64_t>(left, kParameterChunk));
+      chunks.push_back(c);
+      c.first += kParameterChunk;
+      c.copy = static_cast<std::byte*>(c.copy) + kParameterChunk * number;
+    }
+  });
+  chunks_ = DeviceBuffer<ParameterChunk>(chunks.data(), chunks.size());
+}
+
+inline double CudaLearner::run(TextBatch batch, float scale) {
+  double sum = 0;
+  with_type([&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Compute<T> forward{config_,          model_,     *queue_,
+                             activation_room_, scan_room_, delta_ratio_};
+    sum = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
+  });
+  return sum;
+}
+
+// The states that the pieces of a batch begin in -> before_ and, to be advanced, after_.
+inline void CudaLearner::begin_states(const Batch& batch) {
+  const auto n = std::max_element(batch.begin(), batch.end(), [](const auto& a, const auto& b) {
+    return a.slot < b.slot;
+  })->slot + 1;
+  if (slots_.batch < n) {
+    DeviceState more(config_, dtype_, n);
+    for (Index s = 0; s < slots_.batch; ++s)
+      copy_state(config_, slots_, s, more, s, queue_->stream());
+    queue_->wait();
+    std::swap(slots_, more);
+  }
+  for (DeviceState* state : {&before_, &after_}) {
+    *state = DeviceState(config_, dtype_, static_cast<int64_t>(batch.size()));
+    for (size_t i = 0; i < batch.size(); ++i)
+      if (batch[i].slot >= 0 && !batch[i].begins)
+        copy_state(config_, slots_, batch[i].slot, *state, Index(i), queue_->stream());
+  }
+}
+
+inline double CudaLearner::accumulate(const Batch& batch, double scale) {
+  TextBatch b = texts_.upload(batch, *queue_);
+  const auto carries = [](const Piece& piece) { return piece.slot >= 0; };
+  if (std::none_of(batch.begin(), batch.end(), carries)) return run(b, float(scale));
+  begin_states(batch);
+  b.before = &before_, b.after = &after_;
+  const double sum = run(b, float(scale));
+  for (Index i = 0; i < b.batch; ++i)
+    if (carries(batch[i]))
+      copy_state(config_, after_, i, slots_, batch[i].slot, queue_->stream());
+  return sum;
+}
+
+inline double CudaLearner::loss(const Batch& batch) {
+  return run(texts_.upload(batch, *queue_), 0.f);
+}
+
+inline double CudaLearner::gradient_norm() {
+  const unsigned blocks = unsigned(std::min<size_t>(kNormBlocks, chunks_.size()));
+  gradient_norm_kernel<<<blocks, kUpdateThreads, 0, queue_->stream()>>>(flat(), norm_parts_.data());
+  CUDA_CHECK(cudaGetLastError());
+  std::vector<double> parts(blocks);
+  CUDA_CHECK(cudaMemcpyAsync(parts.data(), norm_parts_.data(), blocks * sizeof(double),
+                             cudaMemcpyDeviceToHost, queue_->stream()));
+  queue_->wait();
+  return std::sqrt(std::accumulate(parts.begin(), parts.end(), 0.0));
+}
+
+inline void CudaLearner::update(const AdamW& o, double scale) {
+  ++steps_;
+  const double m_scale = 1 / (1 - std::pow(o.beta1, double(steps_)));
+  const double v_scale = 1 / (1 - std::pow(o.beta2, double(steps_)));
+  const AdamWStep step{float(scale),          float(o.beta1),        float(o.beta2), float(o.eps),
+                       float(o.lr * o.weight_decay), float(o.lr * m_scale), float(v_scale)};
+  with_type([&](auto* type) {
+    const auto kernel = adamw_kernel<std::remove_pointer_t<decltype(type)>>;
+    kernel<<<unsigned(chunks_.size()), kUpdateThreads, 0, queue_->stream()>>>(flat(), step);
+    CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+inline Learned<float> CudaLearner::learned() const {
+  queue_->wait();
+  return {download_model(config_, w_->at), download_model(config_, m_->at),
+          download_model(config_, v_->at), steps_};
+}
+
+inline std::vector<ssm::State<float>> CudaLearner::carried() const {
+  std::vector<ssm::State<float>> states;
+  for (Index s = 0; s < slots_.batch; ++s) {
+    DeviceState one(config_, dtype_, 1);
+    copy_state(config_, slots_, s, one, 0, queue_->stream());
+    queue_->wait();
+    states.push_back(host_state(config_, dtype_, one));
+  }
+  return states;
+}
+
+inline void CudaLearner::carry(const std::vector<ssm::State<float>>& states) {
+  slots_ = DeviceState(config_, dtype_, static_cast<int64_t>(states.size()));
+  for (size_t s = 0; s < states.size(); ++s) {
+    const DeviceState one = device_state(config_, dtype_, states[s]);
+    copy_state(config_, one, 0, slots_, Index(s), queue_->stream());
+    queue_->wait();
+  }
 }
 
 }  // namespace mamba

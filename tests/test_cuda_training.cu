@@ -309,3 +309,83 @@ TEST_CASE("cuda embedding_backward: rows of one id are summed in order; bias_bac
                   Matrix<double>(dy.cwiseAbs().colwise().sum() + one.row(0)), 64, kEps<float>);
     }
 }
+
+// --- whole models --------------------------------------------------------------------------------
+
+namespace {
+
+struct Tiny {
+  std::string name;
+  Config config;
+  ssm::Model<double> model;
+  std::vector<Token> ids;
+};
+std::vector<Tiny> tiny_models() {
+  std::vector<Tiny> all;
+  for (const char* name : {"mamba1-hf", "mamba2-hf"}) {
+    const std::string folder = root("tests/golden/") + name;
+    const Checkpoint file = read_checkpoint(folder);
+    const Config config = read_config(folder);
+    all.push_back({name, config, load_model<ssm::Model<double>>(file, config),
+                   tokens(read_safetensors(folder + "/expected.safetensors").at("ids"), 0, 40)});
+  }
+  return all;
+}
+
+/// The largest difference of each tensor, as a part of its largest number; prints and returns the
+/// worst.
+template <class Got, class Want>
+double worst_gradient(const Config& config, Got& got, Want& want, const std::string& what) {
+  std::vector<Matrix<double>> expected;
+  for_each_weight(config, want, [&](const std::string&, const auto&, const auto& w) {
+    expected.push_back(w.template cast<double>());
+  });
+  double worst = 0;
+  std::size_t i = 0;
+  for_each_weight(config, got, [&](const std::string& name, const auto&, const auto& g) {
+    const Matrix<double> from = g.template cast<double>();
+    const Matrix<double> to = expected[i].topRows(from.rows());  // without a vocabulary's padding
+    INFO(what << " " << name);
+    const double d = max_difference(from, to) / to.cwiseAbs().maxCoeff();
+    CHECK(d < INFINITY);
+    worst = std::max(worst, d);
+    ++i;
+  });
+  std::cout << what << ": worst gradient is off by " << worst << " of its tensor's largest\n";
+  return worst;
+}
+
+/// The gradients that the reference adds up for a batch of pieces from the zero state.
+ssm::Model<double> reference_gradients(const ssm::Model<double>& model, const Batch& batch,
+                                       double scale, double& loss) {
+  auto sum = ssm::zeros_like(model);
+  loss = 0;
+  for (const Piece& piece : batch) {
+    std::vector<Token> targets(piece.ids.begin() + 1, piece.ids.end());
+    for (Index t = 0; t + 1 < piece.first; ++t) targets[t] = -1;
+    ssm::State<double> state(model.sizes);
+    loss += ssm::loss_and_gradients(model, piece.ids.data(), targets.data(),
+                                    Index(targets.size()), state, scale, sum);
+  }
+  return sum;
+}
+
+}  // namespace
+
+TEST_CASE("cuda gradients: whole models' are the reference's, the same bits twice") {
+  for (Tiny& tiny : tiny_models())
+    for (const DType dtype : {DType::F32, DType::BF16, DType::F16}) {
+      auto engine = open_model<CudaEngine>(root("tests/golden/") + tiny.name, dtype);
+      double want_loss = 0;
+      const double scale = 1 / double(tiny.ids.size() - 1);
+      auto want = reference_gradients(tiny.model, {Piece{tiny.ids}}, scale, want_loss);
+      ssm::Model<float> got, again;
+      const double loss = engine.gradients(tiny.ids, got);
+      CHECK(engine.gradients(tiny.ids, again) == loss);
+      const bool exact = dtype == DType::F32;
+      CHECK(std::abs(loss - want_loss) <= (exact ? 1e-5 : 0.1));
+      const std::string what = "cuda gradients " + tiny.name + " " + dtype_name(dtype);
+      CHECK(worst_gradient(tiny.config, got, want, what) <= (exact ? 1e-5 : 0.2));
+      CHECK(worst_gradient(tiny.config, again, got, what + " twice") == 0);
+    }
+}
