@@ -606,8 +606,8 @@ Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
 // --- Its backward ---
 //
 // Each equation above by the chain rule, last to first. dh_t is the gradient of h_t through all that
-// follows: through y_t, and through h_{t+1} what the walk back hands over. (Mamba, section 3.3.2:
-// the states are not kept by the forward but made again.)
+// follows: through y_t, and through h_{t+1} what the walk back hands over. States are not kept by
+// the forward but made again (Mamba, section 3.3.2), chunk by chunk from the state each starts in.
 //   out_t  dy_t = dout_t * silu(z_t),  dz_t = dout_t * (y_t with D x_t) * silu'(z_t)
 //   (2b)   dC_t = sum_d dy_t h_t,  dh_t += dy_t C_t,  dD = sum_t dy_t * x_t,  dx_t = D dy_t
 //   (2a)   d(delta_t x_t) = dh_t B_t,  dB_t = sum_d delta_t x_t dh_t,  dh_{t-1} = A_bar_t * dh_t
@@ -695,18 +695,27 @@ ScanGradients<Scalar> selective_scan_backward(const ScanInputs<Scalar>& in,
   ScanInputs<Scalar> ungated = in;
   ungated.z = {};
   Matrix<Scalar> y(L, d_inner), ddelta(L, d_inner);
-  std::vector<StateMatrix<Scalar>> h = {h0};  // h[t + 1] is h_t
-  for (Index t = 0; t < L; ++t) {
-    h.push_back(h[t]);
-    y.row(t) = selective_scan_sequential<Scalar>(ungated.tokens(t, 1), h[t + 1]);
+  std::vector<StateMatrix<Scalar>> start = {h0};  // the state in which each chunk starts
+  for (Index t = 0; t < L; t += kScanChunk) {
+    const Index count = std::min(kScanChunk, L - t);
+    start.push_back(start.back());
+    y.middleRows(t, count) =
+        selective_scan_sequential<Scalar>(ungated.tokens(t, count), start.back());
   }
   ScanGradients<Scalar> d;
   d.A = StateMatrix<Scalar>::Zero(d_inner, N);
   d.B = d.C = Matrix<Scalar>(L, in.B.cols());
   const Matrix<Scalar> delta = step_size(in), dy = skip_and_gate_backward(in, y, dout, d);
-  for (Index t = L; t-- > 0;) {
-    selective_scan_step_backward<Scalar>(in, t, delta.row(t), h[t + 1], h[t], dy.row(t), dh, ddelta,
-                                         d);
+  for (Index first = Index(start.size() - 2) * kScanChunk; first >= 0; first -= kScanChunk) {
+    std::vector<StateMatrix<Scalar>> h = {start[first / kScanChunk]};  // before each token
+    for (Index t = first; t < std::min(first + kScanChunk, L); ++t) {
+      h.push_back(h.back());
+      selective_scan_sequential<Scalar>(ungated.tokens(t, 1), h.back());
+    }
+    for (Index t = first + Index(h.size()) - 1; t-- > first;) {
+      selective_scan_step_backward<Scalar>(in, t, delta.row(t), h[t - first + 1], h[t - first],
+                                           dy.row(t), dh, ddelta, d);
+    }
   }
   d.delta = step_size_backward(in, ddelta);
   if (in.delta_bias) d.delta_bias = d.delta.colwise().sum();
@@ -904,8 +913,8 @@ Matrix<Scalar> step_size_backward(const SsdInputs<Scalar>& in, const Matrix<Scal
   return (delta.array() >= in.dt_min && delta.array() <= in.dt_max).select(d, Scalar(0));
 }
 
-// The gradients of y -> y + D x; those that the recurrence adds to are zero. Until finish_ssd_backward d.dt is
-// the gradient of delta.
+// The gradients of y -> y + D x; those that the recurrence adds to are zero. d.dt is the gradient of
+// delta until the function after this one makes that of dt.
 template <class Scalar>
 SsdGradients<Scalar> skip_backward(const SsdInputs<Scalar>& in, const View<Scalar>& dout) {
   const Index L = in.length(), H = in.n_heads(), P = in.head_dim();
@@ -1149,6 +1158,29 @@ struct Compute {
   static Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form) {
     return ssm::ssd<Scalar>(in, h, form);
   }
+
+  // dx = dy W, and dW = dy^T x is added to what is there: weights are used by many tokens.
+  static Matrix<Scalar> linear_backward(const View<Scalar>& x, const Weight& W,
+                                        const View<Scalar>& dy, Matrix<Scalar>& dW) {
+    dW.noalias() += dy.transpose() * x;
+    return dy * W;
+  }
+  static ConvGradients<Scalar> causal_conv1d_backward(
+      const View<Scalar>& x, const View<Scalar>& weight, const View<Scalar>& bias,
+      const View<Scalar>& state, const View<Scalar>& dout, ConvState<Scalar> dstate) {
+    return ssm::causal_conv1d_backward<Scalar>(x, weight, bias, state, dout, dstate);
+  }
+  static ScanGradients<Scalar> selective_scan_backward(const ScanInputs<Scalar>& in,
+                                                       const StateView<Scalar>& h0,
+                                                       const View<Scalar>& dout,
+                                                       ScanState<Scalar> dh) {
+    return ssm::selective_scan_backward<Scalar>(in, h0, dout, dh);
+  }
+  static SsdGradients<Scalar> ssd_backward(const SsdInputs<Scalar>& in, const StateView<Scalar>& h0,
+                                           const View<Scalar>& dout, ScanState<Scalar> dh,
+                                           Form form) {
+    return ssm::ssd_backward<Scalar>(in, h0, dout, dh, form);
+  }
 };
 
 template <class Scalar, class Weight = Matrix<Scalar>>
@@ -1186,6 +1218,8 @@ struct Trace {
   Matrix<Scalar> convolved;  // (L, conv_width)
   Matrix<Scalar> dt_B_C;     // Mamba: (L, dt_rank + 2 N)
   Matrix<Scalar> delta;      // Mamba: (L, d_inner)  before bias and softplus
+  Matrix<Scalar> conv_out;   // (L, conv_width)  convolved, before silu
+  Matrix<Scalar> y;          // (L, d_inner)  output of the scan
 };
 
 // How a sequence is walked; delta_ratio as in ScanInputs.
@@ -1194,6 +1228,8 @@ struct Options {
   Form form = Form::sequential;
   Scalar delta_ratio = Scalar(1);
   Trace<Scalar>* trace = nullptr;  // filled if given
+  // Filled if given: the residual stream before each layer and after the last, (L, d_model) each.
+  std::vector<Matrix<Scalar>>* residuals = nullptr;
 };
 
 template <class Scalar, class Weight>
@@ -1201,6 +1237,14 @@ Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>&
   Matrix<Scalar> y = Compute<Scalar, Weight>::linear(x, W);
   if (bias.size()) y.rowwise() += bias;
   return y;
+}
+
+// y = x W^T + bias:  dx = dy W,  dW += dy^T x,  dbias += sum_t dy_t, which is empty if bias is.
+template <class Scalar, class Weight>
+Matrix<Scalar> linear_backward(const View<Scalar>& x, const Weight& W, const View<Scalar>& dy,
+                               Matrix<Scalar>& dW, Row<Scalar>& dbias) {
+  if (dbias.size()) dbias += dy.colwise().sum();
+  return Compute<Scalar, Weight>::linear_backward(x, W, dy, dW);
 }
 
 // What the scan of a Mamba layer reads. xz: output of in_proj, x: of the convolution, dt_B_C: of
@@ -1237,8 +1281,52 @@ Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
   auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta);
   in.delta_ratio = options.delta_ratio;
   const Matrix<Scalar> y = Op::selective_scan(in, state.h, options.form);  // (L, d_inner)
-  if (options.trace) *options.trace = {options.trace->layer, xz, x, dt_B_C, delta};
+  if (options.trace) *options.trace = {options.trace->layer, xz, x, dt_B_C, delta, x_conv, y};
   return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
+}
+
+// Where both blocks' backwards add to the gradients of a layer, dw, those of their convolution and
+// scan. The parameter behind A is A_log: A = -exp(A_log), so dA_log = dA * A. This is the one place
+// where it is made; dw.A is the gradient of A_log.
+template <class Scalar, class Weight, class Scan>
+void add_gradients(const Layer<Scalar, Weight>& w, const ConvGradients<Scalar>& conv,
+                   const Scan& scan, const Row<Scalar>& dt_bias, Layer<Scalar>& dw) {
+  dw.conv_weight += conv.weight;
+  dw.conv_bias += conv.bias;
+  dw.A += scan.A.cwiseProduct(w.A);
+  dw.D += scan.D;
+  dw.dt_bias += dt_bias;
+}
+
+// The block's way back, arrow by arrow. Nothing is kept of the forward but its input u and the
+// state it began with: the block runs again. dout (L, d_model) -> du (L, d_model); dstate as dh
+// above; the weights' gradients are added to dw.
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba_block_backward(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                    const Matrix<Scalar>& u, const LayerState<Scalar>& start,
+                                    const Matrix<Scalar>& dout, LayerState<Scalar>& dstate,
+                                    Layer<Scalar>& dw, const Options<Scalar>& options) {
+  using Op = Compute<Scalar, Weight>;
+  Trace<Scalar> kept;
+  LayerState<Scalar> state = start;
+  mamba_block(w, sizes, u, state, {options.form, options.delta_ratio, &kept});
+  const auto& [_, xz, x, dt_B_C, delta, x_conv, y] = kept;
+  auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta);
+  in.delta_ratio = options.delta_ratio;
+
+  const Matrix<Scalar> dy =
+      linear_backward<Scalar>(y, w.out_proj, dout, dw.out_proj, dw.out_proj_bias);
+  const auto scan = Op::selective_scan_backward(in, start.h, dy, dstate.h);
+  Matrix<Scalar> ddt_B_C(u.rows(), dt_B_C.cols()), dxz(u.rows(), xz.cols());
+  ddt_B_C << Op::linear_backward(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj, scan.delta, dw.dt_proj),
+      scan.B, scan.C;
+  Matrix<Scalar> dx = scan.x + Op::linear_backward(x, w.x_proj, ddt_B_C, dw.x_proj);
+  dx.array() *= silu_derivative(x_conv.array());
+  const auto conv = Op::causal_conv1d_backward(xz.leftCols(sizes.d_inner), w.conv_weight,
+                                               w.conv_bias, start.conv, dx, dstate.conv);
+  dxz << conv.x, scan.z;
+  add_gradients(w, conv, scan, scan.delta_bias, dw);
+  return linear_backward<Scalar>(u, w.in_proj, dxz, dw.in_proj, dw.in_proj_bias);
 }
 
 // What the SSD of a Mamba-2 layer reads. zxBCdt: output of in_proj, xBC: of the convolution.
@@ -1277,10 +1365,44 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
   auto in = ssd_inputs(w, sizes, zxBCdt, xBC);
   in.delta_ratio = options.delta_ratio;
   const Matrix<Scalar> y = Op::ssd(in, state.h, options.form);  // (L, d_inner)
-  if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}};
+  if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}, xBC_conv, y};
   const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
       y, zxBCdt.leftCols(sizes.d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
+}
+
+// As mamba_block_backward.
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba2_block_backward(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                     const Matrix<Scalar>& u, const LayerState<Scalar>& start,
+                                     const Matrix<Scalar>& dout, LayerState<Scalar>& dstate,
+                                     Layer<Scalar>& dw, const Options<Scalar>& options) {
+  using Op = Compute<Scalar, Weight>;
+  Trace<Scalar> kept;
+  LayerState<Scalar> state = start;
+  mamba2_block(w, sizes, u, state, {options.form, options.delta_ratio, &kept});
+  const auto& [_, zxBCdt, xBC, none, no_delta, xBC_conv, y] = kept;
+  auto in = ssd_inputs(w, sizes, zxBCdt, xBC);
+  in.delta_ratio = options.delta_ratio;
+  const ViewOf<Matrix<Scalar>> z = zxBCdt.leftCols(sizes.d_inner);
+  const Scalar eps = Scalar(sizes.norm_eps);
+
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, z, w.gated_norm, eps, sizes.n_groups);
+  const Matrix<Scalar> dnormed =
+      linear_backward<Scalar>(normed, w.out_proj, dout, dw.out_proj, dw.out_proj_bias);
+  const auto norm =
+      gated_rms_norm_backward<Scalar>(y, z, w.gated_norm, eps, sizes.n_groups, dnormed);
+  const auto scan = Op::ssd_backward(in, start.h, norm.y, dstate.h, options.form);
+  Matrix<Scalar> dxBC(u.rows(), xBC.cols()), dzxBCdt(u.rows(), zxBCdt.cols());
+  dxBC << scan.x, scan.B, scan.C;
+  dxBC.array() *= silu_derivative(xBC_conv.array());
+  const auto conv =
+      Op::causal_conv1d_backward(zxBCdt.middleCols(sizes.d_inner, sizes.conv_width()),
+                                 w.conv_weight, w.conv_bias, start.conv, dxBC, dstate.conv);
+  dzxBCdt << norm.z, conv.x, scan.dt;
+  dw.gated_norm += norm.weight;
+  add_gradients(w, conv, scan, scan.dt_bias, dw);
+  return linear_backward<Scalar>(u, w.in_proj, dzxBCdt, dw.in_proj, dw.in_proj_bias);
 }
 
 // ============================================================================================
@@ -1321,11 +1443,13 @@ Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, In
   }
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];
+    if (options.residuals) options.residuals->push_back(residual);
     Options<Scalar> here = options;
     if (here.trace && here.trace->layer != l) here.trace = nullptr;
     residual +=
         block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l], here);
   }
+  if (options.residuals) options.residuals->push_back(residual);
   return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
 }
 
@@ -1341,6 +1465,130 @@ template <class Scalar, class Weight>
 Matrix<Scalar> forward(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                        State<Scalar>& state, const Options<Scalar>& options = {}) {
   return lm_head(model, backbone(model, ids, L, state, options));
+}
+
+// --- The loss and the gradients of all weights ---
+
+// Gradients have the shapes of what they belong to: those of a model are again a Model, of plain
+// matrices whatever Weight is. (A program with a Weight of its own adds a zeros_like of its own.)
+template <class Plain>
+Plain zeros_like(const Plain& m) {
+  return Plain::Zero(m.rows(), m.cols());
+}
+template <class Scalar, class Weight>
+Model<Scalar> zeros_like(const Model<Scalar, Weight>& model) {
+  Model<Scalar> d{model.sizes,
+                  zeros_like(model.embedding),
+                  {},
+                  zeros_like(model.norm_f),
+                  zeros_like(model.lm_head),
+                  model.tied};
+  for (const Layer<Scalar, Weight>& w : model.layers) {
+    d.layers.push_back({zeros_like(w.norm), zeros_like(w.in_proj), zeros_like(w.in_proj_bias),
+                        zeros_like(w.conv_weight), zeros_like(w.conv_bias), zeros_like(w.x_proj),
+                        zeros_like(w.dt_proj), zeros_like(w.dt_bias), zeros_like(w.A),
+                        zeros_like(w.D), zeros_like(w.gated_norm), zeros_like(w.out_proj),
+                        zeros_like(w.out_proj_bias)});
+  }
+  return d;
+}
+
+template <class Scalar>
+struct CrossEntropy {
+  double loss;
+  Matrix<Scalar> dlogits;  // (L, vocab_size)
+};
+
+//   loss = scale sum_t -log p_t[target_t],   p_t = softmax(logits_t) = exp(logits_t) / sum exp(..)
+//   dlogits_t = scale (p_t - e), with e = 1 at the target and 0 elsewhere
+// scale = 1 / tokens makes it the mean. A target below 0 is not scored.
+template <class Scalar>
+CrossEntropy<Scalar> cross_entropy(const Matrix<Scalar>& logits, const Token* targets,
+                                   Scalar scale) {
+  CrossEntropy<Scalar> result{0, Matrix<Scalar>::Zero(logits.rows(), logits.cols())};
+  for (Index t = 0; t < logits.rows(); ++t) {
+    if (targets[t] < 0) continue;
+    const Scalar largest = logits.row(t).maxCoeff();  // so that exp cannot overflow
+    auto dlogits = result.dlogits.row(t);
+    dlogits = (logits.row(t).array() - largest).exp();
+    const Scalar sum = dlogits.sum();
+    dlogits *= scale / sum;
+    dlogits(targets[t]) -= scale;
+    result.loss += double(scale) * (std::log(sum) + largest - logits(t, targets[t]));
+  }
+  return result;
+}
+
+// The head and the loss, a few rows at a time: logits are wide.  Returns the loss; dhidden
+// (L, d_model). A tied head adds its gradient to the embedding's.
+template <class Scalar, class Weight>
+double lm_head_backward(const Model<Scalar, Weight>& model, const Matrix<Scalar>& hidden,
+                        const Token* targets, Scalar scale, Matrix<Scalar>& dhidden,
+                        Model<Scalar>& gradients) {
+  constexpr Index kRows = 64;
+  const Weight& W = model.tied ? model.embedding : model.lm_head;
+  Matrix<Scalar>& dW = model.tied ? gradients.embedding : gradients.lm_head;
+  double loss = 0;
+  for (Index t = 0; t < hidden.rows(); t += kRows) {
+    const Matrix<Scalar> rows = hidden.middleRows(t, std::min(kRows, hidden.rows() - t));
+    const auto part = cross_entropy<Scalar>(lm_head(model, rows), targets + t, scale);
+    Matrix<Scalar> dlogits = Matrix<Scalar>::Zero(rows.rows(), dW.rows());  // with the padding
+    dlogits.leftCols(model.sizes.vocab_size) = part.dlogits;
+    dhidden.middleRows(t, rows.rows()) =
+        Compute<Scalar, Weight>::linear_backward(rows, W, dlogits, dW);
+    loss += part.loss;
+  }
+  return loss;
+}
+
+// residuals: of backbone's forward, the layers' inputs; all else each layer makes again. start: the
+// state that the forward began with. The gradient of residual + block(rms_norm(residual)) is that of
+// both paths, added.
+template <class Scalar, class Weight>
+void backbone_backward(const Model<Scalar, Weight>& model, const Token* ids,
+                       const std::vector<Matrix<Scalar>>& residuals, const State<Scalar>& start,
+                       const Matrix<Scalar>& dhidden, State<Scalar>& dstate,
+                       Model<Scalar>& gradients, const Options<Scalar>& options) {
+  const Sizes& sizes = model.sizes;
+  const Scalar eps = Scalar(sizes.norm_eps);
+  const auto block_backward = sizes.version == 1 ? mamba_block_backward<Scalar, Weight>
+                                                 : mamba2_block_backward<Scalar, Weight>;
+  const auto norm_f = rms_norm_backward(residuals.back(), model.norm_f, eps, dhidden);
+  gradients.norm_f += norm_f.weight;
+  Matrix<Scalar> dresidual = norm_f.x;
+  for (Index l = sizes.n_layer; l-- > 0;) {
+    const auto& w = model.layers[l];
+    auto& dw = gradients.layers[l];
+    const Matrix<Scalar> du =
+        block_backward(w, sizes, rms_norm(residuals[l], w.norm, eps), start.layers[l], dresidual,
+                       dstate.layers[l], dw, options);
+    const auto norm = rms_norm_backward(residuals[l], w.norm, eps, du);
+    dw.norm += norm.weight;
+    dresidual += norm.x;
+  }
+  for (Index t = 0; t < dresidual.rows(); ++t) gradients.embedding.row(ids[t]) += dresidual.row(t);
+}
+
+// ids (L), targets (L): the tokens that follow, ids + 1 in a text. The loss, see cross_entropy, of a
+// piece of text that begins in `state`, which advances; its gradients are added to `gradients`, begun
+// with zeros_like(model). Several sequences with scale = 1 / all their tokens make the mean over all.
+// dstate, if given: the gradient of the state after the piece on entry, before it on return;
+// otherwise the loss is this piece's alone.
+template <class Scalar, class Weight>
+double loss_and_gradients(const Model<Scalar, Weight>& model, const Token* ids,
+                          const Token* targets, Index L, State<Scalar>& state, double scale,
+                          Model<Scalar>& gradients, Options<Scalar> options = {},
+                          State<Scalar>* dstate = nullptr) {
+  const State<Scalar> start = state;
+  State<Scalar> alone(model.sizes);
+  std::vector<Matrix<Scalar>> residuals;
+  options.residuals = &residuals;
+  const Matrix<Scalar> hidden = backbone(model, ids, L, state, options);
+  Matrix<Scalar> dhidden(L, model.sizes.d_model);
+  const double loss = lm_head_backward(model, hidden, targets, Scalar(scale), dhidden, gradients);
+  backbone_backward(model, ids, residuals, start, dhidden, dstate ? *dstate : alone, gradients,
+                    options);
+  return loss;
 }
 
 }  // namespace ssm
