@@ -9,7 +9,7 @@
 // mapped into memory), the matrix product on all cores, and the loops over channels and heads
 // spread over them.
 
-#include "mamba.hpp"
+#include "train.hpp"
 
 #include <tbb/global_control.h>
 #include <tbb/parallel_for.h>
@@ -35,6 +35,13 @@ void parallel_for(Index n, Index grain, const Function& f) {
   tbb::parallel_for(
       Index{0}, (n + grain - 1) / grain,
       [&](Index i) { f(i * grain, std::min(grain, n - i * grain)); }, tbb::simple_partitioner());
+}
+
+// As many as --threads says, as long as the result lives; 0: all cores.
+inline std::unique_ptr<tbb::global_control> limit_threads(int threads) {
+  if (threads == 0) return nullptr;
+  return std::make_unique<tbb::global_control>(tbb::global_control::max_allowed_parallelism,
+                                               threads);
 }
 
 // ------------------------------------------------------------------------------------------
@@ -336,8 +343,12 @@ namespace mamba {
 // The engine: ssm_reference.hpp on stored weights and all cores
 // ------------------------------------------------------------------------------------------
 
+template <class Scalar>
+class CpuLearner;  // the last section
+
 class CpuEngine {
  public:
+  using Learner = CpuLearner<float>;
   static constexpr const char* kName = "mamba";
   static constexpr const char* kDescription = "the readable reference, on the CPU";
   static constexpr bool kHasDevice = false;
@@ -349,9 +360,7 @@ class CpuEngine {
   CpuEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : config_(config),
         model_(load_model<ssm::Model<float, Weight>>(checkpoint, config, options.dtype)) {
-    if (options.threads > 0)
-      threads_ = std::make_unique<tbb::global_control>(tbb::global_control::max_allowed_parallelism,
-                                                       options.threads);
+    threads_ = limit_threads(options.threads);
     options_.form = cpu_form(config);
     options_.delta_ratio = options.delta_ratio;
   }
@@ -393,6 +402,105 @@ class CpuEngine {
   std::unique_ptr<tbb::global_control> threads_;  // as many as --threads says
 };
 
+// ------------------------------------------------------------------------------------------
+// Training: the reference's gradients, pieces of text side by side on all threads
+// ------------------------------------------------------------------------------------------
+
+/// See train.hpp. Scalar = double is for tests.
+template <class Scalar>
+class CpuLearner {
+ public:
+  using State = ssm::State<Scalar>;
+
+  CpuLearner(const Config& config, Learned<Scalar> learned, const EngineOptions& options)
+      : config_(config), learned_(std::move(learned)), model_(computed(learned_.weights)) {
+    if (options.dtype.value_or(DType::F32) != DType::F32)
+      fail("--dtype: the CPU trains in f32 only, found ", dtype_name(*options.dtype));
+    threads_ = limit_threads(options.threads);
+    options_.form = cpu_form(config);
+    options_.delta_ratio = Scalar(options.delta_ratio);
+    for (auto& part : gradients_) part = ssm::zeros_like(model_);
+  }
+
+  Index steps() const { return learned_.steps; }
+  const Learned<Scalar>& learned() const { return learned_; }
+  const std::vector<State>& carried() const { return slots_; }
+  void carry(std::vector<State> slots) { slots_ = std::move(slots); }
+
+  /// Piece i goes to part i modulo kParts of the gradient, and the parts are added up in order: the
+  /// same bits for every number of threads.
+  double accumulate(const Batch& batch, double scale) {
+    std::vector<double> loss(batch.size());
+    for (const Piece& piece : batch)
+      while (piece.slot >= static_cast<Index>(slots_.size())) slots_.emplace_back(config_);
+    parallel_for(kParts, 1, [&](Index part, Index) {
+      for (std::size_t i = part; i < batch.size(); i += kParts) {
+        const Piece& piece = batch[i];
+        State state = piece.begins ? State(config_) : slots_[piece.slot];
+        std::vector<Token> targets(piece.ids.begin() + 1, piece.ids.end());
+        std::fill_n(targets.begin(), piece.first - 1, -1);
+        loss[i] = ssm::loss_and_gradients(model_, piece.ids.data(), targets.data(), targets.size(),
+                                          state, scale, gradients_[part], options_);
+        if (piece.slot >= 0) slots_[piece.slot] = std::move(state);
+      }
+    });
+    return std::accumulate(loss.begin(), loss.end(), 0.0) / scale;
+  }
+
+  double loss(const Batch& batch) {
+    std::vector<double> loss(batch.size());
+    parallel_for(batch.size(), 1, [&](Index i, Index) {
+      const std::vector<Token>& ids = batch[i].ids;
+      State state(config_);
+      const auto hidden =
+          ssm::backbone(model_, ids.data(), static_cast<Index>(ids.size()) - 1, state, options_);
+      for (Index t = batch[i].first - 1; t < hidden.rows(); ++t) {
+        const Matrix<Scalar> logits = ssm::lm_head<Scalar>(model_, hidden.middleRows(t, 1));
+        loss[i] += negative_log_likelihood(logits.template cast<float>(), 0, ids[t + 1]);
+      }
+    });
+    return std::accumulate(loss.begin(), loss.end(), 0.0);
+  }
+
+  double gradient_norm() {
+    double squares = 0;
+    const auto sum = parameters(config_, gradients_[0]);
+    for (Index part = 1; part < kParts; ++part) {
+      const auto more = parameters(config_, gradients_[part]);
+      for (std::size_t i = 0; i < sum.size(); ++i) {
+        sum[i].values() += more[i].values();
+        more[i].values().setZero();
+      }
+    }
+    for (const auto& g : sum) squares += static_cast<double>(g.values().square().sum());
+    return std::sqrt(squares);
+  }
+
+  /// After gradient_norm(), which has put the parts together.
+  void update(const ssm::AdamW& adamw, double scale) {
+    ++learned_.steps;
+    const auto w = parameters(config_, learned_.weights), m = parameters(config_, learned_.m),
+               v = parameters(config_, learned_.v), g = parameters(config_, gradients_[0]);
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      g[i].values() *= Scalar(scale);
+      ssm::adamw_step<Scalar>(adamw, learned_.steps, w[i].decays(), g[i].values(), m[i].values(),
+                              v[i].values(), w[i].values());
+      g[i].values().setZero();
+    }
+    model_ = computed(learned_.weights);
+  }
+
+ private:
+  static constexpr Index kParts = 8;
+
+  Config config_;
+  Learned<Scalar> learned_;
+  ssm::Model<Scalar> model_, gradients_[kParts];
+  ssm::Options<Scalar> options_;
+  std::vector<State> slots_;
+  std::unique_ptr<tbb::global_control> threads_;
+};
+
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
@@ -402,6 +510,8 @@ int main(int argc, char** argv) {
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
-  return mamba::run<mamba::CpuEngine>(argc, argv);
+  using namespace mamba;
+  return run<CpuEngine>(argc, argv,
+                        {command<Train<CpuEngine>>("train", "train a model, from nothing or on")});
 }
 #endif
