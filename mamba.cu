@@ -5623,17 +5623,16 @@ void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_si
 
 // STUB
 template <class T>
-struct SsdBackwardArgs {
-  SsdArgs<T> in;
+struct SsdBackwardArgs : SsdArgs<T> {
   const T* dout = nullptr;
   T *dx = nullptr, *ddt = nullptr, *dB = nullptr, *dC = nullptr;
   float *dA = nullptr, *dD = nullptr, *ddt_bias = nullptr;
-  int64_t dout_stride = 0, dx_stride = 0, ddt_stride = 0, dB_stride = 0, dC_stride = 0, n_rows = 0;
+  int64_t dout_stride = 0, dx_stride = 0, ddt_stride = 0, dB_stride = 0, dC_stride = 0;
 };
 template <class T>
-size_t ssd_backward_workspace(const SsdBackwardArgs<T>&) { return 0; }
+size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>&) { return 0; }
 template <class T>
-void ssd_backward(const SsdBackwardArgs<T>&, float*, cudaStream_t) { fail("ssd_backward: not there yet"); }
+void ssd_backward(const SsdBackwardArgs<T>&, cudaStream_t) { fail("ssd_backward: not there yet"); }
 // END STUB
 
 // ============================================================================================
@@ -5821,10 +5820,9 @@ struct ComputeBackward {
                                        const Activations<T>& a, const Activations<T>& d,
                                        const Tokens& tokens, const float* h) const {
     SsdBackwardArgs<T> ssd;
-    ssd.in = forward.ssd_args(a, w, a.x, config().conv_width(), nullptr);
-    ssd.in.h0 = h;
-    tokens.to(ssd.in);
-    ssd.n_rows = tokens.rows();
+    static_cast<SsdArgs<T>&>(ssd) = forward.ssd_args(a, w, a.x, config().conv_width(), nullptr);
+    ssd.h0 = h;
+    tokens.to(ssd);
     ssd.dout = d.y, ssd.dx = d.x, ssd.dB = d.x + config().d_inner;
     ssd.dC = ssd.dB + config().n_groups * config().d_state;
     ssd.ddt = d.projected + config().d_inner + config().conv_width();
@@ -5845,8 +5843,9 @@ struct ComputeBackward {
         {rows, int(d_inner), int(config().n_groups), forward.eps(), a.y, a.projected, d.delta,
          w.gated_norm.data(), d.y, d.projected, g.gated_norm, d_inner, width, d_inner, d_inner, width},
         work(sizeof(float) * row_parts(rows, d_inner)), stream());
-    const auto ssd = ssd_backward_args(w, g, a, d, tokens, h);
-    ssd_backward(ssd, work(ssd_backward_workspace(ssd)), stream());
+    auto ssd = ssd_backward_args(w, g, a, d, tokens, h);
+    ssd.workspace = work(ssd_backward_workspace_bytes(ssd));
+    ssd_backward(ssd, stream());
     project_in_backward(w, g, a, d, tokens, conv_state);
   }
 
@@ -5899,7 +5898,7 @@ struct ComputeBackward {
     const FloatLayer& g = gradients.layers[0];
     if (config().version == 1)
       return selective_scan_backward_workspace(scan_backward_args(w, g, a, d, tokens, nullptr));
-    return ssd_backward_workspace(ssd_backward_args(w, g, a, d, tokens, nullptr));
+    return ssd_backward_workspace_bytes(ssd_backward_args(w, g, a, d, tokens, nullptr));
   }
 
   // Makes room for a batch, and chooses how many layers keep their activations.
@@ -6227,7 +6226,7 @@ class CudaLearner {
   double accumulate(const Batch& batch, double scale);
   double loss(const Batch& batch);
   double gradient_norm();
-  void update(const AdamW& adamw, double scale);
+  void update(const ssm::AdamW& adamw, double scale);
   Index steps() const { return steps_; }
   Learned<float> learned() const;
   std::vector<ssm::State<float>> carried() const;
@@ -6395,7 +6394,7 @@ inline double CudaLearner::gradient_norm() {
   return std::sqrt(std::accumulate(parts.begin(), parts.end(), 0.0));
 }
 
-inline void CudaLearner::update(const AdamW& o, double scale) {
+inline void CudaLearner::update(const ssm::AdamW& o, double scale) {
   ++steps_;
   const double m_scale = 1 / (1 - std::pow(o.beta1, double(steps_)));
   const double v_scale = 1 / (1 - std::pow(o.beta2, double(steps_)));

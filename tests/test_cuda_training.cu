@@ -2,6 +2,8 @@
 // the GPU are those of the reference in double, up to rounding, and the same bits on every run.
 #include "support_cuda.hpp"
 
+#include "random_model.hpp"
+
 using namespace test;
 using namespace mamba;
 
@@ -315,18 +317,18 @@ TEST_CASE("cuda embedding_backward: rows of one id are summed in order; bias_bac
 namespace {
 
 struct Tiny {
-  std::string name;
+  std::string name, folder;
   Config config;
   ssm::Model<double> model;
   std::vector<Token> ids;
 };
-std::vector<Tiny> tiny_models() {
+std::vector<Tiny> tiny_models(const std::string& golden = root("tests/golden")) {
   std::vector<Tiny> all;
   for (const char* name : {"mamba1-hf", "mamba2-hf"}) {
-    const std::string folder = root("tests/golden/") + name;
+    const std::string folder = golden + "/" + name;
     const Checkpoint file = read_checkpoint(folder);
     const Config config = read_config(folder);
-    all.push_back({name, config, load_model<ssm::Model<double>>(file, config),
+    all.push_back({name, folder, config, load_model<ssm::Model<double>>(file, config),
                    tokens(read_safetensors(folder + "/expected.safetensors").at("ids"), 0, 40)});
   }
   return all;
@@ -375,7 +377,7 @@ ssm::Model<double> reference_gradients(const ssm::Model<double>& model, const Ba
 TEST_CASE("cuda gradients: whole models' are the reference's, the same bits twice") {
   for (Tiny& tiny : tiny_models())
     for (const DType dtype : {DType::F32, DType::BF16, DType::F16}) {
-      auto engine = open_model<CudaEngine>(root("tests/golden/") + tiny.name, dtype);
+      auto engine = open_model<CudaEngine>(tiny.folder, dtype);
       double want_loss = 0;
       const double scale = 1 / double(tiny.ids.size() - 1);
       auto want = reference_gradients(tiny.model, {Piece{tiny.ids}}, scale, want_loss);
@@ -388,4 +390,211 @@ TEST_CASE("cuda gradients: whole models' are the reference's, the same bits twic
       CHECK(worst_gradient(tiny.config, got, want, what) <= (exact ? 1e-5 : 0.2));
       CHECK(worst_gradient(tiny.config, again, got, what + " twice") == 0);
     }
+}
+
+// --- the learner ---------------------------------------------------------------------------------
+
+namespace {
+
+Learned<float> learned_of(const Tiny& tiny) {
+  return {parameters_of(read_checkpoint(tiny.folder), tiny.config), zeros<float>(tiny.config),
+          zeros<float>(tiny.config)};
+}
+template <class Scalar>
+Learned<double> in_double(const Config& config, Learned<Scalar> from) {
+  Learned<double> to{zeros<double>(config), zeros<double>(config), zeros<double>(config), from.steps};
+  using Models = std::pair<ssm::Model<Scalar>*, ssm::Model<double>*>;
+  for (const auto& [source, target] :
+       {Models{&from.weights, &to.weights}, {&from.m, &to.m}, {&from.v, &to.v}}) {
+    const auto p = parameters(config, *source);
+    const auto q = parameters(config, *target);
+    for (std::size_t i = 0; i < p.size(); ++i) q[i].values() = p[i].values().template cast<double>();
+  }
+  return to;
+}
+
+/// The reference in double: what the learner under test is to do.
+struct Truth {
+  Config config;
+  Learned<double> learned;
+  ssm::Model<double> sum = zeros<double>(config);
+  std::vector<ssm::State<double>> slots = {ssm::State<double>(config), ssm::State<double>(config)};
+
+  double accumulate(const Batch& batch, double scale) {
+    const auto model = computed(learned.weights);
+    double loss = 0;
+    for (const Piece& piece : batch) {
+      std::vector<Token> targets(piece.ids.begin() + 1, piece.ids.end());
+      for (Index t = 0; t + 1 < piece.first; ++t) targets[t] = -1;
+      ssm::State<double> state(config);
+      if (!piece.begins) state = slots[piece.slot];
+      loss += ssm::loss_and_gradients(model, piece.ids.data(), targets.data(),
+                                      Index(targets.size()), state, scale, sum);
+      if (piece.slot >= 0) slots[piece.slot] = state;
+    }
+    return loss / scale;
+  }
+  double gradient_norm() {
+    double squares = 0;
+    for (const auto& p : parameters(config, sum)) squares += p.values().square().sum();
+    return std::sqrt(squares);
+  }
+  void update(const ssm::AdamW& adamw, double scale) {
+    ++learned.steps;
+    const auto w = parameters(config, learned.weights), m = parameters(config, learned.m),
+               v = parameters(config, learned.v), g = parameters(config, sum);
+    for (std::size_t i = 0; i < w.size(); ++i) {
+      g[i].values() *= scale;
+      ssm::adamw_step<double>(adamw, learned.steps, w[i].decays(), g[i].values(), m[i].values(),
+                              v[i].values(), w[i].values());
+      g[i].values().setZero();
+    }
+  }
+};
+
+/// The largest norm of a difference of tensors, as a part of the tensor's norm.
+double worst_norm(const Config& config, ssm::Model<double>& got, ssm::Model<double>& want) {
+  const auto p = parameters(config, got), q = parameters(config, want);
+  double worst = 0;
+  for (std::size_t i = 0; i < p.size(); ++i) {
+    const double size = std::sqrt(q[i].values().square().sum());
+    const double d = std::sqrt((p[i].values() - q[i].values()).square().sum()) / (size + 1e-30);
+    if (!(d <= worst)) worst = std::isnan(d) ? INFINITY : d;
+  }
+  return worst;
+}
+
+EngineOptions options_of(DType dtype) {
+  EngineOptions options;
+  options.dtype = dtype;
+  return options;
+}
+
+std::vector<Token> part(const std::vector<Token>& ids, Index first, Index count) {
+  return {ids.begin() + first, ids.begin() + first + count};
+}
+
+}  // namespace
+
+TEST_CASE(
+    "cuda learner: gradients, states and updates of ragged, carried batches are the reference's") {
+  for (const Tiny& tiny : tiny_models()) {
+    CAPTURE(tiny.name);
+    CudaLearner learner(tiny.config, learned_of(tiny), options_of(DType::F32));
+    Truth truth{tiny.config, in_double(tiny.config, learned_of(tiny))};
+    const auto& ids = tiny.ids;
+    const std::vector<Batch> batches = {
+        {{part(ids, 0, 9), 1}, {part(ids, 9, 2), 1}, {part(ids, 3, 30), 21}, {part(ids, 5, 9), 8}},
+        {{part(ids, 0, 11), 1, 0, true}, {part(ids, 20, 11), 1, 1, true}},
+        {{part(ids, 10, 11), 1, 0, false}, {part(ids, 7, 5), 1, 1, true}},
+        {{part(ids, 20, 3), 1, 0, false}, {part(ids, 11, 9), 1, 1, false}}};
+    for (std::size_t i = 0; i < batches.size(); ++i) {
+      CAPTURE(i);
+      const double want = truth.accumulate(batches[i], 0.25);
+      CHECK(std::abs(learner.accumulate(batches[i], 0.25) - want) <= 1e-5 * want);
+      if (i == 1) continue;  // two batches at a step
+      const double norm = truth.gradient_norm();
+      CHECK(std::abs(learner.gradient_norm() - norm) <= 1e-5 * norm);
+      const ssm::AdamW adamw{1e-3, 0, 0.95, 1e-8, 0.1};  // m is the gradient
+      truth.update(adamw, 0.5), learner.update(adamw, 0.5);
+      auto got = in_double(tiny.config, learner.learned());
+      CHECK(got.steps == truth.learned.steps);
+      CHECK(worst_norm(tiny.config, got.m, truth.learned.m) <= 2e-5);
+      CHECK(worst_norm(tiny.config, got.v, truth.learned.v) <= 4e-5);
+      CHECK(worst_norm(tiny.config, got.weights, truth.learned.weights) <= 2e-5);
+    }
+    const auto carried = learner.carried();
+    REQUIRE(carried.size() == 2);
+    for (std::size_t s = 0; s < 2; ++s)
+      for (Index l = 0; l < tiny.config.n_layer; ++l) {
+        CHECK(max_difference(carried[s].layers[l].h, truth.slots[s].layers[l].h) < 1e-4);
+        CHECK(max_difference(carried[s].layers[l].conv, truth.slots[s].layers[l].conv) < 1e-4);
+      }
+  }
+}
+
+TEST_CASE("cuda learner: one that begins where another stopped goes on to the same bits") {
+  for (const Tiny& tiny : tiny_models())
+    for (const DType dtype : {DType::F32, DType::BF16}) {
+      CudaLearner whole(tiny.config, learned_of(tiny), options_of(dtype));
+      const ssm::AdamW adamw{1e-3, 0.9, 0.95, 1e-8, 0.1};
+      const auto step = [&](CudaLearner& learner, Index first, bool begins) {
+        learner.accumulate({{part(tiny.ids, first, 12), 1, 0, begins}}, 1);
+        const double norm = learner.gradient_norm();
+        learner.update(adamw, 1 / norm);
+        return norm;
+      };
+      step(whole, 0, true);
+      CudaLearner next(tiny.config, whole.learned(), options_of(dtype));
+      next.carry(whole.carried());
+      CHECK(step(next, 11, false) == step(whole, 11, false));
+      CHECK(next.loss({{tiny.ids}}) == whole.loss({{tiny.ids}}));
+      auto a = in_double(tiny.config, next.learned()), b = in_double(tiny.config, whole.learned());
+      CHECK(worst_norm(tiny.config, a.weights, b.weights) == 0);
+      CHECK(worst_norm(tiny.config, a.v, b.v) == 0);
+    }
+}
+
+TEST_CASE("cuda gradients: layers that are recomputed give the same bits as layers that are kept") {
+  for (const Tiny& tiny : tiny_models()) {
+    const auto model =
+        load_model<DeviceModel>(read_checkpoint(tiny.folder), tiny.config, DType::BF16);
+    Queue queue;
+    DeviceBuffer<std::byte> activation_room, scan_room;
+    const Compute<bf16> forward{tiny.config, model, queue, activation_room, scan_room, 1.f};
+    TrainingRoom room;
+    TextsOnGpu texts;
+    DeviceState before(tiny.config, DType::BF16, 2), after(tiny.config, DType::BF16, 2);
+    TextBatch batch = texts.upload({{part(tiny.ids, 0, 9)}, {part(tiny.ids, 9, 20)}}, queue);
+    fill_random(before.h.data(), Index(before.h.size()), 1.f, 0.f, 5);
+    std::vector<std::vector<float>> gradients;
+    for (const Index kept : {Index{-1}, Index{0}, Index{1}}) {
+      const FlatModel sums(tiny.config, model.tied);
+      copy_state(tiny.config, before, 0, after, 0, queue.stream());
+      copy_state(tiny.config, before, 1, after, 1, queue.stream());
+      batch.before = &before, batch.after = &after;
+      if (kept >= 0) room.kept_layers = kept;
+      ComputeBackward<bf16>{forward, sums.at, room}(batch, 1.f);
+      if (kept < 0) CHECK(room.kept_layers == tiny.config.n_layer);
+      gradients.emplace_back(sums.numbers.size());
+      sums.numbers.copy_to(gradients.back().data());
+      CHECK(gradients.back() == gradients.front());
+    }
+  }
+}
+
+TEST_CASE("cuda learner: golden training, eight steps in float32") {
+  const auto data = extra_data();
+  if (!data) return;
+  for (const Tiny& tiny : tiny_models(*data + "/golden")) {
+    const std::string name = tiny.name.substr(0, 6);
+    const Checkpoint file = read_safetensors(*data + "/golden/training_" + name + ".safetensors");
+    const auto loss = values<double>(file.at("loss")), norms = values<double>(file.at("grad_norm"));
+    const auto shape = file.at("ids").shape;
+    CudaLearner learner(tiny.config, learned_of(tiny), options_of(DType::F32));
+    for (Index step = 0; step < shape[0]; ++step) {
+      Batch batch;
+      for (Index i = 0; i < shape[1]; ++i)
+        batch.push_back({tokens(file.at("ids"), (step * shape[1] + i) * shape[2], shape[2])});
+      CAPTURE(name, step);
+      const double mean = learner.accumulate(batch, 1.0 / scored(batch)) / scored(batch);
+      CHECK(std::abs(mean - loss[step]) <= 2e-5 * loss[step]);
+      const double norm = learner.gradient_norm();
+      CHECK(std::abs(norm - norms[step]) <= 2e-5 * norms[step]);
+      learner.update({3e-3, 0.9, 0.95, 1e-8, 0.1}, std::min(1.0, 1 / (norm + 1e-6)));
+    }
+    Learned<float> got = learner.learned();
+    double worst = 0;
+    for_each_weight(tiny.config, got.weights, [&](const std::string& weight, const auto&, auto& w) {
+      const Matrix<double> g = w.template cast<double>();
+      const auto want = values<double>(file.at("final." + weight));
+      const Eigen::Map<const Matrix<double>> m(want.data(), g.rows(), g.cols());
+      INFO(name << " " << weight);
+      const double d = (g - m).norm() / m.norm();
+      CHECK(d <= 2e-5);
+      worst = std::max(worst, d);
+    });
+    std::cout << "cuda golden training " << name << ": worst weight is off by " << worst
+              << " of its tensor's norm\n";
+  }
 }
