@@ -1591,4 +1591,30 @@ double loss_and_gradients(const Model<Scalar, Weight>& model, const Token* ids,
   return loss;
 }
 
+// --- AdamW (Loshchilov, Hutter 2019, algorithm 2) ---
+//
+// Step s = 1, 2, .. of weights w with gradient g and its moments m and v, all of one shape:
+//   m = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
+//   w = (1 - lr weight_decay) w - lr (m / (1 - beta1^s)) / (sqrt(v / (1 - beta2^s)) + eps)
+// Matrices and the convolution's weight decay; A_log, D, norms and biases do not.
+struct AdamW {
+  double lr = 1e-3, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1;
+};
+
+template <class Scalar>
+using Numbers = Eigen::Map<Eigen::Array<Scalar, Eigen::Dynamic, 1>>;
+
+template <class Scalar>
+void adamw_step(const AdamW& o, Index step, bool decays, Numbers<Scalar> g, Numbers<Scalar> m,
+                Numbers<Scalar> v, Numbers<Scalar> w) {
+  const auto s = static_cast<double>(step);
+  const Scalar lr = Scalar(o.lr), eps = Scalar(o.eps), decay = Scalar(o.lr * o.weight_decay);
+  const Scalar m_scale = Scalar(1 / (1 - std::pow(o.beta1, s)));
+  const Scalar v_scale = Scalar(1 / (1 - std::pow(o.beta2, s)));
+  m = Scalar(o.beta1) * m + Scalar(1 - o.beta1) * g;
+  v = Scalar(o.beta2) * v + Scalar(1 - o.beta2) * g.square();
+  if (decays) w -= decay * w;
+  w -= lr * (m * m_scale) / ((v * v_scale).sqrt() + eps);
+}
+
 }  // namespace ssm

@@ -81,11 +81,17 @@ ssm::Model<Scalar> computed(const ssm::Model<Scalar>& learned) {
 }
 
 /// A published or saved model as parameters to train on from; padding rows of the vocabulary go.
-inline ssm::Model<float> parameters_of(const Checkpoint& checkpoint, const Config& config) {
-  auto model = load_model<ssm::Model<float>>(checkpoint, config, DType::F32);
-  for (auto& layer : model.layers) layer.A = (-layer.A.array()).log();
+template <class Scalar>
+ssm::Model<Scalar> parameters_of(const Checkpoint& checkpoint, const Config& config) {
+  auto model = load_model<ssm::Model<Scalar>>(checkpoint, config, DType::F32);
   model.embedding.conservativeResize(config.vocab_size, Eigen::NoChange);
   if (!model.tied) model.lm_head.conservativeResize(config.vocab_size, Eigen::NoChange);
+  for (Index l = 0; l < config.n_layer; ++l) {
+    auto& A = model.layers[l].A;  // A_log as the file has it
+    const std::string name = "backbone.layers." + std::to_string(l) + ".mixer.A_log";
+    const auto A_log = values<Scalar>(find_weight(checkpoint, name, false));
+    A = Eigen::Map<const Matrix<Scalar>>(A_log.data(), A.rows(), A.cols());
+  }
   return model;
 }
 
@@ -477,9 +483,6 @@ inline double learning_rate(const TrainOptions& o, Index step) {
   return o.lr * (0.05 + 0.95 * (1 + std::cos(M_PI * part)) / 2);
 }
 
-struct AdamW {
-  double lr, beta1, beta2, eps, weight_decay;
-};  // moves to the reference
 struct Step {
   Index number = 0, tokens = 0;  // steps taken with this one; targets in it
   double loss = 0, gradient_norm = 0, lr = 0;
@@ -522,7 +525,7 @@ Step train_step(Learner& learner, const Source& source, const TrainOptions& o, I
     fail("train: step ", step.number, ": expected a finite loss and gradient, found ", step.loss,
          " and ", step.gradient_norm, where_not_finite(learner.learned().weights, batches));
   const double scale = o.clip > 0 ? std::min(1.0, o.clip / (step.gradient_norm + 1e-6)) : 1;
-  learner.update({step.lr, o.beta1, o.beta2, o.eps, o.weight_decay}, scale);
+  learner.update(ssm::AdamW{step.lr, o.beta1, o.beta2, o.eps, o.weight_decay}, scale);
   return step;
 }
 
@@ -658,7 +661,7 @@ struct Train : ModelFolder {
       fail_usage("train: expected one of --model, --shape and --config");
     if (!folder.empty()) {
       open();
-      auto weights = parameters_of(checkpoint, config);
+      auto weights = parameters_of<float>(checkpoint, config);
       config.tie_embeddings = weights.tied;
       return {std::move(weights), zeros<float>(config), zeros<float>(config)};
     }

@@ -1,0 +1,203 @@
+// Training: the same steps as in float64 elsewhere, the official start, and batches that depend on
+// their number alone.
+#define MAMBA_NO_MAIN
+#include "../mamba.cpp"
+#include "support.hpp"
+
+using namespace mamba;
+
+namespace {
+
+/// Eight recorded steps from the tiny golden model, see training_mamba{1,2} of MAMBA_TEST_DATA.
+template <class Scalar>
+struct Recorded {
+  Config config;
+  Source source;
+  Checkpoint truth;
+  std::unique_ptr<CpuLearner<Scalar>> learner;
+
+  Recorded(const std::string& data, int version) {
+    const std::string folder = data + "/golden/mamba" + std::to_string(version) + "-hf";
+    const std::string path =
+        data + "/golden/training_mamba" + std::to_string(version) + ".safetensors";
+    config = read_config(folder);
+    truth = read_safetensors(path);
+    source = recorded_batches(path, config);
+    Learned<Scalar> learned{parameters_of<Scalar>(read_checkpoint(folder), config),
+                            zeros<Scalar>(config), zeros<Scalar>(config)};
+    learner = std::make_unique<CpuLearner<Scalar>>(config, std::move(learned), EngineOptions{});
+  }
+
+  /// The worst relative difference of a loss, of a gradient's norm and of a weight after all steps.
+  std::array<double, 3> run() {
+    TrainOptions o;
+    o.steps = 8, o.lr = 3e-3, o.schedule = "constant";
+    const auto loss = values<double>(truth.at("loss")), norm = values<double>(truth.at("grad_norm"));
+    std::array<double, 3> worst{};
+    for (Index i = 0; i < o.steps; ++i) {
+      const Step step = train_step(*learner, source, o, i);
+      worst[0] = std::max(worst[0], std::abs(step.loss / loss[i] - 1));
+      worst[1] = std::max(worst[1], std::abs(step.gradient_norm / norm[i] - 1));
+    }
+    ssm::Model<Scalar> weights = learner->learned().weights;
+    for_each_weight(config, weights, [&](const std::string& name, const auto&, auto& w) {
+      const auto final = values<double>(truth.at("final." + name));
+      const Matrix<double> want = Eigen::Map<const Matrix<double>>(final.data(), w.rows(), w.cols());
+      const Matrix<double> got = w.template cast<double>();
+      worst[2] = std::max(worst[2], (got - want).norm() / want.norm());
+    });
+    return worst;
+  }
+};
+
+/// A text as long as its number, with its number in front.
+std::vector<Piece> numbered_texts(Index n) {
+  std::vector<Piece> texts(n);
+  for (Index i = 0; i < n; ++i) {
+    texts[i].ids.resize(i + 2);
+    std::iota(texts[i].ids.begin(), texts[i].ids.end(), Token(100 * i));
+  }
+  return texts;
+}
+
+}  // namespace
+
+TEST_CASE("training: eight steps in double are those of the golden run, to 1e-9") {
+  const auto data = test::extra_data();
+  if (!data) return;
+  for (const int version : {1, 2}) {
+    const auto [loss, norm, weights] = Recorded<double>(*data, version).run();
+    CAPTURE(version, loss, norm, weights);
+    CHECK((loss < 1e-9 && norm < 1e-9 && weights < 1e-9));
+  }
+}
+
+TEST_CASE("training: eight steps in float, weights within 2e-5 of their norm") {
+  const auto data = test::extra_data();
+  if (!data) return;
+  for (const int version : {1, 2}) {
+    const auto [loss, norm, weights] = Recorded<float>(*data, version).run();
+    CAPTURE(version, loss, norm, weights);
+    CHECK((loss < 1e-6 && norm < 1e-5 && weights < 2e-5));
+  }
+}
+
+TEST_CASE("training: the start has the distributions of the official package") {
+  Config config = published_config("130m");
+  config.n_layer = 2, config.vocab_size = 1000;
+  for (const bool two : {false, true}) {
+    if (two) config = published_config("mamba2-130m"), config.n_layer = 2, config.vocab_size = 1000;
+    auto model = zeros<float>(config);
+    initialize(config, model, 1);
+    const auto& w = model.layers[1];
+    const auto spread = [](const auto& m) { return std::sqrt(m.array().square().mean()); };
+    CHECK(spread(model.embedding) == Approx(0.02).epsilon(0.01));
+    CHECK(w.in_proj.cwiseAbs().maxCoeff() == Approx(1 / std::sqrt(768.)).epsilon(0.001));
+    CHECK(spread(w.in_proj) == Approx(1 / std::sqrt(3 * 768.)).epsilon(0.01));
+    CHECK(w.out_proj.cwiseAbs().maxCoeff() == Approx(1 / std::sqrt(1536. * 2)).epsilon(0.001));
+    CHECK(w.conv_weight.cwiseAbs().maxCoeff() == Approx(0.5).epsilon(0.01));
+    CHECK(w.conv_bias.cwiseAbs().maxCoeff() == Approx(0.5).epsilon(0.01));
+    CHECK((w.norm.array() == 1).all());
+    CHECK((w.D.array() == 1).all());
+    const auto delta = ssm::softplus(w.dt_bias.array()).eval();
+    CHECK((delta >= 0.00099f && delta <= 0.1001f).all());
+    CHECK(delta.log().mean() == Approx(std::log(0.01)).epsilon(two ? 0.15 : 0.02));
+    if (two) {
+      CHECK((w.A.array() >= 0 && w.A.array() <= std::log(16.f)).all());
+    } else {
+      CHECK(w.dt_proj.cwiseAbs().maxCoeff() == Approx(1 / std::sqrt(48.)).epsilon(0.001));
+      for (Index n = 0; n < 16; ++n) CHECK((w.A.col(n).array() == std::log(n + 1.f)).all());
+    }
+  }
+}
+
+TEST_CASE("training: random windows depend on seed and number alone, and cover the data") {
+  DataOptions o;
+  o.length = 5, o.batch = 3;
+  const auto texts = numbered_texts(40);
+  const Source source = random_windows(texts, o), again = random_windows(texts, o);
+  std::set<Token> seen;
+  for (std::uint64_t number = 0; number < 400; ++number) {
+    const Batch batch = source.batch(number);
+    CHECK(scored(batch) == 15);
+    for (std::size_t i = 0; i < 3; ++i) {
+      CHECK(batch[i].ids == again.batch(number)[i].ids);
+      seen.insert(batch[i].ids.begin(), batch[i].ids.end());
+    }
+  }
+  CHECK(seen.size() > 800);
+  o.seed = 2;
+  CHECK(random_windows(texts, o).batch(7)[0].ids != source.batch(7)[0].ids);
+}
+
+TEST_CASE("training: whole texts come once an epoch, in another order each time, cut to --length") {
+  DataOptions o;
+  o.length = 6, o.batch = 4;
+  const Source source = whole_texts(numbered_texts(10), o);
+  std::vector<Token> order;
+  for (std::uint64_t number = 0; number < 5; ++number)
+    for (const Piece& piece : source.batch(number)) {
+      CHECK(piece.ids.size() == std::min<std::size_t>(piece.ids[0] / 100 + 2, 7));
+      order.push_back(piece.ids[0]);
+    }
+  CHECK(std::set<Token>(order.begin(), order.begin() + 10).size() == 10);
+  CHECK(std::set<Token>(order.begin() + 10, order.end()).size() == 10);
+  CHECK(!std::equal(order.begin(), order.begin() + 10, order.begin() + 10));
+}
+
+TEST_CASE("training: with carried states a text comes piece by piece in its slot, nothing left out") {
+  DataOptions o;
+  o.length = 4, o.batch = 2, o.carry_state = true;
+  const Source source = carried_texts(numbered_texts(9), o);
+  std::map<Index, std::vector<Token>> walked;
+  Index targets = 0;
+  for (std::uint64_t number = 0; number < 40; ++number)
+    for (const Piece& piece : source.batch(number)) {
+      auto& text = walked[piece.slot];
+      if (piece.begins)
+        text = {piece.ids[0]};
+      else
+        REQUIRE(text.back() == piece.ids[0]);
+      text.insert(text.end(), piece.ids.begin() + 1, piece.ids.end());
+      REQUIRE(text.size() <= std::size_t(text[0] / 100 + 2));
+      if (number < 9) targets += piece.scored();
+    }
+  CHECK(targets > 0);
+}
+
+TEST_CASE("training: a piece that goes on from a carried state has the whole text's loss") {
+  const Config config = read_config(test::root("tests/golden/mamba1-hf"));
+  Learned<double> start{
+      parameters_of<double>(read_checkpoint(test::root("tests/golden/mamba1-hf")), config),
+      zeros<double>(config), zeros<double>(config)};
+  Piece whole;
+  for (Token t = 0; t < 30; ++t) whole.ids.push_back(t * 37 % 500);
+  const Piece a{{whole.ids.begin(), whole.ids.begin() + 13}, 1, 0, true},
+      b{{whole.ids.begin() + 12, whole.ids.end()}, 1, 0, false};
+  CpuLearner<double> learner(config, start, {});
+  const double parts = learner.accumulate({a}, 1) + learner.accumulate({b}, 1);
+  CHECK(parts == Approx(CpuLearner<double>(config, start, {}).accumulate({whole}, 1)).epsilon(1e-12));
+}
+
+TEST_CASE("training: only the answer is learned") {
+  const Config config = read_config(test::root("tests/golden/mamba1-hf"));
+  Learned<double> start{
+      parameters_of<double>(read_checkpoint(test::root("tests/golden/mamba1-hf")), config),
+      zeros<double>(config), zeros<double>(config)};
+  CpuLearner<double> learner(config, start, {});
+  const Piece all{{1, 2, 3, 4, 5}}, head{{1, 2, 3}}, answer{{1, 2, 3, 4, 5}, 3};
+  const double rest = learner.loss({all}) - learner.loss({head});
+  CHECK(learner.loss({answer}) == Approx(rest).epsilon(1e-6));
+  CHECK(learner.accumulate({answer}, 0.5) == Approx(rest).epsilon(1e-6));
+}
+
+TEST_CASE("training: the learning rate rises, then follows a cosine to 5 % of itself") {
+  TrainOptions o;
+  o.steps = 110, o.warmup = 10, o.lr = 2;
+  CHECK(learning_rate(o, 0) == Approx(0.2));
+  CHECK(learning_rate(o, 9) == Approx(2));
+  CHECK(learning_rate(o, 60) == Approx(2 * (0.05 + 0.95 / 2)));
+  CHECK(learning_rate(o, 110) == Approx(0.1));
+  o.schedule = "constant";
+  CHECK(learning_rate(o, 100) == 2);
+}
