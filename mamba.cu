@@ -4798,7 +4798,7 @@ template <class T>
 __global__ void __launch_bounds__(BackTile::kThreads, 2)
     selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces,
                                          ScanParts parts) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+  extern __shared__ __align__(32) unsigned char shared_memory[];
   constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
   auto& block = *reinterpret_cast<BackMemory*>(shared_memory);
   const BackWarp<T> warp(a, pieces);

@@ -3,11 +3,11 @@
 //
 //   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
 //
-// Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward,
-// causal_conv1d, ssd, rms_norm, gated_rms_norm, sampler, decode, prefill. A kernel runs in a CUDA graph of up to ten calls, its
-// data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other writes.
-// --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor is the
-// time to move each input and output once; of prefill, to multiply.
+// Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward, causal_conv1d, ssd,
+// rms_norm, gated_rms_norm, sampler, decode, prefill. A kernel runs in a CUDA graph of up to ten
+// calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other
+// writes. --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor
+// is the time to move each input and output once; of prefill, to multiply.
 #define MAMBA_NO_MAIN
 #include "../mamba.cu"
 
@@ -238,7 +238,7 @@ void bench_scan_backward(Bench& bench, DType dtype, const Sizes& s) {
                   17. * double(d * N * rows)},
                  [&] { launch(a, reinterpret_cast<float*>(workspace.data()), bench.stream()); });
   };
-  if (rows * d < int64_t{1} << 27)
+  if (s.L <= 2048)
     report("selective_scan_backward_naive_kernel", selective_scan_backward_naive_workspace(a),
            selective_scan_backward_naive<T>);
   report("selective_scan_backward_fused_kernel", selective_scan_backward_workspace(a),
