@@ -233,6 +233,25 @@ inline ssm::Row<float> row(const Weight& W, Index i) {
   return out;
 }
 
+// The two products of linear's backward, see ssm::Compute: strips of columns on all threads.
+inline Matrix<float> linear_backward(const ssm::View<float>& x, const Weight& W,
+                                     const ssm::View<float>& dy, Matrix<float>& dW) {
+  constexpr Index kStrip = 64;
+  Matrix<float> dx(dy.rows(), W.cols);
+  with_type(W, [&](const auto* w) {
+    parallel_for(W.cols, kStrip, [&](Index first, Index count) {
+      Matrix<float> strip(W.rows, count);  // of W, as floats
+      for (Index i = 0; i < W.rows; ++i)
+        to_floats(w + i * W.cols + first, count, strip.row(i).data());
+      dx.middleCols(first, count).noalias() = dy * strip;
+      dW.middleCols(first, count).noalias() += dy.transpose() * x.middleCols(first, count);
+    });
+  });
+  return dx;
+}
+
+inline Matrix<float> zeros_like(const Weight& W) { return Matrix<float>::Zero(W.rows, W.cols); }
+
 // The type that --dtype asks for, or the file's own: a window into the file where that can be. A
 // file may hold a tensor at any address; then, too, a copy is kept.
 inline void assign(const Tensor& tensor, std::optional<DType> storage, Weight& weight) {
@@ -251,7 +270,7 @@ inline void assign(const Tensor& tensor, std::optional<DType> storage, Weight& w
 // ------------------------------------------------------------------------------------------
 
 template <>
-struct ssm::Compute<float, mamba::Weight> {
+struct ssm::Compute<float, mamba::Weight> : ssm::Compute<float, ssm::Matrix<float>> {
   static constexpr Index kChannels =
       128;  // a piece: its part of a long sequence stays in the cache
 
@@ -259,6 +278,10 @@ struct ssm::Compute<float, mamba::Weight> {
     return mamba::linear(x, W);
   }
   static Row<float> row(const mamba::Weight& W, Index i) { return mamba::row(W, i); }
+  static Matrix<float> linear_backward(const View<float>& x, const mamba::Weight& W,
+                                       const View<float>& dy, Matrix<float>& dW) {
+    return mamba::linear_backward(x, W, dy, dW);
+  }
 
   static Matrix<float> causal_conv1d(const View<float>& x, const View<float>& weight,
                                      const View<float>& bias, ConvState<float> state) {
@@ -329,8 +352,7 @@ class CpuEngine {
     if (options.threads > 0)
       threads_ = std::make_unique<tbb::global_control>(tbb::global_control::max_allowed_parallelism,
                                                        options.threads);
-    // Walked in order, a scan costs the CPU least; an SSD is cheapest as matrix products.
-    options_.form = config.version == 1 ? ssm::Form::sequential : ssm::Form::chunked;
+    options_.form = cpu_form(config);
     options_.delta_ratio = options.delta_ratio;
   }
 
@@ -352,6 +374,11 @@ class CpuEngine {
     const Matrix<float> hidden = ssm::backbone(model_, ids, L, state, options_);
     for (Index t = 0; t < L; t += kRows)
       sink(t, ssm::lm_head<float>(model_, hidden.middleRows(t, std::min(kRows, L - t))));
+  }
+
+  double gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients) {
+    gradients = zeros_like(model_);
+    return loss_of_text(model_, ids, options_, gradients);
   }
 
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,

@@ -3943,6 +3943,9 @@ class CudaEngine {
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
+  double gradients(const std::vector<Token>&, ssm::Model<float>&) {
+    fail("gradients: ", kName, " does not have them yet; mamba, the CPU program, has");
+  }
 
  private:
   friend struct ModelBench;  // tests/bench.cu

@@ -30,6 +30,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -819,6 +820,21 @@ inline double negative_log_likelihood(const Matrix<float>& logits, Index row, To
   return largest + std::log((scores - largest).exp().sum()) - scores(target);
 }
 
+/// Walked in order, a scan costs the CPU least; an SSD is cheapest as matrix products.
+inline ssm::Form cpu_form(const Config& config) {
+  return config.version == 1 ? ssm::Form::sequential : ssm::Form::chunked;
+}
+
+/// The mean of that over ids 2 to n of a text, and its gradients added to those given.
+template <class Scalar, class Weight>
+double loss_of_text(const ssm::Model<Scalar, Weight>& model, const std::vector<Token>& ids,
+                    const ssm::Options<Scalar>& options, ssm::Model<Scalar>& gradients) {
+  const Index L = static_cast<Index>(ids.size()) - 1;
+  ssm::State<Scalar> state(model.sizes);
+  return ssm::loss_and_gradients(model, ids.data(), ids.data() + 1, L, state,
+                                 1 / static_cast<double>(L), gradients, options);
+}
+
 struct Score {
   Index length = 0, tokens = 0;  // context, tokens scored
   double nll = 0;                // sum over them, in nats
@@ -1410,11 +1426,13 @@ struct TextFlags {
   std::vector<std::string> texts;
   std::string ids, ids_file;
 
-  void add_text(CLI::App* sub, bool one, Mode& mode) {
+  void add_text(CLI::App* sub, bool one) {
     auto* group = sub->add_option_group("input", "the text, one of")->require_option(1);
     auto* text = group->add_option("--text", texts, "text files, each a document; - for stdin");
     group->add_option("--ids-file", ids_file, "a file of token ids, - for standard input");
     if (one) text->expected(1), group->add_option("--ids", ids, "token ids");
+  }
+  static void add_mode(CLI::App* sub, Mode& mode) {
     const auto set_mode = [&mode](const std::string& name) { mode = parse_mode(name); };
     sub->add_option_function<std::string>("--mode", set_mode, "parallel, recurrent or chunked=K")
         ->default_str("parallel");
@@ -1439,7 +1457,8 @@ struct Logits : ModelFolder, TextFlags {
 
   void declare(CLI::App* sub) {
     add_engine<Engine>(sub, engine_options.delta_ratio);
-    add_text(sub, true, mode);
+    add_text(sub, true);
+    add_mode(sub, mode);
     sub->add_option("--out", out, "the safetensors file to write")->required();
   }
   void run() {
@@ -1462,6 +1481,52 @@ struct Logits : ModelFolder, TextFlags {
   }
 };
 
+/// The mean negative log likelihood of ids 2 to n, and its gradient for every tensor of the file, by
+/// its name and in its shape there; rows that pad a vocabulary have zeros.
+template <class Engine>
+struct Gradients : ModelFolder, TextFlags {
+  std::string out;
+  bool in_double = false;
+
+  void declare(CLI::App* sub) {
+    add_engine<Engine>(sub, engine_options.delta_ratio);
+    add_text(sub, true);
+    sub->add_option("--out", out, "the safetensors file to write")->required();
+    if (!Engine::kHasDevice)
+      sub->add_flag("--double", in_double, "the reference itself, in double")->excludes("--dtype");
+  }
+  void run() {
+    check_writable(out);
+    open();
+    const Document text = read(*this)[0];
+    if (text.ids.size() < 2) fail(text.where, ": expected at least two tokens, found one");
+    if (in_double) {
+      ssm::Options<double> options{cpu_form(config)};
+      options.delta_ratio = engine_options.delta_ratio;
+      const auto model = load_model<ssm::Model<double>>(checkpoint, config);
+      auto gradients = zeros_like(model);
+      write(loss_of_text(model, text.ids, options, gradients), gradients);
+    } else {
+      Engine engine(checkpoint, config, engine_options);
+      ssm::Model<float> gradients;
+      const double loss = engine.gradients(text.ids, gradients);
+      write(static_cast<float>(loss), gradients);
+    }
+  }
+  template <class Scalar>
+  void write(Scalar loss, const ssm::Model<Scalar>& gradients) const {
+    std::deque<std::vector<Scalar>> numbers;  // row-major, as in the file
+    std::vector<Tensor> tensors = {tensor_view("loss", {}, &loss)};
+    for_each_weight(config, gradients, [&](const std::string& name, const auto& shape, auto& g) {
+      const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
+      auto& to = numbers.emplace_back(static_cast<std::size_t>(tensor.size()));
+      Eigen::Map<Matrix<Scalar>>(to.data(), g.rows(), g.cols()) = g;
+      tensors.push_back(tensor_view(tensor.name, tensor.shape, to.data()));
+    });
+    write_safetensors(out, tensors, {});
+  }
+};
+
 /// Perplexity against context length: the same documents for every length, a row for each length
 /// and delta ratio.
 template <class Engine>
@@ -1474,7 +1539,8 @@ struct Perplexity : ModelFolder, TextFlags {
 
   void declare(CLI::App* sub) {
     add_engine<Engine>(sub, delta_ratios);
-    add_text(sub, false, options.mode);
+    add_text(sub, false);
+    add_mode(sub, options.mode);
     sub->add_option("--lengths", lengths,
                     "context lengths, comma-separated (default: the whole text)")
         ->delimiter(',')
@@ -1814,6 +1880,7 @@ int run(int argc, char** argv, const std::vector<Command>& more = {}) {
   std::vector<Command> commands = {
       command<Generate<Engine>>("generate", "continue a text"),
       command<Logits<Engine>>("logits", "write the logits of every position"),
+      command<Gradients<Engine>>("gradients", "write the loss and its gradient for every weight"),
       command<Perplexity<Engine>>("perplexity", "perplexity of a text, against context length"),
       command<ScoreRequests<Engine>>("score", "how likely continuations and choices are"),
       command<Inspect>("inspect", "what a layer's scan does with a text"),

@@ -41,6 +41,12 @@
 // Every function that walks time takes the state it starts from and leaves the state it ends in:
 // a sequence may be cut anywhere, empty pieces included, and nothing changes. Every operation
 // checks the shapes of its inputs where it begins, and throws std::invalid_argument with one line.
+//
+// After each operation stands its backward: given dout, the gradient of one number (the loss) with
+// respect to the output, it returns the gradient with respect to every input, dx for x; that of an
+// input left out is empty. The gradient of a state goes the other way through time: on entry it is
+// that of the state after the piece, on return that of the state before it. So pieces are walked
+// from the last to the first, and again cutting changes nothing.
 #pragma once
 
 #include <Eigen/Core>
@@ -172,6 +178,21 @@ auto silu(const Eigen::ArrayBase<Derived>& x) {
   return x / (Scalar(1) + (-x).exp());
 }
 
+// softplus'(x) = e^x / (1 + e^x) = sigmoid(x)
+template <class Derived>
+auto softplus_derivative(const Eigen::ArrayBase<Derived>& x) {
+  using Scalar = typename Derived::Scalar;
+  return (Scalar(1) + (-x).exp()).inverse();
+}
+
+// silu(x) = x sigmoid(x) and sigmoid' = sigmoid (1 - sigmoid), so
+// silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x)))
+template <class Derived>
+auto silu_derivative(const Eigen::ArrayBase<Derived>& x) {
+  using Scalar = typename Derived::Scalar;
+  return softplus_derivative(x) * (Scalar(1) + x * (Scalar(1) - softplus_derivative(x)));
+}
+
 // rms_norm(x)_t = x_t / sqrt(mean(x_t^2) + eps) * weight.           x (L, d), weight (d) -> (L, d)
 template <class Scalar>
 Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scalar eps) {
@@ -182,6 +203,30 @@ Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scal
     out.row(t) = x.row(t).cwiseProduct(weight) / std::sqrt(mean_square + eps);
   }
   return out;
+}
+
+template <class Scalar>
+struct NormGradients {
+  Matrix<Scalar> x;    // (L, d)
+  Row<Scalar> weight;  // (d)
+};
+
+// With r = 1 / sqrt(mean(x^2) + eps) and n = r x the output is n * weight, so dn = dout * weight.
+// r depends on all channels: dr/dx = -r^3 x / d = -r^2 n / d. Together
+//   dx = r dn + (dn . x) dr/dx = r (dn - n mean(dn * n)),      dweight = sum_t dout * n
+template <class Scalar>
+NormGradients<Scalar> rms_norm_backward(const Matrix<Scalar>& x, const Row<Scalar>& weight,
+                                        Scalar eps, const Matrix<Scalar>& dout) {
+  expect_shape("rms_norm_backward", "weight", weight, 1, x.cols());
+  expect_shape("rms_norm_backward", "dout", dout, x.rows(), x.cols());
+  NormGradients<Scalar> d = {Matrix<Scalar>(x.rows(), x.cols()), Row<Scalar>::Zero(x.cols())};
+  for (Index t = 0; t < x.rows(); ++t) {
+    const Scalar r = 1 / std::sqrt(x.row(t).squaredNorm() / Scalar(x.cols()) + eps);
+    const Row<Scalar> n = r * x.row(t), dn = dout.row(t).cwiseProduct(weight);
+    d.x.row(t) = r * (dn - n * (dn.dot(n) / Scalar(x.cols())));
+    d.weight += dout.row(t).cwiseProduct(n);
+  }
+  return d;
 }
 
 // The norm at the end of a Mamba-2 block (Mamba-2, section 7.1): gate first, then normalize each of
@@ -204,6 +249,37 @@ Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z,
     out.row(t).array() *= weight.array();
   }
   return out;
+}
+
+template <class Scalar>
+struct GatedNormGradients {
+  Matrix<Scalar> y, z;  // (L, d)
+  Row<Scalar> weight;   // (d)
+};
+
+// Each group of channels is an rms_norm of g = y * silu(z), which gives dg; then
+//   dy = dg * silu(z),      dz = dg * y * silu'(z)
+template <class Scalar>
+GatedNormGradients<Scalar> gated_rms_norm_backward(const Matrix<Scalar>& y, const View<Scalar>& z,
+                                                   const Row<Scalar>& weight, Scalar eps,
+                                                   Index n_groups, const Matrix<Scalar>& dout) {
+  expect_shape("gated_rms_norm_backward", "z", z, y.rows(), y.cols());
+  expect_shape("gated_rms_norm_backward", "weight", weight, 1, y.cols());
+  expect_shape("gated_rms_norm_backward", "dout", dout, y.rows(), y.cols());
+  expect_split("gated_rms_norm_backward", "y", y, n_groups);
+  const Index width = y.cols() / n_groups;
+  const Matrix<Scalar> g = y.array() * silu(z.array());
+  Matrix<Scalar> dg(y.rows(), y.cols());
+  Row<Scalar> dweight(y.cols());
+  for (Index first = 0; first < y.cols(); first += width) {
+    const auto group =
+        rms_norm_backward<Scalar>(g.middleCols(first, width), weight.segment(first, width), eps,
+                                  dout.middleCols(first, width));
+    dg.middleCols(first, width) = group.x;
+    dweight.segment(first, width) = group.weight;
+  }
+  return {dg.array() * silu(z.array()), dg.array() * y.array() * silu_derivative(z.array()),
+          dweight};
 }
 
 // ============================================================================================
@@ -255,6 +331,36 @@ Row<Scalar> causal_conv1d_step(const View<Scalar>& x_t, const View<Scalar>& weig
     state.row(k) = k + 1 < d_conv - 1 ? Row<Scalar>(state.row(k + 1)) : Row<Scalar>(x_t.row(0));
   }
   return out;
+}
+
+template <class Scalar>
+struct ConvGradients {
+  Matrix<Scalar> x;       // (L, d)
+  Matrix<Scalar> weight;  // (d, d_conv)
+  Row<Scalar> bias;       // (d) or empty
+};
+
+// p = [state; x], all inputs in a row. out[t] has weight[:, k] * p[t + k], so for every tap k
+//   dp[t + k] += weight[:, k] * dout[t],      dweight[:, k] = sum_t dout[t] * p[t + k]
+// and dbias = sum_t dout[t]. The last d_conv - 1 rows of p are the state afterwards: dp starts there
+// from dstate (d_conv - 1, d). Its first rows are that of the state before. `state` is the latter.
+template <class Scalar>
+ConvGradients<Scalar> causal_conv1d_backward(const View<Scalar>& x, const View<Scalar>& weight,
+                                             const View<Scalar>& bias, const View<Scalar>& state,
+                                             const View<Scalar>& dout, ConvState<Scalar> dstate) {
+  check_conv1d<Scalar>("causal_conv1d_backward", x, weight, bias, dstate);
+  expect_shape("causal_conv1d_backward", "state", state, dstate.rows(), dstate.cols());
+  expect_shape("causal_conv1d_backward", "dout", dout, x.rows(), x.cols());
+  const Index L = x.rows(), d = x.cols(), past = weight.cols() - 1;
+  Matrix<Scalar> p(past + L, d), dp = Matrix<Scalar>::Zero(past + L, d), dweight(d, past + 1);
+  p << state, x;
+  dp.bottomRows(past) = dstate;
+  for (Index k = 0; k <= past; ++k) {
+    dp.middleRows(k, L) += dout * weight.col(k).asDiagonal();
+    dweight.col(k) = dout.cwiseProduct(p.middleRows(k, L)).colwise().sum().transpose();
+  }
+  dstate = dp.topRows(past);
+  return {dp.bottomRows(L), dweight, bias ? Row<Scalar>(dout.colwise().sum()) : Row<Scalar>()};
 }
 
 // ============================================================================================
@@ -497,6 +603,125 @@ Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
   return selective_scan_sequential(in, h);
 }
 
+// --- Its backward ---
+//
+// Each equation above by the chain rule, last to first. dh_t is the gradient of h_t through all that
+// follows: through y_t, and through h_{t+1} what the walk back hands over. States are not kept by
+// the forward but made again (Mamba, section 3.3.2), chunk by chunk from the state each starts in.
+//   out_t  dy_t = dout_t * silu(z_t),  dz_t = dout_t * (y_t with D x_t) * silu'(z_t)
+//   (2b)   dC_t = sum_d dy_t h_t,  dh_t += dy_t C_t,  dD = sum_t dy_t * x_t,  dx_t = D dy_t
+//   (2a)   d(delta_t x_t) = dh_t B_t,  dB_t = sum_d delta_t x_t dh_t,  dh_{t-1} = A_bar_t * dh_t
+//          d(delta_t A) = dA_bar_t * A_bar_t = dh_t * h_{t-1} * A_bar_t = dh_{t-1} * h_{t-1}
+//          ddelta_t = sum_n d(delta_t A) A + d(delta_t x_t) x_t,  dA = sum_t delta_t d(delta_t A)
+//          dx_t += delta_t d(delta_t x_t)
+//   delta  ddelta_raw_t = delta_ratio ddelta_t * softplus'(delta_raw_t + delta_bias)
+//          ddelta_bias = sum_t ddelta_raw_t
+// Sums over d are over the channels of one group.
+
+template <class Scalar>
+struct ScanGradients {  // shapes as in ScanInputs
+  Matrix<Scalar> x, delta;
+  StateMatrix<Scalar> A;
+  Matrix<Scalar> B, C;
+  Row<Scalar> D;
+  Matrix<Scalar> z;
+  Row<Scalar> delta_bias;
+};
+
+// ddelta (L, d) -> ddelta_raw (L, d)
+template <class Scalar>
+Matrix<Scalar> step_size_backward(const ScanInputs<Scalar>& in, const Matrix<Scalar>& ddelta) {
+  if (!in.delta_softplus) return in.delta_ratio * ddelta;
+  Matrix<Scalar> biased = in.delta;
+  if (in.delta_bias) biased.rowwise() += in.delta_bias.row(0);
+  return in.delta_ratio * ddelta.array() * softplus_derivative(biased.array());
+}
+
+// Gradients of D, z and, so far, x.  y: with D x, before the gate.  Returns dy (L, d).
+template <class Scalar>
+Matrix<Scalar> skip_and_gate_backward(const ScanInputs<Scalar>& in, const Matrix<Scalar>& y,
+                                      const View<Scalar>& dout, ScanGradients<Scalar>& d) {
+  Matrix<Scalar> dy = dout;
+  if (in.z) {
+    d.z = dout.array() * y.array() * silu_derivative(in.z.array());
+    dy.array() *= silu(in.z.array());
+  }
+  d.x = Matrix<Scalar>::Zero(dy.rows(), dy.cols());
+  if (in.D) {
+    d.x = dy * in.D.row(0).asDiagonal();
+    d.D = dy.cwiseProduct(in.x).colwise().sum();
+  }
+  return dy;
+}
+
+// Token t, (2b) and (2a). Adds to d, writes row t of ddelta (L, d).  dh: from h_t's to h_{t-1}'s.
+// h, h_before (d, N): h_t and h_{t-1}
+template <class Scalar>
+void selective_scan_step_backward(const ScanInputs<Scalar>& in, Index t, const Row<Scalar>& delta,
+                                  const StateView<Scalar>& h, const StateView<Scalar>& h_before,
+                                  const Row<Scalar>& dy, ScanState<Scalar> dh,
+                                  Matrix<Scalar>& ddelta, ScanGradients<Scalar>& d) {
+  const Index N = h.cols(), width = h.rows() / in.n_groups();
+  for (Index g = 0; g < in.n_groups(); ++g) {
+    const auto channels = Eigen::seqN(g * width, width);  // those that share B_t and C_t
+    const auto A = in.A.middleRows(g * width, width);     // (width, N)
+    const auto B_t = in.B.row(t).segment(g * N, N), C_t = in.C.row(t).segment(g * N, N);  // (N)
+    const Row<Scalar> x_t = in.x(t, channels), delta_t = delta(channels), dy_t = dy(channels);
+    auto dh_t = dh.middleRows(g * width, width);  // (width, N)
+
+    d.C.row(t).segment(g * N, N) = dy_t * h.middleRows(g * width, width);
+    dh_t += dy_t.transpose() * C_t;
+    const Row<Scalar> ddelta_x = B_t * dh_t.transpose();  // (width)
+    d.B.row(t).segment(g * N, N) = delta_t.cwiseProduct(x_t) * dh_t;
+    dh_t.array() *= (delta_t.asDiagonal() * A).array().exp();  // dh_{t-1}
+    const StateMatrix<Scalar> ddelta_A = dh_t.cwiseProduct(h_before.middleRows(g * width, width));
+    ddelta.row(t).segment(g * width, width) =
+        ddelta_A.cwiseProduct(A).rowwise().sum().transpose() + ddelta_x.cwiseProduct(x_t);
+    d.A.middleRows(g * width, width) += delta_t.asDiagonal() * ddelta_A;
+    d.x.row(t).segment(g * width, width) += delta_t.cwiseProduct(ddelta_x);
+  }
+}
+
+// in: see ScanInputs.  h0 (d, N): h_{-1}.  dout (L, d).  dh (d, N): of h_{L-1} on entry, of h_{-1}
+// on return.
+template <class Scalar>
+ScanGradients<Scalar> selective_scan_backward(const ScanInputs<Scalar>& in,
+                                              const StateView<Scalar>& h0, const View<Scalar>& dout,
+                                              ScanState<Scalar> dh) {
+  check_inputs("selective_scan_backward", in, dh);
+  expect_shape("selective_scan_backward", "h0", h0, dh.rows(), dh.cols());
+  expect_shape("selective_scan_backward", "dout", dout, in.x.rows(), in.x.cols());
+  const Index L = in.length(), d_inner = dh.rows(), N = dh.cols();
+  ScanInputs<Scalar> ungated = in;
+  ungated.z = {};
+  Matrix<Scalar> y(L, d_inner), ddelta(L, d_inner);
+  std::vector<StateMatrix<Scalar>> start = {h0};  // the state in which each chunk starts
+  for (Index t = 0; t < L; t += kScanChunk) {
+    const Index count = std::min(kScanChunk, L - t);
+    start.push_back(start.back());
+    y.middleRows(t, count) =
+        selective_scan_sequential<Scalar>(ungated.tokens(t, count), start.back());
+  }
+  ScanGradients<Scalar> d;
+  d.A = StateMatrix<Scalar>::Zero(d_inner, N);
+  d.B = d.C = Matrix<Scalar>(L, in.B.cols());
+  const Matrix<Scalar> delta = step_size(in), dy = skip_and_gate_backward(in, y, dout, d);
+  for (Index first = Index(start.size() - 2) * kScanChunk; first >= 0; first -= kScanChunk) {
+    std::vector<StateMatrix<Scalar>> h = {start[first / kScanChunk]};  // before each token
+    for (Index t = first; t < std::min(first + kScanChunk, L); ++t) {
+      h.push_back(h.back());
+      selective_scan_sequential<Scalar>(ungated.tokens(t, 1), h.back());
+    }
+    for (Index t = first + Index(h.size()) - 1; t-- > first;) {
+      selective_scan_step_backward<Scalar>(in, t, delta.row(t), h[t - first + 1], h[t - first],
+                                           dy.row(t), dh, ddelta, d);
+    }
+  }
+  d.delta = step_size_backward(in, ddelta);
+  if (in.delta_bias) d.delta_bias = d.delta.colwise().sum();
+  return d;
+}
+
 // ============================================================================================
 // SSD, the scan of Mamba-2 (Mamba-2, sections 5 and 6)
 // ============================================================================================
@@ -662,6 +887,197 @@ Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form =
   return ssd_sequential(in, h);
 }
 
+// --- Its backward ---
+//
+// As that of the selective scan, with d(delta_t A) a single number per head. The chunked form makes
+// matrix products of it, too; the state's gradient passes from the last chunk to the first.
+
+template <class Scalar>
+struct SsdGradients {  // shapes as in SsdInputs
+  Matrix<Scalar> x, dt;
+  StateMatrix<Scalar> A;
+  Matrix<Scalar> B, C;
+  Row<Scalar> D, dt_bias;
+};
+
+// ddelta (L, H) -> gradient of dt (L, H). Where delta was clamped it does not depend on dt.
+template <class Scalar>
+Matrix<Scalar> step_size_backward(const SsdInputs<Scalar>& in, const Matrix<Scalar>& ddelta) {
+  Matrix<Scalar> biased = in.dt;
+  if (in.dt_bias) biased.rowwise() += in.dt_bias.row(0);
+  Matrix<Scalar> d = in.delta_ratio * ddelta, delta = biased;
+  if (in.dt_softplus) {
+    d.array() *= softplus_derivative(biased.array());
+    delta = softplus(biased.array());
+  }
+  return (delta.array() >= in.dt_min && delta.array() <= in.dt_max).select(d, Scalar(0));
+}
+
+// The gradients of y -> y + D x; those that the recurrence adds to are zero. d.dt is the gradient of
+// delta until the function after this one makes that of dt.
+template <class Scalar>
+SsdGradients<Scalar> skip_backward(const SsdInputs<Scalar>& in, const View<Scalar>& dout) {
+  const Index L = in.length(), H = in.n_heads(), P = in.head_dim();
+  SsdGradients<Scalar> d;
+  d.x = Matrix<Scalar>::Zero(L, H * P);
+  d.dt = Matrix<Scalar>::Zero(L, H);
+  d.A = StateMatrix<Scalar>::Zero(H, 1);
+  d.B = d.C = Matrix<Scalar>::Zero(L, in.B.cols());
+  if (in.D) d.D.resize(H);
+  for (Index i = 0; in.D && i < H; ++i) {
+    const auto dy = dout.middleCols(i * P, P);
+    d.x.middleCols(i * P, P) = in.D(0, i) * dy;
+    d.D(i) = dy.cwiseProduct(in.x.middleCols(i * P, P)).sum();
+  }
+  return d;
+}
+
+template <class Scalar>
+SsdGradients<Scalar> finish_ssd_backward(const SsdInputs<Scalar>& in, SsdGradients<Scalar> d) {
+  d.dt = step_size_backward(in, d.dt);
+  if (in.dt_bias) d.dt_bias = d.dt.colwise().sum();
+  return d;
+}
+
+// The recurrence, walked back token by token.
+template <class Scalar>
+SsdGradients<Scalar> ssd_sequential_backward(const SsdInputs<Scalar>& in,
+                                             const StateView<Scalar>& h0, const View<Scalar>& dout,
+                                             ScanState<Scalar> dh) {
+  const Index L = in.length(), P = in.head_dim(), N = dh.cols();
+  const Matrix<Scalar> delta = step_size(in);
+  std::vector<StateMatrix<Scalar>> h = {h0};  // h[t + 1] is h_t
+  for (Index t = 0; t < L; ++t) {
+    h.push_back(h[t]);
+    ssd_step<Scalar>(in.tokens(t, 1), h[t + 1]);
+  }
+  SsdGradients<Scalar> d = skip_backward(in, dout);
+  for (Index t = L; t-- > 0;) {
+    for (Index i = 0; i < in.n_heads(); ++i) {
+      const Index g = in.group(i, N);
+      const auto B_t = in.B.row(t).segment(g * N, N), C_t = in.C.row(t).segment(g * N, N);
+      const auto x_t = in.x.row(t).segment(i * P, P), dy_t = dout.row(t).segment(i * P, P);
+      const Scalar delta_t = delta(t, i), A = in.A(i, 0);
+      auto dh_t = dh.middleRows(i * P, P);  // (P, N)
+
+      d.C.row(t).segment(g * N, N) += dy_t * h[t + 1].middleRows(i * P, P);
+      dh_t += dy_t.transpose() * C_t;
+      const Row<Scalar> ddelta_x = B_t * dh_t.transpose();  // (P)
+      d.B.row(t).segment(g * N, N) += delta_t * x_t * dh_t;
+      d.x.row(t).segment(i * P, P) += delta_t * ddelta_x;
+      dh_t *= std::exp(delta_t * A);  // dh_{t-1}
+      const Scalar ddelta_A = dh_t.cwiseProduct(h[t].middleRows(i * P, P)).sum();
+      d.A(i, 0) += delta_t * ddelta_A;
+      d.dt(t, i) = A * ddelta_A + ddelta_x.dot(x_t);
+    }
+  }
+  return finish_ssd_backward(in, std::move(d));
+}
+
+// dl (1, L), given dmask * mask, the gradient of the sums in the exponents: l_u is a term of all
+// [t, s] with s < u <= t. As in decay_mask, by addition alone.
+template <class Scalar>
+Row<Scalar> decay_mask_backward(const Matrix<Scalar>& dsum) {
+  const Index L = dsum.rows();
+  Row<Scalar> dl(L), later = Row<Scalar>::Zero(L);  // later[s] = sum over t >= u of dsum[t, s]
+  for (Index u = L; u-- > 0;) {
+    later.head(u) += dsum.row(u).head(u);
+    dl(u) = later.head(u).sum();
+  }
+  return dl;
+}
+
+// The quadratic form. With M = mask * (C B^T), f = from_start, e = mask[L-1, :] and X = delta x:
+//   y  = M X + f * (C h^T)        dM = dy X^T,  d(C B^T) = mask * dM,  dmask * mask = M * dM
+//   h' = f_{L-1} h + (e * X)^T B
+//   dX = M^T dy + e * (B dh'^T)                   dC = d(C B^T) B + f * (dy h)
+//   dh = (f * dy)^T C + f_{L-1} dh'               dB = d(C B^T)^T C + e * (X dh')
+// e, the last row of the mask, and f, its first column times exp(l_0), add to dmask * mask the sums
+// of what they multiply. Then l = delta A as before.
+template <class Scalar>
+SsdGradients<Scalar> ssd_quadratic_backward(const SsdInputs<Scalar>& in,
+                                            const StateView<Scalar>& h0, const View<Scalar>& dout,
+                                            ScanState<Scalar> dh) {
+  const Index L = in.length(), P = in.head_dim(), N = dh.cols();
+  SsdGradients<Scalar> d = skip_backward(in, dout);
+  if (L == 0) return finish_ssd_backward(in, std::move(d));
+  const Matrix<Scalar> delta = step_size(in);
+  for (Index i = 0; i < in.n_heads(); ++i) {
+    const Index g = in.group(i, N);
+    const Matrix<Scalar> B = in.B.middleCols(g * N, N), C = in.C.middleCols(g * N, N);
+    const Matrix<Scalar> x = in.x.middleCols(i * P, P), dy = dout.middleCols(i * P, P);
+    const Matrix<Scalar> h = h0.middleRows(i * P, P), dh_after = dh.middleRows(i * P, P);
+    const Matrix<Scalar> X = delta.col(i).asDiagonal() * x;
+    const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
+    const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
+    const auto f = (mask.col(0) * std::exp(l(0))).eval();            // (L)
+    const auto e = mask.row(L - 1).transpose().eval();               // (L)
+
+    const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose()), dM = dy * X.transpose();
+    const Matrix<Scalar> dCB = mask.cwiseProduct(dM);
+    const Matrix<Scalar> e_dX = e.asDiagonal() * B * dh_after.transpose();  // (L, P)
+    const Matrix<Scalar> f_dC = f.asDiagonal() * dy * h;                    // (L, N)
+    const Matrix<Scalar> dX = M.transpose() * dy + e_dX;
+    d.C.middleCols(g * N, N) += dCB * B + f_dC;
+    d.B.middleCols(g * N, N) += dCB.transpose() * C + e.asDiagonal() * X * dh_after;
+    dh.middleRows(i * P, P) = dy.transpose() * f.asDiagonal() * C + f(L - 1) * dh_after;
+
+    Matrix<Scalar> dsum = M.cwiseProduct(dM);  // dmask * mask
+    dsum.row(L - 1) += e_dX.cwiseProduct(X).rowwise().sum().transpose();
+    auto f_df = f_dC.cwiseProduct(C).rowwise().sum().eval();
+    f_df(L - 1) += f(L - 1) * dh_after.cwiseProduct(h).sum();
+    dsum.col(0) += f_df;
+    Row<Scalar> dl = decay_mask_backward(dsum);
+    dl(0) += f_df.sum();
+    d.A(i, 0) = dl.dot(delta.col(i));
+    d.dt.col(i) = dl.transpose() * in.A(i, 0) + dX.cwiseProduct(x).rowwise().sum();
+    d.x.middleCols(i * P, P) += delta.col(i).asDiagonal() * dX;
+  }
+  return finish_ssd_backward(in, std::move(d));
+}
+
+// Quadratic inside chunks; between them the states go forward and their gradients back.
+template <class Scalar>
+SsdGradients<Scalar> ssd_chunked_backward(const SsdInputs<Scalar>& in, const StateView<Scalar>& h0,
+                                          const View<Scalar>& dout, ScanState<Scalar> dh,
+                                          Index chunk) {
+  using Rows = Matrix<Scalar> SsdGradients<Scalar>::*;
+  const auto part = [&](Index t) { return in.tokens(t, std::min(chunk, in.length() - t)); };
+  std::vector<StateMatrix<Scalar>> start = {h0};
+  for (Index t = 0; t < in.length(); t += chunk) {
+    start.push_back(start.back());
+    ssd_quadratic<Scalar>(part(t), start.back());
+  }
+  SsdGradients<Scalar> all = finish_ssd_backward(in, skip_backward(in, dout));
+  all.D.setZero();
+  for (Index i = Index(start.size()) - 1; i-- > 0;) {
+    const Index t = i * chunk, count = part(t).length();
+    const auto d = ssd_quadratic_backward<Scalar>(part(t), start[i], dout.middleRows(t, count), dh);
+    for (const Rows m : {&SsdGradients<Scalar>::x, &SsdGradients<Scalar>::dt,
+                         &SsdGradients<Scalar>::B, &SsdGradients<Scalar>::C}) {
+      (all.*m).middleRows(t, count) = d.*m;
+    }
+    all.A += d.A;
+    all.D += d.D;
+    all.dt_bias += d.dt_bias;
+  }
+  return all;
+}
+
+// in: see SsdInputs.  h0 (H P, N): h_{-1}.  dout (L, H P).  dh (H P, N): of h_{L-1} on entry, of
+// h_{-1} on return.
+template <class Scalar>
+SsdGradients<Scalar> ssd_backward(const SsdInputs<Scalar>& in, const StateView<Scalar>& h0,
+                                  const View<Scalar>& dout, ScanState<Scalar> dh,
+                                  Form form = Form::sequential, Index chunk = kScanChunk) {
+  check_inputs("ssd_backward", in, dh);
+  expect_shape("ssd_backward", "h0", h0, dh.rows(), dh.cols());
+  expect_shape("ssd_backward", "dout", dout, in.x.rows(), in.x.cols());
+  if (form == Form::parallel) return ssd_quadratic_backward(in, h0, dout, dh);
+  if (form == Form::chunked) return ssd_chunked_backward(in, h0, dout, dh, chunk);
+  return ssd_sequential_backward(in, h0, dout, dh);
+}
+
 // ============================================================================================
 // The matrix that a scan multiplies by
 // ============================================================================================
@@ -742,6 +1158,29 @@ struct Compute {
   static Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form) {
     return ssm::ssd<Scalar>(in, h, form);
   }
+
+  // dx = dy W, and dW = dy^T x is added to what is there: weights are used by many tokens.
+  static Matrix<Scalar> linear_backward(const View<Scalar>& x, const Weight& W,
+                                        const View<Scalar>& dy, Matrix<Scalar>& dW) {
+    dW.noalias() += dy.transpose() * x;
+    return dy * W;
+  }
+  static ConvGradients<Scalar> causal_conv1d_backward(
+      const View<Scalar>& x, const View<Scalar>& weight, const View<Scalar>& bias,
+      const View<Scalar>& state, const View<Scalar>& dout, ConvState<Scalar> dstate) {
+    return ssm::causal_conv1d_backward<Scalar>(x, weight, bias, state, dout, dstate);
+  }
+  static ScanGradients<Scalar> selective_scan_backward(const ScanInputs<Scalar>& in,
+                                                       const StateView<Scalar>& h0,
+                                                       const View<Scalar>& dout,
+                                                       ScanState<Scalar> dh) {
+    return ssm::selective_scan_backward<Scalar>(in, h0, dout, dh);
+  }
+  static SsdGradients<Scalar> ssd_backward(const SsdInputs<Scalar>& in, const StateView<Scalar>& h0,
+                                           const View<Scalar>& dout, ScanState<Scalar> dh,
+                                           Form form) {
+    return ssm::ssd_backward<Scalar>(in, h0, dout, dh, form);
+  }
 };
 
 template <class Scalar, class Weight = Matrix<Scalar>>
@@ -779,6 +1218,8 @@ struct Trace {
   Matrix<Scalar> convolved;  // (L, conv_width)
   Matrix<Scalar> dt_B_C;     // Mamba: (L, dt_rank + 2 N)
   Matrix<Scalar> delta;      // Mamba: (L, d_inner)  before bias and softplus
+  Matrix<Scalar> conv_out;   // (L, conv_width)  convolved, before silu
+  Matrix<Scalar> y;          // (L, d_inner)  output of the scan
 };
 
 // How a sequence is walked; delta_ratio as in ScanInputs.
@@ -787,6 +1228,8 @@ struct Options {
   Form form = Form::sequential;
   Scalar delta_ratio = Scalar(1);
   Trace<Scalar>* trace = nullptr;  // filled if given
+  // Filled if given: the residual stream before each layer and after the last, (L, d_model) each.
+  std::vector<Matrix<Scalar>>* residuals = nullptr;
 };
 
 template <class Scalar, class Weight>
@@ -794,6 +1237,14 @@ Matrix<Scalar> linear(const View<Scalar>& x, const Weight& W, const Row<Scalar>&
   Matrix<Scalar> y = Compute<Scalar, Weight>::linear(x, W);
   if (bias.size()) y.rowwise() += bias;
   return y;
+}
+
+// y = x W^T + bias:  dx = dy W,  dW += dy^T x,  dbias += sum_t dy_t, which is empty if bias is.
+template <class Scalar, class Weight>
+Matrix<Scalar> linear_backward(const View<Scalar>& x, const Weight& W, const View<Scalar>& dy,
+                               Matrix<Scalar>& dW, Row<Scalar>& dbias) {
+  if (dbias.size()) dbias += dy.colwise().sum();
+  return Compute<Scalar, Weight>::linear_backward(x, W, dy, dW);
 }
 
 // What the scan of a Mamba layer reads. xz: output of in_proj, x: of the convolution, dt_B_C: of
@@ -830,8 +1281,52 @@ Matrix<Scalar> mamba_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
   auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta);
   in.delta_ratio = options.delta_ratio;
   const Matrix<Scalar> y = Op::selective_scan(in, state.h, options.form);  // (L, d_inner)
-  if (options.trace) *options.trace = {options.trace->layer, xz, x, dt_B_C, delta};
+  if (options.trace) *options.trace = {options.trace->layer, xz, x, dt_B_C, delta, x_conv, y};
   return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
+}
+
+// Where both blocks' backwards add to the gradients of a layer, dw, those of their convolution and
+// scan. The parameter behind A is A_log: A = -exp(A_log), so dA_log = dA * A. This is the one place
+// where it is made; dw.A is the gradient of A_log.
+template <class Scalar, class Weight, class Scan>
+void add_gradients(const Layer<Scalar, Weight>& w, const ConvGradients<Scalar>& conv,
+                   const Scan& scan, const Row<Scalar>& dt_bias, Layer<Scalar>& dw) {
+  dw.conv_weight += conv.weight;
+  dw.conv_bias += conv.bias;
+  dw.A += scan.A.cwiseProduct(w.A);
+  dw.D += scan.D;
+  dw.dt_bias += dt_bias;
+}
+
+// The block's way back, arrow by arrow. Nothing is kept of the forward but its input u and the
+// state it began with: the block runs again. dout (L, d_model) -> du (L, d_model); dstate as dh
+// above; the weights' gradients are added to dw.
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba_block_backward(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                    const Matrix<Scalar>& u, const LayerState<Scalar>& start,
+                                    const Matrix<Scalar>& dout, LayerState<Scalar>& dstate,
+                                    Layer<Scalar>& dw, const Options<Scalar>& options) {
+  using Op = Compute<Scalar, Weight>;
+  Trace<Scalar> kept;
+  LayerState<Scalar> state = start;
+  mamba_block(w, sizes, u, state, {options.form, options.delta_ratio, &kept});
+  const auto& [_, xz, x, dt_B_C, delta, x_conv, y] = kept;
+  auto in = scan_inputs(w, sizes, xz, x, dt_B_C, delta);
+  in.delta_ratio = options.delta_ratio;
+
+  const Matrix<Scalar> dy =
+      linear_backward<Scalar>(y, w.out_proj, dout, dw.out_proj, dw.out_proj_bias);
+  const auto scan = Op::selective_scan_backward(in, start.h, dy, dstate.h);
+  Matrix<Scalar> ddt_B_C(u.rows(), dt_B_C.cols()), dxz(u.rows(), xz.cols());
+  ddt_B_C << Op::linear_backward(dt_B_C.leftCols(sizes.dt_rank), w.dt_proj, scan.delta, dw.dt_proj),
+      scan.B, scan.C;
+  Matrix<Scalar> dx = scan.x + Op::linear_backward(x, w.x_proj, ddt_B_C, dw.x_proj);
+  dx.array() *= silu_derivative(x_conv.array());
+  const auto conv = Op::causal_conv1d_backward(xz.leftCols(sizes.d_inner), w.conv_weight,
+                                               w.conv_bias, start.conv, dx, dstate.conv);
+  dxz << conv.x, scan.z;
+  add_gradients(w, conv, scan, scan.delta_bias, dw);
+  return linear_backward<Scalar>(u, w.in_proj, dxz, dw.in_proj, dw.in_proj_bias);
 }
 
 // What the SSD of a Mamba-2 layer reads. zxBCdt: output of in_proj, xBC: of the convolution.
@@ -870,10 +1365,44 @@ Matrix<Scalar> mamba2_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
   auto in = ssd_inputs(w, sizes, zxBCdt, xBC);
   in.delta_ratio = options.delta_ratio;
   const Matrix<Scalar> y = Op::ssd(in, state.h, options.form);  // (L, d_inner)
-  if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}};
+  if (options.trace) *options.trace = {options.trace->layer, zxBCdt, xBC, {}, {}, xBC_conv, y};
   const Matrix<Scalar> normed = gated_rms_norm<Scalar>(
       y, zxBCdt.leftCols(sizes.d_inner), w.gated_norm, Scalar(sizes.norm_eps), sizes.n_groups);
   return linear<Scalar>(normed, w.out_proj, w.out_proj_bias);
+}
+
+// As mamba_block_backward.
+template <class Scalar, class Weight>
+Matrix<Scalar> mamba2_block_backward(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                     const Matrix<Scalar>& u, const LayerState<Scalar>& start,
+                                     const Matrix<Scalar>& dout, LayerState<Scalar>& dstate,
+                                     Layer<Scalar>& dw, const Options<Scalar>& options) {
+  using Op = Compute<Scalar, Weight>;
+  Trace<Scalar> kept;
+  LayerState<Scalar> state = start;
+  mamba2_block(w, sizes, u, state, {options.form, options.delta_ratio, &kept});
+  const auto& [_, zxBCdt, xBC, none, no_delta, xBC_conv, y] = kept;
+  auto in = ssd_inputs(w, sizes, zxBCdt, xBC);
+  in.delta_ratio = options.delta_ratio;
+  const ViewOf<Matrix<Scalar>> z = zxBCdt.leftCols(sizes.d_inner);
+  const Scalar eps = Scalar(sizes.norm_eps);
+
+  const Matrix<Scalar> normed = gated_rms_norm<Scalar>(y, z, w.gated_norm, eps, sizes.n_groups);
+  const Matrix<Scalar> dnormed =
+      linear_backward<Scalar>(normed, w.out_proj, dout, dw.out_proj, dw.out_proj_bias);
+  const auto norm =
+      gated_rms_norm_backward<Scalar>(y, z, w.gated_norm, eps, sizes.n_groups, dnormed);
+  const auto scan = Op::ssd_backward(in, start.h, norm.y, dstate.h, options.form);
+  Matrix<Scalar> dxBC(u.rows(), xBC.cols()), dzxBCdt(u.rows(), zxBCdt.cols());
+  dxBC << scan.x, scan.B, scan.C;
+  dxBC.array() *= silu_derivative(xBC_conv.array());
+  const auto conv =
+      Op::causal_conv1d_backward(zxBCdt.middleCols(sizes.d_inner, sizes.conv_width()),
+                                 w.conv_weight, w.conv_bias, start.conv, dxBC, dstate.conv);
+  dzxBCdt << norm.z, conv.x, scan.dt;
+  dw.gated_norm += norm.weight;
+  add_gradients(w, conv, scan, scan.dt_bias, dw);
+  return linear_backward<Scalar>(u, w.in_proj, dzxBCdt, dw.in_proj, dw.in_proj_bias);
 }
 
 // ============================================================================================
@@ -914,11 +1443,13 @@ Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, In
   }
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];
+    if (options.residuals) options.residuals->push_back(residual);
     Options<Scalar> here = options;
     if (here.trace && here.trace->layer != l) here.trace = nullptr;
     residual +=
         block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l], here);
   }
+  if (options.residuals) options.residuals->push_back(residual);
   return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
 }
 
@@ -934,6 +1465,130 @@ template <class Scalar, class Weight>
 Matrix<Scalar> forward(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                        State<Scalar>& state, const Options<Scalar>& options = {}) {
   return lm_head(model, backbone(model, ids, L, state, options));
+}
+
+// --- The loss and the gradients of all weights ---
+
+// Gradients have the shapes of what they belong to: those of a model are again a Model, of plain
+// matrices whatever Weight is. (A program with a Weight of its own adds a zeros_like of its own.)
+template <class Plain>
+Plain zeros_like(const Plain& m) {
+  return Plain::Zero(m.rows(), m.cols());
+}
+template <class Scalar, class Weight>
+Model<Scalar> zeros_like(const Model<Scalar, Weight>& model) {
+  Model<Scalar> d{model.sizes,
+                  zeros_like(model.embedding),
+                  {},
+                  zeros_like(model.norm_f),
+                  zeros_like(model.lm_head),
+                  model.tied};
+  for (const Layer<Scalar, Weight>& w : model.layers) {
+    d.layers.push_back({zeros_like(w.norm), zeros_like(w.in_proj), zeros_like(w.in_proj_bias),
+                        zeros_like(w.conv_weight), zeros_like(w.conv_bias), zeros_like(w.x_proj),
+                        zeros_like(w.dt_proj), zeros_like(w.dt_bias), zeros_like(w.A),
+                        zeros_like(w.D), zeros_like(w.gated_norm), zeros_like(w.out_proj),
+                        zeros_like(w.out_proj_bias)});
+  }
+  return d;
+}
+
+template <class Scalar>
+struct CrossEntropy {
+  double loss;
+  Matrix<Scalar> dlogits;  // (L, vocab_size)
+};
+
+//   loss = scale sum_t -log p_t[target_t],   p_t = softmax(logits_t) = exp(logits_t) / sum exp(..)
+//   dlogits_t = scale (p_t - e), with e = 1 at the target and 0 elsewhere
+// scale = 1 / tokens makes it the mean. A target below 0 is not scored.
+template <class Scalar>
+CrossEntropy<Scalar> cross_entropy(const Matrix<Scalar>& logits, const Token* targets,
+                                   Scalar scale) {
+  CrossEntropy<Scalar> result{0, Matrix<Scalar>::Zero(logits.rows(), logits.cols())};
+  for (Index t = 0; t < logits.rows(); ++t) {
+    if (targets[t] < 0) continue;
+    const Scalar largest = logits.row(t).maxCoeff();  // so that exp cannot overflow
+    auto dlogits = result.dlogits.row(t);
+    dlogits = (logits.row(t).array() - largest).exp();
+    const Scalar sum = dlogits.sum();
+    dlogits *= scale / sum;
+    dlogits(targets[t]) -= scale;
+    result.loss += double(scale) * (std::log(sum) + largest - logits(t, targets[t]));
+  }
+  return result;
+}
+
+// The head and the loss, a few rows at a time: logits are wide.  Returns the loss; dhidden
+// (L, d_model). A tied head adds its gradient to the embedding's.
+template <class Scalar, class Weight>
+double lm_head_backward(const Model<Scalar, Weight>& model, const Matrix<Scalar>& hidden,
+                        const Token* targets, Scalar scale, Matrix<Scalar>& dhidden,
+                        Model<Scalar>& gradients) {
+  constexpr Index kRows = 64;
+  const Weight& W = model.tied ? model.embedding : model.lm_head;
+  Matrix<Scalar>& dW = model.tied ? gradients.embedding : gradients.lm_head;
+  double loss = 0;
+  for (Index t = 0; t < hidden.rows(); t += kRows) {
+    const Matrix<Scalar> rows = hidden.middleRows(t, std::min(kRows, hidden.rows() - t));
+    const auto part = cross_entropy<Scalar>(lm_head(model, rows), targets + t, scale);
+    Matrix<Scalar> dlogits = Matrix<Scalar>::Zero(rows.rows(), dW.rows());  // with the padding
+    dlogits.leftCols(model.sizes.vocab_size) = part.dlogits;
+    dhidden.middleRows(t, rows.rows()) =
+        Compute<Scalar, Weight>::linear_backward(rows, W, dlogits, dW);
+    loss += part.loss;
+  }
+  return loss;
+}
+
+// residuals: of backbone's forward, the layers' inputs; all else each layer makes again. start: the
+// state that the forward began with. The gradient of residual + block(rms_norm(residual)) is that of
+// both paths, added.
+template <class Scalar, class Weight>
+void backbone_backward(const Model<Scalar, Weight>& model, const Token* ids,
+                       const std::vector<Matrix<Scalar>>& residuals, const State<Scalar>& start,
+                       const Matrix<Scalar>& dhidden, State<Scalar>& dstate,
+                       Model<Scalar>& gradients, const Options<Scalar>& options) {
+  const Sizes& sizes = model.sizes;
+  const Scalar eps = Scalar(sizes.norm_eps);
+  const auto block_backward = sizes.version == 1 ? mamba_block_backward<Scalar, Weight>
+                                                 : mamba2_block_backward<Scalar, Weight>;
+  const auto norm_f = rms_norm_backward(residuals.back(), model.norm_f, eps, dhidden);
+  gradients.norm_f += norm_f.weight;
+  Matrix<Scalar> dresidual = norm_f.x;
+  for (Index l = sizes.n_layer; l-- > 0;) {
+    const auto& w = model.layers[l];
+    auto& dw = gradients.layers[l];
+    const Matrix<Scalar> du =
+        block_backward(w, sizes, rms_norm(residuals[l], w.norm, eps), start.layers[l], dresidual,
+                       dstate.layers[l], dw, options);
+    const auto norm = rms_norm_backward(residuals[l], w.norm, eps, du);
+    dw.norm += norm.weight;
+    dresidual += norm.x;
+  }
+  for (Index t = 0; t < dresidual.rows(); ++t) gradients.embedding.row(ids[t]) += dresidual.row(t);
+}
+
+// ids (L), targets (L): the tokens that follow, ids + 1 in a text. The loss, see cross_entropy, of a
+// piece of text that begins in `state`, which advances; its gradients are added to `gradients`, begun
+// with zeros_like(model). Several sequences with scale = 1 / all their tokens make the mean over all.
+// dstate, if given: the gradient of the state after the piece on entry, before it on return;
+// otherwise the loss is this piece's alone.
+template <class Scalar, class Weight>
+double loss_and_gradients(const Model<Scalar, Weight>& model, const Token* ids,
+                          const Token* targets, Index L, State<Scalar>& state, double scale,
+                          Model<Scalar>& gradients, Options<Scalar> options = {},
+                          State<Scalar>* dstate = nullptr) {
+  const State<Scalar> start = state;
+  State<Scalar> alone(model.sizes);
+  std::vector<Matrix<Scalar>> residuals;
+  options.residuals = &residuals;
+  const Matrix<Scalar> hidden = backbone(model, ids, L, state, options);
+  Matrix<Scalar> dhidden(L, model.sizes.d_model);
+  const double loss = lm_head_backward(model, hidden, targets, Scalar(scale), dhidden, gradients);
+  backbone_backward(model, ids, residuals, start, dhidden, dstate ? *dstate : alone, gradients,
+                    options);
+  return loss;
 }
 
 }  // namespace ssm
