@@ -4480,28 +4480,6 @@ struct BackMemory {  // of a block of the fused kernel
   alignas(16) float BC[2][BackTile::kWarps][kRows][32];  // of ways with even and odd numbers
 };
 
-// Four neighbouring numbers of a row, of which `count` exist: at once where `whole`.
-template <class T>
-__device__ inline Vector<T, 4> load_some(const T* p, int count, bool whole) {
-  if (whole) return load<4>(p, count > 0);
-  T numbers[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) numbers[i] = i < count ? p[i] : T(0.f);
-  Vector<T, 4> v;
-  std::memcpy(&v, numbers, sizeof v);
-  return v;
-}
-template <class T>
-__device__ inline void store_some(T* p, const float (&v)[4], int count, bool whole) {
-  if (whole) {
-    if (count > 0) store(p, pack<T>(v));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    if (i < count) p[i] = from_float<T>(v[i]);
-}
-
 // Where a warp works. A lane has three places in it: it walks time with 4 channels and 4 states,
 // prepares and finishes 4 channels of two rows of a way, and fetches 4 states of one row of B and C.
 template <class T>
@@ -4510,7 +4488,6 @@ struct BackWarp {
   static_assert(kRows == 8,
                 "32 lanes: 4 rows of 8 times 4 channels, twice; 8 rows of 4 times 4 states");
   const ScanBackwardArgs<T>& a;
-  const bool whole;  // may four neighbouring numbers be read at once?
   const int lane = threadIdx.x % 32;
   const int walked = lane / 4 * 4, state = lane % 4 * 4;  // the first of 4 channels, of 4 states
   const int row = lane / 8, served = lane % 8 * 4;        // rows `row` and row + 4; 4 channels
@@ -4519,8 +4496,7 @@ struct BackWarp {
   int64_t channel;                        // the warp's first
   int n_channels;                         // of the warp, that exist
 
-  __device__ BackWarp(const ScanBackwardArgs<T>& a, const ScanPieces& pieces, bool whole)
-      : a(a), whole(whole) {
+  __device__ BackWarp(const ScanBackwardArgs<T>& a, const ScanPieces& pieces) : a(a) {
     const ScanArgs<T>& in = a.in;
     const int channels = in.d_inner / in.n_groups, blocks = ceil_div(channels, BackTile::kThreads);
     block = blockIdx.x % (blocks * in.n_groups), piece = blockIdx.x / (blocks * in.n_groups);
@@ -4536,26 +4512,26 @@ struct BackWarp {
 
   // --- as it walks
   __device__ void load_A(float (&A)[4][4]) const {  // times log2(e), as the exps take it
+    const int64_t N = a.in.d_state;
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < 4; ++k) {
+      const float* from = a.in.A + (channel + walked + k) * N + state;
 #pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const int64_t d = channel + walked + k, N = a.in.d_state;
-        const bool exists = walked + k < n_channels && state + n < N;
-        A[k][n] = exists ? kLog2e * a.in.A[d * N + state + n] : 0.f;
-      }
+      for (int n = 0; n < 4; ++n)
+        A[k][n] = walked < n_channels && state < N ? kLog2e * from[n] : 0.f;
+    }
   }
   // To and from (d_inner, kN).
   __device__ void load_states(const float* from, float (&h)[4][4]) const {
     from += (channel + walked) * kN + state;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) unpack(load<4>(from + k * kN, walked + k < n_channels), h[k]);
+    for (int k = 0; k < 4; ++k) unpack(load<4>(from + k * kN, walked < n_channels), h[k]);
   }
   __device__ void store_states(float* to, const float (&h)[4][4]) const {
+    if (walked >= n_channels) return;
     to += (channel + walked) * kN + state;
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (walked + k < n_channels) store(to + k * kN, pack<float>(h[k]));
+    for (int k = 0; k < 4; ++k) store(to + k * kN, pack<float>(h[k]));
   }
   __device__ void of_channels(const float (&row)[32], float (&to)[4]) const {
     unpack(load<4>(&row[walked], true), to);
@@ -4571,24 +4547,24 @@ struct BackWarp {
   __device__ void fetch(int j, Raw& raw) const {
     const ScanArgs<T>& in = a.in;
     const int64_t first = rows.first + j * kRows;
-    const int left = int(rows.count) - j * kRows, n_states = int(in.d_state) - state;
+    const int left = served < n_channels ? int(rows.count) - j * kRows : 0;
     const auto both = [&](Vector<T, 4>(&to)[2], const T* from, int64_t stride) {
       from += (first + row) * stride + channel + served;
-      to[0] = load_some(from, row < left ? n_channels - served : 0, whole);
-      to[1] = load_some(from + 4 * stride, row + 4 < left ? n_channels - served : 0, whole);
+      to[0] = load<4>(from, row < left), to[1] = load<4>(from + 4 * stride, row + 4 < left);
     };
     both(raw.x, in.x, in.x_stride), both(raw.delta, in.delta, in.delta_stride);
     both(raw.dout, a.dout, a.dout_stride);
     if (in.z) both(raw.z, in.z, in.z_stride);
     const int r = lane / 4;
     const int64_t t = first + r, n = group * in.d_state + state;
-    raw.B = load_some(in.B + t * in.B_stride + n, r < left ? n_states : 0, whole);
-    raw.C = load_some(in.C + t * in.C_stride + n, r < left ? n_states : 0, whole);
+    const bool inside = j * kRows + r < rows.count && state < in.d_state;
+    raw.B = load<4>(in.B + t * in.B_stride + n, inside);
+    raw.C = load<4>(in.C + t * in.C_stride + n, inside);
   }
   __device__ void load_served(const float* from, float (&to)[4]) const {  // zeros without it
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      to[i] = from && served + i < n_channels ? from[channel + served + i] : 0.f;
+      to[i] = from && served < n_channels ? from[channel + served + i] : 0.f;
   }
   // Leaves what was fetched for the other lanes. f(row, points): for what only this lane needs.
   template <class Function>
@@ -4621,10 +4597,10 @@ struct BackWarp {
 
 template <class T>
 __global__ void __launch_bounds__(BackTile::kThreads, 3)
-    selective_scan_backward_summary_kernel(ScanBackwardArgs<T> a, ScanPieces pieces, bool whole) {
+    selective_scan_backward_summary_kernel(ScanBackwardArgs<T> a, ScanPieces pieces) {
   __shared__ BackRows of_warp[BackTile::kWarps];
   BackRows& rows = of_warp[threadIdx.x / 32];
-  const BackWarp<T> warp(a, pieces, whole);
+  const BackWarp<T> warp(a, pieces);
   const int64_t d_inner = a.in.d_inner, own = warp.channel + warp.lane;  // a channel
   const bool exists = warp.lane < warp.n_channels;
   float A[4][4], h[4][4] = {}, u[4][4] = {}, P[4][4], bias[4], total = 0.f;
@@ -4802,7 +4778,7 @@ struct BackLane {
   // Completes the gradients of the lane's two rows of way j.
   __device__ void finish(int j) {
     const ScanBackwardArgs<T>& a = warp.a;
-    const int count = warp.n_channels - warp.served;
+    if (warp.served >= warp.n_channels) return;
 #pragma unroll
     for (int r = warp.row; r < BackTile::kRows; r += 4) {
       float x[4], delta[4], dy[4], slope[4], dgate[4], y[4], gB[4], gh[4], dz[4];
@@ -4821,9 +4797,9 @@ struct BackLane {
       }
       if (j * BackTile::kRows + r >= warp.rows.count) continue;
       const int64_t t = warp.rows.first + j * BackTile::kRows + r, d = warp.channel + warp.served;
-      store_some(a.dx + t * a.dx_stride + d, x, count, warp.whole);
-      store_some(a.ddelta + t * a.ddelta_stride + d, delta, count, warp.whole);
-      if (a.in.z) store_some(a.dz + t * a.dz_stride + d, dz, count, warp.whole);
+      store(a.dx + t * a.dx_stride + d, pack<T>(x));
+      store(a.ddelta + t * a.ddelta_stride + d, pack<T>(delta));
+      if (a.in.z) store(a.dz + t * a.dz_stride + d, pack<T>(dz));
     }
   }
 };
@@ -4845,12 +4821,12 @@ __device__ inline void add_warps(const float (&BC)[BackTile::kWarps][BackTile::k
 
 template <class T>
 __global__ void __launch_bounds__(BackTile::kThreads, 2)
-    selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces, ScanParts parts,
-                                         bool whole) {
-  extern __shared__ __align__(16) unsigned char shared_memory[];
+    selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces,
+                                         ScanParts parts) {
+  extern __shared__ __align__(32) unsigned char shared_memory[];
   constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
   auto& block = *reinterpret_cast<BackMemory*>(shared_memory);
-  const BackWarp<T> warp(a, pieces, whole);
+  const BackWarp<T> warp(a, pieces);
   BackLane<T> lane(warp, block.warp[threadIdx.x / 32]);
   const int64_t d_inner = a.in.d_inner, at = warp.piece * d_inner;
   const int64_t own = warp.channel + warp.lane;  // a channel
@@ -4889,7 +4865,7 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[i] += __shfl_xor_sync(~0u, v[i], 8), v[i] += __shfl_xor_sync(~0u, v[i], 16);
-      if (warp.row == 0 && warp.served + i < warp.n_channels) to[warp.served + i] = v[i];
+      if (warp.row == 0 && warp.served < warp.n_channels) to[warp.served + i] = v[i];
     }
   };
   store_served(lane.dD, parts.D_bias + 2 * at + warp.channel);
@@ -4966,7 +4942,7 @@ bool moves_four(const ScanBackwardArgs<T>& a) {
 
 template <class T>
 bool scan_backward_is_fused(const ScanBackwardArgs<T>& a) {
-  return a.in.d_state <= BackTile::kN && int(sizeof(BackMemory)) <= shared_bytes();
+  return a.in.d_state <= BackTile::kN && moves_four(a) && int(sizeof(BackMemory)) <= shared_bytes();
 }
 
 template <class T>
@@ -5001,9 +4977,8 @@ void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspac
   parts.place(take(parts.size(d)), d);
   pieces.total = take(parts.walks * d), pieces.before = take(ways * d);
 
-  const bool whole = moves_four(a);
   const int64_t grid = parts.walks * parts.blocks, threads = BackTile::kThreads;
-  selective_scan_backward_summary_kernel<<<grid, threads, 0, stream>>>(a, pieces, whole);
+  selective_scan_backward_summary_kernel<<<grid, threads, 0, stream>>>(a, pieces);
   CUDA_CHECK(cudaGetLastError());
   const int64_t links = a.in.batch * d * BackTile::kN;
   selective_scan_backward_link_kernel<<<ceil_div(links, 128), 128, 0, stream>>>(a, pieces);
@@ -5011,7 +4986,7 @@ void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspac
   const auto kernel = selective_scan_backward_fused_kernel<T>;
   constexpr int bytes = sizeof(BackMemory);
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts, whole);
+  kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts);
   CUDA_CHECK(cudaGetLastError());
   selective_scan_backward_sums(a, parts, stream);
 }

@@ -3,11 +3,11 @@
 //
 //   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
 //
-// Without OP: all of bandwidth, matmul, selective_scan, causal_conv1d, ssd, rms_norm,
-// gated_rms_norm, sampler, decode, prefill. A kernel runs in a CUDA graph of up to ten calls, its
-// data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other writes.
-// --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor is the
-// time to move each input and output once; of prefill, to multiply.
+// Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward, causal_conv1d, ssd,
+// rms_norm, gated_rms_norm, sampler, decode, prefill. A kernel runs in a CUDA graph of up to ten
+// calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other
+// writes. --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor
+// is the time to move each input and output once; of prefill, to multiply.
 #define MAMBA_NO_MAIN
 #include "../mamba.cu"
 
@@ -207,6 +207,42 @@ void bench_scan(Bench& bench, DType dtype, const Sizes& s) {
   a.L = 1, a.h0 = h.data();
   bench.report(figure("selective_scan_step_kernel", s.batch, 2),
                [&] { selective_scan_step(a, stream); });
+}
+
+template <class T>
+void bench_scan_backward(Bench& bench, DType dtype, const Sizes& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"d_inner", s.width}, {"L", s.L}});
+  if (!bench.wants(shape)) return;
+  const int64_t d = s.width, N = 16, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), delta = bench.random<T>(rows * d),
+             z = bench.random<T>(rows * d), dout = bench.random<T>(rows * d),
+             B = bench.random<T>(rows * N), C = bench.random<T>(rows * N);
+  const DeviceBuffer<T> dx(x.size()), ddelta(x.size()), dz(x.size()), dB(B.size()), dC(C.size());
+  const auto A = bench.random<float>(d * N, 7.f, -8.f), D = bench.random<float>(d),
+             bias = bench.random<float>(d, 2.f, -4.6f);
+  DeviceBuffer<float> dA(A.size()), dD(D.size()), dbias(bias.size());
+  for (DeviceBuffer<float>* sums : {&dA, &dD, &dbias}) sums->zero();
+  ScanBackwardArgs<T> a;
+  a.in.batch = s.batch, a.in.L = s.L, a.in.d_inner = d, a.in.d_state = N;
+  a.in.x = x.data(), a.in.delta = delta.data(), a.in.A = A.data(), a.in.B = B.data();
+  a.in.C = C.data(), a.in.D = D.data(), a.in.z = z.data(), a.in.delta_bias = bias.data();
+  a.in.x_stride = a.in.delta_stride = a.in.z_stride = a.dout_stride = d;
+  a.dx_stride = a.ddelta_stride = a.dz_stride = d;
+  a.in.B_stride = a.in.C_stride = a.dB_stride = a.dC_stride = N;
+  a.dout = dout.data(), a.dx = dx.data(), a.ddelta = ddelta.data(), a.dz = dz.data();
+  a.dB = dB.data(), a.dC = dC.data(), a.dA = dA.data(), a.dD = dD.data(), a.dbias = dbias.data();
+  const auto report = [&](const char* kernel, size_t workspace_bytes, const auto& launch) {
+    const DeviceBuffer<std::byte> workspace(workspace_bytes);
+    bench.report({"selective_scan_backward", kernel, shape, dtype,
+                  double(rows * (7 * d + 4 * N)) * sizeof(T) + double(2 * d * N) * sizeof(float),
+                  17. * double(d * N * rows)},
+                 [&] { launch(a, reinterpret_cast<float*>(workspace.data()), bench.stream()); });
+  };
+  if (s.L <= 2048)
+    report("selective_scan_backward_naive_kernel", selective_scan_backward_naive_workspace(a),
+           selective_scan_backward_naive<T>);
+  report("selective_scan_backward_fused_kernel", selective_scan_backward_workspace(a),
+         selective_scan_backward<T>);
 }
 
 template <class T>
@@ -410,6 +446,10 @@ void run_bench(const Flags& flags) {
   if (asked("selective_scan"))
     for (const Sizes& s : kScanShapes)
       bench_scan<bf16>(bench, DType::BF16, s), bench_scan<float>(bench, DType::F32, s);
+  if (asked("selective_scan_backward"))
+    for (const Sizes& s : kScanShapes)
+      bench_scan_backward<bf16>(bench, DType::BF16, s),
+          bench_scan_backward<float>(bench, DType::F32, s);
   if (asked("causal_conv1d"))
     for (const Sizes& s : kConvShapes)
       bench_conv<bf16>(bench, DType::BF16, s), bench_conv<float>(bench, DType::F32, s);
@@ -429,8 +469,9 @@ int main(int argc, char** argv) {
   CLI::App app("speed of the GPU program's kernels and models");
   mamba::Flags flags;
   app.add_option("op", flags.ops, "what to measure; all without")
-      ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "causal_conv1d", "ssd",
-                             "rms_norm", "gated_rms_norm", "sampler", "decode", "prefill"}));
+      ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "selective_scan_backward",
+                             "causal_conv1d", "ssd", "rms_norm", "gated_rms_norm", "sampler",
+                             "decode", "prefill"}));
   app.add_flag("--cold", flags.cold, "with a cold L2 cache, one call at a time");
   app.add_flag("--skip-naive", flags.skip_naive, "leave out the naive rungs");
   app.add_option("--only", flags.only, "shapes that contain this text");

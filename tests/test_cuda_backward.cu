@@ -248,7 +248,7 @@ void backward_rungs_match(const char* type, const std::vector<Index>& some_lengt
       {1, 0, 1, 1, 1, 63},    {3, 0, 5, 16, 1, 15},  {1, 0, 64, 16, 2, 63}, {3, 0, 40, 16, 1, 8},
       {1, 0, 33, 17, 3, 56},  {2, 0, 12, 64, 1, 44}, {1, 0, 8, 256, 2, 58}, {1, 0, 36, 5, 1, 0},
       {1, 0, 130, 16, 1, 61}, {1, 0, 516, 2, 1, 55}, {1, 0, 36, 12, 1, 29}, {2, 0, 8, 20, 1, 63},
-      {2, 0, 75, 13, 3, 47}};
+      {2, 0, 75, 13, 3, 47},  {2, 0, 420, 8, 3, 47}, {1, 0, 132, 16, 1, 32}};
   for (GradientCase c : shapes)
     for (const Index L : some_lengths) {
       c.L = L;
@@ -277,7 +277,7 @@ TEST_CASE("cuda selective_scan_backward in short: naive and fused kernels match 
 TEST_CASE("cuda selective_scan_backward: sequences of different lengths are each on their own") {
   Worst naive{"selective_scan_backward naive, ragged"}, fused{"selective_scan_backward ragged"};
   const std::vector<Index> lengths = {0, 70, 1, 0, 33, 150, 8};
-  for (const GradientCase& c : {GradientCase{7, 0, 70, 16, 2, 63}, {7, 0, 9, 3, 1, 29}}) {
+  for (const GradientCase& c : {GradientCase{7, 0, 72, 16, 2, 63}, {7, 0, 9, 3, 1, 29}}) {
     const GradientProblem<float> p(c, 21, lengths);
     p.check("naive", naive, run_backward_naive<float>);
     p.check("fused", fused, run_backward<float>);
