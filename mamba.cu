@@ -5005,6 +5005,332 @@ void selective_scan_backward(const ScanBackwardArgs<T>& a, float* workspace, cud
   selective_scan_backward_fused(a, workspace, stream);
 }
 
+// ---------------------------------------------------------------------------------------
+// ssd backward. From dy, the gradient of y, and dh_T, that of the state after the sequence, walking
+// back (a_t = exp(delta_t A), products of vectors are outer, <,> sums over all of h):
+//
+//   dC_t = sum_p dy_t[p] h_t[p,:]         dh_t    += dy_t C_t^T
+//   dX_t = dh_t B_t                       dB_t     = sum_p delta_t x_t[p] dh_t[p,:]
+//   dh_{t-1} = a_t dh_t                   dl_t     = <dh_{t-1}, h_{t-1}>      l_t = delta_t A
+//   dx_t = delta_t dX_t + D dy_t          ddelta_t = A dl_t + x_t . dX_t
+//   dA   = sum_t delta_t dl_t             dD       = sum_t dy_t . x_t
+//
+// dB and dC are sums over the heads of a group, dA, dD and ddt_bias over the batch: blocks leave
+// their parts in the workspace, and two small kernels add these up in order.
+// ---------------------------------------------------------------------------------------
+
+// Gradients beside what they are gradients of; rows of those of type T are *_stride apart. `out`,
+// `hT` and `done` of the forward are not used. A null pointer: not given (zero), or not wanted.
+template <class T>
+struct SsdBackwardArgs : SsdArgs<T> {
+  const T* dout = nullptr;         // (batch, L, heads, head_dim)
+  const float* dhT = nullptr;      // (batch, heads, head_dim, d_state) or null
+  T* dx = nullptr;                 // (batch, L, heads, head_dim)
+  T* ddt = nullptr;                // (batch, L, heads)
+  T *dB = nullptr, *dC = nullptr;  // (batch, L, groups, d_state)
+  int64_t dout_stride = 0, dx_stride = 0, ddt_stride = 0, dB_stride = 0, dC_stride = 0;
+  float *dA = nullptr, *dD = nullptr, *ddt_bias = nullptr;  // (heads), each null, or added to
+  float* dh0 = nullptr;  // (batch, heads, head_dim, d_state) or null; may be dhT
+};
+
+// What is kept and what is left to be added up, in the workspace.
+struct SsdBackwardRoom {
+  int64_t chunks = 0;      // of a sequence of L tokens
+  int parts = 0;           // of the heads of a group, in dB and dC
+  float* start = nullptr;  // (batch, heads, chunks, head_dim, d_state): h at the starts of chunks
+  float* dh = nullptr;     // (batch, heads, head_dim, d_state), on its way back
+  float *dB = nullptr, *dC = nullptr;  // (batch L, groups, parts, d_state)
+  float* of_head = nullptr;            // (batch, 3, heads): dA, dD, ddt_bias
+};
+
+// The gradient of dt from that of delta. Where delta was clamped it does not depend on dt.
+template <class T>
+__device__ inline float ssd_ddt(const SsdArgs<T>& a, float biased_dt, float ddelta) {
+  const float delta = softplus(biased_dt);
+  if (delta < a.dt_min || delta > a.dt_max) return 0.f;
+  const float sigmoid = reciprocal_approx(1.f + exp2_approx(-kLog2e * biased_dt));
+  return a.delta_ratio * sigmoid * ddelta;
+}
+
+// One thread for each number of dB and dC.
+template <class T>
+__global__ void ssd_backward_sum_heads_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  const int64_t N = a.d_state, i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t t = i / (N * a.n_groups), column = i % (N * a.n_groups);
+  if (t >= (a.cu_seqlens ? a.cu_seqlens[a.batch] : a.batch * a.L)) return;
+  const int64_t from = i / N * room.parts * N + i % N;
+  float dB = 0, dC = 0;
+  for (int part = 0; part < room.parts; ++part) {
+    dB += room.dB[from + part * N];
+    dC += room.dC[from + part * N];
+  }
+  a.dB[t * a.dB_stride + column] = from_float<T>(dB);
+  a.dC[t * a.dC_stride + column] = from_float<T>(dC);
+}
+
+// One thread for each number of dA, dD and ddt_bias.
+template <class T>
+__global__ void ssd_backward_sum_batch_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= 3 * a.n_heads) return;
+  float sum = 0;
+  for (int64_t b = 0; b < a.batch; ++b) sum += room.of_head[b * 3 * a.n_heads + i];
+  float* const to = i < a.n_heads ? a.dA : i < 2 * a.n_heads ? a.dD : a.ddt_bias;
+  if (to) to[i % a.n_heads] += sum;
+}
+
+// --- naive: the recurrence as written above. A block walks one head of one sequence, first forward,
+// to keep h at every kSsdNaiveSteps steps, then back over these chunks; a warp takes rows p = w,
+// w + kSsdNaiveWarps, ... of h, one at a time, lane i states i, i + 32, ... of it. In a chunk it
+// first makes the states anew (in its own memory), then walks back. dB and dC of a chunk: in shared
+// memory, one for each warp, to be added up.
+
+constexpr int kSsdNaiveSteps = 16, kSsdNaiveWarps = 4;
+
+// What a row p of a head's state needs of step t.
+struct SsdNaiveStep {
+  float delta, decay, x;
+};
+template <class T>
+__device__ inline SsdNaiveStep ssd_naive_step(const SsdArgs<T>& a, int64_t t, int head, int p) {
+  const float dt = to_float(a.dt[t * a.dt_stride + head]);
+  const float delta = ssd_delta(a, dt + (a.dt_bias ? a.dt_bias[head] : 0.f));
+  const int64_t channel = int64_t{head} * a.head_dim + p;
+  return {delta, expf(delta * a.A[head]), to_float(a.x[t * a.x_stride + channel])};
+}
+
+// f(i, n) for the states n of this lane.
+template <class Function>
+__device__ inline void each_state(int N, const Function& f) {
+  for (int i = 0; i < kSsdNaiveStates && int(threadIdx.x) % 32 + 32 * i < N; ++i)
+    f(i, int(threadIdx.x) % 32 + 32 * i);
+}
+
+// h_t of a row from h_{t-1}.
+template <class T>
+__device__ inline void ssd_naive_advance(float (&h)[kSsdNaiveStates],
+                                         const float (&before)[kSsdNaiveStates],
+                                         const SsdArgs<T>& a, int64_t t, int head, int p) {
+  const SsdNaiveStep step = ssd_naive_step(a, t, head, p);
+  const T* B = a.B + t * a.B_stride + head / (a.n_heads / a.n_groups) * a.d_state;
+  each_state(a.d_state, [&](int i, int n) {
+    h[i] = step.decay * before[i] + step.delta * step.x * to_float(B[n]);
+  });
+}
+
+// What a warp adds up over its rows in one chunk.
+struct SsdNaiveSums {
+  float *dB, *dC;                   // (kSsdNaiveSteps, d_state), in shared memory
+  float dl[kSsdNaiveSteps] = {};    // over this lane's states
+  float x_dX[kSsdNaiveSteps] = {};  // x . dX, over all states
+  float dD = 0;
+};
+
+// Row p of a head in the chunk of `steps` steps from token t0 on: `start` is h before it, dh is read
+// from `dh_after` (null: zero) and left in `dh_before`.
+template <class T>
+__device__ void ssd_naive_row_backward(const SsdBackwardArgs<T>& a, int64_t t0, int steps, int head,
+                                       int p, const float* start, const float* dh_after,
+                                       float* dh_before, SsdNaiveSums& sums) {
+  const int64_t N = a.d_state, channel = int64_t{head} * a.head_dim + p;
+  const int64_t group = head / (a.n_heads / a.n_groups) * N;
+  float h[kSsdNaiveSteps + 1][kSsdNaiveStates], dh[kSsdNaiveStates];
+  each_state(N, [&](int i, int n) {
+    h[0][i] = start[n];
+    dh[i] = dh_after ? dh_after[n] : 0.f;
+  });
+  for (int s = 0; s < steps; ++s) ssd_naive_advance(h[s + 1], h[s], a, t0 + s, head, p);
+  for (int s = steps - 1; s >= 0; --s) {
+    const int64_t t = t0 + s;
+    const SsdNaiveStep step = ssd_naive_step(a, t, head, p);
+    const float dy = to_float(a.dout[t * a.dout_stride + channel]);
+    float dX = 0;
+    each_state(N, [&](int i, int n) {
+      sums.dC[s * N + n] += dy * h[s + 1][i];
+      dh[i] += dy * to_float(a.C[t * a.C_stride + group + n]);
+      dX += dh[i] * to_float(a.B[t * a.B_stride + group + n]);
+      sums.dB[s * N + n] += step.delta * step.x * dh[i];
+      dh[i] *= step.decay;
+      sums.dl[s] += dh[i] * h[s][i];
+    });
+    dX = warp_sum(dX);
+    sums.x_dX[s] += step.x * dX;
+    sums.dD += dy * step.x;
+    if (threadIdx.x % 32 == 0)
+      a.dx[t * a.dx_stride + channel] =
+          from_float<T>(step.delta * dX + (a.D ? a.D[head] * dy : 0.f));
+  }
+  each_state(N, [&](int i, int n) { dh_before[n] = dh[i]; });
+}
+
+// h at the starts of all chunks of a head.
+template <class T>
+__device__ void ssd_naive_starts(const SsdBackwardArgs<T>& a, const Rows& rows, int64_t b, int head,
+                                 float* start) {
+  const int64_t P = a.head_dim, N = a.d_state;
+  for (int64_t p = threadIdx.x / 32; p < P; p += kSsdNaiveWarps) {
+    float h[kSsdNaiveStates];
+    each_state(N, [&](int i, int n) {
+      h[i] = a.h0 ? a.h0[((b * a.n_heads + head) * P + p) * N + n] : 0.f;
+    });
+    for (int64_t t = 0; t < rows.count || t == 0; ++t) {
+      if (t % kSsdNaiveSteps == 0)
+        each_state(N, [&](int i, int n) { start[(t / kSsdNaiveSteps * P + p) * N + n] = h[i]; });
+      if (t < rows.count) ssd_naive_advance(h, h, a, rows.first + t, head, p);
+    }
+  }
+}
+
+// The sums of all warps of a block, by one thread each, for one step: ddt; to dA and ddt_bias.
+struct SsdNaiveOfHead {
+  float dA = 0, dD = 0, ddt_bias = 0;
+};
+template <class T>
+__device__ inline void ssd_naive_finish_step(const SsdBackwardArgs<T>& a, int64_t t, int head,
+                                             float dl, float x_dX, SsdNaiveOfHead& of_head) {
+  const float biased = to_float(a.dt[t * a.dt_stride + head]) + (a.dt_bias ? a.dt_bias[head] : 0.f);
+  const float ddt = ssd_ddt(a, biased, a.A[head] * dl + x_dX);
+  a.ddt[t * a.ddt_stride + head] = from_float<T>(ddt);
+  of_head.dA += ssd_delta(a, biased) * dl;
+  of_head.ddt_bias += ddt;
+}
+
+template <class T>
+__global__ void __launch_bounds__(32 * kSsdNaiveWarps)
+    ssd_backward_naive_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  extern __shared__ float of_warps[];  // (warps, dB and dC, steps, N)
+  __shared__ float dl[kSsdNaiveWarps][kSsdNaiveSteps], x_dX[kSsdNaiveWarps][kSsdNaiveSteps];
+  __shared__ float dD[kSsdNaiveWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x % a.n_heads;
+  const int64_t b = blockIdx.x / a.n_heads, P = a.head_dim, N = a.d_state;
+  const int64_t size = kSsdNaiveSteps * N, row0 = (b * a.n_heads + head) * P;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
+  float* const start = room.start + row0 * room.chunks * N;
+  ssd_naive_starts(a, rows, b, head, start);  // each warp's own rows
+  SsdNaiveOfHead of_head;
+  const int64_t last = max(int64_t{0}, ceil_div(rows.count, kSsdNaiveSteps) - 1);
+  for (int64_t c = last; c >= 0; --c) {
+    const int64_t t0 = rows.first + c * kSsdNaiveSteps;
+    const int steps = min(rows.first + rows.count - t0, int64_t{kSsdNaiveSteps});
+    SsdNaiveSums sums{of_warps + 2 * warp * size, of_warps + (2 * warp + 1) * size};
+    for (int64_t i = lane; i < 2 * size; i += 32) sums.dB[i] = 0;
+    __syncwarp();  // the zeros before what is added to them
+    for (int64_t p = warp; p < P; p += kSsdNaiveWarps)
+      ssd_naive_row_backward(a, t0, steps, head, p, start + (c * P + p) * N,
+                             c < last ? room.dh + (row0 + p) * N
+                             : a.dhT  ? a.dhT + (row0 + p) * N
+                                      : nullptr,
+                             room.dh + (row0 + p) * N, sums);
+    for (int s = 0; s < steps; ++s) {
+      const float dl_s = warp_sum(sums.dl[s]);
+      if (lane == 0) dl[warp][s] = dl_s, x_dX[warp][s] = sums.x_dX[s];
+    }
+    of_head.dD += sums.dD;
+    __syncthreads();  // the warps' sums before they are added
+    const auto over_warps = [&](const float* of_warp, int64_t stride) {
+      float sum = 0;
+      for (int w = 0; w < kSsdNaiveWarps; ++w) sum += of_warp[w * stride];
+      return sum;
+    };
+    for (int64_t i = threadIdx.x; i < steps * N; i += 32 * kSsdNaiveWarps) {
+      const int64_t to = ((t0 + i / N) * a.n_heads + head) * N + i % N;
+      room.dB[to] = over_warps(of_warps + i, 2 * size);
+      room.dC[to] = over_warps(of_warps + size + i, 2 * size);
+    }
+    if (int(threadIdx.x) < steps)
+      ssd_naive_finish_step(a, t0 + lane, head, over_warps(&dl[0][lane], kSsdNaiveSteps),
+                            over_warps(&x_dX[0][lane], kSsdNaiveSteps), of_head);
+    __syncthreads();  // these reads before the sums of the next chunk
+  }
+  if (lane == 0) dD[warp] = of_head.dD;
+  __syncthreads();  // dD of all warps
+  if (warp > 0) return;
+  float* const to = room.of_head + b * 3 * a.n_heads + head;
+  const float dA = warp_sum(of_head.dA), ddt_bias = warp_sum(of_head.ddt_bias);
+  if (lane > 0) return;
+  to[0] = dA, to[2 * a.n_heads] = ddt_bias, to[a.n_heads] = 0;
+  for (const float v : dD) to[a.n_heads] += v;
+}
+
+// --- launchers of the backward
+
+// Lays the workspace out from `at` on; returns the bytes.
+template <class T>
+size_t ssd_backward_room(const SsdBackwardArgs<T>& a, int64_t chunk, int parts, char* at,
+                         SsdBackwardRoom& room) {
+  size_t bytes = 0;
+  const auto take = [&](float*& p, int64_t floats) {
+    p = reinterpret_cast<float*>(at + bytes);
+    bytes += ceil_div(sizeof(float) * floats, 256) * 256;
+  };
+  room.chunks = std::max<int64_t>(1, ceil_div(a.L, chunk)), room.parts = parts;
+  take(room.start, a.batch * ssd_state_size(a) * room.chunks);
+  take(room.dh, a.batch * ssd_state_size(a));
+  take(room.dB, a.batch * a.L * a.n_groups * parts * a.d_state);
+  take(room.dC, a.batch * a.L * a.n_groups * parts * a.d_state);
+  take(room.of_head, a.batch * 3 * a.n_heads);
+  return bytes;
+}
+
+template <class T>
+void ssd_backward_sum(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
+                      cudaStream_t stream) {
+  const int64_t numbers = a.batch * a.L * a.n_groups * a.d_state;
+  if (numbers > 0)
+    ssd_backward_sum_heads_kernel<<<ceil_div(numbers, 256), 256, 0, stream>>>(a, room);
+  ssd_backward_sum_batch_kernel<<<ceil_div(3 * a.n_heads, 256), 256, 0, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+enum class SsdBackwardRung { kNaive, kFused };
+
+// The fastest rung that can do it.
+template <class T>
+SsdBackwardRung ssd_backward_rung(const SsdBackwardArgs<T>&) {
+  return SsdBackwardRung::kNaive;
+}
+
+template <class T>
+size_t ssd_backward_room(const SsdBackwardArgs<T>& a, SsdBackwardRung, SsdBackwardRoom& room) {
+  char* const at = static_cast<char*>(a.workspace);
+  return ssd_backward_room(a, kSsdNaiveSteps, a.n_heads / a.n_groups, at, room);
+}
+template <class T>
+size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>& a, SsdBackwardRung rung) {
+  SsdBackwardRoom room;
+  return ssd_backward_room(a, rung, room);
+}
+template <class T>
+size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>& a) {
+  return ssd_backward_workspace_bytes(a, ssd_backward_rung(a));
+}
+
+template <class T>
+void ssd_backward_naive(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
+                        cudaStream_t stream) {
+  if (a.d_state > 32 * kSsdNaiveStates)
+    fail("ssd_backward: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", a.d_state);
+  const int bytes = 2 * kSsdNaiveWarps * kSsdNaiveSteps * a.d_state * int(sizeof(float));
+  CUDA_CHECK(cudaFuncSetAttribute(ssd_backward_naive_kernel<T>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  ssd_backward_naive_kernel<<<a.batch * a.n_heads, 32 * kSsdNaiveWarps, bytes, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void ssd_backward(const SsdBackwardArgs<T>& a, SsdBackwardRung rung, cudaStream_t stream) {
+  if (a.batch == 0 || a.n_heads == 0) return;
+  SsdBackwardRoom room;
+  ssd_backward_room(a, rung, room);
+  if (a.dh0) room.dh = a.dh0;
+  ssd_backward_naive(a, room, stream);
+  ssd_backward_sum(a, room, stream);
+}
+template <class T>
+void ssd_backward(const SsdBackwardArgs<T>& a, cudaStream_t stream) {
+  ssd_backward(a, ssd_backward_rung(a), stream);
+}
+
 // --- sums over rows ------------------------------------------------------------------------------
 //
 // A weight's gradient is a sum over all rows of all sequences. Each block leaves its part of it, and
@@ -5595,20 +5921,6 @@ void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_si
                                                          nll);
   CUDA_CHECK(cudaGetLastError());
 }
-
-// STUB
-template <class T>
-struct SsdBackwardArgs : SsdArgs<T> {
-  const T* dout = nullptr;
-  T *dx = nullptr, *ddt = nullptr, *dB = nullptr, *dC = nullptr;
-  float *dA = nullptr, *dD = nullptr, *ddt_bias = nullptr;
-  int64_t dout_stride = 0, dx_stride = 0, ddt_stride = 0, dB_stride = 0, dC_stride = 0;
-};
-template <class T>
-size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>&) { return 0; }
-template <class T>
-void ssd_backward(const SsdBackwardArgs<T>&, cudaStream_t) { fail("ssd_backward: not there yet"); }
-// END STUB
 
 // ============================================================================================
 // The model's backward
