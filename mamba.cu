@@ -6508,7 +6508,7 @@ __global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a,
 // What train.hpp asks of a program, see there.
 class CudaLearner {
  public:
-  CudaLearner(const Config& config, const Learned<float>& learned, const EngineOptions& options);
+  CudaLearner(const Config& config, Learned<float> learned, const EngineOptions& options);
 
   double accumulate(const Batch& batch, double scale);
   double loss(const Batch& batch);
@@ -6552,7 +6552,7 @@ class CudaLearner {
   DeviceState before_, after_;  // of the pieces of a batch
 };
 
-inline CudaLearner::CudaLearner(const Config& config, const Learned<float>& learned,
+inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
                                 const EngineOptions& options)
     : config_(config),
       dtype_(options.dtype.value_or(DType::F32)),

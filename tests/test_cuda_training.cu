@@ -397,7 +397,7 @@ TEST_CASE("cuda gradients: whole models' are the reference's, the same bits twic
 namespace {
 
 Learned<float> learned_of(const Tiny& tiny) {
-  return {parameters_of(read_checkpoint(tiny.folder), tiny.config), zeros<float>(tiny.config),
+  return {parameters_of<float>(read_checkpoint(tiny.folder), tiny.config), zeros<float>(tiny.config),
           zeros<float>(tiny.config)};
 }
 template <class Scalar>
