@@ -489,7 +489,8 @@ struct Step {
 };
 
 /// Where a text first meets numbers that are none, for the line that ends a run.
-inline std::string where_not_finite(const ssm::Model<float>& learned,
+template <class Scalar>
+std::string where_not_finite(const ssm::Model<Scalar>& learned,
                                     const std::vector<Batch>& batches) {
   auto model = computed(learned);
   const Index n_layer = model.sizes.n_layer;
@@ -497,7 +498,7 @@ inline std::string where_not_finite(const ssm::Model<float>& learned,
     for (const Piece& piece : batch) {
       const auto finite_after = [&](Index layers) {
         model.sizes.n_layer = layers;
-        ssm::State<float> state(model.sizes);
+        ssm::State<Scalar> state(model.sizes);
         return ssm::backbone(model, piece.ids.data(), piece.ids.size(), state).allFinite();
       };
       if (finite_after(n_layer)) continue;
