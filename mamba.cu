@@ -36,6 +36,11 @@
 // embedding_kernel                   backbone               a row of the table     tokens
 // best_kernel, weight_kernel,        sample (mamba.hpp)     CUB's radix sort, sums batch,
 //   sample_kernel                                           of 32 stretches        vocabulary
+// selective_scan_backward_           selective_scan_backward
+//   naive_kernel                                            state by state back    batch, d
+//   summary_, link_, fused_kernel                           pieces linked, then    pieces of t,
+//                                                           each back in time      batch, d, N
+//   sum_kernel                                              parts in order         entries
 #include "mamba.hpp"
 
 #include <cublas_v2.h>
@@ -4321,10 +4326,10 @@ int64_t rows_in_all(const ScanBackwardArgs<T>& a) {
   return a.in.cu_seqlens && a.n_rows ? a.n_rows : a.in.batch * a.in.L;
 }
 
-// dB and dC from the parts of all blocks of channels of a group, one thread an entry of either.
+// Entry i of dB and dC, from the parts of all blocks of channels of a group.
 template <class T>
-__global__ void selective_scan_backward_sum_BC_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__device__ inline void add_BC_parts(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                    int64_t i) {
   const int64_t width = 2 * parts.states, groups = a.in.n_groups, N = a.in.d_state;
   const int64_t n = i % parts.states, t = i / width / groups, group = i / width % groups;
   if (t >= (a.in.cu_seqlens ? a.in.cu_seqlens[a.in.batch] : parts.rows) || n >= N) return;
@@ -4338,10 +4343,10 @@ __global__ void selective_scan_backward_sum_BC_kernel(ScanBackwardArgs<T> a, Sca
   row[group * N + n] = from_float<T>(sum);
 }
 
-// Adds the parts of all walks to dA, dD and dbias, one thread an entry of one of them.
+// Adds the parts of all walks to entry i of dA, dD and dbias.
 template <class T>
-__global__ void selective_scan_backward_sum_weights_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__device__ inline void add_weight_parts(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                        int64_t i) {
   const int64_t d_inner = a.in.d_inner, of_A = d_inner * parts.states;
   if (i >= of_A + 2 * d_inner) return;
   const float* part = i < of_A ? parts.A + i : parts.D_bias + (i - of_A);
@@ -4354,6 +4359,14 @@ __global__ void selective_scan_backward_sum_weights_kernel(ScanBackwardArgs<T> a
 #pragma unroll 8
   for (int64_t k = 0; k < parts.walks; ++k) sum += part[k * step];
   *to += sum;
+}
+
+// One thread an entry.
+template <class T>
+__global__ void selective_scan_backward_sum_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t of_BC = 2 * parts.rows * a.in.n_groups * parts.states;
+  i < of_BC ? add_BC_parts(a, parts, i) : add_weight_parts(a, parts, i - of_BC);
 }
 
 // Per row and channel, for one state after the other: h of every row, and the sums over states.
@@ -4924,14 +4937,11 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
 // --- launchers ------------------------------------------------------------------------------
 
 template <class T>
-void selective_scan_backward_sums(const ScanBackwardArgs<T>& a, const ScanParts& parts,
-                                  cudaStream_t stream) {
-  const int64_t sums = 2 * parts.rows * a.in.n_groups * parts.states;
-  const int64_t weights = a.in.d_inner * (parts.states + 2);
-  if (sums > 0)
-    selective_scan_backward_sum_BC_kernel<<<ceil_div(sums, 128), 128, 0, stream>>>(a, parts);
-  CUDA_CHECK(cudaGetLastError());
-  selective_scan_backward_sum_weights_kernel<<<ceil_div(weights, 128), 128, 0, stream>>>(a, parts);
+void selective_scan_backward_sum(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                 cudaStream_t stream) {
+  const int64_t entries =
+      2 * parts.rows * a.in.n_groups * parts.states + a.in.d_inner * (parts.states + 2);
+  selective_scan_backward_sum_kernel<<<ceil_div(entries, 128), 128, 0, stream>>>(a, parts);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -4960,7 +4970,7 @@ void selective_scan_backward_naive(const ScanBackwardArgs<T>& a, float* workspac
   selective_scan_backward_naive_kernel<<<a.in.batch * parts.blocks, 32, 0, stream>>>(a, history,
                                                                                      parts);
   CUDA_CHECK(cudaGetLastError());
-  selective_scan_backward_sums(a, parts, stream);
+  selective_scan_backward_sum(a, parts, stream);
 }
 
 // Into how many pieces the fused kernel cuts each sequence: so that its blocks, of which each
@@ -5000,8 +5010,8 @@ ScanParts fused_scan_parts(const ScanBackwardArgs<T>& a, const ScanPieces& piece
   return {blocks, rows_in_all(a), a.in.batch * pieces.count, BackTile::kN};
 }
 
-// Bytes of workspace that `selective_scan_backward` needs: per row and channel, a state every kRows
-// rows is the most of it, 8 bytes.
+// Bytes of workspace that `selective_scan_backward` needs: 9.5 for each row and channel, of which 8
+// are a state every kRows rows, and little more for each piece.
 template <class T>
 size_t selective_scan_backward_workspace(const ScanBackwardArgs<T>& a) {
   if (a.in.batch * a.in.d_inner == 0) return 0;
@@ -5037,7 +5047,7 @@ void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspac
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts);
   CUDA_CHECK(cudaGetLastError());
-  selective_scan_backward_sums(a, parts, stream);
+  selective_scan_backward_sum(a, parts, stream);
 }
 
 // Every gradient of `selective_scan`.

@@ -277,6 +277,10 @@ void backward_rungs_match(const char* type, const std::vector<Index>& some_lengt
       p.check("naive", naive, run_backward_naive<T>);
       p.check("fused", fused, run_backward<T>);
     }
+  const GradientProblem<T> split({1, 500, 264, 12, 2, 63}, 99);
+  CHECK(scan_backward_is_fused(split.args()));
+  CHECK(scan_pieces(split.args()).count > 1);
+  split.check("fused, split", fused, run_backward<T>);
 }
 
 }  // namespace
@@ -333,6 +337,17 @@ TEST_CASE("cuda selective_scan_backward: cut anywhere, the gradient of the state
     p.check("naive", naive, cut_at(cut, run_backward_naive<float>));
     p.check("fused", fused, cut_at(cut, run_backward<float>));
   }
+}
+
+TEST_CASE("cuda selective_scan_backward: what its threads work with is in registers") {
+  const auto in_memory = [](auto* kernel) {
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.localSizeBytes;
+  };
+  CHECK(in_memory(selective_scan_backward_summary_kernel<bf16>) == 0);
+  CHECK(in_memory(selective_scan_backward_fused_kernel<bf16>) == 0);
+  CHECK(in_memory(selective_scan_backward_fused_kernel<float>) == 0);
 }
 
 TEST_CASE("cuda selective_scan_backward: the same bits on every run") {
