@@ -36,6 +36,17 @@
 // embedding_kernel                   backbone               a row of the table     tokens
 // best_kernel, weight_kernel,        sample (mamba.hpp)     CUB's radix sort, sums batch,
 //   sample_kernel                                           of 32 stretches        vocabulary
+// selective_scan_backward_           selective_scan_backward
+//   naive_kernel                                            state by state back    batch, d
+//   summary_, link_, fused_kernel                           pieces linked, then    pieces of t,
+//                                                           each back in time      batch, d, N
+//   sum_kernel                                              parts in order         entries
+// causal_conv1d_backward_kernel      causal_conv1d_backward two windows slide      pieces of t, d
+// rms_norm_backward_kernel           rms_norm_backward      a row twice            pieces of rows
+// gated_rms_norm_backward_kernel     gated_rms_norm_backward the same              the same, groups
+// cross_entropy_kernel               cross_entropy          logits to dlogits      rows
+// embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
+// gradient_norm_kernel, adamw_kernel adamw_step             all weights at once    pieces of them
 #include "train.hpp"
 
 #include <cublas_v2.h>
@@ -4269,34 +4280,57 @@ __device__ inline float sigmoid(float x) {
   return x < 0.f ? e * r : r;
 }
 
-// What the backward needs of (t, d) alone.
-struct ScanPoint {
-  float x, delta, dy;
-  float slope;  // of delta: by delta_raw
-  float dgate;  // dout silu'(z)
+// What the backward needs of n pairs (t, d) alone.
+template <int n>
+struct ScanPoints {
+  float x[n], delta[n], dy[n];
+  float slope[n];  // of delta: by delta_raw
+  float dgate[n];  // dout silu'(z)
 };
-template <class T>
-__device__ inline ScanPoint scan_point(const ScanArgs<T>& a, float x, float delta_raw, float z,
-                                       float dout) {
-  ScanPoint p{x, delta_raw, dout, 1.f, 0.f};
-  if (a.delta_softplus) p.delta = softplus(delta_raw), p.slope = sigmoid(delta_raw);
-  p.delta *= a.delta_ratio, p.slope *= a.delta_ratio;
+template <int n, class T>
+__device__ inline ScanPoints<n> scan_points(const ScanArgs<T>& a, const float (&x)[n],
+                                            const float (&delta_raw)[n], const float (&z)[n],
+                                            const float (&dout)[n]) {
+  ScanPoints<n> p;
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    p.x[i] = x[i], p.delta[i] = delta_raw[i], p.dy[i] = dout[i], p.slope[i] = 1.f, p.dgate[i] = 0.f;
+  if (a.delta_softplus) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      p.delta[i] = softplus(delta_raw[i]), p.slope[i] = sigmoid(delta_raw[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) p.delta[i] *= a.delta_ratio, p.slope[i] *= a.delta_ratio;
   if (a.z) {
-    const float s = sigmoid(z);
-    p.dy = dout * z * s, p.dgate = dout * s * fmaf(z, 1.f - s, 1.f);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float s = sigmoid(z[i]);
+      p.dy[i] = dout[i] * z[i] * s, p.dgate[i] = dout[i] * s * fmaf(z[i], 1.f - s, 1.f);
+    }
   }
   return p;
 }
 
-// What is left to be done at (t, d) when the sums over its states are there: y = C . h,
-// gB = g . B, gh = A . (g a h_{t-1}).
+// What is left to be done there when the sums over states are known: y = C . h, gB = g . B,
+// gh = A . (g a h_{t-1}).
+template <int n>
 struct ScanPointGradients {
-  float dx, ddelta, dz, dD;
+  float dx[n], ddelta[n], dz[n], dD[n];
 };
-__device__ inline ScanPointGradients finish_point(const ScanPoint& p, float D, float y, float gB,
-                                                  float gh) {
-  return {fmaf(p.delta, gB, D * p.dy), fmaf(p.x, gB, gh) * p.slope, p.dgate * fmaf(D, p.x, y),
-          p.dy * p.x};
+template <int n>
+__device__ inline ScanPointGradients<n> finish_points(const ScanPoints<n>& p, const float (&D)[n],
+                                                      const float (&y)[n], const float (&gB)[n],
+                                                      const float (&gh)[n]) {
+  ScanPointGradients<n> g;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    g.dx[i] = fmaf(p.delta[i], gB[i], D[i] * p.dy[i]);
+    g.ddelta[i] = fmaf(p.x[i], gB[i], gh[i]) * p.slope[i];
+    g.dz[i] = p.dgate[i] * fmaf(D[i], p.x[i], y[i]);
+    g.dD[i] = p.dy[i] * p.x[i];
+  }
+  return g;
 }
 
 // Sums that several blocks contribute to, each to its own place, until all are there and are added
@@ -4320,10 +4354,10 @@ int64_t rows_in_all(const ScanBackwardArgs<T>& a) {
   return a.in.cu_seqlens && a.n_rows ? a.n_rows : a.in.batch * a.in.L;
 }
 
-// dB and dC from the parts of all blocks of channels of a group, one thread an entry of either.
+// Entry i of dB and dC, from the parts of all blocks of channels of a group.
 template <class T>
-__global__ void selective_scan_backward_sum_BC_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__device__ inline void add_BC_parts(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                    int64_t i) {
   const int64_t width = 2 * parts.states, groups = a.in.n_groups, N = a.in.d_state;
   const int64_t n = i % parts.states, t = i / width / groups, group = i / width % groups;
   if (t >= (a.in.cu_seqlens ? a.in.cu_seqlens[a.in.batch] : parts.rows) || n >= N) return;
@@ -4337,10 +4371,10 @@ __global__ void selective_scan_backward_sum_BC_kernel(ScanBackwardArgs<T> a, Sca
   row[group * N + n] = from_float<T>(sum);
 }
 
-// Adds the parts of all walks to dA, dD and dbias, one thread an entry of one of them.
+// Adds the parts of all walks to entry i of dA, dD and dbias.
 template <class T>
-__global__ void selective_scan_backward_sum_weights_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
-  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__device__ inline void add_weight_parts(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                        int64_t i) {
   const int64_t d_inner = a.in.d_inner, of_A = d_inner * parts.states;
   if (i >= of_A + 2 * d_inner) return;
   const float* part = i < of_A ? parts.A + i : parts.D_bias + (i - of_A);
@@ -4353,6 +4387,14 @@ __global__ void selective_scan_backward_sum_weights_kernel(ScanBackwardArgs<T> a
 #pragma unroll 8
   for (int64_t k = 0; k < parts.walks; ++k) sum += part[k * step];
   *to += sum;
+}
+
+// One thread an entry.
+template <class T>
+__global__ void selective_scan_backward_sum_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t of_BC = 2 * parts.rows * a.in.n_groups * parts.states;
+  i < of_BC ? add_BC_parts(a, parts, i) : add_weight_parts(a, parts, i - of_BC);
 }
 
 // Per row and channel, for one state after the other: h of every row, and the sums over states.
@@ -4376,35 +4418,37 @@ __global__ void __launch_bounds__(32)
   const Rows rows = rows_of(b, in.L, in.cu_seqlens);
   const int64_t end = rows.first + rows.count;
   const float bias = in.delta_bias ? in.delta_bias[d] : 0.f;
-  const auto point = [&](int64_t t) {
-    return scan_point(in, to_float(in.x[t * in.x_stride + d]),
-                      to_float(in.delta[t * in.delta_stride + d]) + bias,
-                      in.z ? to_float(in.z[t * in.z_stride + d]) : 0.f,
-                      exists ? to_float(a.dout[t * a.dout_stride + d]) : 0.f);
+  const auto points = [&](int64_t t) {  // one
+    return scan_points<1>(in, {to_float(in.x[t * in.x_stride + d])},
+                          {to_float(in.delta[t * in.delta_stride + d]) + bias},
+                          {in.z ? to_float(in.z[t * in.z_stride + d]) : 0.f},
+                          {exists ? to_float(a.dout[t * a.dout_stride + d]) : 0.f});
   };
   for (int64_t n = 0; n < N; ++n) {
     const T *B = in.B + group * N + n, *C = in.C + group * N + n;
     const float A = in.A[d * N + n], h0 = in.h0 ? in.h0[i * N + n] : 0.f;
     float h = h0, dA = 0.f, u = a.dhT && exists ? a.dhT[i * N + n] : 0.f;
     for (int64_t t = rows.first; t < end && exists; ++t) {
-      const ScanPoint p = point(t);
+      const ScanPoints<1> p = points(t);
+      const float delta = *p.delta;
       const int64_t at = t * in.d_inner + d;
-      h = expf(p.delta * A) * h + p.delta * p.x * to_float(B[t * in.B_stride]);
+      h = expf(delta * A) * h + delta * *p.x * to_float(B[t * in.B_stride]);
       of.h[at] = h;
       of.y[at] = (n > 0 ? of.y[at] : 0.f) + to_float(C[t * in.C_stride]) * h;
     }
     for (int64_t t = end - 1; t >= rows.first; --t) {
-      const ScanPoint p = point(t);
+      const ScanPoints<1> p = points(t);
+      const float delta = *p.delta, dy = *p.dy;
       const int64_t at = t * in.d_inner + d;
       const float B_t = to_float(B[t * in.B_stride]), C_t = to_float(C[t * in.C_stride]);
       const float before = t > rows.first && exists ? of.h[at - in.d_inner] : h0;
-      const float a_t = expf(p.delta * A), g = C_t * p.dy + u, gah = g * a_t * before;
-      const float dB = warp_sum(g * p.delta * p.x), dC = warp_sum(exists ? p.dy * of.h[at] : 0.f);
+      const float a_t = expf(delta * A), g = C_t * dy + u, gah = g * a_t * before;
+      const float dB = warp_sum(g * delta * *p.x), dC = warp_sum(exists ? dy * of.h[at] : 0.f);
       if (threadIdx.x == 0) {
         float* const part = parts.BC + (block * parts.rows + t) * 2 * N + n;
         part[0] = dB, part[N] = dC;
       }
-      u = a_t * g, dA += p.delta * gah;
+      u = a_t * g, dA += delta * gah;
       if (!exists) continue;
       of.gB[at] = (n > 0 ? of.gB[at] : 0.f) + g * B_t;
       of.gh[at] = (n > 0 ? of.gh[at] : 0.f) + A * gah;
@@ -4416,12 +4460,12 @@ __global__ void __launch_bounds__(32)
   float dD = 0.f, dbias = 0.f;
   for (int64_t t = rows.first; t < end; ++t) {
     const int64_t at = t * in.d_inner + d;
-    const ScanPointGradients g =
-        finish_point(point(t), in.D ? in.D[d] : 0.f, of.y[at], of.gB[at], of.gh[at]);
-    a.dx[t * a.dx_stride + d] = from_float<T>(g.dx);
-    a.ddelta[t * a.ddelta_stride + d] = from_float<T>(g.ddelta);
-    if (in.z) a.dz[t * a.dz_stride + d] = from_float<T>(g.dz);
-    dD += g.dD, dbias += g.ddelta;
+    const auto g =
+        finish_points<1>(points(t), {in.D ? in.D[d] : 0.f}, {of.y[at]}, {of.gB[at]}, {of.gh[at]});
+    a.dx[t * a.dx_stride + d] = from_float<T>(*g.dx);
+    a.ddelta[t * a.ddelta_stride + d] = from_float<T>(*g.ddelta);
+    if (in.z) a.dz[t * a.dz_stride + d] = from_float<T>(*g.dz);
+    dD += *g.dD, dbias += *g.ddelta;
   }
   parts.D_bias[2 * b * in.d_inner + d] = dD;
   parts.D_bias[(2 * b + 1) * in.d_inner + d] = dbias;
@@ -4474,7 +4518,8 @@ struct BackMemory {  // of a block of the fused kernel
   struct Warp {
     BackRows rows;
     alignas(16) float x[kRows][32], slope[kRows][32], dgate[kRows][32];
-    alignas(16) float y[kRows][32], gB[kRows][32], gh[kRows][32];  // sums over states
+    // Of a lane's channels, each its p_t of the lane's states; when row t is walked back, {y, g . B,
+    // A . (g p)}, each of the lane's channels, so far as the lane's states go.
     Vector<float, 4> p[kRows][BackTile::kChannels][32];
   } warp[BackTile::kWarps];
   alignas(16) float BC[2][BackTile::kWarps][kRows][32];  // of ways with even and odd numbers
@@ -4489,8 +4534,11 @@ struct BackWarp {
                 "32 lanes: 4 rows of 8 times 4 channels, twice; 8 rows of 4 times 4 states");
   const ScanBackwardArgs<T>& a;
   const int lane = threadIdx.x % 32;
-  const int walked = lane / 4 * 4, state = lane % 4 * 4;  // the first of 4 channels, of 4 states
-  const int row = lane / 8, served = lane % 8 * 4;        // rows `row` and row + 4; 4 channels
+  // The first of 4 channels, from bits 0, 2 and 4 of the lane's number; and of 4 states, from bits 1
+  // and 3. Lanes side by side have the same states, every other two the same channels: shared memory
+  // serves them together.
+  const int walked = 4 * lane_bits<21>(lane), state = 4 * lane_bits<10>(lane);
+  const int row = lane / 8, served = lane % 8 * 4;  // rows `row` and row + 4; 4 channels
   Rows rows;
   int64_t sequence, piece, block, group;  // piece: of all; block: of channels, of all groups
   int64_t channel;                        // the warp's first
@@ -4506,6 +4554,11 @@ struct BackWarp {
     rows = {rows.first + skip, min(pieces.length, rows.count - skip)};
     const int c = block % blocks * BackTile::kThreads + threadIdx.x / 32 * 32;
     channel = group * channels + c, n_channels = min(32, channels - c);
+  }
+  // The lane that walks with these channels and states.
+  __device__ static int walker(int channels, int states) {
+    return channels / 4 % 2 | channels / 8 % 2 * 4 | channels / 16 * 16 | states / 4 % 2 * 2 |
+           states / 8 * 8;
   }
   __device__ int ways() const { return ceil_div(int(rows.count), kRows); }
   __device__ int64_t way(int j) const { return rows.first / kRows + sequence + j; }
@@ -4523,9 +4576,12 @@ struct BackWarp {
   }
   // To and from (d_inner, kN).
   __device__ void load_states(const float* from, float (&h)[4][4]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) unpack(Vector<float, 4>(), h[k]);
+    if (walked >= n_channels) return;
     from += (channel + walked) * kN + state;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) unpack(load<4>(from + k * kN, walked < n_channels), h[k]);
+    for (int k = 0; k < 4; ++k) unpack(load<4>(from + k * kN, true), h[k]);
   }
   __device__ void store_states(float* to, const float (&h)[4][4]) const {
     if (walked >= n_channels) return;
@@ -4544,22 +4600,32 @@ struct BackWarp {
   struct Raw {
     Vector<T, 4> x[2], delta[2], z[2], dout[2], B, C;
   };
-  __device__ void fetch(int j, Raw& raw) const {
+  // Where a lane reads the way that it fetches next.
+  struct Cursor {
+    const T *x, *delta, *z, *dout, *B, *C;
+  };
+  __device__ Cursor cursor(int j) const {
     const ScanArgs<T>& in = a.in;
-    const int64_t first = rows.first + j * kRows;
-    const int left = served < n_channels ? int(rows.count) - j * kRows : 0;
-    const auto both = [&](Vector<T, 4>(&to)[2], const T* from, int64_t stride) {
-      from += (first + row) * stride + channel + served;
-      to[0] = load<4>(from, row < left), to[1] = load<4>(from + 4 * stride, row + 4 < left);
+    const int64_t t = rows.first + j * kRows + row, t_BC = rows.first + j * kRows + lane / 4;
+    const int64_t d = channel + served, n = group * in.d_state + lane % 4 * 4;
+    return {in.x + t * in.x_stride + d,    in.delta + t * in.delta_stride + d,
+            in.z + t * in.z_stride + d,    a.dout + t * a.dout_stride + d,
+            in.B + t_BC * in.B_stride + n, in.C + t_BC * in.C_stride + n};
+  }
+  // Fetches way j, to which the cursor points, and moves the cursor on by so many ways.
+  __device__ void fetch(int j, Cursor& from, int ways, Raw& raw) const {
+    const ScanArgs<T>& in = a.in;
+    const int left = int(rows.count) - j * kRows, of_channels = served < n_channels ? left : 0;
+    const auto both = [&](Vector<T, 4>(&to)[2], const T*& p, int64_t stride) {
+      to[0] = load<4>(p, row < of_channels), to[1] = load<4>(p + 4 * stride, row + 4 < of_channels);
+      p += ways * kRows * stride;
     };
-    both(raw.x, in.x, in.x_stride), both(raw.delta, in.delta, in.delta_stride);
-    both(raw.dout, a.dout, a.dout_stride);
-    if (in.z) both(raw.z, in.z, in.z_stride);
-    const int r = lane / 4;
-    const int64_t t = first + r, n = group * in.d_state + state;
-    const bool inside = j * kRows + r < rows.count && state < in.d_state;
-    raw.B = load<4>(in.B + t * in.B_stride + n, inside);
-    raw.C = load<4>(in.C + t * in.C_stride + n, inside);
+    both(raw.x, from.x, in.x_stride), both(raw.delta, from.delta, in.delta_stride);
+    both(raw.dout, from.dout, a.dout_stride);
+    if (in.z) both(raw.z, from.z, in.z_stride);
+    const bool inside = lane / 4 < left && lane % 4 * 4 < in.d_state;
+    raw.B = load<4>(from.B, inside), raw.C = load<4>(from.C, inside);
+    from.B += ways * kRows * in.B_stride, from.C += ways * kRows * in.C_stride;
   }
   __device__ void load_served(const float* from, float (&to)[4]) const {  // zeros without it
 #pragma unroll
@@ -4572,26 +4638,28 @@ struct BackWarp {
                           const Function& f) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float x[4], delta[4], z[4] = {}, dout[4], delta_x[4], dy[4];
+      float x[4], delta[4], z[4] = {}, dout[4], delta_x[4];
       unpack(raw.x[half], x), unpack(raw.delta[half], delta), unpack(raw.dout[half], dout);
       if (a.in.z) unpack(raw.z[half], z);
       const int r = row + 4 * half;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) delta[i] += bias[i];
+      ScanPoints<4> p = scan_points(a.in, x, delta, z, dout);
       const bool inside = j * kRows + r < rows.count;
-      ScanPoint p[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        p[i] = scan_point(a.in, x[i], delta[i] + bias[i], z[i], dout[i]);
-        if (!inside) p[i].delta = p[i].slope = 0.f;  // the state stands still
-        delta[i] = p[i].delta, delta_x[i] = p[i].delta * x[i], dy[i] = p[i].dy;
+        if (!inside) p.delta[i] = p.slope[i] = 0.f;  // the state stands still
+        delta_x[i] = p.delta[i] * x[i];
       }
-      store(&to.delta[r][served], pack<float>(delta));
+      store(&to.delta[r][served], pack<float>(p.delta));
       store(&to.delta_x[r][served], pack<float>(delta_x));
-      store(&to.dy[r][served], pack<float>(dy));
+      store(&to.dy[r][served], pack<float>(p.dy));
       f(r, p);
     }
     float B[4], C[4];
     unpack(raw.B, B), unpack(raw.C, C);
-    store(&to.B[lane / 4][state], pack<float>(B)), store(&to.C[lane / 4][state], pack<float>(C));
+    store(&to.B[lane / 4][lane % 4 * 4], pack<float>(B));
+    store(&to.C[lane / 4][lane % 4 * 4], pack<float>(C));
   }
 };
 
@@ -4610,14 +4678,15 @@ __global__ void __launch_bounds__(BackTile::kThreads, 3)
   for (int k = 0; k < 16; ++k) P[k / 4][k % 4] = 1.f;
   typename BackWarp<T>::Raw raw;
   const int ways = warp.ways();
-  if (ways > 0) warp.fetch(0, raw);
+  auto cursor = warp.cursor(0);
+  if (ways > 0) warp.fetch(0, cursor, 1, raw);
   for (int j = 0; j < ways; ++j) {
     warp.store_states(pieces.h_way + warp.way(j) * d_inner * BackTile::kN, h);
     if (exists) pieces.before[warp.way(j) * d_inner + own] = total;
     __syncwarp();  // all lanes have read the way before
-    warp.prepare(j, raw, bias, rows, [](int, const ScanPoint(&)[4]) {});
+    warp.prepare(j, raw, bias, rows, [](int, const ScanPoints<4>&) {});
     __syncwarp();  // what is prepared is there to be read
-    if (j + 1 < ways) warp.fetch(j + 1, raw);
+    if (j + 1 < ways) warp.fetch(j + 1, cursor, 1, raw);
 #pragma unroll
     for (int r = 0; r < BackTile::kRows; ++r) total += rows.delta[r][warp.lane];
 #pragma unroll 4
@@ -4696,21 +4765,24 @@ struct BackLane {
   BackMemory::Warp& memory;
   float A[4][4], u[4][4], dA[4][4] = {};           // as it walks
   float D[4], bias[4], dD[4] = {}, dbias[4] = {};  // as it prepares and finishes
+  T *dx, *ddelta, *dz;                             // row `row` of the way
 
   __device__ BackLane(const BackWarp<T>& warp, BackMemory::Warp& memory)
       : warp(warp), memory(memory) {
     warp.load_A(A);
-    warp.load_served(warp.a.in.D, D), warp.load_served(warp.a.in.delta_bias, bias);
+    const ScanBackwardArgs<T>& a = warp.a;
+    warp.load_served(a.in.D, D), warp.load_served(a.in.delta_bias, bias);
+    const int64_t t = warp.rows.first + (warp.ways() - 1) * BackTile::kRows + warp.row;
+    const int64_t d = warp.channel + warp.served;
+    dx = a.dx + t * a.dx_stride + d, ddelta = a.ddelta + t * a.ddelta_stride + d;
+    dz = a.dz + t * a.dz_stride + d;
   }
 
   __device__ void prepare(int j, const typename BackWarp<T>::Raw& raw) {
-    warp.prepare(j, raw, bias, memory.rows, [&](int r, const ScanPoint(&p)[4]) {
-      const float x[4] = {p[0].x, p[1].x, p[2].x, p[3].x};
-      const float slope[4] = {p[0].slope, p[1].slope, p[2].slope, p[3].slope};
-      const float dgate[4] = {p[0].dgate, p[1].dgate, p[2].dgate, p[3].dgate};
-      store(&memory.x[r][warp.served], pack<float>(x));
-      store(&memory.slope[r][warp.served], pack<float>(slope));
-      store(&memory.dgate[r][warp.served], pack<float>(dgate));
+    warp.prepare(j, raw, bias, memory.rows, [&](int r, const ScanPoints<4>& p) {
+      store(&memory.x[r][warp.served], pack<float>(p.x));
+      store(&memory.slope[r][warp.served], pack<float>(p.slope));
+      store(&memory.dgate[r][warp.served], pack<float>(p.dgate));
     });
   }
 
@@ -4735,12 +4807,13 @@ struct BackLane {
     }
   }
 
-  // Row r: the lane's shares of y, g . B and A . (g p) of its channels, and of dB and dC of its states.
-  __device__ void row(int r, float (&sums)[12], float (&BC)[8]) {
+  // Row r: leaves y, g . B and A . (g p) of the lane's channels, and adds to dB and dC of its states.
+  __device__ void row(int r, float (&BC)[8]) {
     const BackRows& rows = memory.rows;
     float delta[4], delta_x[4], dy[4], B[4], C[4];
     warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
     warp.of_channels(rows.dy[r], dy), warp.of_states(rows.B[r], B), warp.of_states(rows.C[r], C);
+    float y[4] = {}, gB[4] = {}, gh[4] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float p[4];
@@ -4749,58 +4822,74 @@ struct BackLane {
       for (int n = 0; n < 4; ++n) {
         const float a_t = exp2_approx(delta[k] * A[k][n]), g = fmaf(C[n], dy[k], u[k][n]);
         const float h = fmaf(delta_x[k], B[n], p[n]), gp = g * p[n];
-        sums[3 * k] = fmaf(C[n], h, sums[3 * k]);
-        sums[3 * k + 1] = fmaf(g, B[n], sums[3 * k + 1]);
-        sums[3 * k + 2] = fmaf(A[k][n], gp, sums[3 * k + 2]);
+        y[k] = fmaf(C[n], h, y[k]);
+        gB[k] = fmaf(g, B[n], gB[k]);
+        gh[k] = fmaf(A[k][n], gp, gh[k]);
         dA[k][n] = fmaf(delta[k], gp, dA[k][n]);
         BC[n] = fmaf(g, delta_x[k], BC[n]);
         BC[4 + n] = fmaf(dy[k], h, BC[4 + n]);
         u[k][n] = a_t * g;
       }
     }
+    Vector<float, 4>(&sums)[4][32] = memory.p[r];  // in the place of the lane's own p
+    sums[0][warp.lane] = pack<float>(y), sums[1][warp.lane] = pack<float>(gB);
+    sums[2][warp.lane] = pack<float>(gh);
   }
 
-  // Walks a way back; leaves the sums of each row over states, and the warp's over channels in BC_of.
+  // Walks a way back; leaves the warp's dB and dC of each row in BC_of.
   __device__ void back(float (&BC_of)[BackTile::kRows][32]) {
-    const int lane = warp.lane;
+    const int lane = warp.lane, place = warp.walked / 16 * 16 + warp.state + warp.walked / 4 % 4;
 #pragma unroll 2
     for (int r = BackTile::kRows - 1; r >= 0; --r) {
-      float sums[12] = {}, BC[8] = {};
-      row(r, sums, BC);
-      exchange_halves<2, 6>(sums, lane), exchange_halves<1, 3>(sums, lane);
-      memory.y[r][lane] = sums[0], memory.gB[r][lane] = sums[1], memory.gh[r][lane] = sums[2];
-      exchange_halves<16, 4>(BC, lane), exchange_halves<8, 2>(BC, lane);
-      exchange_halves<4, 1>(BC, lane);
-      BC_of[r][lane / 16 * 16 + lane % 4 * 4 + lane / 4 % 4] = BC[0];
+      float BC[8] = {};
+      row(r, BC);
+      exchange_halves<16, 4>(BC, lane), exchange_halves<4, 2>(BC, lane);
+      exchange_halves<1, 1>(BC, lane);
+      BC_of[r][place] = BC[0];
     }
   }
 
-  // Completes the gradients of the lane's two rows of way j.
+  // Sum q of row r over all states, for the lane's channels that are served. Lanes start with
+  // different states, so that shared memory has no bank conflicts.
+  __device__ void add_states(int r, int q, float (&sum)[4]) const {
+    unpack(Vector<float, 4>(), sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float part[4];
+      const int states = 4 * (i ^ warp.served / 16);
+      unpack(memory.p[r][q][warp.walker(warp.served, states)], part);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] += part[k];
+    }
+  }
+
+  // Completes the gradients of the lane's two rows of way j, and goes on to way j - 1.
   __device__ void finish(int j) {
     const ScanBackwardArgs<T>& a = warp.a;
     if (warp.served >= warp.n_channels) return;
 #pragma unroll
-    for (int r = warp.row; r < BackTile::kRows; r += 4) {
-      float x[4], delta[4], dy[4], slope[4], dgate[4], y[4], gB[4], gh[4], dz[4];
+    for (int half = 0; half < 2; ++half) {
+      const int r = warp.row + 4 * half;
       const auto read = [&](const float(&rows)[BackTile::kRows][32], float(&to)[4]) {
         unpack(load<4>(&rows[r][warp.served], true), to);
       };
-      read(memory.x, x), read(memory.rows.delta, delta), read(memory.rows.dy, dy);
-      read(memory.slope, slope), read(memory.dgate, dgate);
-      read(memory.y, y), read(memory.gB, gB), read(memory.gh, gh);
+      ScanPoints<4> p;
+      float y[4], gB[4], gh[4];
+      read(memory.x, p.x), read(memory.rows.delta, p.delta), read(memory.rows.dy, p.dy);
+      read(memory.slope, p.slope), read(memory.dgate, p.dgate);
+      add_states(r, 0, y), add_states(r, 1, gB), add_states(r, 2, gh);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const ScanPointGradients g = finish_point({x[i], delta[i], dy[i], slope[i], dgate[i]}, D[i],
-                                                  y[i], gB[i], gh[i] * kLn2);
-        x[i] = g.dx, delta[i] = g.ddelta, dz[i] = g.dz;
-        dD[i] += g.dD, dbias[i] += g.ddelta;
-      }
+      for (int i = 0; i < 4; ++i) gh[i] *= kLn2;  // A was taken times log2(e)
+      const ScanPointGradients<4> g = finish_points(p, D, y, gB, gh);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dD[i] += g.dD[i], dbias[i] += g.ddelta[i];
       if (j * BackTile::kRows + r >= warp.rows.count) continue;
-      const int64_t t = warp.rows.first + j * BackTile::kRows + r, d = warp.channel + warp.served;
-      store(a.dx + t * a.dx_stride + d, pack<T>(x));
-      store(a.ddelta + t * a.ddelta_stride + d, pack<T>(delta));
-      if (a.in.z) store(a.dz + t * a.dz_stride + d, pack<T>(dz));
+      store(dx + 4 * half * a.dx_stride, pack<T>(g.dx));
+      store(ddelta + 4 * half * a.ddelta_stride, pack<T>(g.ddelta));
+      if (a.in.z) store(dz + 4 * half * a.dz_stride, pack<T>(g.dz));
     }
+    dx -= BackTile::kRows * a.dx_stride, ddelta -= BackTile::kRows * a.ddelta_stride;
+    dz -= BackTile::kRows * a.dz_stride;
   }
 };
 
@@ -4836,14 +4925,15 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
   warp.load_states(pieces.later + at * kN, lane.u);
   typename BackWarp<T>::Raw raw;
   const int ways = warp.ways();
-  if (ways > 0) warp.fetch(ways - 1, raw);
+  auto cursor = warp.cursor(ways - 1);
+  if (ways > 0) warp.fetch(ways - 1, cursor, -1, raw);
   for (int j = ways - 1; j >= 0; --j) {
     float h[4][4];
     warp.load_states(pieces.h_way + warp.way(j) * d_inner * kN, h);
     const float before = exists ? pieces.before[warp.way(j) * d_inner + own] : 0.f;
     lane.prepare(j, raw);
     __syncwarp();  // what is prepared is there to be read
-    if (j > 0) warp.fetch(j - 1, raw);
+    if (j > 0) warp.fetch(j - 1, cursor, -1, raw);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float sum = __shfl_sync(~0u, before, warp.walked + k);
@@ -4875,14 +4965,11 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
 // --- launchers ------------------------------------------------------------------------------
 
 template <class T>
-void selective_scan_backward_sums(const ScanBackwardArgs<T>& a, const ScanParts& parts,
-                                  cudaStream_t stream) {
-  const int64_t sums = 2 * parts.rows * a.in.n_groups * parts.states;
-  const int64_t weights = a.in.d_inner * (parts.states + 2);
-  if (sums > 0)
-    selective_scan_backward_sum_BC_kernel<<<ceil_div(sums, 128), 128, 0, stream>>>(a, parts);
-  CUDA_CHECK(cudaGetLastError());
-  selective_scan_backward_sum_weights_kernel<<<ceil_div(weights, 128), 128, 0, stream>>>(a, parts);
+void selective_scan_backward_sum(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                 cudaStream_t stream) {
+  const int64_t entries =
+      2 * parts.rows * a.in.n_groups * parts.states + a.in.d_inner * (parts.states + 2);
+  selective_scan_backward_sum_kernel<<<ceil_div(entries, 128), 128, 0, stream>>>(a, parts);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -4911,7 +4998,7 @@ void selective_scan_backward_naive(const ScanBackwardArgs<T>& a, float* workspac
   selective_scan_backward_naive_kernel<<<a.in.batch * parts.blocks, 32, 0, stream>>>(a, history,
                                                                                      parts);
   CUDA_CHECK(cudaGetLastError());
-  selective_scan_backward_sums(a, parts, stream);
+  selective_scan_backward_sum(a, parts, stream);
 }
 
 // Into how many pieces the fused kernel cuts each sequence: so that its blocks, of which each
@@ -4951,8 +5038,8 @@ ScanParts fused_scan_parts(const ScanBackwardArgs<T>& a, const ScanPieces& piece
   return {blocks, rows_in_all(a), a.in.batch * pieces.count, BackTile::kN};
 }
 
-// Bytes of workspace that `selective_scan_backward` needs: per row and channel, a state every kRows
-// rows is the most of it, 8 bytes.
+// Bytes of workspace that `selective_scan_backward` needs: 9.5 for each row and channel, of which 8
+// are a state every kRows rows, and little more for each piece.
 template <class T>
 size_t selective_scan_backward_workspace(const ScanBackwardArgs<T>& a) {
   if (a.in.batch * a.in.d_inner == 0) return 0;
@@ -4988,7 +5075,7 @@ void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspac
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts);
   CUDA_CHECK(cudaGetLastError());
-  selective_scan_backward_sums(a, parts, stream);
+  selective_scan_backward_sum(a, parts, stream);
 }
 
 // Every gradient of `selective_scan`.

@@ -15,25 +15,45 @@ struct GradientCase {
   int options;  // bits: D, z, bias, softplus, h0, dhT
 };
 
-using Gradients = std::map<std::string, Matrix<double>>;  // by the name of the input
+using NamedGradients = std::map<std::string, Matrix<double>>;  // by the name of the input
 
-// The gradients of one sequence by the recurrence, or m: all terms of every sum with the same sign.
+// One sequence.
 struct ScanTruth {
   Matrix<double> x, delta, A, B, C, D, z, bias, h0, dout, dhT;
   bool softplus;
   Index groups;
 
+  NamedGradients reference() const {
+    const StateMatrix<double> A_columns = A;
+    ssm::ScanInputs<double> in;
+    in.x = x, in.delta = delta, in.A = A_columns, in.B = B, in.C = C;
+    if (D.size()) in.D = D;
+    if (z.size()) in.z = z;
+    if (bias.size()) in.delta_bias = bias;
+    in.delta_softplus = softplus;
+    const auto state = [&](const Matrix<double>& m) -> StateMatrix<double> {
+      if (m.size()) return m;
+      return StateMatrix<double>::Zero(A.rows(), A.cols());
+    };
+    StateMatrix<double> dh = state(dhT);
+    const StateMatrix<double> before = state(h0);
+    const auto d = ssm::selective_scan_backward<double>(in, before, dout, dh);
+    return {{"x", d.x}, {"delta", d.delta},     {"A", d.A}, {"B", d.B}, {"C", d.C}, {"D", d.D},
+            {"z", d.z}, {"bias", d.delta_bias}, {"h0", dh}};
+  }
+
+  // m (DESIGN: Numerics): the same recurrence, but with all terms of every sum made positive.
   static double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
 
-  Gradients gradients(bool sizes) const {
+  NamedGradients sizes() const {
     const Index L = x.rows(), d = x.cols(), N = A.cols();
-    const auto of = [&](double v) { return sizes ? std::abs(v) : v; };
+    const auto of = [](double v) { return std::abs(v); };
     const auto zeros = [](const Matrix<double>& m) {
       return Matrix<double>(Matrix<double>::Zero(m.rows(), m.cols()));
     };
-    Gradients g = {{"x", zeros(x)}, {"delta", zeros(x)},   {"A", zeros(A)},
-                   {"B", zeros(B)}, {"C", zeros(B)},       {"D", zeros(D)},
-                   {"z", zeros(z)}, {"bias", zeros(bias)}, {"h0", Matrix<double>::Zero(d, N)}};
+    NamedGradients g = {{"x", zeros(x)}, {"delta", zeros(x)},   {"A", zeros(A)},
+                        {"B", zeros(B)}, {"C", zeros(B)},       {"D", zeros(D)},
+                        {"z", zeros(z)}, {"bias", zeros(bias)}, {"h0", Matrix<double>::Zero(d, N)}};
     std::vector<double> h(static_cast<std::size_t>(L + 1));
     for (Index c = 0; c < d; ++c) {
       const Index group = c / (d / groups);
@@ -95,7 +115,7 @@ struct GradientProblem {
   GradientCase c;
   std::vector<Index> lengths;                                   // of the sequences
   Matrix<double> x, delta, A, B, C, D, z, bias, h0, dout, dhT;  // sequences one behind another
-  Gradients want, size;
+  NamedGradients want, size;
   DeviceBuffer<T> x_d, delta_d, B_d, C_d, z_d, dout_d;
   DeviceBuffer<float> A_d, D_d, bias_d, h0_d, dhT_d;
   DeviceBuffer<int64_t> cu_seqlens_d;
@@ -132,10 +152,10 @@ struct GradientProblem {
     want = expected(false, starts), size = expected(true, starts);
   }
 
-  Gradients expected(bool sizes, const std::vector<int64_t>& starts) const {
-    Gradients all = {{"x", x}, {"delta", x},   {"A", A},
-                     {"B", B}, {"C", C},       {"D", D},
-                     {"z", z}, {"bias", bias}, {"h0", Matrix<double>(c.batch * c.d, c.N)}};
+  NamedGradients expected(bool sizes, const std::vector<int64_t>& starts) const {
+    NamedGradients all = {{"x", x}, {"delta", x},   {"A", A},
+                          {"B", B}, {"C", C},       {"D", D},
+                          {"z", z}, {"bias", bias}, {"h0", Matrix<double>(c.batch * c.d, c.N)}};
     for (auto& [name, m] : all) m.setZero();
     for (Index b = 0; b < c.batch; ++b) {
       const Index first = starts[static_cast<std::size_t>(b)],
@@ -150,12 +170,13 @@ struct GradientProblem {
                             part(C),   D,           part(z),    bias,
                             state(h0), part(dout),  state(dhT), bool(c.options & 8),
                             c.groups};
-      for (const auto& [name, m] : truth.gradients(sizes)) {
+      for (const auto& [name, m] : sizes ? truth.sizes() : truth.reference()) {
+        if (m.size() == 0) continue;
         if (name == "A" || name == "D" || name == "bias") {
           all[name] += m;
         } else if (name == "h0") {
           all[name].middleRows(b * c.d, c.d) = m;
-        } else if (m.size()) {
+        } else {
           all[name].middleRows(first, L) = m;
         }
       }
@@ -182,7 +203,7 @@ struct GradientProblem {
 
   // run(args): the operation. Returns every gradient; those of weights are added to ones.
   template <class Run>
-  Gradients run(const Run& run) const {
+  NamedGradients run(const Run& run) const {
     const Index rows = x.rows(), width = c.groups * c.N;
     const DeviceBuffer<T> dx = poisoned<T>(rows * c.d), ddelta = poisoned<T>(rows * c.d),
                           dz = poisoned<T>(z.size()), dB = poisoned<T>(rows * width),
@@ -197,7 +218,7 @@ struct GradientProblem {
     a.dC = dC.data(), a.dA = dA.data(), a.dD = dD.data(), a.dbias = dbias.data();
     a.dh0 = dh0.data();
     run(a);
-    Gradients got = {
+    NamedGradients got = {
         {"x", down(dx, rows, c.d)},           {"delta", down(ddelta, rows, c.d)},
         {"B", down(dB, rows, width)},         {"C", down(dC, rows, width)},
         {"z", down(dz, z.rows(), z.cols())},  {"A", down(dA, c.d, c.N)},
@@ -256,6 +277,10 @@ void backward_rungs_match(const char* type, const std::vector<Index>& some_lengt
       p.check("naive", naive, run_backward_naive<T>);
       p.check("fused", fused, run_backward<T>);
     }
+  const GradientProblem<T> split({1, 500, 264, 12, 2, 63}, 99);
+  CHECK(scan_backward_is_fused(split.args()));
+  CHECK(scan_pieces(split.args()).count > 1);
+  split.check("fused, split", fused, run_backward<T>);
 }
 
 }  // namespace
@@ -314,9 +339,20 @@ TEST_CASE("cuda selective_scan_backward: cut anywhere, the gradient of the state
   }
 }
 
+TEST_CASE("cuda selective_scan_backward: what its threads work with is in registers") {
+  const auto in_memory = [](auto* kernel) {
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.localSizeBytes;
+  };
+  CHECK(in_memory(selective_scan_backward_summary_kernel<bf16>) == 0);
+  CHECK(in_memory(selective_scan_backward_fused_kernel<bf16>) == 0);
+  CHECK(in_memory(selective_scan_backward_fused_kernel<float>) == 0);
+}
+
 TEST_CASE("cuda selective_scan_backward: the same bits on every run") {
   const GradientProblem<bf16> p({2, 300, 520, 16, 1, 63}, 3);
-  const Gradients first = p.run(run_backward<bf16>);
+  const NamedGradients first = p.run(run_backward<bf16>);
   for (int again = 0; again < 4; ++again)
     for (const auto& [name, got] : p.run(run_backward<bf16>)) {
       INFO(name);

@@ -226,9 +226,10 @@ void cross_entropy_matches(Index vocab, float scale, Worst& worst) {
   INFO("vocabulary " << vocab);
   Random random(9);
   const Index rows = 5, stride = ceil_div(vocab, Index{8}) * 8;
-  Matrix<double> logits = stored<float>(random.matrix<double>(rows, vocab, 4));
+  Matrix<double> logits = random.matrix<double>(rows, vocab, 4);
   logits.row(1).array() += 300;
   logits.row(2).array() -= 1000;
+  logits = stored<float>(logits);
   const std::vector<Token> targets = {0, Token(vocab - 1), Token(vocab / 2), -1, Token(vocab / 3)};
   Matrix<double> nll = Matrix<double>::Zero(rows, 1), want = Matrix<double>::Zero(rows, vocab);
   for (Index t = 0; t < rows; ++t) {
