@@ -4951,7 +4951,7 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
     lane.finish(j);
   }
   warp.store_states(parts.A + at * kN, lane.dA);
-  const auto store_served = [&](float(&v)[4], float* to) {  // over the lanes of the same channels
+  const auto store_served = [&](float (&v)[4], float* to) {  // over the lanes of the same channels
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[i] += __shfl_xor_sync(~0u, v[i], 8), v[i] += __shfl_xor_sync(~0u, v[i], 16);
@@ -5439,7 +5439,8 @@ static __global__ void __launch_bounds__(256) add_column_sums_kernel(ColumnSums 
   const int64_t c = int64_t(blockIdx.x) * 32 + lane;
   float sum = 0.f;
 #pragma unroll 8
-  for (int64_t r = warp; r < a.rows; r += 8) sum += c < a.columns ? a.parts[r * a.columns + c] : 0.f;
+  for (int64_t r = warp; r < a.rows; r += 8)
+    sum += c < a.columns ? a.parts[r * a.columns + c] : 0.f;
   of_warp[warp][lane] = sum;
   __syncthreads();  // all warps' sums are there before they are added
   float* const to = c < a.split ? a.to : a.rest;
@@ -5552,13 +5553,15 @@ struct ConvWindows {
 
   // One step: x[kWidth - 1] and dout have arrived -> dx of kWidth - 1 steps before. `own`: the step
   // is one of the warp's rows.
-  __device__ void step(const float (&dout)[kVector], bool activate, bool own, float (&dx)[kVector]) {
+  __device__ void step(const float (&dout)[kVector], bool activate, bool own,
+                       float (&dx)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       float s = bias[i], sum = 0.f;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) s = fmaf(weight[i][k], x[k][i], s);
-      const float now = activate ? dout[i] * silu_point(s).slope : dout[i], of_own = own ? now : 0.f;
+      const float now = activate ? dout[i] * silu_point(s).slope : dout[i],
+                  of_own = own ? now : 0.f;
       ds[kWidth - 1][i] = now, dbias[i] += of_own;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
@@ -5715,8 +5718,8 @@ __device__ inline NormSlopes norm_slopes(float squares, float along, int d, floa
 
 // The first pass over a row: sums of v^2 and of v weight dout, v_of(v, i) giving v[i .. i + 4).
 template <class T, class Values>
-__device__ inline NormSlopes norm_slopes_of_row(const T* dout, const float* weight, int d, float eps,
-                                                const Values& v_of) {
+__device__ inline NormSlopes norm_slopes_of_row(const T* dout, const float* weight, int d,
+                                                float eps, const Values& v_of) {
   float squares = 0.f, along = 0.f;
   for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
     float v[4], w[4], g[4];
@@ -5750,8 +5753,7 @@ __device__ inline void zero_row(float* row, int d) {
   for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) store(row + i, Vector<float, 4>{});
 }
 __device__ inline void leave_row(const float* row, int d, float* to) {
-  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads)
-    store(to + i, load<4>(row + i, true));
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) store(to + i, load<4>(row + i, true));
 }
 
 template <class T>
@@ -5958,7 +5960,8 @@ __device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size)
     float v[4];
     load4(v, logits + i);
     float max = -INFINITY, sum = 0.f;
-    for (int k = 0; k < 4; ++k) v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
+    for (int k = 0; k < 4; ++k)
+      v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
     for (int k = 0; k < 4; ++k) sum += exp2_approx(kLog2e * (v[k] - max));
     own.add(max, sum);
   }
@@ -5981,8 +5984,7 @@ __global__ void __launch_bounds__(kEntropyThreads)
   T* const dlogits = reinterpret_cast<T*>(row);
   const int64_t target = targets[blockIdx.x];
   const ExpSum all = exp_sum_of_row(row, vocab_size);
-  if (threadIdx.x == 0)
-    nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
+  if (threadIdx.x == 0) nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
   if (scale == 0.f) return;  // the loss alone is wanted
   const float factor = target < 0 ? 0.f : scale / all.sum;
   for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
@@ -6060,8 +6062,8 @@ struct FlatModel {
 // A batch of texts, one behind another: to tell targets[i] from ids up to i, for every i where it is
 // not -1.
 struct TextBatch {
-  int64_t batch = 0, L = 0, rows = 0;  // L: of the longest
-  const int64_t* cu_seqlens = nullptr;  // (batch + 1), or null: all are L tokens long
+  int64_t batch = 0, L = 0, rows = 0;              // L: of the longest
+  const int64_t* cu_seqlens = nullptr;             // (batch + 1), or null: all are L tokens long
   const Token *ids = nullptr, *targets = nullptr;  // (rows)
   const DeviceState* before = nullptr;             // states to begin with; null: zero
   DeviceState* after = nullptr;                    // where to leave those at the end; with `before`
@@ -6130,9 +6132,9 @@ struct ComputeBackward {
   void rms_norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
                          int64_t rows, float* dweight) const {
     const auto d_model = int(config().d_model);
-    mamba::rms_norm_backward<T>({rows, d_model, forward.eps(), a.residual, weight.data(), d.u,
-                                 d.residual, d.u, dweight},
-                                work(sizeof(float) * row_parts(rows, d_model)), stream());
+    mamba::rms_norm_backward<T>(
+        {rows, d_model, forward.eps(), a.residual, weight.data(), d.u, d.residual, d.u, dweight},
+        work(sizeof(float) * row_parts(rows, d_model)), stream());
   }
 
   // d.u, of out_proj's output -> d_y
@@ -6213,10 +6215,10 @@ struct ComputeBackward {
     const int64_t rows = tokens.rows(), d_inner = config().d_inner;
     const int64_t width = config().in_proj_width();
     project_out_backward(w, g, a.delta, d, d.delta, rows);
-    gated_rms_norm_backward<T>(
-        {rows, int(d_inner), int(config().n_groups), forward.eps(), a.y, a.projected, d.delta,
-         w.gated_norm.data(), d.y, d.projected, g.gated_norm, d_inner, width, d_inner, d_inner, width},
-        work(sizeof(float) * row_parts(rows, d_inner)), stream());
+    gated_rms_norm_backward<T>({rows, int(d_inner), int(config().n_groups), forward.eps(), a.y,
+                                a.projected, d.delta, w.gated_norm.data(), d.y, d.projected,
+                                g.gated_norm, d_inner, width, d_inner, d_inner, width},
+                               work(sizeof(float) * row_parts(rows, d_inner)), stream());
     auto ssd = ssd_backward_args(w, g, a, d, tokens, h);
     ssd.workspace = work(ssd_backward_workspace_bytes(ssd));
     ssd_backward(ssd, stream());
@@ -6237,7 +6239,8 @@ struct ComputeBackward {
   }
   int64_t kept_numbers(Activations<T> a, int64_t rows) const {  // of a layer
     int64_t sum = 0;
-    for_each_kept(a, [&](T*&, int64_t width) { sum += ceil_div(rows * width, int64_t{128}) * 128; });
+    for_each_kept(a,
+                  [&](T*&, int64_t width) { sum += ceil_div(rows * width, int64_t{128}) * 128; });
     return sum;
   }
   float* residual(const Activations<T>& a, Index l, int64_t rows) const {  // before layer l
@@ -6330,8 +6333,7 @@ struct ComputeBackward {
   void all_layers(const TextBatch& b, const Tokens& tokens, const Activations<T>& last,
                   bool keep) const {
     const size_t bytes = sizeof(float) * b.rows * config().d_model;
-    const auto block =
-        config().version == 1 ? &Compute<T>::mamba_block : &Compute<T>::mamba2_block;
+    const auto block = config().version == 1 ? &Compute<T>::mamba_block : &Compute<T>::mamba2_block;
     Activations<T> a = last;
     if (keep) a.residual = residual(last, 0, b.rows);
     forward.embed(a, b.ids, b.rows);
@@ -6410,8 +6412,7 @@ class TextsOnGpu {
     for (const Piece& piece : pieces) {
       const auto n = std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
       ids.insert(ids.end(), piece.ids.begin(), piece.ids.begin() + n);
-      for (Index t = 0; t < n; ++t)
-        targets.push_back(t + 1 >= piece.first ? piece.ids[t + 1] : -1);
+      for (Index t = 0; t < n; ++t) targets.push_back(t + 1 >= piece.first ? piece.ids[t + 1] : -1);
       ragged = ragged || n != static_cast<Index>(pieces[0].ids.size()) - 1;
       begin.push_back(begin.back() + n);
       b.L = std::max(b.L, int64_t{n});
@@ -6455,9 +6456,8 @@ void download_weight(const float* from, const std::vector<int64_t>& shape, Matri
 template <class Model, class Function>
 void for_each_pair(const Config& config, Model& model, const FloatModel& flat, const Function& f) {
   std::vector<float*> places;
-  for_each_weight(config, flat, [&](const std::string&, const auto&, float* p) {
-    places.push_back(p);
-  });
+  for_each_weight(config, flat,
+                  [&](const std::string&, const auto&, float* p) { places.push_back(p); });
   size_t next = 0;
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& weight) {
     f(name, shape, weight, places[next++]);
@@ -6614,8 +6614,9 @@ class CudaLearner {
   double run(TextBatch batch, float scale);
   void begin_states(const Batch& batch);
   FlatParameters flat() const {
-    return {chunks_.data(), static_cast<int64_t>(chunks_.size()), w_->numbers.data(),
-            g_->numbers.data(), m_->numbers.data(), v_->numbers.data()};
+    return {chunks_.data(),     static_cast<int64_t>(chunks_.size()),
+            w_->numbers.data(), g_->numbers.data(),
+            m_->numbers.data(), v_->numbers.data()};
   }
   template <class Function>
   void with_type(const Function& f) const {
@@ -6635,7 +6636,7 @@ class CudaLearner {
   DeviceBuffer<std::byte> activation_room_, scan_room_;
   TrainingRoom room_;
   TextsOnGpu texts_;
-  DeviceState slots_;  // --carry-state: of each slot's last piece
+  DeviceState slots_;           // --carry-state: of each slot's last piece
   DeviceState before_, after_;  // of the pieces of a batch
 };
 
@@ -6686,26 +6687,27 @@ inline void CudaLearner::make_copies() {
 
 inline void CudaLearner::make_chunks() {
   std::vector<ParameterChunk> chunks;
-  for_each_pair(config_, model_, w_->at,
-                [&](const std::string& name, const auto& shape, auto& weight, float* place) {
-    using Weight = std::remove_reference_t<decltype(weight)>;
-    ParameterChunk c{place - w_->numbers.data(), nullptr, 0, ParameterKind::row, false};
-    size_t number = sizeof(float);
-    if constexpr (std::is_same_v<Weight, DeviceMatrix>) {
-      c.kind = ParameterKind::matrix, number = dtype_size(dtype_);
-      c.copy = weight.bytes.data();
-    } else {
-      if (std::is_same_v<Weight, DeviceStateMatrix>) c.kind = ParameterKind::A_log;
-      c.copy = weight.data();
-    }
-    c.decays = Parameter<float>{name, shape, nullptr, 0}.decays();
-    for (int64_t left = size_of(shape); left > 0; left -= kParameterChunk) {
-      c.count = int(std::min<int64_t>(left, kParameterChunk));
-      chunks.push_back(c);
-      c.first += kParameterChunk;
-      c.copy = static_cast<std::byte*>(c.copy) + kParameterChunk * number;
-    }
-  });
+  for_each_pair(
+      config_, model_, w_->at,
+      [&](const std::string& name, const auto& shape, auto& weight, float* place) {
+        using Weight = std::remove_reference_t<decltype(weight)>;
+        ParameterChunk c{place - w_->numbers.data(), nullptr, 0, ParameterKind::row, false};
+        size_t number = sizeof(float);
+        if constexpr (std::is_same_v<Weight, DeviceMatrix>) {
+          c.kind = ParameterKind::matrix, number = dtype_size(dtype_);
+          c.copy = weight.bytes.data();
+        } else {
+          if (std::is_same_v<Weight, DeviceStateMatrix>) c.kind = ParameterKind::A_log;
+          c.copy = weight.data();
+        }
+        c.decays = Parameter<float>{name, shape, nullptr, 0}.decays();
+        for (int64_t left = size_of(shape); left > 0; left -= kParameterChunk) {
+          c.count = int(std::min<int64_t>(left, kParameterChunk));
+          chunks.push_back(c);
+          c.first += kParameterChunk;
+          c.copy = static_cast<std::byte*>(c.copy) + kParameterChunk * number;
+        }
+      });
   chunks_ = DeviceBuffer<ParameterChunk>(chunks.data(), chunks.size());
 }
 
@@ -6713,8 +6715,7 @@ inline double CudaLearner::run(TextBatch batch, float scale) {
   double sum = 0;
   with_type([&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const Compute<T> forward{config_,          model_,     *queue_,
-                             activation_room_, scan_room_, delta_ratio_};
+    const Compute<T> forward{config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
     sum = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
   });
   return sum;
@@ -6722,9 +6723,10 @@ inline double CudaLearner::run(TextBatch batch, float scale) {
 
 // The states that the pieces of a batch begin in -> before_ and, to be advanced, after_.
 inline void CudaLearner::begin_states(const Batch& batch) {
-  const auto n = std::max_element(batch.begin(), batch.end(), [](const auto& a, const auto& b) {
-    return a.slot < b.slot;
-  })->slot + 1;
+  const auto n = std::max_element(batch.begin(), batch.end(),
+                                  [](const auto& a, const auto& b) { return a.slot < b.slot; })
+                     ->slot +
+                 1;
   if (slots_.batch < n) {
     DeviceState more(config_, dtype_, n);
     for (Index s = 0; s < slots_.batch; ++s)
@@ -6748,8 +6750,7 @@ inline double CudaLearner::accumulate(const Batch& batch, double scale) {
   b.before = &before_, b.after = &after_;
   const double sum = run(b, float(scale));
   for (Index i = 0; i < b.batch; ++i)
-    if (carries(batch[i]))
-      copy_state(config_, after_, i, slots_, batch[i].slot, queue_->stream());
+    if (carries(batch[i])) copy_state(config_, after_, i, slots_, batch[i].slot, queue_->stream());
   return sum;
 }
 
@@ -6772,8 +6773,13 @@ inline void CudaLearner::update(const ssm::AdamW& o, double scale) {
   ++steps_;
   const double m_scale = 1 / (1 - std::pow(o.beta1, double(steps_)));
   const double v_scale = 1 / (1 - std::pow(o.beta2, double(steps_)));
-  const AdamWStep step{float(scale),          float(o.beta1),        float(o.beta2), float(o.eps),
-                       float(o.lr * o.weight_decay), float(o.lr * m_scale), float(v_scale)};
+  const AdamWStep step{float(scale),
+                       float(o.beta1),
+                       float(o.beta2),
+                       float(o.eps),
+                       float(o.lr * o.weight_decay),
+                       float(o.lr * m_scale),
+                       float(v_scale)};
   with_type([&](auto* type) {
     const auto kernel = adamw_kernel<std::remove_pointer_t<decltype(type)>>;
     kernel<<<unsigned(chunks_.size()), kUpdateThreads, 0, queue_->stream()>>>(flat(), step);

@@ -188,11 +188,10 @@ void bench_conv_backward(Bench& bench, DType dtype, const Sizes& s) {
   a.dout = dout.data(), a.dx = dx.data(), a.dout_stride = a.dx_stride = d;
   a.dweight = dweight.data(), a.dbias = dbias.data();
   const DeviceBuffer<std::byte> room(causal_conv1d_backward_workspace(a));
-  bench.report({"causal_conv1d_backward", "causal_conv1d_backward_kernel", shape, dtype,
-                double(3 * rows * d) * sizeof(T), 6. * double(kWidth * d * rows)},
-               [&] {
-                 causal_conv1d_backward(a, reinterpret_cast<float*>(room.data()), bench.stream());
-               });
+  bench.report(
+      {"causal_conv1d_backward", "causal_conv1d_backward_kernel", shape, dtype,
+       double(3 * rows * d) * sizeof(T), 6. * double(kWidth * d * rows)},
+      [&] { causal_conv1d_backward(a, reinterpret_cast<float*>(room.data()), bench.stream()); });
 }
 
 template <class T>

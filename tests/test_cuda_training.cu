@@ -51,8 +51,8 @@ ConvTruth conv_truth(const ConvProblem& p, const Ragged& r, bool activate) {
       ds.array() *= ssm::silu_derivative(s.array());
       ds_abs.array() *= 1 + s_abs.array();
     }
-    const auto of = ssm::causal_conv1d_backward<double>(
-        x, p.weight, p.bias, state, ds, want.dstate.middleRows(b * past, past));
+    const auto of = ssm::causal_conv1d_backward<double>(x, p.weight, p.bias, state, ds,
+                                                        want.dstate.middleRows(b * past, past));
     const auto size = ssm::causal_conv1d_backward<double>(
         x_abs, w_abs, b_abs, state_abs, ds_abs, want.size_dstate.middleRows(b * past, past));
     want.dx.middleRows(first, L) = of.x, want.size_dx.middleRows(first, L) = size.x;
@@ -111,7 +111,8 @@ void conv_backward_matches(const Ragged& r, Index d, Index width, bool bias, boo
                          const Matrix<double>& size, double k, double eps) {
     return check_close(name, of, truth, Matrix<double>(size.array() + kTiny<T>), k, eps);
   };
-  worst.of_out = std::max(worst.of_out, check("dx", got, want.dx, want.size_dx, kBound<T>, kEps<T>));
+  worst.of_out =
+      std::max(worst.of_out, check("dx", got, want.dx, want.size_dx, kBound<T>, kEps<T>));
   const double eps = kEps<float>;
   worst.of_state =
       std::max({worst.of_state,
@@ -132,7 +133,8 @@ void conv_backward_matches_everywhere(const char* type) {
         conv_backward_matches<T>(Ragged({L}), d, width, L % 2 == 1, d != 64, 0, random, worst);
   for (const Index width : {3, 4})
     for (const Index pad : {0, 3, 4})
-      conv_backward_matches<T>(Ragged({5, 0, 130, 2, 1}), 20, width, true, true, pad, random, worst);
+      conv_backward_matches<T>(Ragged({5, 0, 130, 2, 1}), 20, width, true, true, pad, random,
+                               worst);
 }
 
 template <class T>
@@ -163,9 +165,9 @@ void norm_backward_matches(Index rows, Index d, Worst& worst) {
   const Matrix<double> got = down(dx, rows, d), sum = want.x + before;
   worst.of_out = std::max(worst.of_out, check_close("dx", got, sum, size, 64, kEps<float>));
   CHECK(max_difference(down(dout_d, rows, d), stored<T>(got)) == 0);
-  worst.of_state = std::max(worst.of_state, check_close("dweight", down(dweight, 1, d),
-                                                        Matrix<double>(want.weight + one),
-                                                        size_weight, 64, kEps<float>));
+  worst.of_state = std::max(
+      worst.of_state, check_close("dweight", down(dweight, 1, d), Matrix<double>(want.weight + one),
+                                  size_weight, 64, kEps<float>));
 }
 
 template <class T>
@@ -183,8 +185,8 @@ void gated_norm_backward_matches(Index rows, Index d, Index groups, Worst& worst
     for (Index c = 0, n = d / groups; c < d; c += n) {
       const auto part = v.row(t).segment(c, n);
       const double r = 1 / std::sqrt(part.squaredNorm() / double(n) + 1e-5);
-      const auto g = dout_abs.row(t).segment(c, n).cwiseProduct(
-          weight.row(0).segment(c, n).cwiseAbs()).eval();
+      const auto g =
+          dout_abs.row(t).segment(c, n).cwiseProduct(weight.row(0).segment(c, n).cwiseAbs()).eval();
       dv.row(t).segment(c, n) = r * (g + r * r * part * (g.dot(part) / double(n)));
       size_weight.row(0).segment(c, n) += r * part.cwiseProduct(dout_abs.row(t).segment(c, n));
     }
@@ -196,18 +198,18 @@ void gated_norm_backward_matches(Index rows, Index d, Index groups, Worst& worst
   const Matrix<double> one = Matrix<double>::Ones(1, d);
   const auto weight_d = up<float>(weight), dweight = up<float>(one),
              room = poisoned<float>(row_parts(rows, d));
-  gated_rms_norm_backward<T>({rows, int(d), int(groups), 1e-5f, y_d.data(), z_d.data(),
-                              dout_d.data(), weight_d.data(), dy.data(), dz.data(), dweight.data(),
-                              d, stride, d, d, stride},
-                             room.data(), nullptr);
+  gated_rms_norm_backward<T>(
+      {rows, int(d), int(groups), 1e-5f, y_d.data(), z_d.data(), dout_d.data(), weight_d.data(),
+       dy.data(), dz.data(), dweight.data(), d, stride, d, d, stride},
+      room.data(), nullptr);
   const Matrix<double> got_z = down(dz, rows, stride).leftCols(d);
   const double k = sizeof(T) == 4 ? 64 : 4;
   worst.of_out =
       std::max({worst.of_out, check_close("dy", down(dy, rows, d), want.y, size_y, k, kEps<T>),
                 check_close("dz", got_z, want.z, size_z, k, kEps<T>)});
-  worst.of_state = std::max(worst.of_state, check_close("dweight", down(dweight, 1, d),
-                                                        Matrix<double>(want.weight + one),
-                                                        size_weight, 64, kEps<float>));
+  worst.of_state = std::max(
+      worst.of_state, check_close("dweight", down(dweight, 1, d), Matrix<double>(want.weight + one),
+                                  size_weight, 64, kEps<float>));
 }
 
 template <class T>
@@ -218,7 +220,8 @@ void norms_backward_match(const char* type) {
     for (const Index d : {4, 64, 1028}) norm_backward_matches<T>(rows, d, rms);
   norm_backward_matches<T>(kMostParts + 3, 4, rms);
   for (const Index rows : {0, 1, 3, 33})
-    for (const Index groups : {1, 2, 3}) gated_norm_backward_matches<T>(rows, 24 * 12, groups, gated);
+    for (const Index groups : {1, 2, 3})
+      gated_norm_backward_matches<T>(rows, 24 * 12, groups, gated);
 }
 
 template <class T>
@@ -245,8 +248,8 @@ void cross_entropy_matches(Index vocab, float scale, Worst& worst) {
   cross_entropy<T>(logits_d.data(), stride, rows, vocab, targets_d.data(), scale, nll_d.data(),
                    nullptr);
   const Matrix<double> size = (logits.rowwise().maxCoeff().cwiseAbs().array() + 40).matrix();
-  worst.of_state = std::max(
-      worst.of_state, check_close("nll", down(nll_d, rows, 1), nll, size, 4, kEps<float>));
+  worst.of_state =
+      std::max(worst.of_state, check_close("nll", down(nll_d, rows, 1), nll, size, 4, kEps<float>));
   CUDA_CHECK(cudaDeviceSynchronize());
   std::vector<T> got(rows * stride * sizeof(float) / sizeof(T));
   CUDA_CHECK(cudaMemcpy(got.data(), logits_d.data(), got.size() * sizeof(T), cudaMemcpyDefault));
@@ -367,8 +370,8 @@ ssm::Model<double> reference_gradients(const ssm::Model<double>& model, const Ba
     std::vector<Token> targets(piece.ids.begin() + 1, piece.ids.end());
     for (Index t = 0; t + 1 < piece.first; ++t) targets[t] = -1;
     ssm::State<double> state(model.sizes);
-    loss += ssm::loss_and_gradients(model, piece.ids.data(), targets.data(),
-                                    Index(targets.size()), state, scale, sum);
+    loss += ssm::loss_and_gradients(model, piece.ids.data(), targets.data(), Index(targets.size()),
+                                    state, scale, sum);
   }
   return sum;
 }
@@ -398,18 +401,20 @@ TEST_CASE("cuda gradients: whole models' are the reference's, the same bits twic
 namespace {
 
 Learned<float> learned_of(const Tiny& tiny) {
-  return {parameters_of<float>(read_checkpoint(tiny.folder), tiny.config), zeros<float>(tiny.config),
-          zeros<float>(tiny.config)};
+  return {parameters_of<float>(read_checkpoint(tiny.folder), tiny.config),
+          zeros<float>(tiny.config), zeros<float>(tiny.config)};
 }
 template <class Scalar>
 Learned<double> in_double(const Config& config, Learned<Scalar> from) {
-  Learned<double> to{zeros<double>(config), zeros<double>(config), zeros<double>(config), from.steps};
+  Learned<double> to{zeros<double>(config), zeros<double>(config), zeros<double>(config),
+                     from.steps};
   using Models = std::pair<ssm::Model<Scalar>*, ssm::Model<double>*>;
   for (const auto& [source, target] :
        {Models{&from.weights, &to.weights}, {&from.m, &to.m}, {&from.v, &to.v}}) {
     const auto p = parameters(config, *source);
     const auto q = parameters(config, *target);
-    for (std::size_t i = 0; i < p.size(); ++i) q[i].values() = p[i].values().template cast<double>();
+    for (std::size_t i = 0; i < p.size(); ++i)
+      q[i].values() = p[i].values().template cast<double>();
   }
   return to;
 }
