@@ -36,7 +36,18 @@
 // embedding_kernel                   backbone               a row of the table     tokens
 // best_kernel, weight_kernel,        sample (mamba.hpp)     CUB's radix sort, sums batch,
 //   sample_kernel                                           of 32 stretches        vocabulary
-#include "mamba.hpp"
+// selective_scan_backward_           selective_scan_backward
+//   naive_kernel                                            state by state back    batch, d
+//   summary_, link_, fused_kernel                           pieces linked, then    pieces of t,
+//                                                           each back in time      batch, d, N
+//   sum_kernel                                              parts in order         entries
+// causal_conv1d_backward_kernel      causal_conv1d_backward two windows slide      pieces of t, d
+// rms_norm_backward_kernel           rms_norm_backward      a row twice            pieces of rows
+// gated_rms_norm_backward_kernel     gated_rms_norm_backward the same              the same, groups
+// cross_entropy_kernel               cross_entropy          logits to dlogits      rows
+// embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
+// gradient_norm_kernel, adamw_kernel adamw_step             all weights at once    pieces of them
+#include "train.hpp"
 
 #include <cublas_v2.h>
 #include <cuda_awbarrier_primitives.h>
@@ -246,7 +257,7 @@ __device__ void copy_async_wait_but() {
   __pipeline_wait_prior(kPending);
 }
 
-constexpr float kLog2e = 1.44269504f;
+constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
 // 2^x in one instruction: relative error below 2^-22, exact at 0, results below 2^-126 become 0.
 // (exp2f is more instructions.)
@@ -3577,6 +3588,7 @@ class Queue {
     cudaStreamDestroy(stream_);
   }
   cudaStream_t stream() const { return stream_; }
+  cublasHandle_t cublas() const { return cublas_; }
   void wait() const { CUDA_CHECK(cudaStreamSynchronize(stream_)); }
 
   // y = x W^T + beta y.  x (L, cols), W (rows, cols), y (L, rows), rows of x and y so far apart.
@@ -3709,16 +3721,19 @@ struct Compute {
     int64_t batch, L;
     bool step;
     const int* done;
+    const int64_t* cu_seqlens = nullptr;  // (batch + 1) if lengths differ: L is the longest,
+    int64_t total = 0;                    // and there are so many tokens
+    int64_t rows() const { return cu_seqlens ? total : batch * L; }
     template <class Args>
     void to(Args& args) const {
-      args.batch = batch, args.L = L, args.done = done;
+      args.batch = batch, args.L = L, args.done = done, args.cu_seqlens = cu_seqlens;
     }
   };
 
   // residual -> rms_norm, in_proj -> a.projected, causal_conv1d and silu -> a.x
   void project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                   T* conv_state) const {
-    const int64_t rows = tokens.batch * tokens.L;
+    const int64_t rows = tokens.rows();
     rms_norm(a, w.norm, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
@@ -3733,10 +3748,10 @@ struct Compute {
     add_bias(a.residual, w.out_proj_bias, rows, config.d_model, queue.stream());
   }
 
-  // residual += the Mamba block of rms_norm(residual)
-  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+  // The Mamba block of rms_norm(residual), up to out_proj -> a.y
+  void mamba_inner(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                    T* conv_state, float* h) const {
-    const int64_t rows = tokens.batch * tokens.L;
+    const int64_t rows = tokens.rows();
     project_in(w, a, tokens, conv_state);
     linear(a.x, rows, config.d_inner, w.x_proj, a.dt_B_C);
     linear(a.dt_B_C, rows, config.dt_rank + 2 * config.d_state, w.dt_proj, a.delta);
@@ -3745,13 +3760,18 @@ struct Compute {
     scan_room.grow(tokens.step ? 0 : selective_scan_workspace(scan));
     tokens.step ? selective_scan_step(scan, queue.stream())
                 : selective_scan(scan, reinterpret_cast<float*>(scan_room.data()), queue.stream());
-    project_out(w, a, a.y, rows);
+  }
+  // residual += the Mamba block of rms_norm(residual)
+  void mamba_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                   T* conv_state, float* h) const {
+    mamba_inner(w, a, tokens, conv_state, h);
+    project_out(w, a, a.y, tokens.rows());
   }
 
-  // The same for Mamba-2.
-  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+  // The same for Mamba-2, up to out_proj -> a.delta
+  void mamba2_inner(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                     T* conv_state, float* h) const {
-    const int64_t rows = tokens.batch * tokens.L;
+    const int64_t rows = tokens.rows();
     project_in(w, a, tokens, conv_state);
     SsdArgs<T> in = ssd_args(a, w, a.x, config.conv_width(), h);
     tokens.to(in);
@@ -3761,7 +3781,11 @@ struct Compute {
     gated_rms_norm(a.y, config.d_inner, a.projected, config.in_proj_width(), w.gated_norm.data(),
                    eps(), rows, int(config.d_inner), int(config.n_groups), a.delta, config.d_inner,
                    queue.stream());
-    project_out(w, a, a.delta, rows);
+  }
+  void mamba2_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                    T* conv_state, float* h) const {
+    mamba2_inner(w, a, tokens, conv_state, h);
+    project_out(w, a, a.delta, tokens.rows());
   }
 
   using Block = void (Compute::*)(const DeviceLayer&, const Activations<T>&, const Tokens&, T*,
@@ -3912,6 +3936,8 @@ inline void use_device(int device) {
   }
 }
 
+class CudaLearner;  // below, with all that is for gradients
+
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
@@ -3921,6 +3947,7 @@ class CudaEngine {
   static constexpr size_t kBatch = size_t(kMostSequences);  // texts that are generated together
 
   using State = DeviceState;
+  using Learner = CudaLearner;
 
   CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
@@ -3943,9 +3970,8 @@ class CudaEngine {
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
-  double gradients(const std::vector<Token>&, ssm::Model<float>&) {
-    fail("gradients: ", kName, " does not have them yet; mamba, the CPU program, has");
-  }
+  /// The mean nll of ids 2 to n, and its gradient for every weight, A_log's in the place of A.
+  double gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients);
 
  private:
   friend struct ModelBench;  // tests/bench.cu
@@ -4001,8 +4027,8 @@ class CudaEngine {
 
 // --- states: a host's h lies column by column, the GPU's row by row ---
 
-inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
-  State state = new_state();
+inline DeviceState device_state(const Config& config, DType dtype, const ssm::State<float>& host) {
+  DeviceState state(config, dtype, 1);
   std::vector<float> conv, h;
   for (const auto& layer : host.layers) {
     const Matrix<float> rows = layer.h;
@@ -4011,29 +4037,36 @@ inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
   }
   const auto n = static_cast<int64_t>(conv.size());
   const Tensor plain = tensor_view("conv", {n}, conv.data());
-  const Tensor stored = dtype_ == DType::F32 ? plain : to_dtype(plain, dtype_);
+  const Tensor stored = dtype == DType::F32 ? plain : to_dtype(plain, dtype);
   if (n > 0) state.conv.copy_from(static_cast<const std::byte*>(stored.data));
   state.h.copy_from(h.data());
   return state;
 }
 
-inline ssm::State<float> CudaEngine::to_host(const State& state) const {
-  queue_->wait();
+inline ssm::State<float> host_state(const Config& config, DType dtype, const DeviceState& state) {
   std::vector<std::byte> conv(state.conv.size());
   std::vector<float> h(state.h.size());
   state.conv.copy_to(conv.data());
   state.h.copy_to(h.data());
-  ssm::State<float> host(config_);
+  ssm::State<float> host(config);
   const std::byte* next_conv = conv.data();
   const float* next_h = h.data();
   for (auto& layer : host.layers) {
-    const size_t bytes = layer.conv.size() * dtype_size(dtype_);
-    convert(Tensor{"conv", dtype_, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
+    const size_t bytes = layer.conv.size() * dtype_size(dtype);
+    convert(Tensor{"conv", dtype, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
     layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
     next_conv += bytes;
     next_h += layer.h.size();
   }
   return host;
+}
+
+inline DeviceState CudaEngine::from_host(const ssm::State<float>& host) const {
+  return device_state(config_, dtype_, host);
+}
+inline ssm::State<float> CudaEngine::to_host(const State& state) const {
+  queue_->wait();
+  return host_state(config_, dtype_, state);
 }
 
 // --- whole texts ---
@@ -4202,6 +4235,2582 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
   with_weight_type(dtype_, [&](auto* type) {
     generate_as<std::remove_pointer_t<decltype(type)>>(sequences, options, on_token);
   });
+}
+
+// ============================================================================================
+// Inference ends here: what follows is for gradients
+// ============================================================================================
+//
+// A gradient is named after its input, with a d before it, and is of one scalar loss. Gradients of
+// states go in and out like the states do: in comes that of the state after the piece, out goes that
+// of the state before it, so that pieces are walked from the last to the first. Gradients of
+// weights are float and are added to what is there. Sums over rows, channels and sequences have a
+// fixed order: the same bits on every run.
+
+// --- selective scan -----------------------------------------------------------------------------
+//
+//   dy_t     = dout_t silu(z_t)
+//   g_t      = C_t dy_t + u_t,   u_{t-1} = a_t g_t,   a_t = exp(delta_t A)     u_{L-1} = dhT
+//   dx_t     = delta_t (g_t . B_t) + D dy_t
+//   ddelta_t = (x_t (g_t . B_t) + A . (g_t a_t h_{t-1})) slope_t       slope: of softplus, and ratio
+//   dB_t     = sum_d delta_t x_t g_t           dC_t = sum_d dy_t h_t
+//   dz_t     = dout_t y_t silu'(z_t)           dh0  = u_{-1}
+//   dA       = sum_t delta_t g_t a_t h_{t-1}   dD   = sum_t dy_t x_t
+//
+// g_t is the gradient of h_t. The forward pass keeps nothing: the states are computed once more.
+
+template <class T>
+struct ScanBackwardArgs {
+  ScanArgs<T> in;                                        // out and hT are not used
+  const T* dout = nullptr;                               // (batch L, d_inner)
+  const float* dhT = nullptr;                            // (batch, d_inner, d_state) or null
+  T *dx = nullptr, *ddelta = nullptr;                    // (batch L, d_inner)
+  T *dB = nullptr, *dC = nullptr;                        // (batch L, n_groups d_state)
+  T* dz = nullptr;                                       // as z
+  float *dA = nullptr, *dD = nullptr, *dbias = nullptr;  // as A, D, delta_bias; added to
+  float* dh0 = nullptr;  // (batch, d_inner, d_state) or null; may be dhT
+  int64_t dout_stride = 0, dx_stride = 0, ddelta_stride = 0, dB_stride = 0, dC_stride = 0;
+  int64_t dz_stride = 0;
+  int64_t n_rows = 0;  // with cu_seqlens: of all sequences; 0: at most batch L
+};
+
+// 1 / (1 + e^-x): nothing overflows.
+__device__ inline float sigmoid(float x) {
+  const float e = exp2_approx(-kLog2e * fabsf(x)), r = reciprocal_approx(1.f + e);
+  return x < 0.f ? e * r : r;
+}
+
+// What the backward needs of n pairs (t, d) alone.
+template <int n>
+struct ScanPoints {
+  float x[n], delta[n], dy[n];
+  float slope[n];  // of delta: by delta_raw
+  float dgate[n];  // dout silu'(z)
+};
+template <int n, class T>
+__device__ inline ScanPoints<n> scan_points(const ScanArgs<T>& a, const float (&x)[n],
+                                            const float (&delta_raw)[n], const float (&z)[n],
+                                            const float (&dout)[n]) {
+  ScanPoints<n> p;
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    p.x[i] = x[i], p.delta[i] = delta_raw[i], p.dy[i] = dout[i], p.slope[i] = 1.f, p.dgate[i] = 0.f;
+  if (a.delta_softplus) {
+#pragma unroll
+    for (int i = 0; i < n; ++i)
+      p.delta[i] = softplus(delta_raw[i]), p.slope[i] = sigmoid(delta_raw[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < n; ++i) p.delta[i] *= a.delta_ratio, p.slope[i] *= a.delta_ratio;
+  if (a.z) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const float s = sigmoid(z[i]);
+      p.dy[i] = dout[i] * z[i] * s, p.dgate[i] = dout[i] * s * fmaf(z[i], 1.f - s, 1.f);
+    }
+  }
+  return p;
+}
+
+// What is left to be done there when the sums over states are known: y = C . h, gB = g . B,
+// gh = A . (g a h_{t-1}).
+template <int n>
+struct ScanPointGradients {
+  float dx[n], ddelta[n], dz[n], dD[n];
+};
+template <int n>
+__device__ inline ScanPointGradients<n> finish_points(const ScanPoints<n>& p, const float (&D)[n],
+                                                      const float (&y)[n], const float (&gB)[n],
+                                                      const float (&gh)[n]) {
+  ScanPointGradients<n> g;
+#pragma unroll
+  for (int i = 0; i < n; ++i) {
+    g.dx[i] = fmaf(p.delta[i], gB[i], D[i] * p.dy[i]);
+    g.ddelta[i] = fmaf(p.x[i], gB[i], gh[i]) * p.slope[i];
+    g.dz[i] = p.dgate[i] * fmaf(D[i], p.x[i], y[i]);
+    g.dD[i] = p.dy[i] * p.x[i];
+  }
+  return g;
+}
+
+// Sums that several blocks contribute to, each to its own place, until all are there and are added
+// up in order. `states` is d_state, or more if places are padded.
+struct ScanParts {
+  int64_t blocks = 0, rows = 0, walks = 0, states = 0;
+  float* BC = nullptr;      // (blocks of channels, rows, {dB, dC}, states)
+  float* A = nullptr;       // (walks, d_inner, states); a walk: a sequence, or a piece of one
+  float* D_bias = nullptr;  // (walks, {dD, dbias}, d_inner)
+
+  int64_t size(int64_t d_inner) const {
+    return 2 * blocks * rows * states + walks * d_inner * (states + 2);
+  }
+  void place(float* at, int64_t d_inner) {
+    BC = at, A = BC + 2 * blocks * rows * states, D_bias = A + walks * d_inner * states;
+  }
+};
+
+template <class T>
+int64_t rows_in_all(const ScanBackwardArgs<T>& a) {
+  return a.in.cu_seqlens && a.n_rows ? a.n_rows : a.in.batch * a.in.L;
+}
+
+// Entry i of dB and dC, from the parts of all blocks of channels of a group.
+template <class T>
+__device__ inline void add_BC_parts(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                    int64_t i) {
+  const int64_t width = 2 * parts.states, groups = a.in.n_groups, N = a.in.d_state;
+  const int64_t n = i % parts.states, t = i / width / groups, group = i / width % groups;
+  if (t >= (a.in.cu_seqlens ? a.in.cu_seqlens[a.in.batch] : parts.rows) || n >= N) return;
+  const int64_t of_group = parts.blocks / groups;
+  const float* part = parts.BC + (group * of_group * parts.rows + t) * width + i % width;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t k = 0; k < of_group; ++k) sum += part[k * parts.rows * width];
+  const bool of_C = i % width >= parts.states;
+  T* const row = of_C ? a.dC + t * a.dC_stride : a.dB + t * a.dB_stride;
+  row[group * N + n] = from_float<T>(sum);
+}
+
+// Adds the parts of all walks to entry i of dA, dD and dbias.
+template <class T>
+__device__ inline void add_weight_parts(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                        int64_t i) {
+  const int64_t d_inner = a.in.d_inner, of_A = d_inner * parts.states;
+  if (i >= of_A + 2 * d_inner) return;
+  const float* part = i < of_A ? parts.A + i : parts.D_bias + (i - of_A);
+  const int64_t step = i < of_A ? of_A : 2 * d_inner, n = i % parts.states;
+  float* to = i < of_A             ? a.dA + i / parts.states * a.in.d_state + n
+              : i < of_A + d_inner ? a.dD + (i - of_A)
+                                   : a.dbias + (i - of_A - d_inner);
+  if (i < of_A ? n >= a.in.d_state : !(i < of_A + d_inner ? a.dD : a.dbias)) return;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t k = 0; k < parts.walks; ++k) sum += part[k * step];
+  *to += sum;
+}
+
+// One thread an entry.
+template <class T>
+__global__ void selective_scan_backward_sum_kernel(ScanBackwardArgs<T> a, ScanParts parts) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t of_BC = 2 * parts.rows * a.in.n_groups * parts.states;
+  i < of_BC ? add_BC_parts(a, parts, i) : add_weight_parts(a, parts, i - of_BC);
+}
+
+// Per row and channel, for one state after the other: h of every row, and the sums over states.
+struct ScanHistory {
+  float *h, *y, *gB, *gh;  // (rows, d_inner)
+};
+
+// One thread owns one channel. State by state it walks forward, leaving h of every row in memory, and
+// back; at last it walks over all rows to make what is left of the sums over states. A block is a
+// warp: it adds up what its channels, of one group, give to dB and dC.
+template <class T>
+__global__ void __launch_bounds__(32)
+    selective_scan_backward_naive_kernel(ScanBackwardArgs<T> a, ScanHistory of, ScanParts parts) {
+  const ScanArgs<T>& in = a.in;
+  const int64_t N = in.d_state, channels = in.d_inner / in.n_groups, blocks = parts.blocks;
+  const int64_t b = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int64_t group = block / (blocks / in.n_groups);
+  const int64_t c = block % (blocks / in.n_groups) * 32 + threadIdx.x;
+  const bool exists = c < channels;  // others lend a hand in sums
+  const int64_t d = group * channels + (exists ? c : 0), i = b * in.d_inner + d;
+  const Rows rows = rows_of(b, in.L, in.cu_seqlens);
+  const int64_t end = rows.first + rows.count;
+  const float bias = in.delta_bias ? in.delta_bias[d] : 0.f;
+  const auto points = [&](int64_t t) {  // one
+    return scan_points<1>(in, {to_float(in.x[t * in.x_stride + d])},
+                          {to_float(in.delta[t * in.delta_stride + d]) + bias},
+                          {in.z ? to_float(in.z[t * in.z_stride + d]) : 0.f},
+                          {exists ? to_float(a.dout[t * a.dout_stride + d]) : 0.f});
+  };
+  for (int64_t n = 0; n < N; ++n) {
+    const T *B = in.B + group * N + n, *C = in.C + group * N + n;
+    const float A = in.A[d * N + n], h0 = in.h0 ? in.h0[i * N + n] : 0.f;
+    float h = h0, dA = 0.f, u = a.dhT && exists ? a.dhT[i * N + n] : 0.f;
+    for (int64_t t = rows.first; t < end && exists; ++t) {
+      const ScanPoints<1> p = points(t);
+      const float delta = *p.delta;
+      const int64_t at = t * in.d_inner + d;
+      h = expf(delta * A) * h + delta * *p.x * to_float(B[t * in.B_stride]);
+      of.h[at] = h;
+      of.y[at] = (n > 0 ? of.y[at] : 0.f) + to_float(C[t * in.C_stride]) * h;
+    }
+    for (int64_t t = end - 1; t >= rows.first; --t) {
+      const ScanPoints<1> p = points(t);
+      const float delta = *p.delta, dy = *p.dy;
+      const int64_t at = t * in.d_inner + d;
+      const float B_t = to_float(B[t * in.B_stride]), C_t = to_float(C[t * in.C_stride]);
+      const float before = t > rows.first && exists ? of.h[at - in.d_inner] : h0;
+      const float a_t = expf(delta * A), g = C_t * dy + u, gah = g * a_t * before;
+      const float dB = warp_sum(g * delta * *p.x), dC = warp_sum(exists ? dy * of.h[at] : 0.f);
+      if (threadIdx.x == 0) {
+        float* const part = parts.BC + (block * parts.rows + t) * 2 * N + n;
+        part[0] = dB, part[N] = dC;
+      }
+      u = a_t * g, dA += delta * gah;
+      if (!exists) continue;
+      of.gB[at] = (n > 0 ? of.gB[at] : 0.f) + g * B_t;
+      of.gh[at] = (n > 0 ? of.gh[at] : 0.f) + A * gah;
+    }
+    if (exists) parts.A[i * N + n] = dA;
+    if (exists && a.dh0) a.dh0[i * N + n] = u;
+  }
+  if (!exists) return;
+  float dD = 0.f, dbias = 0.f;
+  for (int64_t t = rows.first; t < end; ++t) {
+    const int64_t at = t * in.d_inner + d;
+    const auto g =
+        finish_points<1>(points(t), {in.D ? in.D[d] : 0.f}, {of.y[at]}, {of.gB[at]}, {of.gh[at]});
+    a.dx[t * a.dx_stride + d] = from_float<T>(*g.dx);
+    a.ddelta[t * a.ddelta_stride + d] = from_float<T>(*g.ddelta);
+    if (in.z) a.dz[t * a.dz_stride + d] = from_float<T>(*g.dz);
+    dD += *g.dD, dbias += *g.ddelta;
+  }
+  parts.D_bias[2 * b * in.d_inner + d] = dD;
+  parts.D_bias[(2 * b + 1) * in.d_inner + d] = dbias;
+}
+
+// Since the rung before: time is cut into pieces that all run at once, sums over states and channels
+// are taken in registers, and what is done once per (t, d) is not repeated for each state. For
+// d_state <= 16, in three steps:
+//
+//   summary  walks every piece forward from a zero state, a short way (kRows rows) after the other,
+//            and leaves the state at the start of each way, h_way; the state at the end, `first`;
+//            and `later`, the gradient of the state before the piece where that after it is zero:
+//            u = sum_t P_t C_t dy_t, P_t = a_0 .. a_t.
+//   link     walks over the pieces, forward with the state, and back with its gradient. Over a whole
+//            piece the decay is exp(A sum_t delta_t). Then `first` is the state before the piece and
+//            `later` the gradient of the state after it.
+//   fused    walks a piece's ways from the last to the first, each forward from
+//            h_way + exp(A sum_t delta_t) first, keeping p_t = a_t h_{t-1} in shared memory, and back.
+//
+// A warp owns 32 channels of one group, a lane kChannels of them times kStates states: lane l
+// channels 4 (l / 4) .. and states 4 (l % 4) .. Sums over states or channels begin inside of a lane,
+// go on between lanes, by exchanges that halve the number of sums, and end with channel l's in lane
+// l, which also prepares and finishes what is done once per (t, d). A block's warps then add up dB and
+// dC in shared memory. Per (t, d, n): 3 exps, 7 instructions in `summary`, 4 forward and 12 back.
+struct BackTile {
+  static constexpr int kRows = 8, kWarps = 4, kChannels = 4, kStates = 4, kN = 16;
+  static constexpr int kThreads = 32 * kWarps;  // and channels of a block
+};
+
+// Every sequence in `count` pieces of `length` rows, a multiple of kRows; the last may be shorter.
+struct ScanPieces {
+  int64_t count = 1, length = 0;
+  float *first = nullptr, *later = nullptr;  // (batch, count, d_inner, kN)
+  float* h_way = nullptr;                    // (ways, d_inner, kN)
+  float* total = nullptr;                    // (batch, count, d_inner): sum of delta_t
+  float* before = nullptr;                   // (ways, d_inner): the same from the piece to the way
+
+  // Ways of all pieces: row t of sequence b begins one at (first row of b + t) / kRows + b.
+  static int64_t ways(int64_t rows, int64_t batch) { return rows / BackTile::kRows + batch + 1; }
+};
+
+// A way of a warp, as floats: what its lanes read of each other.
+struct BackRows {
+  static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  alignas(16) float delta[kRows][32], delta_x[kRows][32], dy[kRows][32];
+  alignas(16) float B[kRows][kN], C[kRows][kN];
+};
+struct BackMemory {  // of a block of the fused kernel
+  static constexpr int kRows = BackTile::kRows;
+  struct Warp {
+    BackRows rows;
+    alignas(16) float x[kRows][32], slope[kRows][32], dgate[kRows][32];
+    // Of a lane's channels, each its p_t of the lane's states; when row t is walked back, {y, g . B,
+    // A . (g p)}, each of the lane's channels, so far as the lane's states go.
+    Vector<float, 4> p[kRows][BackTile::kChannels][32];
+  } warp[BackTile::kWarps];
+  alignas(16) float BC[2][BackTile::kWarps][kRows][32];  // of ways with even and odd numbers
+};
+
+// Where a warp works. A lane has three places in it: it walks time with 4 channels and 4 states,
+// prepares and finishes 4 channels of two rows of a way, and fetches 4 states of one row of B and C.
+template <class T>
+struct BackWarp {
+  static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  static_assert(kRows == 8,
+                "32 lanes: 4 rows of 8 times 4 channels, twice; 8 rows of 4 times 4 states");
+  const ScanBackwardArgs<T>& a;
+  const int lane = threadIdx.x % 32;
+  // The first of 4 channels, from bits 0, 2 and 4 of the lane's number; and of 4 states, from bits 1
+  // and 3. Lanes side by side have the same states, every other two the same channels: shared memory
+  // serves them together.
+  const int walked = 4 * lane_bits<21>(lane), state = 4 * lane_bits<10>(lane);
+  const int row = lane / 8, served = lane % 8 * 4;  // rows `row` and row + 4; 4 channels
+  Rows rows;
+  int64_t sequence, piece, block, group;  // piece: of all; block: of channels, of all groups
+  int64_t channel;                        // the warp's first
+  int n_channels;                         // of the warp, that exist
+
+  __device__ BackWarp(const ScanBackwardArgs<T>& a, const ScanPieces& pieces) : a(a) {
+    const ScanArgs<T>& in = a.in;
+    const int channels = in.d_inner / in.n_groups, blocks = ceil_div(channels, BackTile::kThreads);
+    block = blockIdx.x % (blocks * in.n_groups), piece = blockIdx.x / (blocks * in.n_groups);
+    sequence = piece / pieces.count, group = block / blocks;
+    rows = rows_of(sequence, in.L, in.cu_seqlens);
+    const int64_t skip = min(rows.count, piece % pieces.count * pieces.length);
+    rows = {rows.first + skip, min(pieces.length, rows.count - skip)};
+    const int c = block % blocks * BackTile::kThreads + threadIdx.x / 32 * 32;
+    channel = group * channels + c, n_channels = min(32, channels - c);
+  }
+  // The lane that walks with these channels and states.
+  __device__ static int walker(int channels, int states) {
+    return channels / 4 % 2 | channels / 8 % 2 * 4 | channels / 16 * 16 | states / 4 % 2 * 2 |
+           states / 8 * 8;
+  }
+  __device__ int ways() const { return ceil_div(int(rows.count), kRows); }
+  __device__ int64_t way(int j) const { return rows.first / kRows + sequence + j; }
+
+  // --- as it walks
+  __device__ void load_A(float (&A)[4][4]) const {  // times log2(e), as the exps take it
+    const int64_t N = a.in.d_state;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float* from = a.in.A + (channel + walked + k) * N + state;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        A[k][n] = walked < n_channels && state < N ? kLog2e * from[n] : 0.f;
+    }
+  }
+  // To and from (d_inner, kN).
+  __device__ void load_states(const float* from, float (&h)[4][4]) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) unpack(Vector<float, 4>(), h[k]);
+    if (walked >= n_channels) return;
+    from += (channel + walked) * kN + state;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) unpack(load<4>(from + k * kN, true), h[k]);
+  }
+  __device__ void store_states(float* to, const float (&h)[4][4]) const {
+    if (walked >= n_channels) return;
+    to += (channel + walked) * kN + state;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) store(to + k * kN, pack<float>(h[k]));
+  }
+  __device__ void of_channels(const float (&row)[32], float (&to)[4]) const {
+    unpack(load<4>(&row[walked], true), to);
+  }
+  __device__ void of_states(const float (&row)[kN], float (&to)[4]) const {
+    unpack(load<4>(&row[state], true), to);
+  }
+
+  // --- as it fetches and prepares
+  struct Raw {
+    Vector<T, 4> x[2], delta[2], z[2], dout[2], B, C;
+  };
+  // Where a lane reads the way that it fetches next.
+  struct Cursor {
+    const T *x, *delta, *z, *dout, *B, *C;
+  };
+  __device__ Cursor cursor(int j) const {
+    const ScanArgs<T>& in = a.in;
+    const int64_t t = rows.first + j * kRows + row, t_BC = rows.first + j * kRows + lane / 4;
+    const int64_t d = channel + served, n = group * in.d_state + lane % 4 * 4;
+    return {in.x + t * in.x_stride + d,    in.delta + t * in.delta_stride + d,
+            in.z + t * in.z_stride + d,    a.dout + t * a.dout_stride + d,
+            in.B + t_BC * in.B_stride + n, in.C + t_BC * in.C_stride + n};
+  }
+  // Fetches way j, to which the cursor points, and moves the cursor on by so many ways.
+  __device__ void fetch(int j, Cursor& from, int ways, Raw& raw) const {
+    const ScanArgs<T>& in = a.in;
+    const int left = int(rows.count) - j * kRows, of_channels = served < n_channels ? left : 0;
+    const auto both = [&](Vector<T, 4>(&to)[2], const T*& p, int64_t stride) {
+      to[0] = load<4>(p, row < of_channels), to[1] = load<4>(p + 4 * stride, row + 4 < of_channels);
+      p += ways * kRows * stride;
+    };
+    both(raw.x, from.x, in.x_stride), both(raw.delta, from.delta, in.delta_stride);
+    both(raw.dout, from.dout, a.dout_stride);
+    if (in.z) both(raw.z, from.z, in.z_stride);
+    const bool inside = lane / 4 < left && lane % 4 * 4 < in.d_state;
+    raw.B = load<4>(from.B, inside), raw.C = load<4>(from.C, inside);
+    from.B += ways * kRows * in.B_stride, from.C += ways * kRows * in.C_stride;
+  }
+  __device__ void load_served(const float* from, float (&to)[4]) const {  // zeros without it
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      to[i] = from && served < n_channels ? from[channel + served + i] : 0.f;
+  }
+  // Leaves what was fetched for the other lanes. f(row, points): for what only this lane needs.
+  template <class Function>
+  __device__ void prepare(int j, const Raw& raw, const float (&bias)[4], BackRows& to,
+                          const Function& f) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float x[4], delta[4], z[4] = {}, dout[4], delta_x[4];
+      unpack(raw.x[half], x), unpack(raw.delta[half], delta), unpack(raw.dout[half], dout);
+      if (a.in.z) unpack(raw.z[half], z);
+      const int r = row + 4 * half;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) delta[i] += bias[i];
+      ScanPoints<4> p = scan_points(a.in, x, delta, z, dout);
+      const bool inside = j * kRows + r < rows.count;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (!inside) p.delta[i] = p.slope[i] = 0.f;  // the state stands still
+        delta_x[i] = p.delta[i] * x[i];
+      }
+      store(&to.delta[r][served], pack<float>(p.delta));
+      store(&to.delta_x[r][served], pack<float>(delta_x));
+      store(&to.dy[r][served], pack<float>(p.dy));
+      f(r, p);
+    }
+    float B[4], C[4];
+    unpack(raw.B, B), unpack(raw.C, C);
+    store(&to.B[lane / 4][lane % 4 * 4], pack<float>(B));
+    store(&to.C[lane / 4][lane % 4 * 4], pack<float>(C));
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(BackTile::kThreads, 3)
+    selective_scan_backward_summary_kernel(ScanBackwardArgs<T> a, ScanPieces pieces) {
+  __shared__ BackRows of_warp[BackTile::kWarps];
+  BackRows& rows = of_warp[threadIdx.x / 32];
+  const BackWarp<T> warp(a, pieces);
+  const int64_t d_inner = a.in.d_inner, own = warp.channel + warp.lane;  // a channel
+  const bool exists = warp.lane < warp.n_channels;
+  float A[4][4], h[4][4] = {}, u[4][4] = {}, P[4][4], bias[4], total = 0.f;
+  warp.load_A(A);
+  warp.load_served(a.in.delta_bias, bias);
+#pragma unroll
+  for (int k = 0; k < 16; ++k) P[k / 4][k % 4] = 1.f;
+  typename BackWarp<T>::Raw raw;
+  const int ways = warp.ways();
+  auto cursor = warp.cursor(0);
+  if (ways > 0) warp.fetch(0, cursor, 1, raw);
+  for (int j = 0; j < ways; ++j) {
+    warp.store_states(pieces.h_way + warp.way(j) * d_inner * BackTile::kN, h);
+    if (exists) pieces.before[warp.way(j) * d_inner + own] = total;
+    __syncwarp();  // all lanes have read the way before
+    warp.prepare(j, raw, bias, rows, [](int, const ScanPoints<4>&) {});
+    __syncwarp();  // what is prepared is there to be read
+    if (j + 1 < ways) warp.fetch(j + 1, cursor, 1, raw);
+#pragma unroll
+    for (int r = 0; r < BackTile::kRows; ++r) total += rows.delta[r][warp.lane];
+#pragma unroll 4
+    for (int r = 0; r < BackTile::kRows; ++r) {
+      float delta[4], delta_x[4], dy[4], B[4], C[4];
+      warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
+      warp.of_channels(rows.dy[r], dy), warp.of_states(rows.B[r], B);
+      warp.of_states(rows.C[r], C);
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          const float a_t = exp2_approx(delta[k] * A[k][n]);
+          P[k][n] *= a_t;
+          u[k][n] = fmaf(P[k][n], C[n] * dy[k], u[k][n]);
+          h[k][n] = fmaf(a_t, h[k][n], delta_x[k] * B[n]);
+        }
+    }
+  }
+  const int64_t at = warp.piece * d_inner;
+  warp.store_states(pieces.first + at * BackTile::kN, h);
+  warp.store_states(pieces.later + at * BackTile::kN, u);
+  if (exists) pieces.total[at + own] = total;
+}
+
+// One thread owns a state. It asks for the numbers of several pieces at once.
+template <class T>
+__global__ void selective_scan_backward_link_kernel(ScanBackwardArgs<T> a, ScanPieces pieces) {
+  constexpr int kAhead = 8, kN = BackTile::kN;
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, n = i % kN;
+  const int64_t d_inner = a.in.d_inner, d = i / kN % d_inner, b = i / kN / d_inner;
+  if (b >= a.in.batch) return;
+  const bool exists = n < a.in.d_state;
+  const int64_t state = (b * d_inner + d) * a.in.d_state + n;
+  const float A = exists ? kLog2e * a.in.A[d * a.in.d_state + n] : 0.f;
+  // Of pieces k, k + step, ..: *v is replaced by what comes before the piece in this direction.
+  const auto walk = [&](float* v, float carried, int64_t k, int64_t step) {
+    for (int64_t left = pieces.count; left > 0; left -= kAhead) {
+      float own[kAhead], decay[kAhead];
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        const int64_t at = ((b * pieces.count + k + s * step) * d_inner + d);
+        own[s] = s < left ? v[at * kN + n] : 0.f;
+        decay[s] = s < left ? exp2_approx(A * pieces.total[at]) : 1.f;
+      }
+#pragma unroll
+      for (int s = 0; s < kAhead; ++s) {
+        if (s < left) v[((b * pieces.count + k + s * step) * d_inner + d) * kN + n] = carried;
+        carried = fmaf(decay[s], carried, own[s]);
+      }
+      k += kAhead * step;
+    }
+    return carried;
+  };
+  walk(pieces.first, exists && a.in.h0 ? a.in.h0[state] : 0.f, 0, 1);
+  const float u = walk(pieces.later, exists && a.dhT ? a.dhT[state] : 0.f, pieces.count - 1, -1);
+  if (exists && a.dh0) a.dh0[state] = u;
+}
+
+// Adds v over the two lanes that differ in kBit: the one without it goes on with the first half of
+// the sums, the other with the second; both find them in front.
+template <int kBit, int kHalf, int n>
+__device__ inline void exchange_halves(float (&v)[n], int lane) {
+  const bool upper = lane & kBit;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = v[i], high = v[i + kHalf];
+    v[i] = (upper ? high : low) + __shfl_xor_sync(~0u, upper ? low : high, kBit);
+  }
+}
+
+// What a lane of the fused kernel carries from row to row, back in time.
+template <class T>
+struct BackLane {
+  const BackWarp<T>& warp;
+  BackMemory::Warp& memory;
+  float A[4][4], u[4][4], dA[4][4] = {};           // as it walks
+  float D[4], bias[4], dD[4] = {}, dbias[4] = {};  // as it prepares and finishes
+  T *dx, *ddelta, *dz;                             // row `row` of the way
+
+  __device__ BackLane(const BackWarp<T>& warp, BackMemory::Warp& memory)
+      : warp(warp), memory(memory) {
+    warp.load_A(A);
+    const ScanBackwardArgs<T>& a = warp.a;
+    warp.load_served(a.in.D, D), warp.load_served(a.in.delta_bias, bias);
+    const int64_t t = warp.rows.first + (warp.ways() - 1) * BackTile::kRows + warp.row;
+    const int64_t d = warp.channel + warp.served;
+    dx = a.dx + t * a.dx_stride + d, ddelta = a.ddelta + t * a.ddelta_stride + d;
+    dz = a.dz + t * a.dz_stride + d;
+  }
+
+  __device__ void prepare(int j, const typename BackWarp<T>::Raw& raw) {
+    warp.prepare(j, raw, bias, memory.rows, [&](int r, const ScanPoints<4>& p) {
+      store(&memory.x[r][warp.served], pack<float>(p.x));
+      store(&memory.slope[r][warp.served], pack<float>(p.slope));
+      store(&memory.dgate[r][warp.served], pack<float>(p.dgate));
+    });
+  }
+
+  // From the state before the way: leaves p_t of every row.
+  __device__ void forward(float (&h)[4][4]) {
+    const BackRows& rows = memory.rows;
+#pragma unroll 4
+    for (int r = 0; r < BackTile::kRows; ++r) {
+      float delta[4], delta_x[4], B[4];
+      warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
+      warp.of_states(rows.B[r], B);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float p[4];
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          p[n] = exp2_approx(delta[k] * A[k][n]) * h[k][n];
+          h[k][n] = fmaf(delta_x[k], B[n], p[n]);
+        }
+        memory.p[r][k][warp.lane] = pack<float>(p);
+      }
+    }
+  }
+
+  // Row r: leaves y, g . B and A . (g p) of the lane's channels, and adds to dB and dC of its states.
+  __device__ void row(int r, float (&BC)[8]) {
+    const BackRows& rows = memory.rows;
+    float delta[4], delta_x[4], dy[4], B[4], C[4];
+    warp.of_channels(rows.delta[r], delta), warp.of_channels(rows.delta_x[r], delta_x);
+    warp.of_channels(rows.dy[r], dy), warp.of_states(rows.B[r], B), warp.of_states(rows.C[r], C);
+    float y[4] = {}, gB[4] = {}, gh[4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      float p[4];
+      unpack(memory.p[r][k][warp.lane], p);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float a_t = exp2_approx(delta[k] * A[k][n]), g = fmaf(C[n], dy[k], u[k][n]);
+        const float h = fmaf(delta_x[k], B[n], p[n]), gp = g * p[n];
+        y[k] = fmaf(C[n], h, y[k]);
+        gB[k] = fmaf(g, B[n], gB[k]);
+        gh[k] = fmaf(A[k][n], gp, gh[k]);
+        dA[k][n] = fmaf(delta[k], gp, dA[k][n]);
+        BC[n] = fmaf(g, delta_x[k], BC[n]);
+        BC[4 + n] = fmaf(dy[k], h, BC[4 + n]);
+        u[k][n] = a_t * g;
+      }
+    }
+    Vector<float, 4>(&sums)[4][32] = memory.p[r];  // in the place of the lane's own p
+    sums[0][warp.lane] = pack<float>(y), sums[1][warp.lane] = pack<float>(gB);
+    sums[2][warp.lane] = pack<float>(gh);
+  }
+
+  // Walks a way back; leaves the warp's dB and dC of each row in BC_of.
+  __device__ void back(float (&BC_of)[BackTile::kRows][32]) {
+    const int lane = warp.lane, place = warp.walked / 16 * 16 + warp.state + warp.walked / 4 % 4;
+#pragma unroll 2
+    for (int r = BackTile::kRows - 1; r >= 0; --r) {
+      float BC[8] = {};
+      row(r, BC);
+      exchange_halves<16, 4>(BC, lane), exchange_halves<4, 2>(BC, lane);
+      exchange_halves<1, 1>(BC, lane);
+      BC_of[r][place] = BC[0];
+    }
+  }
+
+  // Sum q of row r over all states, for the lane's channels that are served. Lanes start with
+  // different states, so that shared memory has no bank conflicts.
+  __device__ void add_states(int r, int q, float (&sum)[4]) const {
+    unpack(Vector<float, 4>(), sum);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float part[4];
+      const int states = 4 * (i ^ warp.served / 16);
+      unpack(memory.p[r][q][warp.walker(warp.served, states)], part);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] += part[k];
+    }
+  }
+
+  // Completes the gradients of the lane's two rows of way j, and goes on to way j - 1.
+  __device__ void finish(int j) {
+    const ScanBackwardArgs<T>& a = warp.a;
+    if (warp.served >= warp.n_channels) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = warp.row + 4 * half;
+      const auto read = [&](const float(&rows)[BackTile::kRows][32], float(&to)[4]) {
+        unpack(load<4>(&rows[r][warp.served], true), to);
+      };
+      ScanPoints<4> p;
+      float y[4], gB[4], gh[4];
+      read(memory.x, p.x), read(memory.rows.delta, p.delta), read(memory.rows.dy, p.dy);
+      read(memory.slope, p.slope), read(memory.dgate, p.dgate);
+      add_states(r, 0, y), add_states(r, 1, gB), add_states(r, 2, gh);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) gh[i] *= kLn2;  // A was taken times log2(e)
+      const ScanPointGradients<4> g = finish_points(p, D, y, gB, gh);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) dD[i] += g.dD[i], dbias[i] += g.ddelta[i];
+      if (j * BackTile::kRows + r >= warp.rows.count) continue;
+      store(dx + 4 * half * a.dx_stride, pack<T>(g.dx));
+      store(ddelta + 4 * half * a.ddelta_stride, pack<T>(g.ddelta));
+      if (a.in.z) store(dz + 4 * half * a.dz_stride, pack<T>(g.dz));
+    }
+    dx -= BackTile::kRows * a.dx_stride, ddelta -= BackTile::kRows * a.ddelta_stride;
+    dz -= BackTile::kRows * a.dz_stride;
+  }
+};
+
+// Adds up the dB and dC of a block's warps: one thread two sums of a row.
+__device__ inline void add_warps(const float (&BC)[BackTile::kWarps][BackTile::kRows][32], int left,
+                                 float* to) {
+  const int r = threadIdx.x / 16, i = threadIdx.x % 16 * 2;
+  static_assert(BackTile::kThreads == 16 * BackTile::kRows, "all rows");
+  float sum[2] = {};
+#pragma unroll
+  for (int w = 0; w < BackTile::kWarps; ++w) {
+    float of_warp[2];
+    unpack(load<2>(&BC[w][r][i], true), of_warp);
+    sum[0] += of_warp[0], sum[1] += of_warp[1];
+  }
+  if (r < left) store(to + r * 32 + i, pack<float>(sum));
+}
+
+template <class T>
+__global__ void __launch_bounds__(BackTile::kThreads, 2)
+    selective_scan_backward_fused_kernel(ScanBackwardArgs<T> a, ScanPieces pieces,
+                                         ScanParts parts) {
+  extern __shared__ __align__(32) unsigned char shared_memory[];
+  constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
+  auto& block = *reinterpret_cast<BackMemory*>(shared_memory);
+  const BackWarp<T> warp(a, pieces);
+  BackLane<T> lane(warp, block.warp[threadIdx.x / 32]);
+  const int64_t d_inner = a.in.d_inner, at = warp.piece * d_inner;
+  const int64_t own = warp.channel + warp.lane;  // a channel
+  const bool exists = warp.lane < warp.n_channels;
+  float first[4][4];
+  warp.load_states(pieces.first + at * kN, first);
+  warp.load_states(pieces.later + at * kN, lane.u);
+  typename BackWarp<T>::Raw raw;
+  const int ways = warp.ways();
+  auto cursor = warp.cursor(ways - 1);
+  if (ways > 0) warp.fetch(ways - 1, cursor, -1, raw);
+  for (int j = ways - 1; j >= 0; --j) {
+    float h[4][4];
+    warp.load_states(pieces.h_way + warp.way(j) * d_inner * kN, h);
+    const float before = exists ? pieces.before[warp.way(j) * d_inner + own] : 0.f;
+    lane.prepare(j, raw);
+    __syncwarp();  // what is prepared is there to be read
+    if (j > 0) warp.fetch(j - 1, cursor, -1, raw);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float sum = __shfl_sync(~0u, before, warp.walked + k);
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        h[k][n] = fmaf(exp2_approx(sum * lane.A[k][n]), first[k][n], h[k][n]);
+    }
+    lane.forward(h);
+    lane.back(block.BC[j & 1][threadIdx.x / 32]);
+    // dB and dC of all warps are there; all have read those of way j + 2. Sums over states are there.
+    __syncthreads();
+    const int64_t t = warp.rows.first + j * kRows;
+    add_warps(block.BC[j & 1], int(warp.rows.count) - j * kRows,
+              parts.BC + (warp.block * parts.rows + t) * 2 * kN);
+    lane.finish(j);
+  }
+  warp.store_states(parts.A + at * kN, lane.dA);
+  const auto store_served = [&](float(&v)[4], float* to) {  // over the lanes of the same channels
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      v[i] += __shfl_xor_sync(~0u, v[i], 8), v[i] += __shfl_xor_sync(~0u, v[i], 16);
+      if (warp.row == 0 && warp.served < warp.n_channels) to[warp.served + i] = v[i];
+    }
+  };
+  store_served(lane.dD, parts.D_bias + 2 * at + warp.channel);
+  store_served(lane.dbias, parts.D_bias + 2 * at + d_inner + warp.channel);
+}
+
+// --- launchers ------------------------------------------------------------------------------
+
+template <class T>
+void selective_scan_backward_sum(const ScanBackwardArgs<T>& a, const ScanParts& parts,
+                                 cudaStream_t stream) {
+  const int64_t entries =
+      2 * parts.rows * a.in.n_groups * parts.states + a.in.d_inner * (parts.states + 2);
+  selective_scan_backward_sum_kernel<<<ceil_div(entries, 128), 128, 0, stream>>>(a, parts);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+ScanParts naive_scan_parts(const ScanBackwardArgs<T>& a) {
+  const int64_t blocks = a.in.n_groups * ceil_div(a.in.d_inner / a.in.n_groups, 32);
+  return {blocks, rows_in_all(a), a.in.batch, a.in.d_state};
+}
+
+// Bytes of workspace that the launcher of the same name needs.
+template <class T>
+size_t selective_scan_backward_naive_workspace(const ScanBackwardArgs<T>& a) {
+  return sizeof(float) *
+         (4 * rows_in_all(a) * a.in.d_inner + naive_scan_parts(a).size(a.in.d_inner));
+}
+
+template <class T>
+void selective_scan_backward_naive(const ScanBackwardArgs<T>& a, float* workspace,
+                                   cudaStream_t stream) {
+  if (a.in.batch * a.in.d_inner == 0) return;
+  ScanParts parts = naive_scan_parts(a);
+  const int64_t each = parts.rows * a.in.d_inner;
+  const ScanHistory history{workspace, workspace + each, workspace + 2 * each,
+                            workspace + 3 * each};
+  parts.place(workspace + 4 * each, a.in.d_inner);
+  selective_scan_backward_naive_kernel<<<a.in.batch * parts.blocks, 32, 0, stream>>>(a, history,
+                                                                                     parts);
+  CUDA_CHECK(cudaGetLastError());
+  selective_scan_backward_sum(a, parts, stream);
+}
+
+// Into how many pieces the fused kernel cuts each sequence: so that its blocks, of which each
+// multiprocessor holds two, come in rounds that are nearly full. A piece costs as much as its rows
+// and some more.
+template <class T>
+ScanPieces scan_pieces(const ScanBackwardArgs<T>& a) {
+  constexpr int64_t kLeast = 32, kMost = 512, kMore = 16;
+  const int64_t blocks =
+      a.in.batch * a.in.n_groups * ceil_div(a.in.d_inner / a.in.n_groups, BackTile::kThreads);
+  ScanPieces best;
+  int64_t least = INT64_MAX;
+  for (int64_t count = 1; count <= std::clamp<int64_t>(a.in.L / kLeast, 1, kMost); ++count) {
+    const int64_t length = ceil_div(ceil_div(a.in.L, count), BackTile::kRows) * BackTile::kRows;
+    const int64_t cost = ceil_div(blocks * count, 2 * multiprocessors()) * (length + kMore);
+    if (cost < least) least = cost, best.count = count, best.length = length;
+  }
+  return best;
+}
+
+// May four neighbouring channels, and four neighbouring states of B and C, be read and written at
+// once?
+template <class T>
+bool moves_four(const ScanBackwardArgs<T>& a) {
+  return reads_four(a.in) && aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
+         aligned4(a.ddelta, a.ddelta_stride) && aligned4(a.dz, a.dz_stride);
+}
+
+template <class T>
+bool scan_backward_is_fused(const ScanBackwardArgs<T>& a) {
+  return a.in.d_state <= BackTile::kN && moves_four(a) && int(sizeof(BackMemory)) <= shared_bytes();
+}
+
+template <class T>
+ScanParts fused_scan_parts(const ScanBackwardArgs<T>& a, const ScanPieces& pieces) {
+  const int64_t blocks = a.in.n_groups * ceil_div(a.in.d_inner / a.in.n_groups, BackTile::kThreads);
+  return {blocks, rows_in_all(a), a.in.batch * pieces.count, BackTile::kN};
+}
+
+// Bytes of workspace that `selective_scan_backward` needs: 9.5 for each row and channel, of which 8
+// are a state every kRows rows, and little more for each piece.
+template <class T>
+size_t selective_scan_backward_workspace(const ScanBackwardArgs<T>& a) {
+  if (a.in.batch * a.in.d_inner == 0) return 0;
+  if (!scan_backward_is_fused(a)) return selective_scan_backward_naive_workspace(a);
+  const ScanPieces pieces = scan_pieces(a);
+  const int64_t ways = ScanPieces::ways(rows_in_all(a), a.in.batch);
+  return sizeof(float) * (a.in.d_inner * (a.in.batch * pieces.count * (2 * BackTile::kN + 1) +
+                                          ways * (BackTile::kN + 1)) +
+                          fused_scan_parts(a, pieces).size(a.in.d_inner));
+}
+
+template <class T>
+void selective_scan_backward_fused(const ScanBackwardArgs<T>& a, float* workspace,
+                                   cudaStream_t stream) {
+  ScanPieces pieces = scan_pieces(a);
+  ScanParts parts = fused_scan_parts(a, pieces);
+  const int64_t d = a.in.d_inner, states = parts.walks * d * BackTile::kN;
+  const int64_t ways = ScanPieces::ways(parts.rows, a.in.batch);
+  const auto take = [&](int64_t size) { return std::exchange(workspace, workspace + size); };
+  pieces.first = take(states), pieces.later = take(states);
+  pieces.h_way = take(ways * d * BackTile::kN);
+  parts.place(take(parts.size(d)), d);
+  pieces.total = take(parts.walks * d), pieces.before = take(ways * d);
+
+  const int64_t grid = parts.walks * parts.blocks, threads = BackTile::kThreads;
+  selective_scan_backward_summary_kernel<<<grid, threads, 0, stream>>>(a, pieces);
+  CUDA_CHECK(cudaGetLastError());
+  const int64_t links = a.in.batch * d * BackTile::kN;
+  selective_scan_backward_link_kernel<<<ceil_div(links, 128), 128, 0, stream>>>(a, pieces);
+  CUDA_CHECK(cudaGetLastError());
+  const auto kernel = selective_scan_backward_fused_kernel<T>;
+  constexpr int bytes = sizeof(BackMemory);
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  kernel<<<grid, threads, bytes, stream>>>(a, pieces, parts);
+  CUDA_CHECK(cudaGetLastError());
+  selective_scan_backward_sum(a, parts, stream);
+}
+
+// Every gradient of `selective_scan`.
+template <class T>
+void selective_scan_backward(const ScanBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  const int64_t N = a.in.d_state;
+  if (N < 1 || N > kMaxStates)
+    fail("selective_scan_backward: d_state: expected 1 to ", kMaxStates, ", found ", N);
+  if (a.in.d_inner % a.in.n_groups != 0)
+    fail("selective_scan_backward: d_inner: expected a multiple of n_groups ", a.in.n_groups,
+         ", found ", a.in.d_inner);
+  if (a.in.batch * a.in.d_inner == 0) return;
+  if (!scan_backward_is_fused(a)) return selective_scan_backward_naive(a, workspace, stream);
+  selective_scan_backward_fused(a, workspace, stream);
+}
+
+// ---------------------------------------------------------------------------------------
+// ssd backward. From dy, the gradient of y, and dh_T, that of the state after the sequence, walking
+// back (a_t = exp(delta_t A), products of vectors are outer, <,> sums over all of h):
+//
+//   dC_t = sum_p dy_t[p] h_t[p,:]         dh_t    += dy_t C_t^T
+//   dX_t = dh_t B_t                       dB_t     = sum_p delta_t x_t[p] dh_t[p,:]
+//   dh_{t-1} = a_t dh_t                   dl_t     = <dh_{t-1}, h_{t-1}>      l_t = delta_t A
+//   dx_t = delta_t dX_t + D dy_t          ddelta_t = A dl_t + x_t . dX_t
+//   dA   = sum_t delta_t dl_t             dD       = sum_t dy_t . x_t
+//
+// dB and dC are sums over the heads of a group, dA, dD and ddt_bias over the batch: blocks leave
+// their parts in the workspace, and two small kernels add these up in order.
+// ---------------------------------------------------------------------------------------
+
+// Gradients beside what they are gradients of; rows of those of type T are *_stride apart. `out`,
+// `hT` and `done` of the forward are not used. A null pointer: not given (zero), or not wanted.
+template <class T>
+struct SsdBackwardArgs : SsdArgs<T> {
+  const T* dout = nullptr;         // (batch, L, heads, head_dim)
+  const float* dhT = nullptr;      // (batch, heads, head_dim, d_state) or null
+  T* dx = nullptr;                 // (batch, L, heads, head_dim)
+  T* ddt = nullptr;                // (batch, L, heads)
+  T *dB = nullptr, *dC = nullptr;  // (batch, L, groups, d_state)
+  int64_t dout_stride = 0, dx_stride = 0, ddt_stride = 0, dB_stride = 0, dC_stride = 0;
+  float *dA = nullptr, *dD = nullptr, *ddt_bias = nullptr;  // (heads), each null, or added to
+  float* dh0 = nullptr;  // (batch, heads, head_dim, d_state) or null; may be dhT
+};
+
+// What is kept and what is left to be added up, in the workspace.
+struct SsdBackwardRoom {
+  int64_t chunks = 0;      // of a sequence of L tokens
+  int parts = 0;           // of the heads of a group, in dB and dC
+  float* start = nullptr;  // (batch, heads, chunks, head_dim, d_state): h at the starts of chunks
+  float* dh = nullptr;     // (batch, heads, head_dim, d_state), on its way back
+  float *dB = nullptr, *dC = nullptr;  // (batch L, groups, parts, d_state)
+  float* of_head = nullptr;            // (batch, 3, heads): dA, dD, ddt_bias
+};
+
+// The gradient of dt from that of delta. Where delta was clamped it does not depend on dt.
+template <class T>
+__device__ inline float ssd_ddt(const SsdArgs<T>& a, float biased_dt, float ddelta) {
+  const float delta = softplus(biased_dt);
+  if (delta < a.dt_min || delta > a.dt_max) return 0.f;
+  const float sigmoid = reciprocal_approx(1.f + exp2_approx(-kLog2e * biased_dt));
+  return a.delta_ratio * sigmoid * ddelta;
+}
+
+// One thread for each number of dB and dC.
+template <class T>
+__global__ void ssd_backward_sum_heads_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  const int64_t N = a.d_state, i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t t = i / (N * a.n_groups), column = i % (N * a.n_groups);
+  if (t >= (a.cu_seqlens ? a.cu_seqlens[a.batch] : a.batch * a.L)) return;
+  const int64_t from = i / N * room.parts * N + i % N;
+  float dB = 0, dC = 0;
+  for (int part = 0; part < room.parts; ++part) {
+    dB += room.dB[from + part * N];
+    dC += room.dC[from + part * N];
+  }
+  a.dB[t * a.dB_stride + column] = from_float<T>(dB);
+  a.dC[t * a.dC_stride + column] = from_float<T>(dC);
+}
+
+// One thread for each number of dA, dD and ddt_bias.
+template <class T>
+__global__ void ssd_backward_sum_batch_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= 3 * a.n_heads) return;
+  float sum = 0;
+  for (int64_t b = 0; b < a.batch; ++b) sum += room.of_head[b * 3 * a.n_heads + i];
+  float* const to = i < a.n_heads ? a.dA : i < 2 * a.n_heads ? a.dD : a.ddt_bias;
+  if (to) to[i % a.n_heads] += sum;
+}
+
+// --- naive: the recurrence as written above. A block walks one head of one sequence, first forward,
+// to keep h at every kSsdNaiveSteps steps, then back over these chunks; a warp takes rows p = w,
+// w + kSsdNaiveWarps, ... of h, one at a time, lane i states i, i + 32, ... of it. In a chunk it
+// first makes the states anew (in its own memory), then walks back. dB and dC of a chunk: in shared
+// memory, one for each warp, to be added up.
+
+constexpr int kSsdNaiveSteps = 16, kSsdNaiveWarps = 4;
+
+// What a row p of a head's state needs of step t.
+struct SsdNaiveStep {
+  float delta, decay, x;
+};
+template <class T>
+__device__ inline SsdNaiveStep ssd_naive_step(const SsdArgs<T>& a, int64_t t, int head, int p) {
+  const float dt = to_float(a.dt[t * a.dt_stride + head]);
+  const float delta = ssd_delta(a, dt + (a.dt_bias ? a.dt_bias[head] : 0.f));
+  const int64_t channel = int64_t{head} * a.head_dim + p;
+  return {delta, expf(delta * a.A[head]), to_float(a.x[t * a.x_stride + channel])};
+}
+
+// f(i, n) for the states n of this lane.
+template <class Function>
+__device__ inline void each_state(int N, const Function& f) {
+  for (int i = 0; i < kSsdNaiveStates && int(threadIdx.x) % 32 + 32 * i < N; ++i)
+    f(i, int(threadIdx.x) % 32 + 32 * i);
+}
+
+// h_t of a row from h_{t-1}.
+template <class T>
+__device__ inline void ssd_naive_advance(float (&h)[kSsdNaiveStates],
+                                         const float (&before)[kSsdNaiveStates],
+                                         const SsdArgs<T>& a, int64_t t, int head, int p) {
+  const SsdNaiveStep step = ssd_naive_step(a, t, head, p);
+  const T* B = a.B + t * a.B_stride + head / (a.n_heads / a.n_groups) * a.d_state;
+  each_state(a.d_state, [&](int i, int n) {
+    h[i] = step.decay * before[i] + step.delta * step.x * to_float(B[n]);
+  });
+}
+
+// What a warp adds up over its rows in one chunk.
+struct SsdNaiveSums {
+  float *dB, *dC;                   // (kSsdNaiveSteps, d_state), in shared memory
+  float dl[kSsdNaiveSteps] = {};    // over this lane's states
+  float x_dX[kSsdNaiveSteps] = {};  // x . dX, over all states
+  float dD = 0;
+};
+
+// Row p of a head in the chunk of `steps` steps from token t0 on: `start` is h before it, dh is read
+// from `dh_after` (null: zero) and left in `dh_before`.
+template <class T>
+__device__ void ssd_naive_row_backward(const SsdBackwardArgs<T>& a, int64_t t0, int steps, int head,
+                                       int p, const float* start, const float* dh_after,
+                                       float* dh_before, SsdNaiveSums& sums) {
+  const int64_t N = a.d_state, channel = int64_t{head} * a.head_dim + p;
+  const int64_t group = head / (a.n_heads / a.n_groups) * N;
+  float h[kSsdNaiveSteps + 1][kSsdNaiveStates], dh[kSsdNaiveStates];
+  each_state(N, [&](int i, int n) {
+    h[0][i] = start[n];
+    dh[i] = dh_after ? dh_after[n] : 0.f;
+  });
+  for (int s = 0; s < steps; ++s) ssd_naive_advance(h[s + 1], h[s], a, t0 + s, head, p);
+  for (int s = steps - 1; s >= 0; --s) {
+    const int64_t t = t0 + s;
+    const SsdNaiveStep step = ssd_naive_step(a, t, head, p);
+    const float dy = to_float(a.dout[t * a.dout_stride + channel]);
+    float dX = 0;
+    each_state(N, [&](int i, int n) {
+      sums.dC[s * N + n] += dy * h[s + 1][i];
+      dh[i] += dy * to_float(a.C[t * a.C_stride + group + n]);
+      dX += dh[i] * to_float(a.B[t * a.B_stride + group + n]);
+      sums.dB[s * N + n] += step.delta * step.x * dh[i];
+      dh[i] *= step.decay;
+      sums.dl[s] += dh[i] * h[s][i];
+    });
+    dX = warp_sum(dX);
+    sums.x_dX[s] += step.x * dX;
+    sums.dD += dy * step.x;
+    if (threadIdx.x % 32 == 0)
+      a.dx[t * a.dx_stride + channel] =
+          from_float<T>(step.delta * dX + (a.D ? a.D[head] * dy : 0.f));
+  }
+  each_state(N, [&](int i, int n) { dh_before[n] = dh[i]; });
+}
+
+// h at the starts of all chunks of a head.
+template <class T>
+__device__ void ssd_naive_starts(const SsdBackwardArgs<T>& a, const Rows& rows, int64_t b, int head,
+                                 float* start) {
+  const int64_t P = a.head_dim, N = a.d_state;
+  for (int64_t p = threadIdx.x / 32; p < P; p += kSsdNaiveWarps) {
+    float h[kSsdNaiveStates];
+    each_state(N, [&](int i, int n) {
+      h[i] = a.h0 ? a.h0[((b * a.n_heads + head) * P + p) * N + n] : 0.f;
+    });
+    for (int64_t t = 0; t < rows.count || t == 0; ++t) {
+      if (t % kSsdNaiveSteps == 0)
+        each_state(N, [&](int i, int n) { start[(t / kSsdNaiveSteps * P + p) * N + n] = h[i]; });
+      if (t < rows.count) ssd_naive_advance(h, h, a, rows.first + t, head, p);
+    }
+  }
+}
+
+// The sums of all warps of a block, by one thread each, for one step: ddt; to dA and ddt_bias.
+struct SsdNaiveOfHead {
+  float dA = 0, dD = 0, ddt_bias = 0;
+};
+template <class T>
+__device__ inline void ssd_naive_finish_step(const SsdBackwardArgs<T>& a, int64_t t, int head,
+                                             float dl, float x_dX, SsdNaiveOfHead& of_head) {
+  const float biased = to_float(a.dt[t * a.dt_stride + head]) + (a.dt_bias ? a.dt_bias[head] : 0.f);
+  const float ddt = ssd_ddt(a, biased, a.A[head] * dl + x_dX);
+  a.ddt[t * a.ddt_stride + head] = from_float<T>(ddt);
+  of_head.dA += ssd_delta(a, biased) * dl;
+  of_head.ddt_bias += ddt;
+}
+
+template <class T>
+__global__ void __launch_bounds__(32 * kSsdNaiveWarps)
+    ssd_backward_naive_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  extern __shared__ float of_warps[];  // (warps, dB and dC, steps, N)
+  __shared__ float dl[kSsdNaiveWarps][kSsdNaiveSteps], x_dX[kSsdNaiveWarps][kSsdNaiveSteps];
+  __shared__ float dD[kSsdNaiveWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, head = blockIdx.x % a.n_heads;
+  const int64_t b = blockIdx.x / a.n_heads, P = a.head_dim, N = a.d_state;
+  const int64_t size = kSsdNaiveSteps * N, row0 = (b * a.n_heads + head) * P;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
+  float* const start = room.start + row0 * room.chunks * N;
+  ssd_naive_starts(a, rows, b, head, start);  // each warp's own rows
+  SsdNaiveOfHead of_head;
+  const int64_t last = max(int64_t{0}, ceil_div(rows.count, kSsdNaiveSteps) - 1);
+  for (int64_t c = last; c >= 0; --c) {
+    const int64_t t0 = rows.first + c * kSsdNaiveSteps;
+    const int steps = min(rows.first + rows.count - t0, int64_t{kSsdNaiveSteps});
+    SsdNaiveSums sums{of_warps + 2 * warp * size, of_warps + (2 * warp + 1) * size};
+    for (int64_t i = lane; i < 2 * size; i += 32) sums.dB[i] = 0;
+    __syncwarp();  // the zeros before what is added to them
+    for (int64_t p = warp; p < P; p += kSsdNaiveWarps)
+      ssd_naive_row_backward(a, t0, steps, head, p, start + (c * P + p) * N,
+                             c < last ? room.dh + (row0 + p) * N
+                             : a.dhT  ? a.dhT + (row0 + p) * N
+                                      : nullptr,
+                             room.dh + (row0 + p) * N, sums);
+    for (int s = 0; s < steps; ++s) {
+      const float dl_s = warp_sum(sums.dl[s]);
+      if (lane == 0) dl[warp][s] = dl_s, x_dX[warp][s] = sums.x_dX[s];
+    }
+    of_head.dD += sums.dD;
+    __syncthreads();  // the warps' sums before they are added
+    const auto over_warps = [&](const float* of_warp, int64_t stride) {
+      float sum = 0;
+      for (int w = 0; w < kSsdNaiveWarps; ++w) sum += of_warp[w * stride];
+      return sum;
+    };
+    for (int64_t i = threadIdx.x; i < steps * N; i += 32 * kSsdNaiveWarps) {
+      const int64_t to = ((t0 + i / N) * a.n_heads + head) * N + i % N;
+      room.dB[to] = over_warps(of_warps + i, 2 * size);
+      room.dC[to] = over_warps(of_warps + size + i, 2 * size);
+    }
+    if (int(threadIdx.x) < steps)
+      ssd_naive_finish_step(a, t0 + lane, head, over_warps(&dl[0][lane], kSsdNaiveSteps),
+                            over_warps(&x_dX[0][lane], kSsdNaiveSteps), of_head);
+    __syncthreads();  // these reads before the sums of the next chunk
+  }
+  if (lane == 0) dD[warp] = of_head.dD;
+  __syncthreads();  // dD of all warps
+  if (warp > 0) return;
+  float* const to = room.of_head + b * 3 * a.n_heads + head;
+  const float dA = warp_sum(of_head.dA), ddt_bias = warp_sum(of_head.ddt_bias);
+  if (lane > 0) return;
+  to[0] = dA, to[2 * a.n_heads] = ddt_bias, to[a.n_heads] = 0;
+  for (const float v : dD) to[a.n_heads] += v;
+}
+
+// --- launchers of the backward
+
+// Lays the workspace out from `at` on; returns the bytes.
+template <class T>
+size_t ssd_backward_room(const SsdBackwardArgs<T>& a, int64_t chunk, int parts, char* at,
+                         SsdBackwardRoom& room) {
+  size_t bytes = 0;
+  const auto take = [&](float*& p, int64_t floats) {
+    p = reinterpret_cast<float*>(at + bytes);
+    bytes += ceil_div(sizeof(float) * floats, 256) * 256;
+  };
+  room.chunks = std::max<int64_t>(1, ceil_div(a.L, chunk)), room.parts = parts;
+  take(room.start, a.batch * ssd_state_size(a) * room.chunks);
+  take(room.dh, a.batch * ssd_state_size(a));
+  take(room.dB, a.batch * a.L * a.n_groups * parts * a.d_state);
+  take(room.dC, a.batch * a.L * a.n_groups * parts * a.d_state);
+  take(room.of_head, a.batch * 3 * a.n_heads);
+  return bytes;
+}
+
+template <class T>
+void ssd_backward_sum(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
+                      cudaStream_t stream) {
+  const int64_t numbers = a.batch * a.L * a.n_groups * a.d_state;
+  if (numbers > 0)
+    ssd_backward_sum_heads_kernel<<<ceil_div(numbers, 256), 256, 0, stream>>>(a, room);
+  ssd_backward_sum_batch_kernel<<<ceil_div(3 * a.n_heads, 256), 256, 0, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+enum class SsdBackwardRung { kNaive, kFused };
+
+// The fastest rung that can do it.
+template <class T>
+SsdBackwardRung ssd_backward_rung(const SsdBackwardArgs<T>&) {
+  return SsdBackwardRung::kNaive;
+}
+
+template <class T>
+size_t ssd_backward_room(const SsdBackwardArgs<T>& a, SsdBackwardRung, SsdBackwardRoom& room) {
+  char* const at = static_cast<char*>(a.workspace);
+  return ssd_backward_room(a, kSsdNaiveSteps, a.n_heads / a.n_groups, at, room);
+}
+template <class T>
+size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>& a, SsdBackwardRung rung) {
+  SsdBackwardRoom room;
+  return ssd_backward_room(a, rung, room);
+}
+template <class T>
+size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>& a) {
+  return ssd_backward_workspace_bytes(a, ssd_backward_rung(a));
+}
+
+template <class T>
+void ssd_backward_naive(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
+                        cudaStream_t stream) {
+  if (a.d_state > 32 * kSsdNaiveStates)
+    fail("ssd_backward: d_state: expected at most ", 32 * kSsdNaiveStates, ", found ", a.d_state);
+  const int bytes = 2 * kSsdNaiveWarps * kSsdNaiveSteps * a.d_state * int(sizeof(float));
+  CUDA_CHECK(cudaFuncSetAttribute(ssd_backward_naive_kernel<T>,
+                                  cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  ssd_backward_naive_kernel<<<a.batch * a.n_heads, 32 * kSsdNaiveWarps, bytes, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void ssd_backward(const SsdBackwardArgs<T>& a, SsdBackwardRung rung, cudaStream_t stream) {
+  if (a.batch == 0 || a.n_heads == 0) return;
+  SsdBackwardRoom room;
+  ssd_backward_room(a, rung, room);
+  if (a.dh0) room.dh = a.dh0;
+  ssd_backward_naive(a, room, stream);
+  ssd_backward_sum(a, room, stream);
+}
+template <class T>
+void ssd_backward(const SsdBackwardArgs<T>& a, cudaStream_t stream) {
+  ssd_backward(a, ssd_backward_rung(a), stream);
+}
+
+// --- sums over rows ------------------------------------------------------------------------------
+//
+// A weight's gradient is a sum over all rows of all sequences. Each block leaves its part of it, and
+// the parts are then added up in order: the same bits on every run.
+
+// Columns [0, split) are added to `to`, the others to `rest`; either may be null.
+struct ColumnSums {
+  const float* parts;  // (rows, columns)
+  int64_t rows, columns;
+  float* to;
+  int64_t split;
+  float* rest;
+};
+
+// Each of the 8 warps of a block takes every eighth row of 32 columns. Grid: columns.
+static __global__ void __launch_bounds__(256) add_column_sums_kernel(ColumnSums a) {
+  __shared__ float of_warp[8][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t c = int64_t(blockIdx.x) * 32 + lane;
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t r = warp; r < a.rows; r += 8)
+    sum += c < a.columns ? a.parts[r * a.columns + c] : 0.f;
+  of_warp[warp][lane] = sum;
+  __syncthreads();  // all warps' sums are there before they are added
+  float* const to = c < a.split ? a.to : a.rest;
+  if (warp > 0 || c >= a.columns || !to) return;
+  for (int i = 1; i < 8; ++i) sum += of_warp[i][lane];
+  to[c < a.split ? c : c - a.split] += sum;
+}
+inline void add_column_sums(const ColumnSums& a, cudaStream_t stream) {
+  if (a.rows * a.columns == 0) return;
+  add_column_sums_kernel<<<unsigned(ceil_div(a.columns, 32)), 256, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// Rows that a block sums up where its grid is one of pieces of rows: all blocks together fill a GPU
+// several times, and there are at most kMostParts parts to add up.
+constexpr int64_t kMostParts = 1024;
+inline int64_t rows_of_part(int64_t rows) {
+  return std::max<int64_t>(1, ceil_div(rows, kMostParts));
+}
+inline int64_t count_parts(int64_t rows) { return ceil_div(rows, rows_of_part(rows)); }
+
+// parts (parts, d) = sums over runs of `each` rows of dy.  Grid: channels, parts.
+template <class T>
+__global__ void __launch_bounds__(128)
+    bias_backward_kernel(const T* dy, int64_t stride, int64_t rows, int64_t each, int64_t d,
+                         float* parts) {
+  const int64_t c = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= d) return;
+  const int64_t begin = blockIdx.y * each, end = min(rows, begin + each);
+  float sum = 0.f;
+#pragma unroll 4
+  for (int64_t t = begin; t < end; ++t) sum += to_float(dy[t * stride + c]);
+  parts[blockIdx.y * d + c] = sum;
+}
+// dbias (d) += the sum over the rows of dy.
+template <class T>
+void bias_backward(const T* dy, int64_t stride, int64_t rows, int64_t d, float* dbias,
+                   float* workspace, cudaStream_t stream) {
+  if (rows * d == 0) return;
+  const dim3 grid(unsigned(ceil_div(d, 128)), unsigned(count_parts(rows)));
+  bias_backward_kernel<<<grid, 128, 0, stream>>>(dy, stride, rows, rows_of_part(rows), d,
+                                                 workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, count_parts(rows), d, dbias, d, nullptr}, stream);
+}
+
+// Floats of workspace for bias_backward, rms_norm_backward and gated_rms_norm_backward.
+inline int64_t row_parts(int64_t rows, int64_t d) { return count_parts(rows) * d; }
+
+// silu(x) = x s and its derivative s + x s (1 - s), s = 1 / (1 + e^-x): e^-x may be infinite, s is
+// then 0.
+struct SiluPoint {
+  float value, slope;
+};
+__device__ inline SiluPoint silu_point(float x) {
+  const float s = reciprocal_approx(1.f + exp2_approx(-kLog2e * x)), value = x * s;
+  return {value, fmaf(value, 1.f - s, s)};
+}
+
+// --- causal convolution --------------------------------------------------------------------------
+//
+//   s[t]       = bias + sum_k weight[k] x[t - (width - 1) + k]       out[t] = act(s[t])
+//   ds[t]      = dout[t] act'(s[t])                                  0 outside of the sequence
+//   dx[t]      = sum_k weight[k] ds[t + (width - 1) - k]
+//   dweight[k] = sum_t ds[t] x[t - (width - 1) + k]                  dbias = sum_t ds[t]
+//
+// x begins with the width - 1 rows of the state: their dx is dstate. The last width - 1 rows of
+// state and x are the next state: its gradient dstate_out is added to their dx.
+
+template <class T>
+struct ConvBackwardArgs {
+  ConvArgs<T> in;                              // out and state_out are not used
+  const T* dout = nullptr;                     // (batch L, d)
+  const float* dstate_out = nullptr;           // (batch, width - 1, d) or null
+  T* dx = nullptr;                             // (batch L, d)
+  float *dweight = nullptr, *dbias = nullptr;  // (d, width); (d) or null; added to
+  float* dstate = nullptr;                     // (batch, width - 1, d) or null; not dstate_out
+  int64_t dout_stride = 0, dx_stride = 0;
+};
+
+// A warp owns 32 kVector neighbouring channels and kRows rows of them. It walks them forwards, a
+// window of x and one of ds sliding through registers: s[t] needs the last width inputs, dx[t] is
+// complete when ds[t + width - 1] is there. So a warp begins with the width - 1 inputs before its
+// rows and goes on for width - 1 steps after them, kRows being such that these are whole tiles of
+// kTile rows, whose x and dout are asked for together. dweight and dbias stay in registers; a block
+// adds up those of its warps, which are neighbours in time. Grid as in the forward kernel.
+template <class T, int kWidth>
+struct ConvWalk {
+  static constexpr int kTile = sizeof(T) == 4 ? 4 : 8;
+  static constexpr int kRows = 32 - (kWidth - 1);
+};
+
+// dx of row p of x, p >= -(width - 1): before the sequence it is that of the state.
+template <int kVector, class T>
+__device__ inline void store_conv_dx(const ConvBackwardArgs<T>& a, int64_t b, const Rows& rows,
+                                     int64_t d, int64_t p, float (&dx)[kVector]) {
+  const int64_t past = a.in.width - 1, kept = p - (rows.count - past);  // row of the next state
+  if (a.dstate_out && kept >= 0)
+    for (int i = 0; i < kVector; ++i) dx[i] += a.dstate_out[(b * past + kept) * a.in.d + d + i];
+  if (p >= 0) return store(a.dx + (rows.first + p) * a.dx_stride + d, pack<T>(dx));
+  if (a.dstate && p >= -past) store(a.dstate + (b * past + past + p) * a.in.d + d, pack<float>(dx));
+}
+
+// What a thread holds of kVector channels.
+template <int kWidth, int kVector>
+struct ConvWindows {
+  float weight[kVector][kWidth], bias[kVector];
+  float x[kWidth][kVector], ds[kWidth][kVector];  // of the last kWidth steps
+  float dweight[kVector][kWidth] = {}, dbias[kVector] = {};
+
+  // One step: x[kWidth - 1] and dout have arrived -> dx of kWidth - 1 steps before. `own`: the step
+  // is one of the warp's rows.
+  __device__ void step(const float (&dout)[kVector], bool activate, bool own,
+                       float (&dx)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      float s = bias[i], sum = 0.f;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) s = fmaf(weight[i][k], x[k][i], s);
+      const float now = activate ? dout[i] * silu_point(s).slope : dout[i],
+                  of_own = own ? now : 0.f;
+      ds[kWidth - 1][i] = now, dbias[i] += of_own;
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        dweight[i][k] = fmaf(of_own, x[k][i], dweight[i][k]);
+        sum = fmaf(weight[i][k], ds[kWidth - 1 - k][i], sum);
+      }
+      dx[i] = sum;
+#pragma unroll
+      for (int k = 0; k + 1 < kWidth; ++k) x[k][i] = x[k + 1][i], ds[k][i] = ds[k + 1][i];
+    }
+  }
+};
+
+// The sums of a block's warps, added up in order -> parts (part, [dweight (d, width), dbias (d)]).
+template <int kWidth, int kVector, class T>
+__device__ inline void store_conv_part(const ConvBackwardArgs<T>& a,
+                                       const ConvWindows<kWidth, kVector>& w, int64_t part,
+                                       int64_t d, float* parts) {
+  constexpr int kSums = kVector * (kWidth + 1);
+  __shared__ float sums[kConvWarps][kSums][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sums[warp][i * (kWidth + 1) + k][lane] = w.dweight[i][k];
+    sums[warp][i * (kWidth + 1) + kWidth][lane] = w.dbias[i];
+  }
+  __syncthreads();  // all warps' sums are there before they are added
+  if (warp > 0 || d >= a.in.d) return;
+  float* const to = parts + part * a.in.d * (a.in.width + 1);
+#pragma unroll
+  for (int j = 0; j < kSums; ++j) {
+    float sum = sums[0][j][lane];
+    for (int i = 1; i < kConvWarps; ++i) sum += sums[i][j][lane];
+    const int64_t channel = d + j / (kWidth + 1);
+    const int k = j % (kWidth + 1), tap = k - (kWidth - a.in.width);
+    if (k == kWidth) to[a.in.d * a.in.width + channel] = sum;
+    if (k < kWidth && tap >= 0) to[channel * a.in.width + tap] = sum;
+  }
+}
+
+template <class T, int kWidth, int kVector>
+__global__ void __launch_bounds__(32 * kConvWarps, 4)
+    causal_conv1d_backward_kernel(ConvBackwardArgs<T> a, unsigned blocks, unsigned pieces,
+                                  float* parts) {
+  using Walk = ConvWalk<T, kWidth>;
+  const int64_t part = blockIdx.x / blocks, b = part / pieces;
+  const int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
+  const int64_t begin = (part % pieces * kConvWarps + threadIdx.x / 32) * Walk::kRows;
+  const Rows rows = rows_of(b, a.in.L, a.in.cu_seqlens);
+  const int64_t end = min(begin + Walk::kRows, rows.count);
+  ConvWindows<kWidth, kVector> w;
+  const bool exists = d < a.in.d && (begin < rows.count || begin == 0);
+  if (exists) {
+    load_taps(a.in, d, w.weight, w.bias);
+#pragma unroll
+    for (int k = 0; k + 1 < kWidth; ++k) {
+      const int64_t t = begin - (kWidth - 1) + k;
+      const bool known = t >= -(a.in.width - 1) && t < rows.count;
+      unpack(known ? conv_input<kVector>(a.in, b, rows, t, d) : Vector<T, kVector>{}, w.x[k]);
+      for (int i = 0; i < kVector; ++i) w.ds[k][i] = 0.f;
+    }
+  }
+  const int64_t stop = min(end + kWidth - 1, rows.count);  // rows to read
+  const T* const x = a.in.x + rows.first * a.in.x_stride + d;
+  const T* const dout = a.dout + rows.first * a.dout_stride + d;
+#pragma unroll 1
+  for (int64_t tile = begin; exists && tile < end + kWidth - 1; tile += Walk::kTile) {
+    Vector<T, kVector> x_rows[Walk::kTile], dout_rows[Walk::kTile];
+#pragma unroll
+    for (int r = 0; r < Walk::kTile; ++r) {
+      x_rows[r] = load<kVector>(x + (tile + r) * a.in.x_stride, tile + r < stop);
+      dout_rows[r] = load<kVector>(dout + (tile + r) * a.dout_stride, tile + r < stop);
+    }
+#pragma unroll
+    for (int r = 0; r < Walk::kTile; ++r) {
+      const int64_t p = tile + r - (kWidth - 1);
+      float dout_t[kVector], dx[kVector];
+      unpack(x_rows[r], w.x[kWidth - 1]), unpack(dout_rows[r], dout_t);
+      w.step(dout_t, a.in.activate, tile + r < end, dx);
+      if ((p >= begin || begin == 0) && p < end) store_conv_dx<kVector>(a, b, rows, d, p, dx);
+    }
+  }
+  store_conv_part(a, w, part, d, parts);
+}
+
+template <class T, int kWidth>
+int64_t conv_backward_pieces(const ConvBackwardArgs<T>& a) {  // of a sequence
+  return std::max<int64_t>(1, ceil_div(a.in.L, kConvWarps * ConvWalk<T, kWidth>::kRows));
+}
+template <class T>
+int64_t conv_backward_parts(const ConvBackwardArgs<T>& a) {
+  return a.in.batch *
+         (a.in.width <= 4 ? conv_backward_pieces<T, 4>(a) : conv_backward_pieces<T, 8>(a));
+}
+// Bytes of workspace that causal_conv1d_backward needs.
+template <class T>
+size_t causal_conv1d_backward_workspace(const ConvBackwardArgs<T>& a) {
+  return sizeof(float) * conv_backward_parts(a) * a.in.d * (a.in.width + 1);
+}
+
+template <class T>
+void causal_conv1d_backward(const ConvBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  const ConvArgs<T>& in = a.in;
+  if (in.width < 2 || in.width > 8)
+    fail("causal_conv1d_backward: width: expected 2 to 8, found ", in.width);
+  if (in.batch * in.d == 0) return;
+  const bool aligned = in.width == 4 && aligned4(in.x, in.x_stride) && aligned4(in.state, in.d) &&
+                       aligned4(in.weight, 4) && aligned4(in.bias, 4) &&
+                       aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
+                       aligned4(a.dstate, in.d);
+  const int64_t blocks = ceil_div(in.d, (aligned ? 4 : 1) * 32), parts = conv_backward_parts(a);
+  const auto kernel = aligned         ? causal_conv1d_backward_kernel<T, 4, 4>
+                      : in.width <= 4 ? causal_conv1d_backward_kernel<T, 4, 1>
+                                      : causal_conv1d_backward_kernel<T, 8, 1>;
+  kernel<<<unsigned(parts * blocks), 32 * kConvWarps, 0, stream>>>(
+      a, unsigned(blocks), unsigned(parts / in.batch), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  const int64_t weights = in.d * in.width;
+  add_column_sums({workspace, parts, weights + in.d, a.dweight, weights, a.dbias}, stream);
+}
+
+// --- norms ---------------------------------------------------------------------------------------
+//
+//   out = v s weight, s = 1 / sqrt(mean(v^2) + eps)       v: the residual, or y silu(z) of a group
+//   dv  = s (weight dout) - v s^3 mean(v weight dout)     dweight = sum over rows of dout v s
+//
+// One block takes some rows, one after the other, and of gated_rms_norm one group of channels; dweight
+// stays in shared memory, each number with the thread that adds to it. A row is read twice, the
+// second time from the cache.
+
+// The sums of both numbers over a block of kThreads threads.
+template <int kThreads>
+__device__ inline void block_sums(float& a, float& b) {
+  __shared__ float of_warp[2][kThreads / 32];
+  a = warp_sum(a), b = warp_sum(b);
+  __syncthreads();  // the last call's sums have been read before these are written
+  if (threadIdx.x % 32 == 0) of_warp[0][threadIdx.x / 32] = a, of_warp[1][threadIdx.x / 32] = b;
+  __syncthreads();  // the warps' sums are written before they are added
+  a = of_warp[0][0], b = of_warp[1][0];
+  for (int i = 1; i < kThreads / 32; ++i) a += of_warp[0][i], b += of_warp[1][i];
+}
+
+// dv = scale weight dout - back v
+struct NormSlopes {
+  float scale, back;
+};
+template <int kThreads>
+__device__ inline NormSlopes norm_slopes(float squares, float along, int d, float eps) {
+  block_sums<kThreads>(squares, along);
+  const float scale = rsqrtf(squares / d + eps);
+  return {scale, scale * scale * scale * (along / d)};
+}
+
+// The first pass over a row: sums of v^2 and of v weight dout, v_of(v, i) giving v[i .. i + 4).
+template <class T, class Values>
+__device__ inline NormSlopes norm_slopes_of_row(const T* dout, const float* weight, int d,
+                                                float eps, const Values& v_of) {
+  float squares = 0.f, along = 0.f;
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], w[4], g[4];
+    v_of(v, i), load4(w, weight + i), load4(g, dout + i);
+    squares += sum_of_squares(v);
+    for (int k = 0; k < 4; ++k) along = fmaf(v[k], w[k] * g[k], along);
+  }
+  return norm_slopes<kNormThreads>(squares, along, d, eps);
+}
+
+// The second: dv[i .. i + 4), and dweight.
+template <class T, class Values, class Function>
+__device__ inline void norm_gradients_of_row(const T* dout, const float* weight, int d,
+                                             const NormSlopes& s, float* dweight,
+                                             const Values& v_of, const Function& take_dv) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) {
+    float v[4], w[4], g[4], sum[4];
+    v_of(v, i), load4(w, weight + i), load4(g, dout + i), load4(sum, dweight + i);
+    for (int k = 0; k < 4; ++k) {
+      sum[k] = fmaf(g[k], v[k] * s.scale, sum[k]);
+      v[k] = s.scale * w[k] * g[k] - s.back * v[k];
+    }
+    store(dweight + i, pack<float>(sum));
+    take_dv(v, i);
+  }
+}
+
+// Each thread begins with zeros in its own numbers of a row in shared memory, and ends by leaving
+// them in `to`.
+__device__ inline void zero_row(float* row, int d) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) store(row + i, Vector<float, 4>{});
+}
+__device__ inline void leave_row(const float* row, int d, float* to) {
+  for (int i = 4 * threadIdx.x; i < d; i += 4 * kNormThreads) store(to + i, load<4>(row + i, true));
+}
+
+template <class T>
+struct NormBackwardArgs {
+  int64_t rows = 0;
+  int d = 0;
+  float eps = 0;
+  const float* residual = nullptr;  // (rows, d)
+  const float* weight = nullptr;    // (d)
+  const T* dout = nullptr;          // (rows, d)
+  float* d_residual = nullptr;      // (rows, d), added to
+  T* rounded = nullptr;             // (rows, d) the same as T, or null; may be dout
+  float* dweight = nullptr;         // (d), added to
+};
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    rms_norm_backward_kernel(NormBackwardArgs<T> a, int64_t each, float* parts) {
+  extern __shared__ __align__(16) float dweight_row[];
+  zero_row(dweight_row, a.d);
+  const int64_t end = min(a.rows, (blockIdx.x + int64_t{1}) * each);
+  for (int64_t row = blockIdx.x * each; row < end; ++row) {
+    const float* residual = a.residual + row * a.d;
+    const T* dout = a.dout + row * a.d;
+    const auto v_of = [&](float(&v)[4], int i) { load4(v, residual + i); };
+    const NormSlopes s = norm_slopes_of_row(dout, a.weight, a.d, a.eps, v_of);
+    const auto take_dv = [&](const float(&dv)[4], int i) {
+      float* const to = a.d_residual + row * a.d + i;
+      float sum[4];
+      load4(sum, to);
+      for (int k = 0; k < 4; ++k) sum[k] += dv[k];
+      store(to, pack<float>(sum));
+      if (a.rounded) store(a.rounded + row * a.d + i, pack<T>(sum));
+    };
+    norm_gradients_of_row(dout, a.weight, a.d, s, dweight_row, v_of, take_dv);
+  }
+  leave_row(dweight_row, a.d, parts + int64_t{blockIdx.x} * a.d);
+}
+
+// workspace: row_parts(rows, d) floats.
+template <class T>
+void rms_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  if (a.d % 4) fail("rms_norm_backward: width: expected a multiple of 4, found ", a.d);
+  if (a.rows == 0) return;
+  const int64_t parts = count_parts(a.rows);
+  rms_norm_backward_kernel<<<unsigned(parts), kNormThreads, a.d * sizeof(float), stream>>>(
+      a, rows_of_part(a.rows), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
+// y, z, dout, dy, dz (rows, d), their rows so far apart; the mean square is that of each of `groups`
+// equal runs of channels.
+template <class T>
+struct GatedNormBackwardArgs {
+  int64_t rows = 0;
+  int d = 0, groups = 1;
+  float eps = 0;
+  const T *y = nullptr, *z = nullptr, *dout = nullptr;
+  const float* weight = nullptr;  // (d)
+  T *dy = nullptr, *dz = nullptr;
+  float* dweight = nullptr;  // (d), added to
+  int64_t y_stride = 0, z_stride = 0, dout_stride = 0, dy_stride = 0, dz_stride = 0;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    gated_rms_norm_backward_kernel(GatedNormBackwardArgs<T> a, int64_t each, float* parts) {
+  extern __shared__ __align__(16) float dweight_row[];
+  const int width = a.d / a.groups;
+  const int64_t first = int64_t{blockIdx.y} * width;
+  const float* weight = a.weight + first;
+  zero_row(dweight_row, width);
+  const int64_t end = min(a.rows, (blockIdx.x + int64_t{1}) * each);
+  for (int64_t row = blockIdx.x * each; row < end; ++row) {
+    const T *y = a.y + row * a.y_stride + first, *z = a.z + row * a.z_stride + first;
+    const T* dout = a.dout + row * a.dout_stride + first;
+    const auto v_of = [&](float(&v)[4], int i) {
+      float gate[4];
+      load4(v, y + i), load4(gate, z + i);
+      for (int k = 0; k < 4; ++k) v[k] *= silu(gate[k]);
+    };
+    const NormSlopes s = norm_slopes_of_row(dout, weight, width, a.eps, v_of);
+    const auto take_dv = [&](const float(&dv)[4], int i) {
+      float dy[4], dz[4];
+      load4(dy, y + i), load4(dz, z + i);
+      for (int k = 0; k < 4; ++k) {
+        const SiluPoint gate = silu_point(dz[k]);
+        dz[k] = dv[k] * dy[k] * gate.slope, dy[k] = dv[k] * gate.value;
+      }
+      store(a.dy + row * a.dy_stride + first + i, pack<T>(dy));
+      store(a.dz + row * a.dz_stride + first + i, pack<T>(dz));
+    };
+    norm_gradients_of_row(dout, weight, width, s, dweight_row, v_of, take_dv);
+  }
+  leave_row(dweight_row, width, parts + int64_t{blockIdx.x} * a.d + first);
+}
+
+// workspace: row_parts(rows, d) floats.
+template <class T>
+void gated_rms_norm_backward(const GatedNormBackwardArgs<T>& a, float* workspace,
+                             cudaStream_t stream) {
+  const int width = a.d / a.groups;
+  if (width % 4) fail("gated_rms_norm_backward: group: expected a multiple of 4, found ", width);
+  if (a.rows == 0) return;
+  const dim3 grid(unsigned(count_parts(a.rows)), unsigned(a.groups));
+  gated_rms_norm_backward_kernel<<<grid, kNormThreads, width * sizeof(float), stream>>>(
+      a, rows_of_part(a.rows), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, grid.x, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
+// --- embedding -----------------------------------------------------------------------------------
+//
+//   dE[id] += sum over the rows t with ids[t] = id of d_residual[t]
+//
+// The rows are sorted by id, those of one id keeping their order, and each run of them is summed.
+
+static __global__ void embedding_keys_kernel(const Token* ids, int64_t rows, uint64_t* keys,
+                                             Token* positions) {
+  const int64_t t = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t < rows) keys[t] = uint64_t(ids[t]), positions[t] = Token(t);
+}
+
+// The block at the begin of a run takes it; the others have nothing to do.  Grid: rows, channels.
+static __global__ void __launch_bounds__(128)
+    embedding_backward_kernel(const uint64_t* ids, const Token* positions, int64_t rows,
+                              int64_t d_model, const float* d_residual, float* d_embedding) {
+  const int64_t begin = blockIdx.x, c = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  const uint64_t id = ids[begin];
+  if (c >= d_model || (begin > 0 && ids[begin - 1] == id)) return;
+  int64_t end = begin + 1;  // the first row of a higher id lies in [end, above]
+  for (int64_t above = rows; end < above;) {
+    const int64_t middle = (end + above) / 2;
+    ids[middle] == id ? end = middle + 1 : above = middle;
+  }
+  float sum = 0.f;
+#pragma unroll 8
+  for (int64_t i = begin; i < end; ++i) sum += d_residual[positions[i] * d_model + c];
+  d_embedding[int64_t(id) * d_model + c] += sum;
+}
+
+class EmbeddingBackward {
+ public:
+  // d_embedding (vocab_size, d_model) += the rows of d_residual (rows, d_model).
+  void operator()(const Token* ids, int64_t rows, int64_t vocab_size, int64_t d_model,
+                  const float* d_residual, float* d_embedding, cudaStream_t stream) {
+    if (rows == 0) return;
+    keys_.grow(size_t(2 * rows)), positions_.grow(size_t(2 * rows));
+    uint64_t *keys = keys_.data(), *sorted_keys = keys + rows;
+    Token *positions = positions_.data(), *sorted = positions + rows;
+    int bits = 1;
+    while ((vocab_size - 1) >> bits) ++bits;
+    size_t bytes = 0;
+    for (const bool measure : {true, false}) {
+      if (!measure) room_.grow(bytes);
+      if (!measure)
+        embedding_keys_kernel<<<unsigned(ceil_div(rows, 256)), 256, 0, stream>>>(ids, rows, keys,
+                                                                                 positions);
+      CUDA_CHECK(cudaGetLastError());
+      CUDA_CHECK(cub::DeviceRadixSort::SortPairs(measure ? nullptr : room_.data(), bytes, keys,
+                                                 sorted_keys, positions, sorted, rows, 0, bits,
+                                                 stream));
+    }
+    const dim3 grid(unsigned(rows), unsigned(ceil_div(d_model, 128)));
+    embedding_backward_kernel<<<grid, 128, 0, stream>>>(sorted_keys, sorted, rows, d_model,
+                                                        d_residual, d_embedding);
+    CUDA_CHECK(cudaGetLastError());
+  }
+
+ private:
+  DeviceBuffer<uint64_t> keys_;
+  DeviceBuffer<Token> positions_;
+  DeviceBuffer<std::byte> room_;
+};
+
+// --- cross-entropy -------------------------------------------------------------------------------
+//
+//   nll_t = log(sum_v exp(logits_t[v])) - logits_t[target_t]
+//   dlogits_t[v] = scale (exp(logits_t[v]) / sum - (v = target_t))      target -1: both are zero
+//
+// One block takes a row: it reads the logits once for their maximum and the sum of exponentials,
+// each thread for its own and then all for the block, and a second time to put dlogits, as T, into
+// their place.  Grid: rows, `stride` floats apart; row t of dlogits begins where that of logits did.
+
+constexpr int kEntropyThreads = 512;
+
+// A sum of exp(v - max).
+struct ExpSum {
+  float max, sum;
+  __device__ void add(float other_max, float other_sum) {
+    const float m = fmaxf(max, other_max);
+    if (m == -INFINITY) return;
+    sum = sum * exp2_approx(kLog2e * (max - m)) + other_sum * exp2_approx(kLog2e * (other_max - m));
+    max = m;
+  }
+};
+
+// The same over a row, the same bits in all threads.
+__device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size) {
+  __shared__ ExpSum of_warp[kEntropyThreads / 32];
+  ExpSum own{-INFINITY, 0.f};
+  for (int64_t i = 4 * threadIdx.x; i < vocab_size; i += 4 * kEntropyThreads) {
+    float v[4];
+    load4(v, logits + i);
+    float max = -INFINITY, sum = 0.f;
+    for (int k = 0; k < 4; ++k)
+      v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
+    for (int k = 0; k < 4; ++k) sum += exp2_approx(kLog2e * (v[k] - max));
+    own.add(max, sum);
+  }
+  for (int d = 16; d > 0; d /= 2) {
+    const float max = __shfl_xor_sync(~0u, own.max, d), sum = __shfl_xor_sync(~0u, own.sum, d);
+    own.add(max, sum);
+  }
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
+  __syncthreads();  // the warps' sums are written before they are added
+  own = of_warp[0];
+  for (int i = 1; i < kEntropyThreads / 32; ++i) own.add(of_warp[i].max, of_warp[i].sum);
+  return own;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads)
+    cross_entropy_kernel(float* logits, int64_t stride, int64_t vocab_size, const Token* targets,
+                         float scale, float* nll) {
+  float* const row = logits + blockIdx.x * stride;
+  T* const dlogits = reinterpret_cast<T*>(row);
+  const int64_t target = targets[blockIdx.x];
+  const ExpSum all = exp_sum_of_row(row, vocab_size);
+  if (threadIdx.x == 0) nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
+  if (scale == 0.f) return;  // the loss alone is wanted
+  const float factor = target < 0 ? 0.f : scale / all.sum;
+  for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
+    const int64_t i = first + 4 * threadIdx.x;
+    float v[4] = {};
+    if (i < vocab_size) load4(v, row + i);
+    for (int k = 0; k < 4; ++k)
+      v[k] = target < 0 ? 0.f
+                        : factor * exp2_approx(kLog2e * (v[k] - all.max)) -
+                              (i + k == target ? scale : 0.f);
+    __syncthreads();  // logits have been read, also the target's, before they are overwritten
+    if (i < vocab_size) store(dlogits + i, pack<T>(v));
+  }
+}
+
+// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16 bytes.
+template <class T>
+void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
+                   const Token* targets, float scale, float* nll, cudaStream_t stream) {
+  if (rows == 0) return;
+  const auto kernel = cross_entropy_kernel<T>;
+  kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
+                                                         nll);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ============================================================================================
+// The model's backward
+// ============================================================================================
+
+// A float for every number of every weight: gradients, or what the trainer keeps. The members of
+// ssm::Layer and ssm::Model, which for_each_weight names; A (d_inner, d_state) row by row.
+struct FloatLayer {
+  float *norm = nullptr, *in_proj = nullptr, *in_proj_bias = nullptr;
+  float *conv_weight = nullptr, *conv_bias = nullptr, *x_proj = nullptr, *dt_proj = nullptr;
+  float *dt_bias = nullptr, *A = nullptr, *D = nullptr, *gated_norm = nullptr;
+  float *out_proj = nullptr, *out_proj_bias = nullptr;
+};
+struct FloatModel {
+  float *embedding = nullptr, *norm_f = nullptr, *lm_head = nullptr;
+  std::vector<FloatLayer> layers;
+  bool tied = true;
+  float* head() const { return tied ? embedding : lm_head; }
+};
+
+inline int64_t size_of(const std::vector<int64_t>& shape) {
+  return std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
+}
+
+// All of them in one buffer, weight after weight, each from a multiple of 64 numbers on, with zeros
+// between.
+struct FlatModel {
+  FloatModel at;
+  DeviceBuffer<float> numbers;
+
+  FlatModel(const Config& config, bool tied) {
+    at.layers.resize(static_cast<size_t>(config.n_layer));
+    at.tied = tied;
+    numbers = DeviceBuffer<float>(static_cast<size_t>(place(config, nullptr)));
+    place(config, numbers.data());
+    numbers.zero();
+  }
+
+ private:
+  int64_t place(const Config& config, float* to) {
+    int64_t used = 0;
+    for_each_weight(config, at, [&](const std::string&, const auto& shape, float*& weight) {
+      weight = to ? to + used : nullptr;
+      used += ceil_div(size_of(shape), int64_t{64}) * 64;
+    });
+    return used;
+  }
+};
+
+// A batch of texts, one behind another: to tell targets[i] from ids up to i, for every i where it is
+// not -1.
+struct TextBatch {
+  int64_t batch = 0, L = 0, rows = 0;              // L: of the longest
+  const int64_t* cu_seqlens = nullptr;             // (batch + 1), or null: all are L tokens long
+  const Token *ids = nullptr, *targets = nullptr;  // (rows)
+  const DeviceState* before = nullptr;             // states to begin with; null: zero
+  DeviceState* after = nullptr;                    // where to leave those at the end; with `before`
+};
+
+// Memory that stays from batch to batch.
+struct TrainingRoom {
+  DeviceBuffer<std::byte> forward, backward;  // activations of one layer, and their gradients
+  DeviceBuffer<std::byte> kept;               // activations of layers that are not recomputed
+  DeviceBuffer<std::byte> work, conv;         // of one operation; a convolution's state
+  DeviceBuffer<float> stream, logits, nll, h;
+  EmbeddingBackward embedding;
+  int64_t rows = 0, kept_layers = 0;  // for which `kept` was made
+};
+
+// Gradients of all operations of ssm_reference.hpp's blocks and model, each right after the one that
+// it leads back through. `a` are activations of the forward pass, `d` their gradients, of the same
+// names: d.y of a.y. Weights' gradients are added to `gradients`, in float32.
+//
+// What is kept for them, numbers per token: the residual stream before every layer, d_model floats a
+// layer; and for as many layers as there is memory for, in T,
+//   Mamba    5 d_inner + dt_rank + 2 d_state                   projected, x, dt_B_C, delta, y
+//   Mamba-2  5 d_inner + 4 n_groups d_state + n_heads          projected, x B C, y, normed y
+// The other layers go forward once more from the residual stream when their turn comes.
+template <class T>
+struct ComputeBackward {
+  const Compute<T>& forward;
+  const FloatModel& gradients;
+  TrainingRoom& room;
+  using Tokens = typename Compute<T>::Tokens;
+
+  const Config& config() const { return forward.config; }
+  const Queue& queue() const { return forward.queue; }
+  cudaStream_t stream() const { return forward.queue.stream(); }
+  float* work(size_t bytes) const {
+    room.work.grow(bytes);
+    return reinterpret_cast<float*>(room.work.data());
+  }
+
+  // Of y = x W^T:  dx = dy W + beta dx,  dW += dy^T x.  x, dx (rows, cols), dy (rows, outputs)
+  void linear_backward(const T* x, int64_t x_stride, const T* dy, int64_t dy_stride, int64_t rows,
+                       const T* W, int64_t outputs, int64_t cols, float* dW, T* dx,
+                       float beta = 0.f) const {
+    if (rows == 0) return;
+    const float one = 1.f;
+    const auto type = kCudaType<T>;
+    CUBLAS_CHECK(cublasGemmEx(queue().cublas(), CUBLAS_OP_N, CUBLAS_OP_N, int(cols), int(rows),
+                              int(outputs), &one, W, type, int(cols), dy, type, int(dy_stride),
+                              &beta, dx, type, int(x_stride), CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(queue().cublas(), CUBLAS_OP_N, CUBLAS_OP_T, int(cols), int(outputs),
+                              int(rows), &one, x, type, int(x_stride), dy, type, int(dy_stride),
+                              &one, dW, CUDA_R_32F, int(cols), CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT));
+  }
+  void linear_backward(const T* x, int64_t x_stride, const T* dy, int64_t dy_stride, int64_t rows,
+                       const DeviceMatrix& W, float* dW, T* dx, float beta = 0.f) const {
+    linear_backward(x, x_stride, dy, dy_stride, rows, W.as<T>(), W.rows, W.cols, dW, dx, beta);
+  }
+  void bias_backward(const T* dy, int64_t rows, int64_t d, float* dbias) const {
+    if (dbias)
+      mamba::bias_backward(dy, d, rows, d, dbias, work(sizeof(float) * row_parts(rows, d)),
+                           stream());
+  }
+  // d.residual += what comes through rms_norm of a.residual, whose gradient is d.u; rounded -> d.u
+  void rms_norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
+                         int64_t rows, float* dweight) const {
+    const auto d_model = int(config().d_model);
+    mamba::rms_norm_backward<T>(
+        {rows, d_model, forward.eps(), a.residual, weight.data(), d.u, d.residual, d.u, dweight},
+        work(sizeof(float) * row_parts(rows, d_model)), stream());
+  }
+
+  // d.u, of out_proj's output -> d_y
+  void project_out_backward(const DeviceLayer& w, const FloatLayer& g, const T* y,
+                            const Activations<T>& d, T* d_y, int64_t rows) const {
+    bias_backward(d.u, rows, config().d_model, g.out_proj_bias);
+    linear_backward(y, config().d_inner, d.u, config().d_model, rows, w.out_proj, g.out_proj, d_y);
+  }
+  // d.x -> d.projected, its other columns being there already -> d.residual and, rounded, d.u
+  void project_in_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                           const Activations<T>& d, const Tokens& tokens,
+                           const T* conv_state) const {
+    const int64_t rows = tokens.rows(), width = config().in_proj_width();
+    ConvBackwardArgs<T> conv;
+    conv.in = forward.conv_args(a, w, nullptr);
+    conv.in.state = conv_state;
+    tokens.to(conv.in);
+    conv.dout = d.x, conv.dout_stride = config().conv_width();
+    conv.dx = d.projected + (conv.in.x - a.projected), conv.dx_stride = width;
+    conv.dweight = g.conv_weight, conv.dbias = g.conv_bias;
+    causal_conv1d_backward(conv, work(causal_conv1d_backward_workspace(conv)), stream());
+    bias_backward(d.projected, rows, width, g.in_proj_bias);
+    linear_backward(a.u, config().d_model, d.projected, width, rows, w.in_proj, g.in_proj, d.u);
+    rms_norm_backward(a, d, w.norm, rows, g.norm);
+  }
+
+  ScanBackwardArgs<T> scan_backward_args(const DeviceLayer& w, const FloatLayer& g,
+                                         const Activations<T>& a, const Activations<T>& d,
+                                         const Tokens& tokens, const float* h) const {
+    ScanBackwardArgs<T> scan;
+    scan.in = forward.scan_args(a, w, a.x, config().d_inner, nullptr);
+    scan.in.h0 = h;
+    tokens.to(scan.in);
+    scan.n_rows = tokens.rows();
+    scan.dout = d.y, scan.dx = d.x, scan.ddelta = d.delta;
+    scan.dB = d.dt_B_C + config().dt_rank, scan.dC = scan.dB + config().d_state;
+    scan.dz = d.projected + config().d_inner;
+    scan.dA = g.A, scan.dD = g.D, scan.dbias = g.dt_bias;
+    scan.dout_stride = scan.dx_stride = scan.ddelta_stride = config().d_inner;
+    scan.dB_stride = scan.dC_stride = scan.in.B_stride, scan.dz_stride = scan.in.z_stride;
+    return scan;
+  }
+
+  // d.u: gradient of the block's output. a.u, and d.residual, which is added to, as in rms_norm.
+  void mamba_block_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                            const Activations<T>& d, const Tokens& tokens, const T* conv_state,
+                            const float* h) const {
+    const int64_t rows = tokens.rows(), width = config().dt_rank + 2 * config().d_state;
+    project_out_backward(w, g, a.y, d, d.y, rows);
+    const auto scan = scan_backward_args(w, g, a, d, tokens, h);
+    selective_scan_backward(scan, work(selective_scan_backward_workspace(scan)), stream());
+    linear_backward(a.dt_B_C, width, d.delta, config().d_inner, rows, w.dt_proj, g.dt_proj,
+                    d.dt_B_C);
+    linear_backward(a.x, config().d_inner, d.dt_B_C, width, rows, w.x_proj, g.x_proj, d.x, 1.f);
+    project_in_backward(w, g, a, d, tokens, conv_state);
+  }
+
+  SsdBackwardArgs<T> ssd_backward_args(const DeviceLayer& w, const FloatLayer& g,
+                                       const Activations<T>& a, const Activations<T>& d,
+                                       const Tokens& tokens, const float* h) const {
+    SsdBackwardArgs<T> ssd;
+    static_cast<SsdArgs<T>&>(ssd) = forward.ssd_args(a, w, a.x, config().conv_width(), nullptr);
+    ssd.h0 = h;
+    tokens.to(ssd);
+    ssd.dout = d.y, ssd.dx = d.x, ssd.dB = d.x + config().d_inner;
+    ssd.dC = ssd.dB + config().n_groups * config().d_state;
+    ssd.ddt = d.projected + config().d_inner + config().conv_width();
+    ssd.dA = g.A, ssd.dD = g.D, ssd.ddt_bias = g.dt_bias;
+    ssd.dout_stride = config().d_inner, ssd.ddt_stride = config().in_proj_width();
+    ssd.dx_stride = ssd.dB_stride = ssd.dC_stride = config().conv_width();
+    return ssd;
+  }
+
+  // The same for Mamba-2.
+  void mamba2_block_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                             const Activations<T>& d, const Tokens& tokens, const T* conv_state,
+                             const float* h) const {
+    const int64_t rows = tokens.rows(), d_inner = config().d_inner;
+    const int64_t width = config().in_proj_width();
+    project_out_backward(w, g, a.delta, d, d.delta, rows);
+    gated_rms_norm_backward<T>({rows, int(d_inner), int(config().n_groups), forward.eps(), a.y,
+                                a.projected, d.delta, w.gated_norm.data(), d.y, d.projected,
+                                g.gated_norm, d_inner, width, d_inner, d_inner, width},
+                               work(sizeof(float) * row_parts(rows, d_inner)), stream());
+    auto ssd = ssd_backward_args(w, g, a, d, tokens, h);
+    ssd.workspace = work(ssd_backward_workspace_bytes(ssd));
+    ssd_backward(ssd, stream());
+    project_in_backward(w, g, a, d, tokens, conv_state);
+  }
+
+  // --- what is kept ---
+
+  // Calls f(member, numbers per token) for what a layer keeps.
+  template <class Function>
+  void for_each_kept(Activations<T>& a, const Function& f) const {
+    const Config& c = config();
+    f(a.projected, c.in_proj_width());
+    f(a.x, c.conv_width());
+    if (c.version == 1) f(a.dt_B_C, c.dt_rank + 2 * c.d_state);
+    f(a.delta, c.d_inner);
+    f(a.y, c.d_inner);
+  }
+  int64_t kept_numbers(Activations<T> a, int64_t rows) const {  // of a layer
+    int64_t sum = 0;
+    for_each_kept(a,
+                  [&](T*&, int64_t width) { sum += ceil_div(rows * width, int64_t{128}) * 128; });
+    return sum;
+  }
+  float* residual(const Activations<T>& a, Index l, int64_t rows) const {  // before layer l
+    return l < config().n_layer ? room.stream.data() + l * rows * config().d_model : a.residual;
+  }
+  // The activations of layer l: its own where they are kept, else those that all share.
+  Activations<T> of_layer(Activations<T> a, Index l, int64_t rows) const {
+    if (l >= room.kept_layers) return a;
+    T* next = reinterpret_cast<T*>(room.kept.data()) + l * kept_numbers(a, rows);
+    for_each_kept(a, [&](T*& p, int64_t width) {
+      p = std::exchange(next, next + ceil_div(rows * width, int64_t{128}) * 128);
+    });
+    return a;
+  }
+
+  // Rows of logits at a time: at most 256 MiB of them. A row is a multiple of 8 numbers long.
+  int64_t logits_stride() const { return ceil_div(config().vocab_size, Index{8}) * 8; }
+  int64_t logits_rows(int64_t rows) const {
+    return std::min(rows, std::max<int64_t>(128, (int64_t{1} << 26) / logits_stride() / 128 * 128));
+  }
+
+  // Bytes for so many rows without any that a layer keeps, or an operation's own.
+  size_t least_bytes(int64_t rows) const {
+    const Config& c = config();
+    const int64_t numbers = kept_numbers({c, 0, room.forward}, rows) + rows * c.d_model;
+    return 2 * (sizeof(T) * numbers + sizeof(float) * rows * c.d_model) +
+           sizeof(float) * (c.n_layer * rows * c.d_model + logits_rows(rows) * logits_stride());
+  }
+  size_t operation_bytes(const Activations<T>& a, const Activations<T>& d,
+                         const Tokens& tokens) const {
+    const DeviceLayer& w = forward.model.layers[0];
+    const FloatLayer& g = gradients.layers[0];
+    if (config().version == 1)
+      return selective_scan_backward_workspace(scan_backward_args(w, g, a, d, tokens, nullptr));
+    return ssd_backward_workspace_bytes(ssd_backward_args(w, g, a, d, tokens, nullptr));
+  }
+
+  // Makes room for a batch, and chooses how many layers keep their activations.
+  void make_room(const Tokens& tokens) const {
+    const int64_t rows = tokens.rows();
+    if (rows <= room.rows) return;
+    room = TrainingRoom{};
+    need_memory(least_bytes(rows), "activations of a batch");
+    const Activations<T> a(config(), rows, room.forward), d(config(), rows, room.backward);
+    room.stream = DeviceBuffer<float>(size_t(config().n_layer * rows * config().d_model));
+    room.logits = DeviceBuffer<float>(size_t(logits_rows(rows) * logits_stride()));
+    room.nll = DeviceBuffer<float>(size_t(rows));
+    work(operation_bytes(a, d, tokens));
+    size_t available = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&available, &total));
+    const size_t layer = sizeof(T) * size_t(kept_numbers(a, rows));
+    const size_t spare = total / 32;  // for the rest
+    const Index most = available > spare ? Index((available - spare) / layer) : 0;
+    room.kept_layers = std::min<Index>(config().n_layer, most);
+    room.kept = DeviceBuffer<std::byte>(size_t(room.kept_layers) * layer);
+    room.rows = rows;
+    if (room.kept_layers < config().n_layer)
+      std::cerr << "activations of " << config().n_layer - room.kept_layers << " of "
+                << config().n_layer << " layers are recomputed: no memory to keep them\n";
+  }
+
+  // --- the whole model ---
+
+  // Activations of a layer with the residual stream before it, once the forward pass is over.
+  Activations<T> activations_again(const TextBatch& b, const Tokens& tokens, Activations<T> a,
+                                   Index l) const {
+    a = of_layer(a, l, b.rows);
+    a.residual = residual(a, l, b.rows);
+    const DeviceLayer& w = forward.model.layers[l];
+    if (l < room.kept_layers) return forward.rms_norm(a, w.norm, b.rows), a;
+    T* conv = nullptr;
+    float* h = nullptr;
+    if (b.before) {  // of this layer, to be advanced once more
+      const size_t conv_bytes = b.before->conv.bytes() / config().n_layer;
+      const size_t h_size = b.before->h.size() / config().n_layer;
+      room.conv.grow(conv_bytes), room.h.grow(h_size);
+      conv = reinterpret_cast<T*>(room.conv.data()), h = room.h.data();
+      const auto copy = [&](void* to, const void* from, size_t bytes) {
+        CUDA_CHECK(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream()));
+      };
+      copy(conv, b.before->layer_conv<T>(config(), l), conv_bytes);
+      copy(h, b.before->layer_h(config(), l), sizeof(float) * h_size);
+    }
+    config().version == 1 ? forward.mamba_inner(w, a, tokens, conv, h)
+                          : forward.mamba2_inner(w, a, tokens, conv, h);
+    return a;
+  }
+
+  // ids -> `last`.residual after all layers. keep: what the backward pass needs stays.
+  void all_layers(const TextBatch& b, const Tokens& tokens, const Activations<T>& last,
+                  bool keep) const {
+    const size_t bytes = sizeof(float) * b.rows * config().d_model;
+    const auto block = config().version == 1 ? &Compute<T>::mamba_block : &Compute<T>::mamba2_block;
+    Activations<T> a = last;
+    if (keep) a.residual = residual(last, 0, b.rows);
+    forward.embed(a, b.ids, b.rows);
+    for (Index l = 0; l < config().n_layer; ++l) {
+      if (keep) {
+        const float* before = residual(last, l, b.rows);
+        a = of_layer(last, l, b.rows);
+        a.residual = residual(last, l + 1, b.rows);
+        CUDA_CHECK(cudaMemcpyAsync(a.residual, before, bytes, cudaMemcpyDeviceToDevice, stream()));
+      }
+      (forward.*block)(forward.model.layers[l], a, tokens,
+                       b.after ? b.after->layer_conv<T>(config(), l) : nullptr,
+                       b.after ? b.after->layer_h(config(), l) : nullptr);
+    }
+  }
+
+  // a.residual after all layers -> room.nll; and, unless scale is 0, d.residual and d.u of the
+  // gradient of scale times their sum. Logits are there for some rows at a time.
+  void head_backward(const TextBatch& b, const Activations<T>& a, const Activations<T>& d,
+                     float scale) const {
+    const Config& c = config();
+    const int64_t d_model = c.d_model, vocab_size = c.vocab_size, stride = logits_stride();
+    forward.rms_norm(a, forward.model.norm_f, b.rows);
+    float* const logits = room.logits.data();
+    for (int64_t first = 0; first < b.rows; first += logits_rows(b.rows)) {
+      const int64_t rows = std::min(b.rows - first, logits_rows(b.rows));
+      const T* hidden = a.u + first * d_model;
+      queue().linear(hidden, rows, d_model, forward.head(), vocab_size, d_model, logits, stride);
+      cross_entropy<T>(logits, stride, rows, vocab_size, b.targets + first, scale,
+                       room.nll.data() + first, stream());
+      if (scale != 0.f)
+        linear_backward(hidden, d_model, reinterpret_cast<const T*>(logits),
+                        stride * int64_t(sizeof(float) / sizeof(T)), rows, forward.head(),
+                        vocab_size, d_model, gradients.head(), d.u + first * d_model);
+    }
+    if (scale == 0.f) return;
+    CUDA_CHECK(cudaMemsetAsync(d.residual, 0, sizeof(float) * b.rows * d_model, stream()));
+    rms_norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f);
+  }
+
+  // Adds the gradients of scale times the sum of nll. Returns that sum, unscaled.
+  double operator()(const TextBatch& b, float scale) const {
+    if (b.rows == 0) return 0;
+    const Tokens tokens{b.batch, b.L, false, nullptr, b.cu_seqlens, b.rows};
+    make_room(tokens);
+    const Activations<T> last(config(), b.rows, room.forward), d(config(), b.rows, room.backward);
+    all_layers(b, tokens, last, scale != 0.f);
+    head_backward(b, last, d, scale);
+    for (Index l = config().n_layer; l-- > 0 && scale != 0.f;) {
+      const Activations<T> a = activations_again(b, tokens, last, l);
+      const T* conv = b.before ? b.before->layer_conv<T>(config(), l) : nullptr;
+      const float* h = b.before ? b.before->layer_h(config(), l) : nullptr;
+      const auto block_backward = config().version == 1 ? &ComputeBackward::mamba_block_backward
+                                                        : &ComputeBackward::mamba2_block_backward;
+      (this->*block_backward)(forward.model.layers[l], gradients.layers[l], a, d, tokens, conv, h);
+    }
+    if (scale != 0.f)
+      room.embedding(b.ids, b.rows, config().vocab_size, config().d_model, d.residual,
+                     gradients.embedding, stream());
+    std::vector<float> nll(static_cast<size_t>(b.rows));
+    CUDA_CHECK(cudaMemcpyAsync(nll.data(), room.nll.data(), sizeof(float) * nll.size(),
+                               cudaMemcpyDeviceToHost, stream()));
+    queue().wait();
+    return std::accumulate(nll.begin(), nll.end(), 0.0);
+  }
+};
+
+// Pieces of texts on the GPU.
+class TextsOnGpu {
+ public:
+  TextBatch upload(const Batch& pieces, const Queue& queue) {
+    std::vector<Token> ids, targets;
+    std::vector<int64_t> begin = {0};
+    TextBatch b;
+    bool ragged = false;
+    for (const Piece& piece : pieces) {
+      const auto n = std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
+      ids.insert(ids.end(), piece.ids.begin(), piece.ids.begin() + n);
+      for (Index t = 0; t < n; ++t) targets.push_back(t + 1 >= piece.first ? piece.ids[t + 1] : -1);
+      ragged = ragged || n != static_cast<Index>(pieces[0].ids.size()) - 1;
+      begin.push_back(begin.back() + n);
+      b.L = std::max(b.L, int64_t{n});
+    }
+    b.batch = static_cast<int64_t>(pieces.size()), b.rows = begin.back();
+    b.ids = copy(ids_, ids, queue), b.targets = copy(targets_, targets, queue);
+    b.cu_seqlens = ragged ? copy(begin_, begin, queue) : nullptr;
+    queue.wait();  // the host's vectors are about to vanish
+    return b;
+  }
+
+ private:
+  template <class Number>
+  static const Number* copy(DeviceBuffer<Number>& to, const std::vector<Number>& from,
+                            const Queue& queue) {
+    to.grow(from.size());
+    CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), from.size() * sizeof(Number),
+                               cudaMemcpyHostToDevice, queue.stream()));
+    return to.data();
+  }
+  DeviceBuffer<Token> ids_, targets_;
+  DeviceBuffer<int64_t> begin_;
+};
+
+// A weight's numbers, of the host's matrix and of the GPU's: row by row there.
+template <class Matrix_>
+void upload_weight(const Matrix_& from, float* to) {
+  const Matrix<float> rows = from;
+  CUDA_CHECK(cudaMemcpy(to, rows.data(), rows.size() * sizeof(float), cudaMemcpyHostToDevice));
+}
+template <class Matrix_>
+void download_weight(const float* from, const std::vector<int64_t>& shape, Matrix_& to) {
+  const Index rows = Matrix_::RowsAtCompileTime == 1 ? 1 : shape[0];
+  Matrix<float> numbers(rows, size_of(shape) / rows);
+  CUDA_CHECK(
+      cudaMemcpy(numbers.data(), from, numbers.size() * sizeof(float), cudaMemcpyDeviceToHost));
+  to = numbers;
+}
+
+// Calls f(name, shape, weight of `model`, place in `flat`) for every weight of both.
+template <class Model, class Function>
+void for_each_pair(const Config& config, Model& model, const FloatModel& flat, const Function& f) {
+  std::vector<float*> places;
+  for_each_weight(config, flat,
+                  [&](const std::string&, const auto&, float* p) { places.push_back(p); });
+  size_t next = 0;
+  for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& weight) {
+    f(name, shape, weight, places[next++]);
+  });
+}
+
+inline ssm::Model<float> download_model(const Config& config, const FloatModel& flat) {
+  ssm::Model<float> model;
+  model.sizes = config, model.tied = flat.tied;
+  model.layers.resize(static_cast<size_t>(config.n_layer));
+  for_each_pair(config, model, flat, [](const std::string&, const auto& shape, auto& to, float* p) {
+    download_weight(p, shape, to);
+  });
+  return model;
+}
+
+// --- mamba gradients -----------------------------------------------------------------------------
+
+inline double CudaEngine::gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients) {
+  const FlatModel sums(config_, model_.tied);
+  TrainingRoom room;
+  TextsOnGpu texts;
+  const TextBatch text = texts.upload({Piece{ids}}, *queue_);
+  double loss = 0;
+  with_weight_type(dtype_, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Compute<T> forward = compute<T>();
+    loss = ComputeBackward<T>{forward, sums.at, room}(text, 1.f);
+  });
+  gradients = download_model(config_, sums.at);
+  const float scale = 1.f / float(text.rows);  // of the mean; f16 has room for that of the sum only
+  for_each_weight(config_, gradients,
+                  [&](const std::string&, const auto&, auto& g) { g *= scale; });
+  for (size_t l = 0; l < gradients.layers.size(); ++l) {  // A = -exp(A_log): dA_log = dA A
+    ssm::StateMatrix<float>& dA = gradients.layers[l].A;
+    Matrix<float> A(dA.rows(), dA.cols());
+    model_.layers[l].A.copy_to(A.data());
+    dA.array() *= A.array();
+  }
+  return loss / double(text.rows);
+}
+
+// ============================================================================================
+// The trainer's kernels
+// ============================================================================================
+//
+// Parameters, gradients g and AdamW's moments m and v lie in float32 in four flat buffers of the same
+// places. The model that computes is a copy: matrices in T, A = -exp(A_log), the rest as it is.
+//
+//   g  = scale dloss/dw, for A_log:  dA_log = dA A
+//   m  = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2
+//   w -= lr weight_decay w + lr (m / (1 - beta1^steps)) / (sqrt(v / (1 - beta2^steps)) + eps)
+
+constexpr int kParameterChunk = 4096, kUpdateThreads = 256;
+
+enum class ParameterKind { row, matrix, A_log };
+struct ParameterChunk {  // of one parameter: at most kParameterChunk numbers
+  int64_t first;         // in the flat buffers
+  void* copy;            // of the same numbers, in the model that computes
+  int count;
+  ParameterKind kind;
+  bool decays;
+};
+struct FlatParameters {
+  const ParameterChunk* chunks;
+  int64_t n_chunks;
+  float *w, *g, *m, *v;
+};
+
+__device__ inline float parameter_gradient(const ParameterChunk& c, const float* g, int i) {
+  const float to_A = c.kind == ParameterKind::A_log ? static_cast<const float*>(c.copy)[i] : 1.f;
+  return g[c.first + i] * to_A;
+}
+template <class T>
+__device__ inline void copy_parameter(const ParameterChunk& c, int i, float w) {
+  if (c.kind == ParameterKind::matrix)
+    static_cast<T*>(c.copy)[i] = from_float<T>(w);
+  else
+    static_cast<float*>(c.copy)[i] = c.kind == ParameterKind::A_log ? -expf(w) : w;
+}
+
+// parts[block] = the sum of g^2 over every gridDim.x-th chunk.
+static __global__ void __launch_bounds__(kUpdateThreads)
+    gradient_norm_kernel(FlatParameters a, double* parts) {
+  __shared__ double of_warp[kUpdateThreads / 32];
+  double sum = 0;
+  for (int64_t k = blockIdx.x; k < a.n_chunks; k += gridDim.x) {
+    const ParameterChunk c = a.chunks[k];
+    for (int i = threadIdx.x; i < c.count; i += kUpdateThreads) {
+      const double g = parameter_gradient(c, a.g, i);
+      sum += g * g;
+    }
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = sum;
+  __syncthreads();  // the warps' sums are written before they are added
+  if (threadIdx.x > 0) return;
+  for (int i = 1; i < kUpdateThreads / 32; ++i) sum += of_warp[i];
+  parts[blockIdx.x] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kUpdateThreads) copy_parameters_kernel(FlatParameters a) {
+  const ParameterChunk c = a.chunks[blockIdx.x];
+  for (int i = threadIdx.x; i < c.count; i += kUpdateThreads)
+    copy_parameter<T>(c, i, a.w[c.first + i]);
+}
+
+struct AdamWStep {  // the numbers of one step
+  float scale, beta1, beta2, eps;
+  float decay;        // lr weight_decay
+  float lr, v_scale;  // lr / (1 - beta1^steps), 1 / (1 - beta2^steps)
+};
+
+template <class T>
+__global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a, AdamWStep s) {
+  const ParameterChunk c = a.chunks[blockIdx.x];
+  float *w = a.w + c.first, *m = a.m + c.first, *v = a.v + c.first;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < c.count; i += kUpdateThreads) {
+    const float g = s.scale * parameter_gradient(c, a.g, i);
+    const float m_i = fmaf(s.beta1, m[i], (1.f - s.beta1) * g);
+    const float v_i = fmaf(s.beta2, v[i], (1.f - s.beta2) * g * g);
+    const float decayed = c.decays ? fmaf(-s.decay, w[i], w[i]) : w[i];
+    const float w_i = decayed - s.lr * m_i / (sqrtf(v_i * s.v_scale) + s.eps);
+    m[i] = m_i, v[i] = v_i, w[i] = w_i, a.g[c.first + i] = 0.f;
+    copy_parameter<T>(c, i, w_i);
+  }
+}
+
+// ============================================================================================
+// The learner
+// ============================================================================================
+
+// What train.hpp asks of a program, see there.
+class CudaLearner {
+ public:
+  CudaLearner(const Config& config, Learned<float> learned, const EngineOptions& options);
+
+  double accumulate(const Batch& batch, double scale);
+  double loss(const Batch& batch);
+  double gradient_norm();
+  void update(const ssm::AdamW& adamw, double scale);
+  Index steps() const { return steps_; }
+  Learned<float> learned() const;
+  std::vector<ssm::State<float>> carried() const;
+  void carry(const std::vector<ssm::State<float>>& states);
+
+ private:
+  static constexpr unsigned kNormBlocks = 1024;
+
+  void make_copies();
+  void make_chunks();
+  double run(TextBatch batch, float scale);
+  void begin_states(const Batch& batch);
+  FlatParameters flat() const {
+    return {chunks_.data(),     static_cast<int64_t>(chunks_.size()),
+            w_->numbers.data(), g_->numbers.data(),
+            m_->numbers.data(), v_->numbers.data()};
+  }
+  template <class Function>
+  void with_type(const Function& f) const {
+    if (dtype_ == DType::F32) return f(static_cast<float*>(nullptr));
+    f(static_cast<__nv_bfloat16*>(nullptr));
+  }
+
+  Config config_;
+  DType dtype_;
+  float delta_ratio_;
+  Index steps_;
+  std::unique_ptr<Queue> queue_;
+  std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters
+  DeviceModel model_;                         // the copy to compute with
+  DeviceBuffer<ParameterChunk> chunks_;
+  DeviceBuffer<double> norm_parts_;
+  DeviceBuffer<std::byte> activation_room_, scan_room_;
+  TrainingRoom room_;
+  TextsOnGpu texts_;
+  DeviceState slots_;           // --carry-state: of each slot's last piece
+  DeviceState before_, after_;  // of the pieces of a batch
+};
+
+inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
+                                const EngineOptions& options)
+    : config_(config),
+      dtype_(options.dtype.value_or(DType::F32)),
+      delta_ratio_(options.delta_ratio),
+      steps_(learned.steps) {
+  if (dtype_ == DType::F16) fail_usage("train: --dtype: expected f32 or bf16, found f16");
+  use_device(options.device);
+  queue_ = std::make_unique<Queue>();
+  const size_t floats = weight_bytes(config, DType::F32);
+  need_memory(4 * floats + weight_bytes(config, dtype_), "parameters, gradients and moments");
+  for (auto* flat : {&w_, &g_, &m_, &v_})
+    *flat = std::make_unique<FlatModel>(config, learned.weights.tied);
+  const auto up = [](const std::string&, const auto&, const auto& from, float* to) {
+    upload_weight(from, to);
+  };
+  for_each_pair(config, learned.weights, w_->at, up);
+  for_each_pair(config, learned.m, m_->at, up);
+  for_each_pair(config, learned.v, v_->at, up);
+  make_copies();
+  make_chunks();
+  norm_parts_ = DeviceBuffer<double>(kNormBlocks);
+  CUDA_CHECK(cudaDeviceSynchronize());  // the buffers above were filled outside of the stream
+  with_type([&](auto* type) {
+    const auto kernel = copy_parameters_kernel<std::remove_pointer_t<decltype(type)>>;
+    kernel<<<unsigned(chunks_.size()), kUpdateThreads, 0, queue_->stream()>>>(flat());
+    CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+// Room for the model that computes.
+inline void CudaLearner::make_copies() {
+  model_.sizes = config_, model_.tied = w_->at.tied;
+  model_.layers.resize(static_cast<size_t>(config_.n_layer));
+  for_each_weight(config_, model_, [&](const std::string&, const auto& shape, auto& to) {
+    const auto size = static_cast<size_t>(size_of(shape));
+    if constexpr (std::is_same_v<decltype(to), DeviceMatrix&>) {
+      to.rows = shape[0], to.cols = shape[1];
+      to.bytes = DeviceBuffer<std::byte>(size * dtype_size(dtype_));
+    } else {
+      to = DeviceBuffer<float>(size);
+    }
+  });
+}
+
+inline void CudaLearner::make_chunks() {
+  std::vector<ParameterChunk> chunks;
+  for_each_pair(
+      config_, model_, w_->at,
+      [&](const std::string& name, const auto& shape, auto& weight, float* place) {
+        using Weight = std::remove_reference_t<decltype(weight)>;
+        ParameterChunk c{place - w_->numbers.data(), nullptr, 0, ParameterKind::row, false};
+        size_t number = sizeof(float);
+        if constexpr (std::is_same_v<Weight, DeviceMatrix>) {
+          c.kind = ParameterKind::matrix, number = dtype_size(dtype_);
+          c.copy = weight.bytes.data();
+        } else {
+          if (std::is_same_v<Weight, DeviceStateMatrix>) c.kind = ParameterKind::A_log;
+          c.copy = weight.data();
+        }
+        c.decays = Parameter<float>{name, shape, nullptr, 0}.decays();
+        for (int64_t left = size_of(shape); left > 0; left -= kParameterChunk) {
+          c.count = int(std::min<int64_t>(left, kParameterChunk));
+          chunks.push_back(c);
+          c.first += kParameterChunk;
+          c.copy = static_cast<std::byte*>(c.copy) + kParameterChunk * number;
+        }
+      });
+  chunks_ = DeviceBuffer<ParameterChunk>(chunks.data(), chunks.size());
+}
+
+inline double CudaLearner::run(TextBatch batch, float scale) {
+  double sum = 0;
+  with_type([&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const Compute<T> forward{config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
+    sum = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
+  });
+  return sum;
+}
+
+// The states that the pieces of a batch begin in -> before_ and, to be advanced, after_.
+inline void CudaLearner::begin_states(const Batch& batch) {
+  const auto n = std::max_element(batch.begin(), batch.end(),
+                                  [](const auto& a, const auto& b) { return a.slot < b.slot; })
+                     ->slot +
+                 1;
+  if (slots_.batch < n) {
+    DeviceState more(config_, dtype_, n);
+    for (Index s = 0; s < slots_.batch; ++s)
+      copy_state(config_, slots_, s, more, s, queue_->stream());
+    queue_->wait();
+    std::swap(slots_, more);
+  }
+  for (DeviceState* state : {&before_, &after_}) {
+    *state = DeviceState(config_, dtype_, static_cast<int64_t>(batch.size()));
+    for (size_t i = 0; i < batch.size(); ++i)
+      if (batch[i].slot >= 0 && !batch[i].begins)
+        copy_state(config_, slots_, batch[i].slot, *state, Index(i), queue_->stream());
+  }
+}
+
+inline double CudaLearner::accumulate(const Batch& batch, double scale) {
+  TextBatch b = texts_.upload(batch, *queue_);
+  const auto carries = [](const Piece& piece) { return piece.slot >= 0; };
+  if (std::none_of(batch.begin(), batch.end(), carries)) return run(b, float(scale));
+  begin_states(batch);
+  b.before = &before_, b.after = &after_;
+  const double sum = run(b, float(scale));
+  for (Index i = 0; i < b.batch; ++i)
+    if (carries(batch[i])) copy_state(config_, after_, i, slots_, batch[i].slot, queue_->stream());
+  return sum;
+}
+
+inline double CudaLearner::loss(const Batch& batch) {
+  return run(texts_.upload(batch, *queue_), 0.f);
+}
+
+inline double CudaLearner::gradient_norm() {
+  const unsigned blocks = unsigned(std::min<size_t>(kNormBlocks, chunks_.size()));
+  gradient_norm_kernel<<<blocks, kUpdateThreads, 0, queue_->stream()>>>(flat(), norm_parts_.data());
+  CUDA_CHECK(cudaGetLastError());
+  std::vector<double> parts(blocks);
+  CUDA_CHECK(cudaMemcpyAsync(parts.data(), norm_parts_.data(), blocks * sizeof(double),
+                             cudaMemcpyDeviceToHost, queue_->stream()));
+  queue_->wait();
+  return std::sqrt(std::accumulate(parts.begin(), parts.end(), 0.0));
+}
+
+inline void CudaLearner::update(const ssm::AdamW& o, double scale) {
+  ++steps_;
+  const double m_scale = 1 / (1 - std::pow(o.beta1, double(steps_)));
+  const double v_scale = 1 / (1 - std::pow(o.beta2, double(steps_)));
+  const AdamWStep step{float(scale),
+                       float(o.beta1),
+                       float(o.beta2),
+                       float(o.eps),
+                       float(o.lr * o.weight_decay),
+                       float(o.lr * m_scale),
+                       float(v_scale)};
+  with_type([&](auto* type) {
+    const auto kernel = adamw_kernel<std::remove_pointer_t<decltype(type)>>;
+    kernel<<<unsigned(chunks_.size()), kUpdateThreads, 0, queue_->stream()>>>(flat(), step);
+    CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+inline Learned<float> CudaLearner::learned() const {
+  queue_->wait();
+  return {download_model(config_, w_->at), download_model(config_, m_->at),
+          download_model(config_, v_->at), steps_};
+}
+
+inline std::vector<ssm::State<float>> CudaLearner::carried() const {
+  std::vector<ssm::State<float>> states;
+  for (Index s = 0; s < slots_.batch; ++s) {
+    DeviceState one(config_, dtype_, 1);
+    copy_state(config_, slots_, s, one, 0, queue_->stream());
+    queue_->wait();
+    states.push_back(host_state(config_, dtype_, one));
+  }
+  return states;
+}
+
+inline void CudaLearner::carry(const std::vector<ssm::State<float>>& states) {
+  slots_ = DeviceState(config_, dtype_, static_cast<int64_t>(states.size()));
+  for (size_t s = 0; s < states.size(); ++s) {
+    const DeviceState one = device_state(config_, dtype_, states[s]);
+    copy_state(config_, one, 0, slots_, Index(s), queue_->stream());
+    queue_->wait();
+  }
 }
 
 }  // namespace mamba

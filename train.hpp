@@ -490,8 +490,7 @@ struct Step {
 
 /// Where a text first meets numbers that are none, for the line that ends a run.
 template <class Scalar>
-std::string where_not_finite(const ssm::Model<Scalar>& learned,
-                                    const std::vector<Batch>& batches) {
+std::string where_not_finite(const ssm::Model<Scalar>& learned, const std::vector<Batch>& batches) {
   auto model = computed(learned);
   const Index n_layer = model.sizes.n_layer;
   for (const Batch& batch : batches)

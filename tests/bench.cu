@@ -3,11 +3,12 @@
 //
 //   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
 //
-// Without OP: all of bandwidth, matmul, selective_scan, causal_conv1d, ssd, rms_norm,
-// gated_rms_norm, sampler, decode, prefill. A kernel runs in a CUDA graph of up to ten calls, its
-// data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other writes.
-// --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor is the
-// time to move each input and output once; of prefill, to multiply.
+// Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward, causal_conv1d,
+// causal_conv1d_backward, ssd, rms_norm, gated_rms_norm, their backwards as norm_backward, sampler,
+// decode, prefill, train. A kernel runs in a CUDA graph of up to ten
+// calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other
+// writes. --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor
+// is the time to move each input and output once; of prefill, to multiply.
 #define MAMBA_NO_MAIN
 #include "../mamba.cu"
 
@@ -171,6 +172,29 @@ void bench_conv(Bench& bench, DType dtype, const Sizes& s) {
 }
 
 template <class T>
+void bench_conv_backward(Bench& bench, DType dtype, const Sizes& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"d", s.width}, {"L", s.L}});
+  if (!bench.wants(shape)) return;
+  constexpr int64_t kWidth = 4;
+  const int64_t d = s.width, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), dout = bench.random<T>(rows * d);
+  const DeviceBuffer<T> dx(x.size());
+  const auto weight = bench.random<float>(d * kWidth), bias = bench.random<float>(d);
+  DeviceBuffer<float> dweight(weight.size()), dbias(bias.size());
+  dweight.zero(), dbias.zero();
+  ConvBackwardArgs<T> a;
+  a.in.batch = s.batch, a.in.L = s.L, a.in.d = d, a.in.width = int(kWidth);
+  a.in.x = x.data(), a.in.weight = weight.data(), a.in.bias = bias.data(), a.in.x_stride = d;
+  a.dout = dout.data(), a.dx = dx.data(), a.dout_stride = a.dx_stride = d;
+  a.dweight = dweight.data(), a.dbias = dbias.data();
+  const DeviceBuffer<std::byte> room(causal_conv1d_backward_workspace(a));
+  bench.report(
+      {"causal_conv1d_backward", "causal_conv1d_backward_kernel", shape, dtype,
+       double(3 * rows * d) * sizeof(T), 6. * double(kWidth * d * rows)},
+      [&] { causal_conv1d_backward(a, reinterpret_cast<float*>(room.data()), bench.stream()); });
+}
+
+template <class T>
 void bench_scan(Bench& bench, DType dtype, const Sizes& s) {
   const std::string shape = shape_of({{"batch", s.batch}, {"d_inner", s.width}, {"L", s.L}});
   if (!bench.wants(shape)) return;
@@ -207,6 +231,42 @@ void bench_scan(Bench& bench, DType dtype, const Sizes& s) {
   a.L = 1, a.h0 = h.data();
   bench.report(figure("selective_scan_step_kernel", s.batch, 2),
                [&] { selective_scan_step(a, stream); });
+}
+
+template <class T>
+void bench_scan_backward(Bench& bench, DType dtype, const Sizes& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"d_inner", s.width}, {"L", s.L}});
+  if (!bench.wants(shape)) return;
+  const int64_t d = s.width, N = 16, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), delta = bench.random<T>(rows * d),
+             z = bench.random<T>(rows * d), dout = bench.random<T>(rows * d),
+             B = bench.random<T>(rows * N), C = bench.random<T>(rows * N);
+  const DeviceBuffer<T> dx(x.size()), ddelta(x.size()), dz(x.size()), dB(B.size()), dC(C.size());
+  const auto A = bench.random<float>(d * N, 7.f, -8.f), D = bench.random<float>(d),
+             bias = bench.random<float>(d, 2.f, -4.6f);
+  DeviceBuffer<float> dA(A.size()), dD(D.size()), dbias(bias.size());
+  for (DeviceBuffer<float>* sums : {&dA, &dD, &dbias}) sums->zero();
+  ScanBackwardArgs<T> a;
+  a.in.batch = s.batch, a.in.L = s.L, a.in.d_inner = d, a.in.d_state = N;
+  a.in.x = x.data(), a.in.delta = delta.data(), a.in.A = A.data(), a.in.B = B.data();
+  a.in.C = C.data(), a.in.D = D.data(), a.in.z = z.data(), a.in.delta_bias = bias.data();
+  a.in.x_stride = a.in.delta_stride = a.in.z_stride = a.dout_stride = d;
+  a.dx_stride = a.ddelta_stride = a.dz_stride = d;
+  a.in.B_stride = a.in.C_stride = a.dB_stride = a.dC_stride = N;
+  a.dout = dout.data(), a.dx = dx.data(), a.ddelta = ddelta.data(), a.dz = dz.data();
+  a.dB = dB.data(), a.dC = dC.data(), a.dA = dA.data(), a.dD = dD.data(), a.dbias = dbias.data();
+  const auto report = [&](const char* kernel, size_t workspace_bytes, const auto& launch) {
+    const DeviceBuffer<std::byte> workspace(workspace_bytes);
+    bench.report({"selective_scan_backward", kernel, shape, dtype,
+                  double(rows * (7 * d + 4 * N)) * sizeof(T) + double(2 * d * N) * sizeof(float),
+                  17. * double(d * N * rows)},
+                 [&] { launch(a, reinterpret_cast<float*>(workspace.data()), bench.stream()); });
+  };
+  if (s.L <= 2048)
+    report("selective_scan_backward_naive_kernel", selective_scan_backward_naive_workspace(a),
+           selective_scan_backward_naive<T>);
+  report("selective_scan_backward_fused_kernel", selective_scan_backward_workspace(a),
+         selective_scan_backward<T>);
 }
 
 template <class T>
@@ -273,6 +333,36 @@ void bench_norms(Bench& bench, DType dtype, const Sizes& s, bool gated) {
           rms_norm(residual.data(), x.data(), d, weight.data(), 1e-5f, rows, int(d), out.data(), d,
                    bench.stream());
         });
+}
+
+template <class T>
+void bench_norms_backward(Bench& bench, DType dtype, const Sizes& s) {
+  const std::string shape = shape_of({{"rows", s.batch * s.L}, {"d", s.width}});
+  if (!bench.wants(shape)) return;
+  const int64_t d = s.width, rows = s.batch * s.L;
+  const auto y = bench.random<T>(rows * d), z = bench.random<T>(rows * d),
+             dout = bench.random<T>(rows * d);
+  const auto residual = bench.random<float>(rows * d), weight = bench.random<float>(d);
+  const DeviceBuffer<T> dy(y.size()), dz(y.size());
+  DeviceBuffer<float> d_residual(residual.size()), dweight(weight.size());
+  d_residual.zero(), dweight.zero();
+  const DeviceBuffer<float> room(size_t(row_parts(rows, d)));
+  const double numbers = double(rows * d);
+  bench.report({"norm_backward", "rms_norm_backward_kernel", shape, dtype,
+                numbers * (2 * sizeof(T) + 12), 10 * numbers},
+               [&] {
+                 rms_norm_backward<T>({rows, int(d), 1e-5f, residual.data(), weight.data(),
+                                       dout.data(), d_residual.data(), dy.data(), dweight.data()},
+                                      room.data(), bench.stream());
+               });
+  bench.report({"norm_backward", "gated_rms_norm_backward_kernel", shape, dtype,
+                numbers * 5 * sizeof(T), 20 * numbers},
+               [&] {
+                 gated_rms_norm_backward<T>(
+                     {rows, int(d), 1, 1e-5f, y.data(), z.data(), dout.data(), weight.data(),
+                      dy.data(), dz.data(), dweight.data(), d, d, d, d, d},
+                     room.data(), bench.stream());
+               });
 }
 
 void bench_sampler(Bench& bench, int64_t batch) {
@@ -384,6 +474,48 @@ void bench_models(const Bench& bench, bool decode, bool prefill) {
   }
 }
 
+/// Steps of training: `batch` texts of L tokens, AdamW, from the official start.
+void bench_training(const Bench& bench, const std::string& name, int64_t batch, int64_t L) {
+  const std::string shape = name + ", " + shape_of({{"batch", batch}, {"L", L}});
+  if (!bench.wants(shape)) return;
+  const Config config = published_config(name);
+  double matrices = 0;
+  Learned<float> learned{zeros<float>(config), zeros<float>(config), zeros<float>(config)};
+  initialize(config, learned.weights, 1);
+  for (const auto& p : parameters(config, learned.weights))
+    if (p.shape.size() == 2 && p.decays()) matrices += double(p.size);
+  EngineOptions options;
+  options.dtype = DType::BF16;
+  CudaLearner learner(config, std::move(learned), options);
+  Batch texts(static_cast<size_t>(batch));
+  for (Piece& text : texts)
+    for (int64_t t = 0; t <= L; ++t)
+      text.ids.push_back(Token(uniform(7, uint64_t(&text - texts.data()), uint64_t(t)) *
+                               double(config.vocab_size)));
+  const double tokens = double(scored(texts));
+  std::vector<double> ms;
+  for (int step = 0; step < 10; ++step) {
+    const double start = now();
+    const double loss = learner.accumulate(texts, 1 / tokens) / tokens;
+    const double norm = learner.gradient_norm();
+    learner.update({1e-3, 0.9, 0.95, 1e-8, 0.1}, std::min(1., 1 / norm));
+    if (step >= 3) ms.push_back(1e3 * (now() - start));
+    if (step == 0 || step == 9) std::cerr << shape << ": loss " << loss << "\n";
+  }
+  std::nth_element(ms.begin(), ms.begin() + ms.size() / 2, ms.end());
+  size_t available = 0, total = 0;
+  CUDA_CHECK(cudaMemGetInfo(&available, &total));
+  const double median = ms[ms.size() / 2], flops = 6 * matrices * tokens;
+  std::cout << nlohmann::ordered_json{{"op", "train"},
+                                      {"shape", shape},
+                                      {"dtype", "bf16"},
+                                      {"ms", median},
+                                      {"tokens_per_s", 1e3 * tokens / median},
+                                      {"flops", flops},
+                                      {"memory_in_use", double(total - available)}}
+            << std::endl;
+}
+
 constexpr Sizes kScanShapes[] = {{1, 1536, 2048}, {8, 1536, 2048},  {1, 5120, 2048},
                                  {8, 5120, 2048}, {1, 5120, 16384}, {1, 1536, 65536},
                                  {1, 5120, 65536}};
@@ -410,9 +542,19 @@ void run_bench(const Flags& flags) {
   if (asked("selective_scan"))
     for (const Sizes& s : kScanShapes)
       bench_scan<bf16>(bench, DType::BF16, s), bench_scan<float>(bench, DType::F32, s);
+  if (asked("selective_scan_backward"))
+    for (const Sizes& s : kScanShapes)
+      bench_scan_backward<bf16>(bench, DType::BF16, s),
+          bench_scan_backward<float>(bench, DType::F32, s);
   if (asked("causal_conv1d"))
     for (const Sizes& s : kConvShapes)
       bench_conv<bf16>(bench, DType::BF16, s), bench_conv<float>(bench, DType::F32, s);
+  if (asked("causal_conv1d_backward"))
+    for (const Sizes& s : kConvShapes)
+      bench_conv_backward<bf16>(bench, DType::BF16, s),
+          bench_conv_backward<float>(bench, DType::F32, s);
+  if (asked("norm_backward"))
+    for (const Sizes& s : kNormShapes) bench_norms_backward<bf16>(bench, DType::BF16, s);
   if (asked("ssd"))
     for (const Sizes& s : kSsdShapes) bench_ssd<bf16>(bench, DType::BF16, s);
   for (const bool gated : {false, true})
@@ -421,6 +563,9 @@ void run_bench(const Flags& flags) {
   if (asked("sampler"))
     for (const int64_t batch : {1, 64}) bench_sampler(bench, batch);
   bench_models(bench, asked("decode"), asked("prefill"));
+  if (asked("train"))
+    for (const char* name : {"130m", "mamba2-130m"}) bench_training(bench, name, 8, 2048);
+  if (asked("train")) bench_training(bench, "2.8b", 1, 16384);
 }
 
 }  // namespace mamba
@@ -429,8 +574,10 @@ int main(int argc, char** argv) {
   CLI::App app("speed of the GPU program's kernels and models");
   mamba::Flags flags;
   app.add_option("op", flags.ops, "what to measure; all without")
-      ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "causal_conv1d", "ssd",
-                             "rms_norm", "gated_rms_norm", "sampler", "decode", "prefill"}));
+      ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "selective_scan_backward",
+                             "causal_conv1d", "causal_conv1d_backward", "ssd", "rms_norm",
+                             "gated_rms_norm", "norm_backward", "sampler", "decode", "prefill",
+                             "train"}));
   app.add_flag("--cold", flags.cold, "with a cold L2 cache, one call at a time");
   app.add_flag("--skip-naive", flags.skip_naive, "leave out the naive rungs");
   app.add_option("--only", flags.only, "shapes that contain this text");

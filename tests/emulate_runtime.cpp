@@ -128,22 +128,24 @@ cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void*, size_t) {
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 const char* cublasGetStatusString(cublasStatus_t) { return "error of the emulated GPU"; }
 
-// C (n, m) = B (n, k) A (m, k)^T + beta C, row by row, as Queue::linear asks for it
-cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n,
-                            int k, const void*, const void* A, cudaDataType A_type, int lda,
-                            const void* B, cudaDataType B_type, int ldb, const void* beta, void* C,
-                            cudaDataType C_type, int ldc, cublasComputeType_t, cublasGemmAlgo_t) {
+// C (n, m) = op(B) (n, k) op(A)^T (k, m) + beta C, row by row; a matrix of rows to be summed over is not
+// transposed in A and transposed in B
+cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t A_op, cublasOperation_t B_op, int m, int n, int k,
+                            const void*, const void* A, cudaDataType A_type, int lda, const void* B,
+                            cudaDataType B_type, int ldb, const void* beta, void* C, cudaDataType C_type, int ldc,
+                            cublasComputeType_t, cublasGemmAlgo_t) {
   const float keep = *static_cast<const float*>(beta);
   emulated::submit([=] {
-    const auto row = [k](const void* p, cudaDataType type, std::size_t first) {
+    const auto row = [k](const void* p, cudaDataType type, int i, int stride, bool across) {
       std::vector<float> numbers(k);
-      for (int i = 0; i < k; ++i) numbers[i] = element(p, type, first + i);
+      for (int l = 0; l < k; ++l)
+        numbers[l] = element(p, type, across ? std::size_t(l) * stride + i : std::size_t(i) * stride + l);
       return numbers;
     };
     std::vector<std::vector<float>> rows;
-    for (int j = 0; j < n; ++j) rows.push_back(row(B, B_type, std::size_t(j) * ldb));
+    for (int j = 0; j < n; ++j) rows.push_back(row(B, B_type, j, ldb, B_op != CUBLAS_OP_N));
     for (int i = 0; i < m; ++i) {
-      const std::vector<float> a = row(A, A_type, std::size_t(i) * lda);
+      const std::vector<float> a = row(A, A_type, i, lda, A_op == CUBLAS_OP_N);
       for (int j = 0; j < n; ++j) {
         const std::size_t at = std::size_t(j) * ldc + i;
         float sum = keep == 0 ? 0.f : keep * element(C, C_type, at);

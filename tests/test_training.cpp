@@ -32,7 +32,8 @@ struct Recorded {
   std::array<double, 3> run() {
     TrainOptions o;
     o.steps = 8, o.lr = 3e-3, o.schedule = "constant";
-    const auto loss = values<double>(truth.at("loss")), norm = values<double>(truth.at("grad_norm"));
+    const auto loss = values<double>(truth.at("loss")),
+               norm = values<double>(truth.at("grad_norm"));
     std::array<double, 3> worst{};
     for (Index i = 0; i < o.steps; ++i) {
       const Step step = train_step(*learner, source, o, i);
@@ -42,7 +43,8 @@ struct Recorded {
     ssm::Model<Scalar> weights = learner->learned().weights;
     for_each_weight(config, weights, [&](const std::string& name, const auto&, auto& w) {
       const auto final = values<double>(truth.at("final." + name));
-      const Matrix<double> want = Eigen::Map<const Matrix<double>>(final.data(), w.rows(), w.cols());
+      const Matrix<double> want =
+          Eigen::Map<const Matrix<double>>(final.data(), w.rows(), w.cols());
       const Matrix<double> got = w.template cast<double>();
       worst[2] = std::max(worst[2], (got - want).norm() / want.norm());
     });
@@ -145,7 +147,8 @@ TEST_CASE("training: whole texts come once an epoch, in another order each time,
   CHECK(!std::equal(order.begin(), order.begin() + 10, order.begin() + 10));
 }
 
-TEST_CASE("training: with carried states a text comes piece by piece in its slot, nothing left out") {
+TEST_CASE(
+    "training: with carried states a text comes piece by piece in its slot, nothing left out") {
   DataOptions o;
   o.length = 4, o.batch = 2, o.carry_state = true;
   const Source source = carried_texts(numbered_texts(9), o);
@@ -176,7 +179,8 @@ TEST_CASE("training: a piece that goes on from a carried state has the whole tex
       b{{whole.ids.begin() + 12, whole.ids.end()}, 1, 0, false};
   CpuLearner<double> learner(config, start, {});
   const double parts = learner.accumulate({a}, 1) + learner.accumulate({b}, 1);
-  CHECK(parts == Approx(CpuLearner<double>(config, start, {}).accumulate({whole}, 1)).epsilon(1e-12));
+  CHECK(parts ==
+        Approx(CpuLearner<double>(config, start, {}).accumulate({whole}, 1)).epsilon(1e-12));
 }
 
 TEST_CASE("training: only the answer is learned") {
