@@ -4620,18 +4620,21 @@ __device__ inline void copy_tile(uint32_t tile, const T* from, int64_t stride, i
                  row + r < rows && 64 * c + 8 * piece < width);
 }
 
-__device__ inline uint32_t& word_of(uint32_t tile, int row, int column) {  // two numbers of a tile
-  return *static_cast<uint32_t*>(
-      __cvta_shared_to_generic(tile + tile_offset(row, column / 8) + column % 8 * 2));
-}
+// Addresses are sums of the tile's and of what a lane adds to all tiles, to keep few of them.
 
+// Two numbers of a tile, row `row` + g (row a multiple of 8) and columns 8 piece + 2q, + 1.
+__device__ inline uint32_t& word_of(uint32_t tile, int row, int piece) {
+  const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  return *static_cast<uint32_t*>(__cvta_shared_to_generic(
+      tile + tile_offset(row, 0) + move_right(tile_offset(g, 0) + 4 * q, piece)));
+}
 // Operand A: 16 rows from `row` on, or (kTransposed) columns, and 16 columns, or rows, from 16k on.
 template <bool kTransposed>
 __device__ inline void load_A(uint32_t (&A)[4], uint32_t tile, int row, int k) {
   if constexpr (kTransposed)
-    load_matrices_transposed(A, move_right(tile + beside(), row / 8) + tile_offset(16 * k, 0));
+    load_matrices_transposed(A, tile + tile_offset(16 * k, 0) + move_right(beside(), row / 8));
   else
-    load_matrices(A, move_right(tile + above() + tile_offset(row, 0), 2 * k));
+    load_matrices(A, tile + tile_offset(row, 0) + move_right(above(), 2 * k));
 }
 // d (16 x 16) += A B: B is rows 16k .. and columns from `column` on of a tile, or (kTransposed) the
 // transpose of columns 16k .. and rows from `column` on.
@@ -4640,9 +4643,9 @@ __device__ inline void multiply_tile(float (*d)[4], const uint32_t (&A)[4], uint
                                      int column, int k) {
   uint32_t B[4];
   if constexpr (kTransposed)
-    load_matrices(B, move_right(tile + beside() + tile_offset(column, 0), 2 * k));
+    load_matrices(B, tile + tile_offset(column, 0) + move_right(beside(), 2 * k));
   else
-    load_matrices_transposed(B, move_right(tile + above(), column / 8) + tile_offset(16 * k, 0));
+    load_matrices_transposed(B, tile + tile_offset(16 * k, 0) + move_right(above(), column / 8));
   mma<T>(d, A, B);
 }
 
@@ -4689,8 +4692,8 @@ __device__ inline void make_M_and_dS(const SsdBackwardWarp& warp, const float (&
       float M[2], dS[2];
       one(s, S[j][2 * i], dM[j][2 * i], cum.x, delta.x, M[0], dS[0]);
       one(s + 1, S[j][2 * i + 1], dM[j][2 * i + 1], cum.y, delta.y, M[1], dS[1]);
-      word_of(tile_M, t, s) = pack_pair<T>(M[0], M[1]);
-      word_of(tile_dS, t, s) = pack_pair<T>(dS[0], dS[1]);
+      word_of(tile_M, warp.step + 8 * i, 4 * warp.half + j) = pack_pair<T>(M[0], M[1]);
+      word_of(tile_dS, warp.step + 8 * i, 4 * warp.half + j) = pack_pair<T>(dS[0], dS[1]);
     }
   }
 }
@@ -4715,9 +4718,8 @@ __device__ inline void multiply_state(float (&d)[kTiles][4], float (&dot)[2],
     for (int i = 0; i < 4; ++i) {  // tile j + i / 2, row g + 8 (i % 2)
       const float* v = &part[i / 2][i % 2 * 2];
       float of_other[2];
-      unpack(Vector<T, 2>{{word_of(other, warp.step + warp.g + i % 2 * 8,
-                                   column + i / 2 * 8 + 2 * warp.q)}},
-             of_other);
+      const int piece = kTiles * warp.half + j + i / 2;
+      unpack(Vector<T, 2>{{word_of(other, warp.step + i % 2 * 8, piece)}}, of_other);
       dot[i % 2] += v[0] * of_other[0] + v[1] * of_other[1];
       float* to = &d[j + i / 2][i % 2 * 2];
       to[0] += by[i % 2] * v[0], to[1] += by[i % 2] * v[1];
