@@ -5122,12 +5122,14 @@ struct SsdBackwardArgs : SsdArgs<T> {
 
 // What is kept and what is left to be added up, in the workspace.
 struct SsdBackwardRoom {
-  int64_t chunks = 0;      // of a sequence of L tokens
-  int parts = 0;           // of the heads of a group, in dB and dC
-  float* start = nullptr;  // (batch, heads, chunks, head_dim, d_state): h at the starts of chunks
-  float* dh = nullptr;     // (batch, heads, head_dim, d_state), on its way back
+  int64_t chunks = 0;     // of a sequence of L tokens
+  int parts = 0;          // of the heads of a group, in dB and dC
+  void* start = nullptr;  // states at the starts of chunks, and (fused) gradients of those at
+  void* end = nullptr;    // their ends
+  float* dh = nullptr;    // (batch, heads, head_dim, d_state), on its way back (naive)
   float *dB = nullptr, *dC = nullptr;  // (batch L, groups, parts, d_state)
-  float* of_head = nullptr;            // (batch, 3, heads): dA, dD, ddt_bias
+  int64_t summands = 0;                // of dA, dD and ddt_bias
+  float* of_head = nullptr;            // (summands, 3, heads): dA, dD, ddt_bias
 };
 
 // The gradient of dt from that of delta. Where delta was clamped it does not depend on dt.
@@ -5155,15 +5157,16 @@ __global__ void ssd_backward_sum_heads_kernel(SsdBackwardArgs<T> a, SsdBackwardR
   a.dC[t * a.dC_stride + column] = from_float<T>(dC);
 }
 
-// One thread for each number of dA, dD and ddt_bias.
+// A warp for each number of dA, dD and ddt_bias.
 template <class T>
 __global__ void ssd_backward_sum_batch_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (i >= 3 * a.n_heads) return;
   float sum = 0;
-  for (int64_t b = 0; b < a.batch; ++b) sum += room.of_head[b * 3 * a.n_heads + i];
+  for (int64_t k = lane; k < room.summands; k += 32) sum += room.of_head[k * 3 * a.n_heads + i];
+  sum = warp_sum(sum);
   float* const to = i < a.n_heads ? a.dA : i < 2 * a.n_heads ? a.dD : a.ddt_bias;
-  if (to) to[i % a.n_heads] += sum;
+  if (to && lane == 0) to[i % a.n_heads] += sum;
 }
 
 // --- naive: the recurrence as written above. A block walks one head of one sequence, first forward,
@@ -5292,7 +5295,7 @@ __global__ void __launch_bounds__(32 * kSsdNaiveWarps)
   const int64_t b = blockIdx.x / a.n_heads, P = a.head_dim, N = a.d_state;
   const int64_t size = kSsdNaiveSteps * N, row0 = (b * a.n_heads + head) * P;
   const Rows rows = rows_of(b, a.L, a.cu_seqlens);
-  float* const start = room.start + row0 * room.chunks * N;
+  float* const start = static_cast<float*>(room.start) + row0 * room.chunks * N;
   ssd_naive_starts(a, rows, b, head, start);  // each warp's own rows
   SsdNaiveOfHead of_head;
   const int64_t last = max(int64_t{0}, ceil_div(rows.count, kSsdNaiveSteps) - 1);
@@ -5339,48 +5342,558 @@ __global__ void __launch_bounds__(32 * kSsdNaiveWarps)
   for (const float v : dD) to[a.n_heads] += v;
 }
 
-// --- launchers of the backward
+// --- fused: the matrix form on tensor cores, all chunks at once. For a chunk of Q steps with the
+// state h before it and G, the gradient of the state after it; a(s, t) as in the forward, M[t,s] =
+// a(s, t) delta_s (C_t . B_s), f_s = a(s, Q-1):
+//
+//   dS[t,s] = a(s, t) delta_s (dy_t . x_s)            S = C B^T
+//   dC = dS B    +  diag(a(-1, t)) dy h               dB = dS^T C  +  diag(f delta) x G
+//   dx = (M + D)^T dy  +  diag(f delta) B G^T         dh = a(-1, Q-1) G  +  (diag(a(-1, t)) dy)^T C
+//
+// The gradient of l_r = delta_r A: every factor a in which l_r stands, times its gradient. With W'[t,s]
+// = a(s, t) (C_t . B_s) (dy_t . x_s), u_t = a(-1, t) dy_t . (h C_t), v_s = f_s x_s . (G B_s):
+//
+//   x_s . dX_s = v_s + sum over t >= s of W'[t,s]
+//   dl_r = sum over s < r <= t of delta_s W'[t,s],  where s = -1 has u_t for t < Q and a(-1, Q-1)
+//          <G, h> for t = Q, and t = Q has v_s: only additions, since differences of sums would cancel
+//
+// ssd_backward_states_kernel walks forward for h and, other blocks, back for G: the last formula has
+// the form of the forward's h' with dy for x and C for B. It keeps both for each chunk, rounded to T as
+// they are read: 4 P N bytes, for 64 steps of P = 64, N = 128 512 bytes a step and head.
+// ssd_backward_fused_kernel makes all else, one chunk of one group, or of a part of its heads, to a
+// block, so that S is made once, and dB and dC add up over the heads in registers.
+// Rounding to 16 bits, beside inputs and outputs: M, dS, h, G, and the weighted x and dy of the last two:
+// to first order |error| <= 3 eps m of dx, dB, dC, eps m of dh0, 4 eps m of ddt, dA, ddt_bias.
 
-// Lays the workspace out from `at` on; returns the bytes.
+// A quad's 4 x 4 words, transposed: lane q had word j of row q.
+__device__ inline void transpose_quad(uint32_t (&v)[4]) {
+  const int q = threadIdx.x % 4;
+#pragma unroll
+  for (int d = 1; d < 4; d *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & d) continue;
+      const uint32_t got = __shfl_xor_sync(~0u, q & d ? v[i] : v[i | d], d);
+      if (q & d)
+        v[i] = got;
+      else
+        v[i | d] = got;
+    }
+}
+
+// A row g (half 0) or g + 8 (half 1) of four neighbouring result tiles, rounded, as this lane's 16
+// bytes of it: columns 8q .. of the 32.
 template <class T>
-size_t ssd_backward_room(const SsdBackwardArgs<T>& a, int64_t chunk, int parts, char* at,
-                         SsdBackwardRoom& room) {
-  size_t bytes = 0;
-  const auto take = [&](float*& p, int64_t floats) {
-    p = reinterpret_cast<float*>(at + bytes);
-    bytes += ceil_div(sizeof(float) * floats, 256) * 256;
+__device__ inline uint4 pack_row(const float (*d)[4], int half) {
+  uint32_t v[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) v[j] = pack_pair<T>(d[j][2 * half], d[j][2 * half + 1]);
+  transpose_quad(v);
+  return {v[0], v[1], v[2], v[3]};
+}
+
+// h, or G, of a chunk as it is kept: (heads, P, N) of T.
+template <class T, int kTiles>
+__device__ inline void store_rounded_state(T* to, const float (&h)[kTiles][4], const SsdArgs<T>& a,
+                                           const SsdRows& rows) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  to += (int64_t{rows.head} * a.head_dim + rows.p + g) * a.d_state + 8 * q;
+#pragma unroll
+  for (int half = 0; half < 2; ++half, to += 8 * a.d_state)
+#pragma unroll
+    for (int j = 0; j < kTiles; j += 4) {
+      const uint4 row = pack_row<T>(&h[j], half);
+      if (rows.active && 8 * (j + q) < a.d_state) *reinterpret_cast<uint4*>(to + 8 * j) = row;
+    }
+}
+
+template <int kStates>
+using SsdStateTiles = SsdTiles<kStates, 64, 2, 0, 0, false>;
+
+// Block: 4 warps, 64 rows (head, p) of one sequence. Grid: x = the rows; y = 0: h, 1: G.
+template <class T, int kStates>
+__global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
+    ssd_backward_states_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  using Tiles = SsdStateTiles<kStates>;
+  const bool back = blockIdx.y == 1;
+  SsdArgs<T> in = a;
+  if (back) in.x = a.dout, in.x_stride = a.dout_stride, in.B = a.C, in.B_stride = a.C_stride;
+  const SsdBlock block =
+      ssd_block<64, true>(in, SsdSegments{room.chunks * kSsdChunk, 1, nullptr, nullptr});
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const SsdRows rows = ssd_rows(in, block, 16 * warp);
+  const SsdHead head = ssd_head(in, rows.head);
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  SsdDecays* decays = reinterpret_cast<SsdDecays*>(shared + Tiles::kDecays);  // [2]
+
+  const int64_t chunks = ceil_div(block.end, kSsdChunk);
+  const auto start_of = [&](int64_t i) { return (back ? chunks - 1 - i : i) * kSsdChunk; };
+  T dt[2] = {};
+  const auto fetch = [&](int64_t i) {  // the i-th chunk, its decays, and dt of the next
+    const int64_t t = start_of(i);
+    for (int c = 0; c < Tiles::kStage / kSsdColumn; ++c)
+      copy_column<Tiles, 128>(base + i % 2 * Tiles::kStage, c, in, block, t);
+    copy_async_commit();
+    if (warp != 0) return;
+    SsdDecays& to = decays[i % 2];
+    make_decays(to, in, head, dt, steps_from(block, t));
+    if (back) reinterpret_cast<float2*>(to.fade)[threadIdx.x] = pair_at(&to.carry[2 * threadIdx.x]);
+    if (i + 1 < chunks) load_dt(dt, in, block, head.index, start_of(i + 1));
   };
-  room.chunks = std::max<int64_t>(1, ceil_div(a.L, chunk)), room.parts = parts;
-  take(room.start, a.batch * ssd_state_size(a) * room.chunks);
-  take(room.dh, a.batch * ssd_state_size(a));
-  take(room.dB, a.batch * a.L * a.n_groups * parts * a.d_state);
-  take(room.dC, a.batch * a.L * a.n_groups * parts * a.d_state);
-  take(room.of_head, a.batch * 3 * a.n_heads);
-  return bytes;
+  float h[1][kStates / 8][4];
+  for (auto& tile : h[0]) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+  const float* from = back ? a.dhT : a.h0;
+  if (from)
+    each_pair(from + block.b * ssd_state_size(in), h, in, rows,
+              [](const float* from, float& h0, float& h1) { h0 = from[0], h1 = from[1]; });
+  T* const to = static_cast<T*>(back ? room.end : room.start);
+  if (chunks > 0) load_dt(dt, in, block, head.index, start_of(0)), fetch(0);
+#pragma unroll 1
+  for (int64_t i = 0; i < chunks; ++i) {
+    copy_async_wait();
+    __syncthreads();  // this chunk's copies and decays before their reads; all reads of the last
+    if (i + 1 < chunks) fetch(i + 1);
+    const int64_t chunk = start_of(i) / kSsdChunk;
+    store_rounded_state(to + (block.b * room.chunks + chunk) * ssd_state_size(in), h[0], in, rows);
+    const uint32_t stage = base + i % 2 * Tiles::kStage;
+    advance_state<T>(h, stage + Tiles::kX + beside(2 * warp), stage, decays[i % 2]);
+  }
+  if (back && a.dh0)
+    each_pair(a.dh0 + block.b * ssd_state_size(in), h, in, rows,
+              [](float* to, float& h0, float& h1) { to[0] = h0, to[1] = h1; });
 }
 
-template <class T>
-void ssd_backward_sum(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
-                      cudaStream_t stream) {
-  const int64_t numbers = a.batch * a.L * a.n_groups * a.d_state;
-  if (numbers > 0)
-    ssd_backward_sum_heads_kernel<<<ceil_div(numbers, 256), 256, 0, stream>>>(a, room);
-  ssd_backward_sum_batch_kernel<<<ceil_div(3 * a.n_heads, 256), 256, 0, stream>>>(a, room);
-  CUDA_CHECK(cudaGetLastError());
+constexpr int kSsdBackwardThreads = 256;
+
+// Of one head in one chunk, in shared memory: what is added up over more than a warp.
+struct SsdBackwardSums {
+  float W[kSsdChunk * (kSsdChunk + 1) / 2];      // row t: u_t, then W'[t,s] for s < t; see at
+  float W_diagonal[kSsdChunk], dy_x[kSsdChunk];  // W'[t,t]; dy_t . x_t
+  float u[2][kSsdChunk], v[2][kSsdChunk];        // from the two halves of the states
+  float G_h[kSsdBackwardThreads / 32];
+  float x_dX[kSsdChunk];
+  __device__ float& at(int t, int s) { return W[t * (t + 1) / 2 + s + 1]; }
+};
+struct SsdBackwardSteps {  // of a head in a chunk
+  SsdDecays decays;
+  float delta[kSsdChunk], biased_dt[kSsdChunk];
+};
+
+// Shared memory of a block, as offsets of tiles: B and C; h and G, x and dy of a head; M and dS.
+template <int kStates>
+struct SsdBackwardTiles {
+  static constexpr int kColumns = kStates / 64, kBytes = kColumns * kSsdColumn;
+  static constexpr int kB = 0, kC = kBytes, kH = 2 * kBytes, kG = 3 * kBytes, kX = 4 * kBytes;
+  static constexpr int kDy = kX + kSsdColumn, kM = kDy + kSsdColumn, kS = kM + kSsdColumn;
+  static constexpr int kSums = kS + kSsdColumn, kSteps = kSums + int(sizeof(SsdBackwardSums));
+  static constexpr int kAll = kSteps + 2 * int(sizeof(SsdBackwardSteps));
+};
+
+// 64 rows of `width` numbers, `stride` apart, to a tile: zeros beyond `rows` and `width`.
+template <int kColumns, class T>
+__device__ inline void copy_tile(uint32_t tile, const T* from, int64_t stride, int rows,
+                                 int width) {
+  const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+    for (int r = 0; r < 64; r += kSsdBackwardThreads / 8)
+      copy_async(tile + c * kSsdColumn + tile_offset(row + r, piece),
+                 from + (row + r) * stride + 64 * c + 8 * piece,
+                 row + r < rows && 64 * c + 8 * piece < width);
 }
+
+// Addresses are sums of the tile's and of what a lane adds to all tiles, to keep few of them.
+
+// Two numbers of a tile, row `row` + g (row a multiple of 8) and columns 8 piece + 2q, + 1.
+__device__ inline uint32_t& word_of(uint32_t tile, int row, int piece) {
+  const uint32_t g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  return *static_cast<uint32_t*>(__cvta_shared_to_generic(
+      tile + tile_offset(row, 0) + move_right(tile_offset(g, 0) + 4 * q, piece)));
+}
+// Operand A: 16 rows from `row` on, or (kTransposed) columns, and 16 columns, or rows, from 16k on.
+template <bool kTransposed>
+__device__ inline void load_A(uint32_t (&A)[4], uint32_t tile, int row, int k) {
+  if constexpr (kTransposed)
+    load_matrices_transposed(A, tile + tile_offset(16 * k, 0) + move_right(beside(), row / 8));
+  else
+    load_matrices(A, tile + tile_offset(row, 0) + move_right(above(), 2 * k));
+}
+// d (16 x 16) += A B: B is rows 16k .. and columns from `column` on of a tile, or (kTransposed) the
+// transpose of columns 16k .. and rows from `column` on.
+template <class T, bool kTransposed>
+__device__ inline void multiply_tile(float (*d)[4], const uint32_t (&A)[4], uint32_t tile,
+                                     int column, int k) {
+  uint32_t B[4];
+  if constexpr (kTransposed)
+    load_matrices(B, tile + tile_offset(column, 0) + move_right(beside(), 2 * k));
+  else
+    load_matrices_transposed(B, tile + tile_offset(16 * k, 0) + move_right(above(), column / 8));
+  mma<T>(d, A, B);
+}
+
+// What a warp of the eight computes: 16 steps, and one half of the columns, of each result.
+struct SsdBackwardWarp {
+  int step, half, g, q;  // the first step; as in "tensor cores" above
+};
+
+// d (16 steps t x 32 steps s) += A B^T, as far as s <= t. For S and for dy x^T.
+template <class T, int kColumns>
+__device__ inline void multiply_causal(float (&d)[4][4], const SsdBackwardWarp& warp, uint32_t A,
+                                       uint32_t B) {
+#pragma unroll
+  for (int k = 0; k < 4 * kColumns; ++k) {
+    uint32_t of_A[4];
+    load_A<false>(of_A, A, warp.step, k);
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      if (32 * warp.half + 16 * j <= warp.step)
+        multiply_tile<T, true>(&d[2 * j], of_A, B, 32 * warp.half + 16 * j, k);
+  }
+}
+
+// M, with D, and dS to their tiles, W' to its sums, from S and dM = dy x^T.
+template <class T>
+__device__ inline void make_M_and_dS(const SsdBackwardWarp& warp, const float (&S)[4][4],
+                                     const float (&dM)[4][4], const SsdBackwardSteps& steps,
+                                     float D, uint32_t tile_M, uint32_t tile_dS,
+                                     SsdBackwardSums& sums) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int s = 32 * warp.half + 8 * j + 2 * warp.q;
+    if (32 * warp.half + 8 * j >= warp.step + 16) break;
+    const float2 delta = pair_at(&steps.delta[s]), cum = pair_at(&steps.decays.cum[s]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int t = warp.step + warp.g + 8 * i;
+      const auto one = [&](int s, float S, float dM, float cum, float delta, float& M, float& dS) {
+        const float a = s <= t ? exp2_approx(steps.decays.cum[t] - cum) : 0.f;
+        M = a * delta * S + (s == t ? D : 0.f), dS = a * delta * dM;
+        if (s < t) sums.at(t, s) = a * S * dM;
+        if (s == t) sums.W_diagonal[t] = S * dM, sums.dy_x[t] = dM;
+      };
+      float M[2], dS[2];
+      one(s, S[j][2 * i], dM[j][2 * i], cum.x, delta.x, M[0], dS[0]);
+      one(s + 1, S[j][2 * i + 1], dM[j][2 * i + 1], cum.y, delta.y, M[1], dS[1]);
+      word_of(tile_M, warp.step + 8 * i, 4 * warp.half + j) = pack_pair<T>(M[0], M[1]);
+      word_of(tile_dS, warp.step + 8 * i, 4 * warp.half + j) = pack_pair<T>(dS[0], dS[1]);
+    }
+  }
+}
+
+// d (16 steps x half of the states) += diag(scale) X h, and dot += the products of X h with the same
+// part of `other`, by row. For dC: dy, h, C; for dB: x, G, B.
+template <class T, int kTiles>
+__device__ inline void multiply_state(float (&d)[kTiles][4], float (&dot)[2],
+                                      const SsdBackwardWarp& warp, uint32_t X, uint32_t h,
+                                      uint32_t other, const float* scale) {
+  const float by[2] = {scale[warp.step + warp.g], scale[warp.step + warp.g + 8]};
+  uint32_t A[4][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) load_A<false>(A[k], X, warp.step, k);
+#pragma unroll
+  for (int j = 0; j < kTiles; j += 2) {
+    const int column = 8 * (kTiles * warp.half + j);
+    float part[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) multiply_tile<T, false>(part, A[k], h, column, k);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // tile j + i / 2, row g + 8 (i % 2)
+      const float* v = &part[i / 2][i % 2 * 2];
+      float of_other[2];
+      const int piece = kTiles * warp.half + j + i / 2;
+      unpack(Vector<T, 2>{{word_of(other, warp.step + i % 2 * 8, piece)}}, of_other);
+      dot[i % 2] += v[0] * of_other[0] + v[1] * of_other[1];
+      float* to = &d[j + i / 2][i % 2 * 2];
+      to[0] += by[i % 2] * v[0], to[1] += by[i % 2] * v[1];
+    }
+  }
+}
+
+// d (16 steps x half of the columns) += dS B, or (kTransposed) dS^T C, or M^T dy.
+template <class T, bool kTransposed, int kTiles>
+__device__ inline void multiply_masked(float (&d)[kTiles][4], const SsdBackwardWarp& warp,
+                                       uint32_t mask, uint32_t other) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (kTransposed ? 16 * k < warp.step : 16 * k > warp.step) continue;
+    uint32_t A[4];
+    load_A<kTransposed>(A, mask, warp.step, k);
+#pragma unroll
+    for (int j = 0; j < kTiles; j += 2)
+      multiply_tile<T, false>(&d[j], A, other, 8 * (kTiles * warp.half + j), k);
+  }
+}
+
+// dx (16 steps x 32 of 64 p) = diag(fade) B G^T + M^T dy, to `dx`, the tile's first number.
+template <class T, int kColumns>
+__device__ inline void make_dx(const SsdBackwardWarp& warp, uint32_t B, uint32_t G, uint32_t M,
+                               uint32_t dy, const float* fade, T* dx, int64_t stride, int steps) {
+  float d[4][4] = {};
+#pragma unroll
+  for (int k = 0; k < 4 * kColumns; ++k) {
+    uint32_t A[4];
+    load_A<false>(A, B, warp.step, k);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2) multiply_tile<T, true>(&d[j], A, G, 32 * warp.half + 8 * j, k);
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[j][i] *= fade[warp.step + warp.g + i / 2 * 8];
+  multiply_masked<T, true>(d, warp, M, dy);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int s = warp.step + warp.g + 8 * i;
+    const uint4 row = pack_row<T>(d, i);
+    if (s < steps) *reinterpret_cast<uint4*>(dx + s * stride + 32 * warp.half + 8 * warp.q) = row;
+  }
+}
+
+// This thread's part of <G, h>: tiles alike in memory.
+template <class T>
+__device__ inline float multiply_elements(const char* G, const char* h, int bytes) {
+  float sum = 0;
+  for (int i = 16 * threadIdx.x; i < bytes; i += 16 * kSsdBackwardThreads) {
+    float g_i[8], h_i[8];
+    unpack(*reinterpret_cast<const Vector<T, 8>*>(G + i), g_i);
+    unpack(*reinterpret_cast<const Vector<T, 8>*>(h + i), h_i);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) sum += g_i[k] * h_i[k];
+  }
+  return sum;
+}
+
+// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s,
+// -1 to 63.
+__device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
+  const int s = int(threadIdx.x) - 1;
+  if (s >= kSsdChunk) return;
+  float sum = 0;
+  if (s < 0)
+    for (const float v : sums.G_h) sum += v;
+  const float* const cum = steps.decays.cum;
+  sum = s < 0 ? sum * steps.decays.carry[kSsdChunk - 1]
+              : exp2_approx(cum[kSsdChunk - 1] - cum[s]) * (sums.v[0][s] + sums.v[1][s]);
+  const float delta = s < 0 ? 1.f : steps.delta[s];
+  for (int t = kSsdChunk - 1; t > s; --t) {
+    sum += s < 0 ? steps.decays.carry[t] * (sums.u[0][t] + sums.u[1][t]) : sums.at(t, s);
+    sums.at(t, s) = delta * sum;
+  }
+  if (s >= 0) sums.x_dX[s] = sum + sums.W_diagonal[s];
+}
+
+// dl_r from these; ddt; the chunk's part of dA, dD and ddt_bias. A thread makes step r, 0 to 63.
+template <class T>
+__device__ inline void finish_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
+                                    const SsdBackwardSteps& steps, int head, T* ddt, int count,
+                                    float* of_head) {
+  const int r = threadIdx.x;
+  if (r >= kSsdChunk) return;
+  float dl = 0;
+  for (int s = -1; s < r; ++s) dl += sums.at(r, s);
+  const float d = ssd_ddt(a, steps.biased_dt[r], a.A[head] * dl + sums.x_dX[r]);
+  if (r < count) ddt[r * a.ddt_stride + head] = from_float<T>(d);
+  const float dA = warp_sum(steps.delta[r] * dl), dD = warp_sum(sums.dy_x[r]);
+  const float ddt_bias = warp_sum(r < count ? d : 0.f);
+  if (r % 32 > 0) return;
+  of_head += r / 32 * 3 * a.n_heads + head;
+  of_head[0] = dA, of_head[a.n_heads] = dD, of_head[2 * a.n_heads] = ddt_bias;
+}
+
+// Decays, delta and dt of a head, by one warp.
+template <class T>
+__device__ inline void make_steps(SsdBackwardSteps& to, const SsdArgs<T>& a, const SsdBlock& block,
+                                  int index) {
+  const int lane = threadIdx.x % 32, count = steps_from(block, block.begin);
+  const SsdHead head = ssd_head(a, index);
+  T dt[2];
+  load_dt(dt, a, block, index, block.begin);
+  make_decays(to.decays, a, head, dt, count);
+  for (int i = 0; i < 2; ++i) {
+    const int t = 2 * lane + i;
+    to.biased_dt[t] = to_float(dt[i]) + head.dt_bias;
+    to.delta[t] = t < count ? ssd_delta(a, to.biased_dt[t]) : 0.f;
+  }
+}
+
+// dB or dC of the chunk, from this block's heads.
+template <class T, int kTiles>
+__device__ inline void store_part(float* to, int64_t stride, const float (&d)[kTiles][4],
+                                  const SsdBackwardWarp& warp, int count, int d_state) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      const int t = warp.step + warp.g + 8 * i, n = 8 * (kTiles * warp.half + j) + 2 * warp.q;
+      if (t < count && n < d_state)
+        *reinterpret_cast<float2*>(to + t * stride + n) = {d[j][2 * i], d[j][2 * i + 1]};
+    }
+}
+
+// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other; for head_dim
+// above 64, 64 rows p at a time. A warp makes 16 steps and half of the columns of each result.
+// Registers: the warp's parts of S, dB and dC.
+// Shared: see SsdBackwardTiles. Two blocks on a multiprocessor hide each other's waits.
+template <class T, int kStates>
+__global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
+    ssd_backward_fused_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
+  using Tiles = SsdBackwardTiles<kStates>;
+  constexpr int kColumns = Tiles::kColumns;
+  const int heads = a.n_heads / a.n_groups, N = a.d_state, P = a.head_dim;
+  const int part = blockIdx.x % room.parts, group = blockIdx.x / room.parts % a.n_groups;
+  const int64_t number = blockIdx.x / room.parts / a.n_groups, chunk = number % room.chunks;
+  const int first = group * heads + heads * part / room.parts;
+  const int end = group * heads + heads * (part + 1) / room.parts;
+  const Rows rows = rows_of(number / room.chunks, a.L, a.cu_seqlens);
+  SsdBlock block = {};  // the chunk, for load_dt
+  block.row = rows.first, block.begin = chunk * kSsdChunk, block.end = rows.count;
+  const int count = max(0, steps_from(block, block.begin));
+  float* const of_head = room.of_head + number * 2 * 3 * a.n_heads;
+  if (count == 0) {
+    for (int i = threadIdx.x; i < 6 * (end - first); i += kSsdBackwardThreads)
+      of_head[i / (end - first) * a.n_heads + first + i % (end - first)] = 0;
+    return;
+  }
+  extern __shared__ __align__(128) char shared[];
+  const uint32_t base = __cvta_generic_to_shared(shared);
+  SsdBackwardSums& sums = *reinterpret_cast<SsdBackwardSums*>(shared + Tiles::kSums);
+  SsdBackwardSteps* const all_steps = reinterpret_cast<SsdBackwardSteps*>(shared + Tiles::kSteps);
+  const int w = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const SsdBackwardWarp warp = {w % 4 * 16, w / 4, lane / 4, lane % 4};
+  const int64_t row = block.row + block.begin;
+
+  const auto fetch_x = [&](int head, int p) {
+    const int64_t channel = int64_t{head} * P + p;
+    copy_tile<1>(base + Tiles::kX, a.x + row * a.x_stride + channel, a.x_stride, count, 64);
+    copy_tile<1>(base + Tiles::kDy, a.dout + row * a.dout_stride + channel, a.dout_stride, count,
+                 64);
+  };
+  const auto fetch_states = [&](int head, int p) {
+    const int64_t from = number * ssd_state_size(a) + (int64_t{head} * P + p) * N;
+    copy_tile<kColumns>(base + Tiles::kH, static_cast<const T*>(room.start) + from, N, 64, N);
+    copy_tile<kColumns>(base + Tiles::kG, static_cast<const T*>(room.end) + from, N, 64, N);
+  };
+  const auto arrived = [&] {
+    copy_async_commit(), copy_async_wait();
+    __syncthreads();  // all copies, and what was written before, before what follows reads them
+  };
+  const int64_t column = int64_t{group} * N;
+  copy_tile<kColumns>(base + Tiles::kB, a.B + row * a.B_stride + column, a.B_stride, count, N);
+  copy_tile<kColumns>(base + Tiles::kC, a.C + row * a.C_stride + column, a.C_stride, count, N);
+  fetch_x(first, P - 64), fetch_states(first, 0);
+  if (w == 7) make_steps(all_steps[0], a, block, first);
+  arrived();
+  float S[4][4] = {}, dB[kStates / 16][4] = {}, dC[kStates / 16][4] = {};
+  multiply_causal<T, kColumns>(S, warp, base + Tiles::kC, base + Tiles::kB);
+
+#pragma unroll 1
+  for (int head = first; head < end; ++head) {
+    const SsdBackwardSteps& steps = all_steps[(head - first) % 2];
+    float dM[4][4] = {}, u[2] = {}, v[2] = {}, G_h = 0;
+    for (int p = P - 64; p >= 0; p -= 64) {
+      if (p < P - 64) {
+        __syncthreads();  // the reads of the rows p before
+        fetch_x(head, p);
+      }
+      arrived();
+      multiply_causal<T, 1>(dM, warp, base + Tiles::kDy, base + Tiles::kX);
+    }
+    make_M_and_dS<T>(warp, S, dM, steps, a.D ? a.D[head] : 0.f, base + Tiles::kM, base + Tiles::kS,
+                     sums);
+    for (int p = 0; p < P; p += 64) {
+      __syncthreads();  // M and dS before their reads; the reads of the rows p before
+      if (p > 0) fetch_x(head, p), fetch_states(head, p), arrived();
+      multiply_state<T>(dC, u, warp, base + Tiles::kDy, base + Tiles::kH, base + Tiles::kC,
+                        steps.decays.carry);
+      multiply_state<T>(dB, v, warp, base + Tiles::kX, base + Tiles::kG, base + Tiles::kB,
+                        steps.decays.fade);
+      make_dx<T, kColumns>(warp, base + Tiles::kB, base + Tiles::kG, base + Tiles::kM,
+                           base + Tiles::kDy, steps.decays.fade,
+                           a.dx + row * a.dx_stride + int64_t{head} * P + p, a.dx_stride, count);
+      G_h += multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes);
+    }
+    multiply_masked<T, false>(dC, warp, base + Tiles::kS, base + Tiles::kB);
+    multiply_masked<T, true>(dB, warp, base + Tiles::kS, base + Tiles::kC);
+    G_h = warp_sum(G_h);
+    if (lane == 0) sums.G_h[w] = G_h;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      for (int d = 1; d < 4; d *= 2)
+        u[i] += __shfl_xor_sync(~0u, u[i], d), v[i] += __shfl_xor_sync(~0u, v[i], d);
+      const int t = warp.step + warp.g + 8 * i;
+      if (warp.q == 0) sums.u[warp.half][t] = u[i], sums.v[warp.half][t] = v[i];
+    }
+    __syncthreads();  // all sums before they are added; all reads of the head's tiles
+    if (head + 1 < end) {
+      fetch_x(head + 1, P - 64), fetch_states(head + 1, 0);
+      if (w == 7) make_steps(all_steps[(head + 1 - first) % 2], a, block, head + 1);
+    }
+    sum_columns(sums, steps);
+    __syncthreads();  // the columns before the rows
+    finish_steps(a, sums, steps, head, a.ddt + row * a.ddt_stride, count, of_head);
+  }
+  const int64_t stride = int64_t{a.n_groups} * room.parts * N;
+  const int64_t to = row * stride + (int64_t{group} * room.parts + part) * N;
+  store_part<T>(room.dB + to, stride, dB, warp, count, N);
+  store_part<T>(room.dC + to, stride, dC, warp, count, N);
+}
+
+// --- launchers of the backward
 
 enum class SsdBackwardRung { kNaive, kFused };
 
-// The fastest rung that can do it.
+// The fastest rung that can do it, as in ssd_rung.
 template <class T>
-SsdBackwardRung ssd_backward_rung(const SsdBackwardArgs<T>&) {
-  return SsdBackwardRung::kNaive;
+SsdBackwardRung ssd_backward_rung(const SsdBackwardArgs<T>& a) {
+  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const bool tiles =
+      sizeof(T) == 2 && a.head_dim % 64 == 0 && a.d_state % 8 == 0 && a.d_state <= 256 &&
+      (a.x_stride | a.B_stride | a.C_stride | a.dout_stride | a.dx_stride) % 8 == 0 &&
+      aligned(a.x) && aligned(a.B) && aligned(a.C) && aligned(a.dout) && aligned(a.dx);
+  return tiles ? SsdBackwardRung::kFused : SsdBackwardRung::kNaive;
 }
 
+// Into how many parts are the heads of a group split? More fill the GPU, but each makes S anew,
+// which costs about as much as kStart heads, and has dB and dC to be added up.
 template <class T>
-size_t ssd_backward_room(const SsdBackwardArgs<T>& a, SsdBackwardRung, SsdBackwardRoom& room) {
-  char* const at = static_cast<char*>(a.workspace);
-  return ssd_backward_room(a, kSsdNaiveSteps, a.n_heads / a.n_groups, at, room);
+int ssd_backward_parts(const SsdBackwardArgs<T>& a, int64_t chunks) {
+  constexpr int64_t kStart = 1;
+  const int64_t at_once = (a.d_state <= 128 ? 2 : 1) * multiprocessors();
+  const int heads = a.n_heads / a.n_groups;
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int parts = 1; parts <= std::min(heads, 16); ++parts) {
+    const int64_t cost = ceil_div(a.batch * chunks * a.n_groups * parts, at_once) *
+                         (ceil_div(heads, parts) + kStart);
+    if (cost < least) least = cost, best = parts;
+  }
+  return best;
+}
+
+// Lays the workspace out; returns its bytes.
+template <class T>
+size_t ssd_backward_room(const SsdBackwardArgs<T>& a, SsdBackwardRung rung, SsdBackwardRoom& room) {
+  const bool naive = rung == SsdBackwardRung::kNaive;
+  size_t bytes = 0;
+  const auto take = [&](auto*& p, int64_t count, size_t size) {
+    p = static_cast<std::remove_reference_t<decltype(p)>>(
+        static_cast<void*>(static_cast<char*>(a.workspace) + bytes));
+    bytes += ceil_div(count * size, 256) * 256;
+  };
+  const int64_t state = a.batch * ssd_state_size(a);
+  room.chunks = std::max<int64_t>(1, ceil_div(a.L, naive ? kSsdNaiveSteps : kSsdChunk));
+  room.parts = naive ? a.n_heads / a.n_groups : ssd_backward_parts(a, room.chunks);
+  room.summands = naive ? a.batch : 2 * a.batch * room.chunks;
+  take(room.start, state * room.chunks, naive ? sizeof(float) : sizeof(T));
+  if (!naive) take(room.end, state * room.chunks, sizeof(T));
+  if (naive && !a.dh0) take(room.dh, state, sizeof(float));
+  if (naive && a.dh0) room.dh = a.dh0;
+  take(room.dB, a.batch * a.L * a.n_groups * room.parts * a.d_state, sizeof(float));
+  take(room.dC, a.batch * a.L * a.n_groups * room.parts * a.d_state, sizeof(float));
+  take(room.of_head, room.summands * 3 * a.n_heads, sizeof(float));
+  return bytes;
 }
 template <class T>
 size_t ssd_backward_workspace_bytes(const SsdBackwardArgs<T>& a, SsdBackwardRung rung) {
@@ -5404,13 +5917,49 @@ void ssd_backward_naive(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room
   CUDA_CHECK(cudaGetLastError());
 }
 
+template <int kStates, class T>
+void ssd_backward_fused(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
+                        cudaStream_t stream) {
+  const auto states = ssd_backward_states_kernel<T, kStates>;
+  const auto fused = ssd_backward_fused_kernel<T, kStates>;
+  constexpr int kStateBytes = SsdStateTiles<kStates>::kBarriers;
+  constexpr int kBytes = SsdBackwardTiles<kStates>::kAll;
+  const auto allow = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  CUDA_CHECK(cudaFuncSetAttribute(states, allow, kStateBytes));
+  CUDA_CHECK(cudaFuncSetAttribute(fused, allow, kBytes));
+  const dim3 rows(unsigned(a.batch * a.n_heads * a.head_dim / 64), 2);
+  states<<<rows, 128, kStateBytes, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+  const int64_t blocks = a.batch * room.chunks * a.n_groups * room.parts;
+  fused<<<blocks, kSsdBackwardThreads, kBytes, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void ssd_backward_sum(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room,
+                      cudaStream_t stream) {
+  const int64_t numbers = a.batch * a.L * a.n_groups * a.d_state;
+  if (numbers > 0)
+    ssd_backward_sum_heads_kernel<<<ceil_div(numbers, 256), 256, 0, stream>>>(a, room);
+  ssd_backward_sum_batch_kernel<<<ceil_div(3 * a.n_heads, 8), 256, 0, stream>>>(a, room);
+  CUDA_CHECK(cudaGetLastError());
+}
+
 template <class T>
 void ssd_backward(const SsdBackwardArgs<T>& a, SsdBackwardRung rung, cudaStream_t stream) {
   if (a.batch == 0 || a.n_heads == 0) return;
   SsdBackwardRoom room;
   ssd_backward_room(a, rung, room);
-  if (a.dh0) room.dh = a.dh0;
-  ssd_backward_naive(a, room, stream);
+  if (rung == SsdBackwardRung::kNaive) ssd_backward_naive(a, room, stream);
+  if constexpr (sizeof(T) == 2)
+    if (rung == SsdBackwardRung::kFused) {
+      if (a.d_state <= 64)
+        ssd_backward_fused<64>(a, room, stream);
+      else if (a.d_state <= 128)
+        ssd_backward_fused<128>(a, room, stream);
+      else
+        ssd_backward_fused<256>(a, room, stream);
+    }
   ssd_backward_sum(a, room, stream);
 }
 template <class T>

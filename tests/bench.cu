@@ -4,7 +4,7 @@
 //   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
 //
 // Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward, causal_conv1d,
-// causal_conv1d_backward, ssd, rms_norm, gated_rms_norm, their backwards as norm_backward, sampler,
+// causal_conv1d_backward, ssd, ssd_backward, rms_norm, gated_rms_norm, their backwards as norm_backward, sampler,
 // decode, prefill, train. A kernel runs in a CUDA graph of up to ten
 // calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other
 // writes. --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor
@@ -311,6 +311,37 @@ void bench_ssd(Bench& bench, DType dtype, const Sizes& s) {
 }
 
 template <class T>
+void bench_ssd_backward(Bench& bench, DType dtype, const Sizes& s) {
+  const std::string shape = shape_of({{"batch", s.batch}, {"L", s.L}, {"heads", s.width}});
+  if (!bench.wants(shape)) return;
+  const int64_t H = s.width, P = 64, N = 128, d = H * P, rows = s.batch * s.L;
+  const auto x = bench.random<T>(rows * d), dt = bench.random<T>(rows * H),
+             B = bench.random<T>(rows * N), C = bench.random<T>(rows * N),
+             dout = bench.random<T>(rows * d), dx = bench.random<T>(rows * d),
+             ddt = bench.random<T>(rows * H), dB = bench.random<T>(rows * N),
+             dC = bench.random<T>(rows * N);
+  const auto A = bench.random<float>(H, 7.f, -8.f), D = bench.random<float>(H),
+             bias = bench.random<float>(H, 2.f, -4.6f), of_heads = bench.random<float>(3 * H);
+  SsdBackwardArgs<T> a;
+  a.batch = s.batch, a.L = s.L, a.n_heads = int(H), a.head_dim = int(P), a.d_state = int(N);
+  a.x = x.data(), a.dt = dt.data(), a.B = B.data(), a.C = C.data(), a.A = A.data();
+  a.D = D.data(), a.dt_bias = bias.data(), a.dout = dout.data();
+  a.dx = dx.data(), a.ddt = ddt.data(), a.dB = dB.data(), a.dC = dC.data();
+  a.dA = of_heads.data(), a.dD = a.dA + H, a.ddt_bias = a.dD + H;
+  a.x_stride = a.dout_stride = a.dx_stride = d, a.dt_stride = a.ddt_stride = H;
+  a.B_stride = a.C_stride = a.dB_stride = a.dC_stride = N;
+  for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused}) {
+    const bool naive = rung == SsdBackwardRung::kNaive;
+    const DeviceBuffer<std::byte> workspace(ssd_backward_workspace_bytes(a, rung));
+    a.workspace = workspace.data();
+    bench.report({"ssd_backward", naive ? "ssd_backward_naive_kernel" : "ssd_backward_fused_kernel",
+                  shape, dtype, double(rows * (3 * d + 2 * H + 4 * N)) * sizeof(T),
+                  14. * double(d * N * rows)},  // of the recurrence, the states made again
+                 [&] { ssd_backward(a, rung, bench.stream()); });
+  }
+}
+
+template <class T>
 void bench_norms(Bench& bench, DType dtype, const Sizes& s, bool gated) {
   const std::string shape = shape_of({{"rows", s.batch * s.L}, {"d", s.width}});
   if (!bench.wants(shape)) return;
@@ -523,6 +554,8 @@ constexpr Sizes kConvShapes[] = {{1, 1536, 2048}, {1, 5120, 2048},  {8, 1536, 20
                                  {8, 5120, 2048}, {1, 5120, 16384}, {1, 1536, 65536}};
 constexpr Sizes kSsdShapes[] = {{8, 24, 2048},  {1, 80, 2048},   {8, 80, 2048},
                                 {1, 128, 2048}, {1, 128, 16384}, {1, 128, 65536}};
+constexpr Sizes kSsdBackwardShapes[] = {
+    {8, 24, 2048}, {1, 80, 2048}, {8, 80, 2048}, {1, 80, 16384}};
 constexpr Sizes kNormShapes[] = {{1, 768, 2048}, {1, 5120, 2048}, {8, 5120, 2048}};
 
 void run_bench(const Flags& flags) {
@@ -557,6 +590,8 @@ void run_bench(const Flags& flags) {
     for (const Sizes& s : kNormShapes) bench_norms_backward<bf16>(bench, DType::BF16, s);
   if (asked("ssd"))
     for (const Sizes& s : kSsdShapes) bench_ssd<bf16>(bench, DType::BF16, s);
+  if (asked("ssd_backward"))
+    for (const Sizes& s : kSsdBackwardShapes) bench_ssd_backward<bf16>(bench, DType::BF16, s);
   for (const bool gated : {false, true})
     if (asked(gated ? "gated_rms_norm" : "rms_norm"))
       for (const Sizes& s : kNormShapes) bench_norms<bf16>(bench, DType::BF16, s, gated);
@@ -575,9 +610,9 @@ int main(int argc, char** argv) {
   mamba::Flags flags;
   app.add_option("op", flags.ops, "what to measure; all without")
       ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "selective_scan_backward",
-                             "causal_conv1d", "causal_conv1d_backward", "ssd", "rms_norm",
-                             "gated_rms_norm", "norm_backward", "sampler", "decode", "prefill",
-                             "train"}));
+                             "causal_conv1d", "causal_conv1d_backward", "ssd", "ssd_backward",
+                             "rms_norm", "gated_rms_norm", "norm_backward", "sampler", "decode",
+                             "prefill", "train"}));
   app.add_flag("--cold", flags.cold, "with a cold L2 cache, one call at a time");
   app.add_flag("--skip-naive", flags.skip_naive, "leave out the naive rungs");
   app.add_option("--only", flags.only, "shapes that contain this text");
