@@ -61,18 +61,20 @@ test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that t
 	else echo "GPU program against CPU program: skipped, no GPU here"; \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
-# Two compilations, not one for each file: each compiles the kernels of mamba.cu again.
+# Three compilations, not one for each file: each compiles the kernels of mamba.cu again.
 CUDA_TESTS = $(wildcard tests/test_cuda_*.cu)
-build/kernels.cu: $(filter-out %_model.cu,$(CUDA_TESTS))
-build/models.cu: $(filter %_model.cu,$(CUDA_TESTS))
-build/kernels.cu build/models.cu:
+GRADIENTS  = $(wildcard tests/test_cuda_*backward.cu) tests/test_cuda_training.cu
+build/gradients.cu: $(GRADIENTS)
+build/models.cu: tests/test_cuda_model.cu
+build/kernels.cu: $(filter-out $(GRADIENTS) %_model.cu,$(CUDA_TESTS))
+build/kernels.cu build/models.cu build/gradients.cu:
 	@mkdir -p build
 	printf '#include "%s"\n' $^ >$@
 
 build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
-build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/main.o
+build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.o build/main.o
 	$(NVCC) $^ -o $@ $(LIBS) -lcublas $(CATCH2)
 
 # A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:

@@ -4925,12 +4925,15 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
   warp.load_states(pieces.later + at * kN, lane.u);
   typename BackWarp<T>::Raw raw;
   const int ways = warp.ways();
+  float h[4][4], before = 0.f;
+  const auto fetch_start = [&](int j) {
+    warp.load_states(pieces.h_way + warp.way(j) * d_inner * kN, h);
+    before = exists ? pieces.before[warp.way(j) * d_inner + own] : 0.f;
+  };
+  if (ways > 0) fetch_start(ways - 1);
   auto cursor = warp.cursor(ways - 1);
   if (ways > 0) warp.fetch(ways - 1, cursor, -1, raw);
   for (int j = ways - 1; j >= 0; --j) {
-    float h[4][4];
-    warp.load_states(pieces.h_way + warp.way(j) * d_inner * kN, h);
-    const float before = exists ? pieces.before[warp.way(j) * d_inner + own] : 0.f;
     lane.prepare(j, raw);
     __syncwarp();  // what is prepared is there to be read
     if (j > 0) warp.fetch(j - 1, cursor, -1, raw);
@@ -4942,6 +4945,7 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
         h[k][n] = fmaf(exp2_approx(sum * lane.A[k][n]), first[k][n], h[k][n]);
     }
     lane.forward(h);
+    if (j > 0) fetch_start(j - 1);
     lane.back(block.BC[j & 1][threadIdx.x / 32]);
     // dB and dC of all warps are there; all have read those of way j + 2. Sums over states are there.
     __syncthreads();

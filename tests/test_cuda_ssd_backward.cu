@@ -168,7 +168,7 @@ struct DeviceSsdProblem {
 const char* const kBackwardRungNames[] = {"naive", "fused"};
 
 template <class T>
-void run_backward(SsdBackwardArgs<T> a, SsdBackwardRung rung) {
+void run_ssd_backward(SsdBackwardArgs<T> a, SsdBackwardRung rung) {
   const DeviceBuffer<std::byte> workspace(ssd_backward_workspace_bytes(a, rung));
   CUDA_CHECK(cudaMemset(workspace.data(), 0xff, workspace.bytes()));
   a.workspace = workspace.data();
@@ -221,10 +221,10 @@ void ssd_backward_matches(const SsdBackwardCase& c, std::uint64_t seed, WorstGra
                                        << ", P " << c.P << ", N " << c.N << ", groups " << c.groups
                                        << ", options " << c.options << ", bytes of a number "
                                        << sizeof(T));
-    run_backward(on_device.args, rung);
+    run_ssd_backward(on_device.args, rung);
     const SsdBatchGradients first = on_device.results();
     check_gradients<T>(first, want, sizes, !is_naive, is_naive ? naive : fused);
-    run_backward(on_device.args, rung);
+    run_ssd_backward(on_device.args, rung);
     CHECK(same_bits(on_device.results(), first));
   }
 }
@@ -274,7 +274,7 @@ TEST_CASE(
     INFO(kBackwardRungNames[int(rung)]);
     DeviceSsdProblem<bf16> together(problem), apart(problem);
     together.args.cu_seqlens = cu_seqlens.data();
-    run_backward(together.args, rung);
+    run_ssd_backward(together.args, rung);
     Matrix<double> dA = Matrix<double>::Zero(3, 1);
     for (Index b = 0; b < batch; ++b) {
       SsdBackwardArgs<bf16> a = apart.args;
@@ -284,7 +284,7 @@ TEST_CASE(
       a.B += first * a.B_stride, a.C += first * a.C_stride, a.dx += first * a.dx_stride;
       a.ddt += first * a.ddt_stride, a.dB += first * a.dB_stride, a.dC += first * a.dC_stride;
       a.h0 += state, a.dhT += state, a.dh0 += state;
-      run_backward(a, rung);
+      run_ssd_backward(a, rung);
       dA += down(apart.dA, 3, 1);
     }
     SsdBatchGradients got = together.results(), want = apart.results();
@@ -314,10 +314,10 @@ TEST_CASE("cuda ssd_backward: a cut sequence, its state's gradient carried over,
       a.B += cut * a.B_stride, a.C += cut * a.C_stride, a.dx += cut * a.dx_stride;
       a.ddt += cut * a.ddt_stride, a.dB += cut * a.dB_stride, a.dC += cut * a.dC_stride;
       a.h0 = h.data();
-      run_backward(second, rung);
+      run_ssd_backward(second, rung);
       SsdBatchGradients of_second = whole.results();
       first.dhT = whole.dh0.data();  // in place
-      run_backward(first, rung);
+      run_ssd_backward(first, rung);
       SsdBatchGradients got = whole.results();
       got.A += of_second.A, got.D += of_second.D, got.dt_bias += of_second.dt_bias;
       const bool is_naive = rung == SsdBackwardRung::kNaive;
