@@ -172,7 +172,8 @@ void run_ssd_backward(SsdBackwardArgs<T> a, SsdBackwardRung rung) {
   const DeviceBuffer<std::byte> workspace(ssd_backward_workspace_bytes(a, rung));
   CUDA_CHECK(cudaMemset(workspace.data(), 0xff, workspace.bytes()));
   a.workspace = workspace.data();
-  for (float* sum : {a.dA, a.dD, a.ddt_bias})  // what they are added to
+  float* const sums[] = {a.dA, a.dD, a.ddt_bias};
+  for (float* sum : sums)  // what they are added to
     if (sum) CUDA_CHECK(cudaMemset(sum, 0, sizeof(float) * a.n_heads));
   ssd_backward(a, rung, nullptr);
   CUDA_CHECK(cudaDeviceSynchronize());
