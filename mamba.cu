@@ -5470,14 +5470,14 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
 
 constexpr int kSsdBackwardThreads = 256;
 
-// Of one head in one chunk, in shared memory: what is added up over more than a warp.
+// Of 64 rows of a head in one chunk, in shared memory: what is added up over more than a warp.
 struct SsdBackwardSums {
-  float W[kSsdChunk * (kSsdChunk + 1) / 2];      // row t: u_t, then W'[t,s] for s < t; see at
-  float W_diagonal[kSsdChunk], dy_x[kSsdChunk];  // W'[t,t]; dy_t . x_t
-  float u[2][kSsdChunk], v[2][kSsdChunk];        // from the two halves of the states
-  float G_h[kSsdBackwardThreads / 32];
+  float W[kSsdChunk * (kSsdChunk + 3) / 2];  // row t: u_t, then W'[t,s] for s <= t; see at
+  float u[2][kSsdChunk], v[2][kSsdChunk];    // from the two halves of the states
+  float G_h[kSsdBackwardThreads / 32], dy_x[kSsdBackwardThreads / 32];  // from the warps
   float x_dX[kSsdChunk];
-  __device__ float& at(int t, int s) { return W[t * (t + 1) / 2 + s + 1]; }
+  float dl_before[kSsdChunk], x_dX_before[kSsdChunk], dy_x_before;  // from the head's rows before
+  __device__ float& at(int t, int s) { return W[t * (t + 3) / 2 + s + 1]; }
 };
 struct SsdBackwardSteps {  // of a head in a chunk
   SsdDecays decays;
@@ -5557,33 +5557,39 @@ __device__ inline void multiply_causal(float (&d)[4][4], const SsdBackwardWarp& 
   }
 }
 
-// M, with D, and dS to their tiles, W' to its sums, from S and dM = dy x^T.
+// From S and dM = dy x^T: M, with D, and dS to their tiles; W' to its sums. Returns this thread's part
+// of the sum of dy_t . x_t.
 template <class T>
-__device__ inline void make_M_and_dS(const SsdBackwardWarp& warp, const float (&S)[4][4],
-                                     const float (&dM)[4][4], const SsdBackwardSteps& steps,
-                                     float D, uint32_t tile_M, uint32_t tile_dS,
-                                     SsdBackwardSums& sums) {
+__device__ inline float make_M_and_dS(const SsdBackwardWarp& warp, const float (&S)[4][4],
+                                      const float (&dM)[4][4], const SsdBackwardSteps& steps,
+                                      float D, uint32_t tile_M, uint32_t tile_dS,
+                                      SsdBackwardSums& sums) {
+  float dy_x = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const int s = 32 * warp.half + 8 * j + 2 * warp.q;
+    const int s0 = 32 * warp.half + 8 * j + 2 * warp.q;
     if (32 * warp.half + 8 * j >= warp.step + 16) break;
-    const float2 delta = pair_at(&steps.delta[s]), cum = pair_at(&steps.decays.cum[s]);
+    const float2 delta = pair_at(&steps.delta[s0]), cum = pair_at(&steps.decays.cum[s0]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int t = warp.step + warp.g + 8 * i;
-      const auto one = [&](int s, float S, float dM, float cum, float delta, float& M, float& dS) {
-        const float a = s <= t ? exp2_approx(steps.decays.cum[t] - cum) : 0.f;
-        M = a * delta * S + (s == t ? D : 0.f), dS = a * delta * dM;
-        if (s < t) sums.at(t, s) = a * S * dM;
-        if (s == t) sums.W_diagonal[t] = S * dM, sums.dy_x[t] = dM;
-      };
+      const float cum_t = steps.decays.cum[t];
       float M[2], dS[2];
-      one(s, S[j][2 * i], dM[j][2 * i], cum.x, delta.x, M[0], dS[0]);
-      one(s + 1, S[j][2 * i + 1], dM[j][2 * i + 1], cum.y, delta.y, M[1], dS[1]);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int s = s0 + k;
+        const float a = s <= t ? exp2_approx(cum_t - (k ? cum.y : cum.x)) : 0.f;
+        const float a_S = a * S[j][2 * i + k], dM_ts = dM[j][2 * i + k];
+        M[k] = a_S * (k ? delta.y : delta.x) + (s == t ? D : 0.f);
+        dS[k] = a * dM_ts * (k ? delta.y : delta.x);
+        dy_x += s == t ? dM_ts : 0.f;
+        if (s <= t) sums.at(t, s) = a_S * dM_ts;
+      }
       word_of(tile_M, warp.step + 8 * i, 4 * warp.half + j) = pack_pair<T>(M[0], M[1]);
       word_of(tile_dS, warp.step + 8 * i, 4 * warp.half + j) = pack_pair<T>(dS[0], dS[1]);
     }
   }
+  return dy_x;
 }
 
 // d (16 steps x half of the states) += diag(scale) X h, and dot += the products of X h with the same
@@ -5669,41 +5675,66 @@ __device__ inline float multiply_elements(const char* G, const char* h, int byte
   return sum;
 }
 
-// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s,
-// -1 to 63.
-__device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
-  const int s = int(threadIdx.x) - 1;
-  if (s >= kSsdChunk) return;
-  float sum = 0;
-  if (s < 0)
-    for (const float v : sums.G_h) sum += v;
-  const float* const cum = steps.decays.cum;
-  sum = s < 0 ? sum * steps.decays.carry[kSsdChunk - 1]
-              : exp2_approx(cum[kSsdChunk - 1] - cum[s]) * (sums.v[0][s] + sums.v[1][s]);
-  const float delta = s < 0 ? 1.f : steps.delta[s];
-  for (int t = kSsdChunk - 1; t > s; --t) {
-    sum += s < 0 ? steps.decays.carry[t] * (sums.u[0][t] + sums.u[1][t]) : sums.at(t, s);
-    sums.at(t, s) = delta * sum;
+// A warp's u and v, and its parts of <G, h> and of the sum of dy_t . x_t, to the sums of the block.
+__device__ inline void hand_over(SsdBackwardSums& sums, const SsdBackwardWarp& warp, float (&u)[2],
+                                 float (&v)[2], float G_h, float dy_x) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    for (int d = 1; d < 4; d *= 2)
+      u[i] += __shfl_xor_sync(~0u, u[i], d), v[i] += __shfl_xor_sync(~0u, v[i], d);
+    const int t = warp.step + warp.g + 8 * i;
+    if (warp.q == 0) sums.u[warp.half][t] = u[i], sums.v[warp.half][t] = v[i];
   }
-  if (s >= 0) sums.x_dX[s] = sum + sums.W_diagonal[s];
+  G_h = warp_sum(G_h), dy_x = warp_sum(dy_x);
+  if (threadIdx.x % 32 == 0) sums.G_h[threadIdx.x / 32] = G_h, sums.dy_x[threadIdx.x / 32] = dy_x;
 }
 
-// dl_r from these; ddt; the chunk's part of dA, dD and ddt_bias. A thread makes step r, 0 to 63.
+// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s, one
+// more that of s = -1.
+__device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
+  const SsdDecays& decays = steps.decays;
+  const int s = threadIdx.x, last = kSsdChunk - 1;
+  float sum = 0;
+  if (s <= last) {
+    const float delta = steps.delta[s];
+    sum = exp2_approx(decays.cum[last] - decays.cum[s]) * (sums.v[0][s] + sums.v[1][s]);
+#pragma unroll 8
+    for (int t = last; t > s; --t) sum += sums.at(t, s), sums.at(t, s) = delta * sum;
+    sums.x_dX[s] = sum + sums.at(s, s);
+  } else if (s == kSsdChunk) {
+    for (const float v : sums.G_h) sum += v;
+    sum *= decays.carry[last];
+#pragma unroll 8
+    for (int t = last; t >= 0; --t)
+      sum += decays.carry[t] * (sums.u[0][t] + sums.u[1][t]), sums.at(t, -1) = sum;
+  }
+}
+
+// dl_r from these; after the head's last rows (head_ends): ddt; the chunk's parts of dA, dD, ddt_bias.
+// A thread makes step r, 0 to 63.
 template <class T>
 __device__ inline void finish_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
-                                    const SsdBackwardSteps& steps, int head, T* ddt, int count,
-                                    float* of_head) {
+                                    const SsdBackwardSteps& steps, int head, bool head_starts,
+                                    bool head_ends, T* ddt, int count, float* of_head) {
   const int r = threadIdx.x;
   if (r >= kSsdChunk) return;
-  float dl = 0;
+  float dl = 0, x_dX = sums.x_dX[r], dy_x = 0;
+#pragma unroll 8
   for (int s = -1; s < r; ++s) dl += sums.at(r, s);
-  const float d = ssd_ddt(a, steps.biased_dt[r], a.A[head] * dl + sums.x_dX[r]);
+  for (const float v : sums.dy_x) dy_x += v;
+  if (!head_starts) dl += sums.dl_before[r], x_dX += sums.x_dX_before[r];
+  if (!head_starts && r == 0) dy_x += sums.dy_x_before;
+  if (!head_ends) {
+    sums.dl_before[r] = dl, sums.x_dX_before[r] = x_dX;
+    if (r == 0) sums.dy_x_before = dy_x;
+    return;
+  }
+  const float d = ssd_ddt(a, steps.biased_dt[r], a.A[head] * dl + x_dX);
   if (r < count) ddt[r * a.ddt_stride + head] = from_float<T>(d);
-  const float dA = warp_sum(steps.delta[r] * dl), dD = warp_sum(sums.dy_x[r]);
-  const float ddt_bias = warp_sum(r < count ? d : 0.f);
+  const float dA = warp_sum(steps.delta[r] * dl), ddt_bias = warp_sum(r < count ? d : 0.f);
   if (r % 32 > 0) return;
   of_head += r / 32 * 3 * a.n_heads + head;
-  of_head[0] = dA, of_head[a.n_heads] = dD, of_head[2 * a.n_heads] = ddt_bias;
+  of_head[0] = dA, of_head[a.n_heads] = r == 0 ? dy_x : 0.f, of_head[2 * a.n_heads] = ddt_bias;
 }
 
 // Decays, delta and dt of a head, by one warp.
@@ -5736,28 +5767,66 @@ __device__ inline void store_part(float* to, int64_t stride, const float (&d)[kT
     }
 }
 
-// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other; for head_dim
-// above 64, 64 rows p at a time. A warp makes 16 steps and half of the columns of each result.
+// What a block of the fused kernel works on: one chunk, some heads of a group.
+struct SsdBackwardPart {
+  SsdBlock block;       // the chunk, as of a segment
+  int64_t number, row;  // of all chunks; of its first token
+  int count;            // steps, 0 beyond the end of a shorter sequence
+  int first, end, group, part;
+};
+template <class T>
+__device__ inline SsdBackwardPart ssd_backward_part(const SsdArgs<T>& a,
+                                                    const SsdBackwardRoom& room) {
+  const int heads = a.n_heads / a.n_groups;
+  SsdBackwardPart to = {};
+  to.part = blockIdx.x % room.parts, to.group = blockIdx.x / room.parts % a.n_groups;
+  to.number = blockIdx.x / room.parts / a.n_groups;
+  to.first = to.group * heads + heads * to.part / room.parts;
+  to.end = to.group * heads + heads * (to.part + 1) / room.parts;
+  const Rows rows = rows_of(to.number / room.chunks, a.L, a.cu_seqlens);
+  to.block.begin = to.number % room.chunks * kSsdChunk, to.block.end = rows.count;
+  to.block.row = rows.first, to.row = rows.first + to.block.begin;
+  to.count = max(0, steps_from(to.block, to.block.begin));
+  return to;
+}
+
+// B and C of the chunk; x, dy, h and G of 64 rows p of a head: on their way.
+template <class Tiles, class T>
+__device__ inline void fetch_group(uint32_t base, const SsdArgs<T>& a, const SsdBackwardPart& of) {
+  const int N = a.d_state;
+  const int64_t n = int64_t{of.group} * N;
+  copy_tile<Tiles::kColumns>(base + Tiles::kB, a.B + of.row * a.B_stride + n, a.B_stride, of.count,
+                             N);
+  copy_tile<Tiles::kColumns>(base + Tiles::kC, a.C + of.row * a.C_stride + n, a.C_stride, of.count,
+                             N);
+}
+template <class Tiles, class T>
+__device__ inline void fetch_head(uint32_t base, const SsdBackwardArgs<T>& a,
+                                  const SsdBackwardRoom& room, const SsdBackwardPart& of, int head,
+                                  int p) {
+  const int64_t N = a.d_state, channel = int64_t{head} * a.head_dim + p;
+  const int64_t state = of.number * ssd_state_size(a) + channel * N;
+  copy_tile<1>(base + Tiles::kX, a.x + of.row * a.x_stride + channel, a.x_stride, of.count, 64);
+  copy_tile<1>(base + Tiles::kDy, a.dout + of.row * a.dout_stride + channel, a.dout_stride,
+               of.count, 64);
+  copy_tile<Tiles::kColumns>(base + Tiles::kH, static_cast<const T*>(room.start) + state, N, 64, N);
+  copy_tile<Tiles::kColumns>(base + Tiles::kG, static_cast<const T*>(room.end) + state, N, 64, N);
+}
+
+// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other, 64 rows p at a
+// time. A warp makes 16 steps and half of the columns of each result.
 // Registers: the warp's parts of S, dB and dC.
 // Shared: see SsdBackwardTiles. Two blocks on a multiprocessor hide each other's waits.
 template <class T, int kStates>
 __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     ssd_backward_fused_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
   using Tiles = SsdBackwardTiles<kStates>;
-  constexpr int kColumns = Tiles::kColumns;
-  const int heads = a.n_heads / a.n_groups, N = a.d_state, P = a.head_dim;
-  const int part = blockIdx.x % room.parts, group = blockIdx.x / room.parts % a.n_groups;
-  const int64_t number = blockIdx.x / room.parts / a.n_groups, chunk = number % room.chunks;
-  const int first = group * heads + heads * part / room.parts;
-  const int end = group * heads + heads * (part + 1) / room.parts;
-  const Rows rows = rows_of(number / room.chunks, a.L, a.cu_seqlens);
-  SsdBlock block = {};  // the chunk, for load_dt
-  block.row = rows.first, block.begin = chunk * kSsdChunk, block.end = rows.count;
-  const int count = max(0, steps_from(block, block.begin));
-  float* const of_head = room.of_head + number * 2 * 3 * a.n_heads;
-  if (count == 0) {
-    for (int i = threadIdx.x; i < 6 * (end - first); i += kSsdBackwardThreads)
-      of_head[i / (end - first) * a.n_heads + first + i % (end - first)] = 0;
+  const SsdBackwardPart of = ssd_backward_part(a, room);
+  const int heads = of.end - of.first, P = a.head_dim;
+  float* const of_head = room.of_head + of.number * 6 * a.n_heads;  // two summands
+  if (of.count == 0) {
+    for (int i = threadIdx.x; i < 6 * heads; i += kSsdBackwardThreads)
+      of_head[i / heads * a.n_heads + of.first + i % heads] = 0;
     return;
   }
   extern __shared__ __align__(128) char shared[];
@@ -5766,82 +5835,54 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
   SsdBackwardSteps* const all_steps = reinterpret_cast<SsdBackwardSteps*>(shared + Tiles::kSteps);
   const int w = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const SsdBackwardWarp warp = {w % 4 * 16, w / 4, lane / 4, lane % 4};
-  const int64_t row = block.row + block.begin;
-
-  const auto fetch_x = [&](int head, int p) {
-    const int64_t channel = int64_t{head} * P + p;
-    copy_tile<1>(base + Tiles::kX, a.x + row * a.x_stride + channel, a.x_stride, count, 64);
-    copy_tile<1>(base + Tiles::kDy, a.dout + row * a.dout_stride + channel, a.dout_stride, count,
-                 64);
-  };
-  const auto fetch_states = [&](int head, int p) {
-    const int64_t from = number * ssd_state_size(a) + (int64_t{head} * P + p) * N;
-    copy_tile<kColumns>(base + Tiles::kH, static_cast<const T*>(room.start) + from, N, 64, N);
-    copy_tile<kColumns>(base + Tiles::kG, static_cast<const T*>(room.end) + from, N, 64, N);
-  };
   const auto arrived = [&] {
     copy_async_commit(), copy_async_wait();
     __syncthreads();  // all copies, and what was written before, before what follows reads them
   };
-  const int64_t column = int64_t{group} * N;
-  copy_tile<kColumns>(base + Tiles::kB, a.B + row * a.B_stride + column, a.B_stride, count, N);
-  copy_tile<kColumns>(base + Tiles::kC, a.C + row * a.C_stride + column, a.C_stride, count, N);
-  fetch_x(first, P - 64), fetch_states(first, 0);
-  if (w == 7) make_steps(all_steps[0], a, block, first);
+  fetch_group<Tiles>(base, a, of), fetch_head<Tiles>(base, a, room, of, of.first, 0);
+  if (w == 7) make_steps(all_steps[0], a, of.block, of.first);
   arrived();
   float S[4][4] = {}, dB[kStates / 16][4] = {}, dC[kStates / 16][4] = {};
-  multiply_causal<T, kColumns>(S, warp, base + Tiles::kC, base + Tiles::kB);
+  multiply_causal<T, Tiles::kColumns>(S, warp, base + Tiles::kC, base + Tiles::kB);
 
 #pragma unroll 1
-  for (int head = first; head < end; ++head) {
-    const SsdBackwardSteps& steps = all_steps[(head - first) % 2];
-    float dM[4][4] = {}, u[2] = {}, v[2] = {}, G_h = 0;
-    for (int p = P - 64; p >= 0; p -= 64) {
-      if (p < P - 64) {
-        __syncthreads();  // the reads of the rows p before
-        fetch_x(head, p);
-      }
-      arrived();
-      multiply_causal<T, 1>(dM, warp, base + Tiles::kDy, base + Tiles::kX);
-    }
-    make_M_and_dS<T>(warp, S, dM, steps, a.D ? a.D[head] : 0.f, base + Tiles::kM, base + Tiles::kS,
-                     sums);
-    for (int p = 0; p < P; p += 64) {
-      __syncthreads();  // M and dS before their reads; the reads of the rows p before
-      if (p > 0) fetch_x(head, p), fetch_states(head, p), arrived();
-      multiply_state<T>(dC, u, warp, base + Tiles::kDy, base + Tiles::kH, base + Tiles::kC,
-                        steps.decays.carry);
-      multiply_state<T>(dB, v, warp, base + Tiles::kX, base + Tiles::kG, base + Tiles::kB,
-                        steps.decays.fade);
-      make_dx<T, kColumns>(warp, base + Tiles::kB, base + Tiles::kG, base + Tiles::kM,
-                           base + Tiles::kDy, steps.decays.fade,
-                           a.dx + row * a.dx_stride + int64_t{head} * P + p, a.dx_stride, count);
-      G_h += multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes);
-    }
+  for (int head = of.first, p = 0; head < of.end;) {
+    const SsdBackwardSteps& steps = all_steps[(head - of.first) % 2];
+    const bool head_ends = p + 64 == P;
+    const int next = head + head_ends, next_p = head_ends ? 0 : p + 64;
+    arrived();
+    float dM[4][4] = {}, u[2] = {}, v[2] = {};
+    multiply_causal<T, 1>(dM, warp, base + Tiles::kDy, base + Tiles::kX);
+    const float dy_x = make_M_and_dS<T>(warp, S, dM, steps, a.D ? a.D[head] : 0.f, base + Tiles::kM,
+                                        base + Tiles::kS, sums);
+    __syncthreads();  // M and dS before their reads
+    multiply_state<T>(dC, u, warp, base + Tiles::kDy, base + Tiles::kH, base + Tiles::kC,
+                      steps.decays.carry);
     multiply_masked<T, false>(dC, warp, base + Tiles::kS, base + Tiles::kB);
+    multiply_state<T>(dB, v, warp, base + Tiles::kX, base + Tiles::kG, base + Tiles::kB,
+                      steps.decays.fade);
     multiply_masked<T, true>(dB, warp, base + Tiles::kS, base + Tiles::kC);
-    G_h = warp_sum(G_h);
-    if (lane == 0) sums.G_h[w] = G_h;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      for (int d = 1; d < 4; d *= 2)
-        u[i] += __shfl_xor_sync(~0u, u[i], d), v[i] += __shfl_xor_sync(~0u, v[i], d);
-      const int t = warp.step + warp.g + 8 * i;
-      if (warp.q == 0) sums.u[warp.half][t] = u[i], sums.v[warp.half][t] = v[i];
-    }
-    __syncthreads();  // all sums before they are added; all reads of the head's tiles
-    if (head + 1 < end) {
-      fetch_x(head + 1, P - 64), fetch_states(head + 1, 0);
-      if (w == 7) make_steps(all_steps[(head + 1 - first) % 2], a, block, head + 1);
+    make_dx<T, Tiles::kColumns>(warp, base + Tiles::kB, base + Tiles::kG, base + Tiles::kM,
+                                base + Tiles::kDy, steps.decays.fade,
+                                a.dx + of.row * a.dx_stride + int64_t{head} * P + p, a.dx_stride,
+                                of.count);
+    hand_over(sums, warp, u, v,
+              multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes), dy_x);
+    __syncthreads();  // all sums before they are added; all reads of tiles before they change
+    if (next < of.end) {
+      fetch_head<Tiles>(base, a, room, of, next, next_p);
+      if (w == 7 && head_ends) make_steps(all_steps[(next - of.first) % 2], a, of.block, next);
     }
     sum_columns(sums, steps);
     __syncthreads();  // the columns before the rows
-    finish_steps(a, sums, steps, head, a.ddt + row * a.ddt_stride, count, of_head);
+    finish_steps(a, sums, steps, head, p == 0, head_ends, a.ddt + of.row * a.ddt_stride, of.count,
+                 of_head);
+    head = next, p = next_p;
   }
-  const int64_t stride = int64_t{a.n_groups} * room.parts * N;
-  const int64_t to = row * stride + (int64_t{group} * room.parts + part) * N;
-  store_part<T>(room.dB + to, stride, dB, warp, count, N);
-  store_part<T>(room.dC + to, stride, dC, warp, count, N);
+  const int64_t stride = int64_t{a.n_groups} * room.parts * a.d_state;
+  const int64_t to = of.row * stride + (int64_t{of.group} * room.parts + of.part) * a.d_state;
+  store_part<T>(room.dB + to, stride, dB, warp, of.count, a.d_state);
+  store_part<T>(room.dC + to, stride, dC, warp, of.count, a.d_state);
 }
 
 // --- launchers of the backward
