@@ -589,18 +589,25 @@ TEST_CASE("cuda learner: golden training, eight steps in float32") {
       CHECK(std::abs(norm - norms[step]) <= 2e-5 * norms[step]);
       learner.update({3e-3, 0.9, 0.95, 1e-8, 0.1}, std::min(1.0, 1 / (norm + 1e-6)));
     }
+    // AdamW's first step is lr g / |g|. Where |g| is below the rounding of the sums that g is made
+    // of, 2^-22 of the tensor's largest, float32 does not know its sign: such entries are left out.
     Learned<float> got = learner.learned();
     double worst = 0;
+    Index left_out = 0;
     for_each_weight(tiny.config, got.weights, [&](const std::string& weight, const auto&, auto& w) {
-      const Matrix<double> g = w.template cast<double>();
-      const auto want = values<double>(file.at("final." + weight));
-      const Eigen::Map<const Matrix<double>> m(want.data(), g.rows(), g.cols());
+      const auto of = [&](const char* what) {
+        const auto numbers = values<double>(file.at(what + weight));
+        return Matrix<double>(Eigen::Map<const Matrix<double>>(numbers.data(), w.rows(), w.cols()));
+      };
+      const Matrix<double> want = of("final."), g = of("grad."), now = w.template cast<double>();
+      const auto known = (g.array() == 0 || g.array().abs() > 0x1p-22 * g.cwiseAbs().maxCoeff());
       INFO(name << " " << weight);
-      const double d = (g - m).norm() / m.norm();
+      const double d = known.select(now - want, 0).norm() / want.norm();
       CHECK(d <= 2e-5);
-      worst = std::max(worst, d);
+      worst = std::max(worst, d), left_out += g.size() - known.count();
     });
+    CHECK(left_out <= 8);
     std::cout << "cuda golden training " << name << ": worst weight is off by " << worst
-              << " of its tensor's norm\n";
+              << " of its tensor's norm; entries left out: " << left_out << "\n";
   }
 }
