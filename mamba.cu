@@ -27,6 +27,10 @@
 //                                                           by one warpgroup
 // ssd_step_kernel                    ssd_step               one token, h in place; batch, H, P
 //                                                           with the gate or not
+// ssd_backward_naive_kernel          ssd_backward           a block walks back     batch, H
+// ssd_backward_states_kernel         ssd_backward (chunked) h and dh between chunks batch, H, P
+// ssd_backward_fused_kernel          the same               all else on tensor     batch, chunks,
+//                                                           cores                  parts of H
 // rms_norm_kernel                    rms_norm               a row stays on chip    rows
 // gated_rms_norm_kernel              gated_rms_norm         the same               rows, groups
 // linear_step_kernel                 linear, rms_norm,      W read once, with what rows of W,
