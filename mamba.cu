@@ -27,6 +27,10 @@
 //                                                           by one warpgroup
 // ssd_step_kernel                    ssd_step               one token, h in place; batch, H, P
 //                                                           with the gate or not
+// ssd_backward_naive_kernel          ssd_backward           a block walks back     batch, H
+// ssd_backward_states_kernel         ssd_backward (chunked) h and dh between chunks batch, H, P
+// ssd_backward_fused_kernel          the same               all else on tensor     batch, chunks,
+//                                                           cores                  parts of H
 // rms_norm_kernel                    rms_norm               a row stays on chip    rows
 // gated_rms_norm_kernel              gated_rms_norm         the same               rows, groups
 // linear_step_kernel                 linear, rms_norm,      W read once, with what rows of W,
@@ -5396,27 +5400,46 @@ __device__ inline uint4 pack_row(const float (*d)[4], int half) {
   return {v[0], v[1], v[2], v[3]};
 }
 
-// h, or G, of a chunk as it is kept: (heads, P, N) of T.
-template <class T, int kTiles>
-__device__ inline void store_rounded_state(T* to, const float (&h)[kTiles][4], const SsdArgs<T>& a,
-                                           const SsdRows& rows) {
+// A warp of the states kernel has 16 rows p and 64 states, from n on. f(place in `state` (heads, P, N),
+// element of h, its right neighbour) for all pairs that exist.
+template <class T, class Float, class Function>
+__device__ inline void each_pair_of_column(Float* state, float (&h)[8][4], const SsdArgs<T>& a,
+                                           const SsdRows& rows, int n, const Function& f) {
   const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  to += (int64_t{rows.head} * a.head_dim + rows.p + g) * a.d_state + 8 * q;
+  state += (int64_t{rows.head} * a.head_dim + rows.p + g) * a.d_state + n + 2 * q;
+#pragma unroll
+  for (int k = 0; k < 4; k += 2, state += 8 * a.d_state)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (rows.active && n + 8 * j + 2 * q < a.d_state) f(state + 8 * j, h[j][k], h[j][k + 1]);
+}
+
+// h, or G, of a chunk as it is kept: (heads, P, N) of T.
+template <class T>
+__device__ inline void store_rounded_state(T* to, const float (&h)[8][4], const SsdArgs<T>& a,
+                                           const SsdRows& rows, int n) {
+  const int g = threadIdx.x % 32 / 4;
+  n += threadIdx.x % 4 * 8;
+  to += (int64_t{rows.head} * a.head_dim + rows.p + g) * a.d_state + n;
 #pragma unroll
   for (int half = 0; half < 2; ++half, to += 8 * a.d_state)
 #pragma unroll
-    for (int j = 0; j < kTiles; j += 4) {
+    for (int j = 0; j < 8; j += 4) {
       const uint4 row = pack_row<T>(&h[j], half);
-      if (rows.active && 8 * (j + q) < a.d_state) *reinterpret_cast<uint4*>(to + 8 * j) = row;
+      if (rows.active && n + 8 * j < a.d_state) *reinterpret_cast<uint4*>(to + 8 * j) = row;
     }
 }
 
 template <int kStates>
 using SsdStateTiles = SsdTiles<kStates, 64, 2, 0, 0, false>;
 
-// Block: 4 warps, 64 rows (head, p) of one sequence. Grid: x = the rows; y = 0: h, 1: G.
+// Block: 64 rows (head, p) of one sequence, four warps for each 64 states. Grid: x = the rows; y = 0: h,
+// 1: G. Registers: the warp's part of h. Shared: B and x of two chunks, and their decays.
+template <int kStates>
+constexpr int kSsdStateThreads = 2 * kStates;
+
 template <class T, int kStates>
-__global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
+__global__ void __launch_bounds__(kSsdStateThreads<kStates>, 384 / kStates)
     ssd_backward_states_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
   using Tiles = SsdStateTiles<kStates>;
   const bool back = blockIdx.y == 1;
@@ -5425,7 +5448,8 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
   const SsdBlock block =
       ssd_block<64, true>(in, SsdSegments{room.chunks * kSsdChunk, 1, nullptr, nullptr});
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const SsdRows rows = ssd_rows(in, block, 16 * warp);
+  const int column = warp / 4;  // of the states
+  const SsdRows rows = ssd_rows(in, block, warp % 4 * 16);
   const SsdHead head = ssd_head(in, rows.head);
   extern __shared__ __align__(128) char shared[];
   const uint32_t base = __cvta_generic_to_shared(shared);
@@ -5437,7 +5461,7 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
   const auto fetch = [&](int64_t i) {  // the i-th chunk, its decays, and dt of the next
     const int64_t t = start_of(i);
     for (int c = 0; c < Tiles::kStage / kSsdColumn; ++c)
-      copy_column<Tiles, 128>(base + i % 2 * Tiles::kStage, c, in, block, t);
+      copy_column<Tiles, kSsdStateThreads<kStates>>(base + i % 2 * Tiles::kStage, c, in, block, t);
     copy_async_commit();
     if (warp != 0) return;
     SsdDecays& to = decays[i % 2];
@@ -5445,12 +5469,13 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
     if (back) reinterpret_cast<float2*>(to.fade)[threadIdx.x] = pair_at(&to.carry[2 * threadIdx.x]);
     if (i + 1 < chunks) load_dt(dt, in, block, head.index, start_of(i + 1));
   };
-  float h[1][kStates / 8][4];
+  float h[1][8][4];
   for (auto& tile : h[0]) tile[0] = tile[1] = tile[2] = tile[3] = 0;
   const float* from = back ? a.dhT : a.h0;
   if (from)
-    each_pair(from + block.b * ssd_state_size(in), h, in, rows,
-              [](const float* from, float& h0, float& h1) { h0 = from[0], h1 = from[1]; });
+    each_pair_of_column(
+        from + block.b * ssd_state_size(in), h[0], in, rows, 64 * column,
+        [](const float* from, float& h0, float& h1) { h0 = from[0], h1 = from[1]; });
   T* const to = static_cast<T*>(back ? room.end : room.start);
   if (chunks > 0) load_dt(dt, in, block, head.index, start_of(0)), fetch(0);
 #pragma unroll 1
@@ -5459,13 +5484,15 @@ __global__ void __launch_bounds__(128, kStates <= 128 ? 4 : 2)
     __syncthreads();  // this chunk's copies and decays before their reads; all reads of the last
     if (i + 1 < chunks) fetch(i + 1);
     const int64_t chunk = start_of(i) / kSsdChunk;
-    store_rounded_state(to + (block.b * room.chunks + chunk) * ssd_state_size(in), h[0], in, rows);
+    store_rounded_state(to + (block.b * room.chunks + chunk) * ssd_state_size(in), h[0], in, rows,
+                        64 * column);
     const uint32_t stage = base + i % 2 * Tiles::kStage;
-    advance_state<T>(h, stage + Tiles::kX + beside(2 * warp), stage, decays[i % 2]);
+    advance_state<T>(h, stage + Tiles::kX + beside(warp % 4 * 2), stage + column * kSsdColumn,
+                     decays[i % 2]);
   }
   if (back && a.dh0)
-    each_pair(a.dh0 + block.b * ssd_state_size(in), h, in, rows,
-              [](float* to, float& h0, float& h1) { to[0] = h0, to[1] = h1; });
+    each_pair_of_column(a.dh0 + block.b * ssd_state_size(in), h[0], in, rows, 64 * column,
+                        [](float* to, float& h0, float& h1) { to[0] = h0, to[1] = h1; });
 }
 
 constexpr int kSsdBackwardThreads = 256;
@@ -5973,7 +6000,7 @@ void ssd_backward_fused(const SsdBackwardArgs<T>& a, const SsdBackwardRoom& room
   CUDA_CHECK(cudaFuncSetAttribute(states, allow, kStateBytes));
   CUDA_CHECK(cudaFuncSetAttribute(fused, allow, kBytes));
   const dim3 rows(unsigned(a.batch * a.n_heads * a.head_dim / 64), 2);
-  states<<<rows, 128, kStateBytes, stream>>>(a, room);
+  states<<<rows, kSsdStateThreads<kStates>, kStateBytes, stream>>>(a, room);
   CUDA_CHECK(cudaGetLastError());
   const int64_t blocks = a.batch * room.chunks * a.n_groups * room.parts;
   fused<<<blocks, kSsdBackwardThreads, kBytes, stream>>>(a, room);

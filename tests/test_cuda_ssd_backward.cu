@@ -10,7 +10,7 @@ namespace {
 
 struct SsdBackwardCase {
   Index batch, L, H, P, N, groups;
-  int options;  // bits: D, bias, h0, limits of delta, dhT
+  int options;  // bits: D, bias, h0, limits of delta, dhT, strong decays, weak decays
 };
 
 // The inputs of a batch: numbers that T can hold.
@@ -31,7 +31,8 @@ SsdProblem make_ssd_problem(const SsdBackwardCase& c, Index rows, std::uint64_t 
   SsdProblem p{c};
   p.x = make(rows, d), p.dt = make(rows, c.H), p.B = make(rows, GN), p.C = make(rows, GN);
   p.dout = make(rows, d);
-  p.A = -stored<float>(random.matrix<double>(c.H, 1)).cwiseAbs();
+  const double decay = c.options & 32 ? 30 : c.options & 64 ? 0.01 : 1;
+  p.A = -stored<float>(random.matrix<double>(c.H, 1, decay)).cwiseAbs();
   p.D = optional_float(1, 1, c.H), p.bias = optional_float(2, 1, c.H);
   p.h0 = optional_float(4, c.batch * d, c.N), p.dhT = optional_float(16, c.batch * d, c.N);
   p.dt_min = c.options & 8 ? 0.25f : 0.f, p.dt_max = c.options & 8 ? 0.75f : INFINITY;
@@ -238,7 +239,8 @@ void ssd_backward_rungs_match(const char* type, std::vector<Index> lengths) {
   const SsdBackwardCase shapes[] = {
       {1, 0, 1, 1, 4, 1, 23},   {3, 0, 3, 5, 16, 1, 7},   {1, 0, 4, 16, 24, 2, 31},
       {1, 0, 2, 64, 128, 1, 7}, {2, 0, 6, 64, 64, 2, 19}, {1, 0, 3, 64, 200, 1, 22},
-      {1, 0, 8, 64, 128, 2, 0}, {1, 0, 3, 64, 24, 1, 31}, {1, 0, 2, 192, 72, 1, 21}};
+      {1, 0, 8, 64, 128, 2, 0}, {1, 0, 3, 64, 24, 1, 31}, {1, 0, 2, 192, 72, 1, 21},
+      {1, 0, 2, 64, 64, 1, 55}, {1, 0, 2, 64, 64, 1, 87}};
   for (SsdBackwardCase c : shapes)
     for (const Index L : lengths) {
       c.L = L;
