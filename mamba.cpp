@@ -396,12 +396,14 @@ class CpuEngine {
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
+#include "verify.hpp"
+
 int main(int argc, char** argv) {
 #if defined(__GLIBC__)
   // Keep freed memory: pages that come back from the kernel must be zeroed anew.
   mallopt(M_MMAP_THRESHOLD, 1 << 30);
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
-  return mamba::run<mamba::CpuEngine>(argc, argv);
+  return mamba::run<mamba::CpuEngine>(argc, argv, mamba::verify::commands());
 }
 #endif

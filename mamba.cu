@@ -4207,5 +4207,18 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
-int main(int argc, char** argv) { return mamba::run<mamba::CudaEngine>(argc, argv); }
+#include "verify.hpp"
+
+// Kernels that `mamba_cuda verify --so` runs work on the GPU's memory.
+struct DeviceMemory {
+  static constexpr bool kDevice = true;
+  mamba::DeviceBuffer<char> bytes;
+  explicit DeviceMemory(std::string_view from) : bytes(from.data(), from.size()) {}
+  void* data() const { return bytes.data(); }
+  void copy_to(char* host) const { bytes.copy_to(host); }
+};
+
+int main(int argc, char** argv) {
+  return mamba::run<mamba::CudaEngine>(argc, argv, mamba::verify::commands<DeviceMemory>());
+}
 #endif

@@ -292,7 +292,7 @@ inline Block Case::block(const Part& part, const Slice& slice) const {
     first = 0, count = all(letters);
     if (!*letters) return;
     by = stride[letters[std::strlen(letters) - 1]];
-    const Index inner = count / extent.at(*letters);
+    const Index inner = all(letters + 1);
     if (*letters == 't') first = slice.t, count = slice.t_count;
     if (*letters == op->split) first = slice.s * inner, count = slice.s_count * inner;
     if (*letters != 'g' || slice.s_count == splits()) return;
@@ -373,8 +373,9 @@ Matrix<S> forward(const Options& o, const Named<S>& in, Matrix<S>& state) {
   }
   const ssm::StateMatrix<S> A = in.at("A");
   ssm::StateMatrix<S> h = state;
-  const Matrix<S> y = op == "ssd" ? ssm::ssd<S>(ssd_inputs(o, in, A), h, ssm::Form::sequential)
-                                  : ssm::selective_scan<S>(scan_inputs(o, in, A), h);
+  // The sequential form: rounding is bounded along the recurrence itself.
+  const Matrix<S> y = op == "ssd" ? ssm::ssd_sequential<S>(ssd_inputs(o, in, A), h)
+                                  : ssm::selective_scan_sequential<S>(scan_inputs(o, in, A), h);
   state = h;
   return y;
 }
@@ -410,7 +411,7 @@ Named<S> backward(const Options& o, const Named<S>& in, const Matrix<S>& state,
   ssm::StateMatrix<S> dh = dstate;
   Named<S> all;
   if (op == "ssd") {
-    auto g = ssm::ssd_backward<S>(ssd_inputs(o, in, A), h0, dout, dh);
+    auto g = ssm::ssd_sequential_backward<S>(ssd_inputs(o, in, A), h0, dout, dh);
     all = {{"x", g.x}, {"dt", g.dt},          {"A", g.A}, {"B", g.B}, {"C", g.C},
            {"D", g.D}, {"dt_bias", g.dt_bias}};
   } else {
@@ -1286,16 +1287,19 @@ inline Checkpoint read_raw(const std::string& folder) {
 
 // --- a kernel in a shared object, see verify.h ---
 
-/// Memory that kernels work on; the GPU program brings that of its device.
-struct Memory {
-  bool device = false;
-  std::function<std::shared_ptr<void>(const Tensor&)> upload;  // a copy of a tensor's bytes
-  std::function<void(const void*, const Tensor&)> download;    // back into the tensor
+/// A copy of a tensor's bytes for kernels to work on; the GPU program brings its device's memory.
+struct HostMemory {
+  static constexpr bool kDevice = false;
+  std::vector<char> bytes;
+  explicit HostMemory(std::string_view from) : bytes(from.begin(), from.end()) {}
+  void* data() { return bytes.data(); }
+  void copy_to(char* host) const { std::copy(bytes.begin(), bytes.end(), host); }
 };
 
+template <class Memory>
 class SharedObject {
  public:
-  SharedObject(const std::string& path, Memory memory) : memory_(std::move(memory)) {
+  explicit SharedObject(const std::string& path) {
     handle_ = ::dlopen(std::filesystem::absolute(path).c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!handle_) fail("cannot load: ", ::dlerror());
     run_ = reinterpret_cast<decltype(run_)>(::dlsym(handle_, "verify_kernel"));
@@ -1304,33 +1308,34 @@ class SharedObject {
 
   /// Runs forward and backward, and adds what comes out to the case.
   void run(Case& c) const {
-    const Checkpoint given = c.file;
     for (const bool backward : {false, true}) {
-      std::vector<Tensor> tensors;
-      for (const auto& [name, tensor] : given.tensors) {
-        const bool cotangent =
-            name == gradient(c.op->out) || (c.op->end && name == gradient(*c.op->end));
-        if (backward || !cotangent) tensors.push_back(tensor), tensors.back().name = name;
-      }
-      const std::size_t inputs = tensors.size();
+      std::vector<Tensor> tensors, outputs;
+      const auto add = [&](const std::string& name) {
+        if (const Tensor* tensor = c.file.find(name))
+          tensors.push_back(*tensor), tensors.back().name = name;
+      };
+      for (const Part& part : c.op->inputs) add(part.name);
+      if (backward) add(gradient(c.op->out));
+      if (backward && c.op->end) add(gradient(*c.op->end));
       for (const auto& [name, part] : c.outputs())
         if (backward == (name[0] == 'd'))
-          tensors.push_back(empty_tensor(name, output_dtype(c, part), c.shape(part)));
-      if (!call(c, backward, tensors)) continue;
-      for (std::size_t i = inputs; i < tensors.size(); ++i)
-        c.file.tensors[tensors[i].name] = tensors[i];
+          outputs.push_back(empty_tensor(name, output_dtype(c, part), c.shape(part)));
+      if (!call(c, backward, tensors, outputs)) continue;
+      for (const Tensor& output : outputs) c.file.tensors[output.name] = output;
     }
   }
 
  private:
   /// False: the kernel says that it does not do such cases.
-  bool call(const Case& c, bool backward, std::vector<Tensor>& tensors) const {
+  bool call(const Case& c, bool backward, std::vector<Tensor> tensors,
+            const std::vector<Tensor>& outputs) const {
+    tensors.insert(tensors.end(), outputs.begin(), outputs.end());
     std::vector<::tensor> described;
-    std::vector<std::shared_ptr<void>> copies;
+    std::deque<Memory> copies;
     for (const Tensor& t : tensors) {
-      copies.push_back(memory_.upload(t));
+      copies.emplace_back(t.bytes());
       ::tensor d{t.name.c_str(),
-                 copies.back().get(),
+                 copies.back().data(),
                  static_cast<std::int32_t>(t.dtype),
                  static_cast<std::int32_t>(t.shape.size()),
                  {},
@@ -1350,34 +1355,21 @@ class SharedObject {
     const ::call call{c.op->name,
                       c.softplus,
                       backward,
-                      memory_.device,
+                      Memory::kDevice,
                       static_cast<std::int32_t>(described.size()),
                       nullptr,
                       described.data()};
     const int status = run_(&call);
     if (status != VERIFY_DONE && status != VERIFY_UNSUPPORTED)
       fail("verify_kernel: ", c.name, ": expected 0 or ", VERIFY_UNSUPPORTED, ", found ", status);
-    for (std::size_t i = 0; i < tensors.size(); ++i) memory_.download(copies[i].get(), tensors[i]);
+    for (std::size_t i = tensors.size() - outputs.size(); i < tensors.size(); ++i)
+      copies[i].copy_to(static_cast<char*>(const_cast<void*>(tensors[i].data)));
     return status == VERIFY_DONE;
   }
 
-  Memory memory_;
   void* handle_ = nullptr;  // stays open: the kernel may have threads
   int (*run_)(const ::call*) = nullptr;
 };
-
-/// The memory of the host.
-inline Memory host_memory() {
-  return {false,
-          [](const Tensor& t) {
-            const auto copy =
-                std::make_shared<std::vector<char>>(t.bytes().begin(), t.bytes().end());
-            return std::shared_ptr<void>(copy, copy->data());
-          },
-          [](const void* from, const Tensor& t) {
-            std::memcpy(const_cast<void*>(t.data), from, t.byte_size());
-          }};
-}
 
 // ================================ 8. Command line =================================================
 
@@ -1445,11 +1437,11 @@ struct Vectors : SuiteFlags {
 };
 
 /// Judges outputs: of files, or of a kernel that runs now.
+template <class Memory>
 struct Verify : SuiteFlags {
   std::vector<std::string> paths;
   std::string so;
   bool json = false;
-  Memory memory = host_memory();
   std::size_t judged = 0, wrong = 0;
 
   void declare(CLI::App* sub) {
@@ -1464,8 +1456,8 @@ struct Verify : SuiteFlags {
   }
   void run() {
     if (paths.empty() && so.empty()) fail_usage("verify: expected files, a folder or --so");
-    std::optional<SharedObject> kernel;
-    if (!so.empty()) kernel.emplace(so, memory);
+    std::optional<SharedObject<Memory>> kernel;
+    if (!so.empty()) kernel.emplace(so);
     const auto judge = [&](Case c) {
       if (kernel) kernel->run(c);
       report(c);
@@ -1551,9 +1543,11 @@ struct Verify : SuiteFlags {
 };
 
 /// For run(argc, argv, ...) of a program: its two subcommands.
-inline std::vector<Command> commands() {
+template <class Memory = HostMemory>
+std::vector<Command> commands() {
   return {command<Vectors>("vectors", "write cases that break kernels, to be run through yours"),
-          command<Verify>("verify", "judge a kernel's outputs against the reference in double")};
+          command<Verify<Memory>>("verify",
+                                  "judge a kernel's outputs against the reference in double")};
 }
 
 }  // namespace mamba::verify
