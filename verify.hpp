@@ -668,7 +668,10 @@ struct Verdict {
 
 inline std::vector<Index> unravel(Index at, const Shape& shape) {
   std::vector<Index> index(shape.size());
-  for (std::size_t i = shape.size(); i-- > 0; at /= shape[i]) index[i] = at % shape[i];
+  for (std::size_t i = shape.size(); i-- > 0;) {
+    const Index extent = std::max<Index>(shape[i], 1);  // a window of one tap keeps a state of none
+    index[i] = at % extent, at /= extent;
+  }
   return index;
 }
 
@@ -928,8 +931,8 @@ inline Bug groups_repeated(const Case& c) {
 
 /// B_bar = expm1(delta A) / A B, which depends on the channel: each becomes a group of its own.
 inline bool exact_zoh(const Case& c, Trial<double>& t) {
+  if (!c.op->end || c.op->split != 'd' || !c.extent.count('n')) return false;
   const Index S = c.splits(), G = c.groups(), N = c.extent.at('n');
-  if (c.op->split != 'd') return false;
   return t.each("B", [&](Matrix<double>& B, Named<double>& in) {
     const ssm::StateMatrix<double> A = in.at("A");
     const Matrix<double> delta = ssm::step_size(scan_inputs(t, in, A));
@@ -989,8 +992,8 @@ inline void norm_first(Trial<double>& t) {
   }
 }
 
-/// The bugs that are tried on a case. `suspect`: the first wrong token, perhaps the first of a chunk.
-inline std::vector<Bug> bugs(const Case& c, Index suspect) {
+/// The bugs that are tried on a case, with chunks of powers of two and of those that are given.
+inline std::vector<Bug> bugs(const Case& c, std::set<Index> chunks) {
   using T = Trial<double>;
   using M = Matrix<double>;
   const auto drop = [](std::string name) { return [=](T& t) { return t.drop(name); }; };
@@ -1067,10 +1070,9 @@ inline std::vector<Bug> bugs(const Case& c, Index suspect) {
          return !t.op->split && !t.has("z") &&
                 t.each("x", [](M& m, auto&) { m.colwise() -= m.rowwise().mean().eval(); });
        }}};
-  std::set<Index> chunks = {suspect};
   for (Index K = 2; K <= 4096; K *= 2) chunks.insert(K);
   for (const Index K : chunks) {
-    if (K < 1 || !c.op->end) continue;
+    if (K < 2 || !c.op->end) continue;
     const std::string at = " lost at every boundary of chunks of " + std::to_string(K);
     const auto pieces = [K](bool Walk::*lost) {
       return [=](T& t) { return t.plan.piece = K, t.plan.*lost = true, K < t.plan.length; };
@@ -1156,19 +1158,29 @@ inline std::string pattern(const Verdict& v) {
   return text;
 }
 
+/// Lengths of chunks at whose boundaries something may be lost: forward the first wrong token begins
+/// the second chunk; backward the last one ends a chunk.
+inline void add_suspects(const std::vector<Index>& wrong, std::set<Index>& chunks) {
+  std::vector<Index> at;
+  for (std::size_t t = 0; t < wrong.size(); ++t)
+    if (wrong[t] > 0) at.push_back(static_cast<Index>(t));
+  if (at.empty()) return;
+  chunks.insert(at.front());
+  for (Index K = 2; K <= 64; ++K)
+    if ((at.back() + 1) % K == 0) chunks.insert(K);
+}
+
 /// Gives each wrong output the bug that explains it best, or else the pattern of its wrong entries.
-inline void explain(const Case& c, std::map<std::string, Verdict>& verdicts) {
+/// `last`: the bug that explained another case; it is tried first, and is enough where it fits.
+inline void explain(const Case& c, std::map<std::string, Verdict>& verdicts, std::string& last) {
   constexpr Index kLargest = 1 << 22;  // steps of a state that are worth trying again and again
   std::vector<Verdict*> wrong;
-  Index suspect = 0;
+  std::set<Index> chunks;
   bool gradients = false;
   for (auto& [name, v] : verdicts) {
     if (v.ok() || !v.hint.empty()) continue;
     wrong.push_back(&v), gradients |= name[0] == 'd', v.hint = pattern(v);
-    const auto t = v.wrong_at.find('t');
-    if (t == v.wrong_at.end() || suspect > 0) continue;
-    suspect = std::find_if(t->second.begin(), t->second.end(), [](Index n) { return n > 0; }) -
-              t->second.begin();
+    if (v.part.has('t')) add_suspects(v.wrong_at.at('t'), chunks);
   }
   Index steps = c.extent.at('b') * c.extent.at('t');
   for (const char letter : {'d', 'h', 'p', 'n'})
@@ -1182,17 +1194,22 @@ inline void explain(const Case& c, std::map<std::string, Verdict>& verdicts) {
     const Fit f = *fit(c, *v, truth, nullptr);
     best[v] = {f, {f.worst, f.rms}};
   }
-  for (const Bug& bug : bugs(c, suspect)) {
+  std::vector<Bug> all = bugs(c, chunks);
+  std::stable_partition(all.begin(), all.end(), [&](const Bug& bug) { return bug.hint == last; });
+  for (const Bug& bug : all) {
     Trial<double> trial = right;
     if (!bug.change(trial)) continue;
     trial.run();
     if (bug.after) bug.after(trial);
+    bool enough = bug.hint == last;
     for (Verdict* v : wrong) {
       auto& [without, with] = best.at(v);
       const auto found = fit(c, *v, truth, &trial);
+      enough = enough && found && found->worst <= 1;
       if (found && found->rms < with.rms / 2 && explains(*found, without))
-        with = *found, v->hint = bug.hint;
+        with = *found, v->hint = bug.hint, last = bug.hint;
     }
+    if (enough) return;
   }
 }
 
@@ -1442,6 +1459,7 @@ struct Verify : SuiteFlags {
   std::vector<std::string> paths;
   std::string so;
   bool json = false;
+  std::string last;  // the bug that explained something last
   std::size_t judged = 0, wrong = 0;
 
   void declare(CLI::App* sub) {
@@ -1503,7 +1521,7 @@ struct Verify : SuiteFlags {
       if (!known(c, name))
         warn(one_line(c.file.where, ": ", quote(name), ": not a tensor of ", c.op->name));
     auto verdicts = Judge(c).run();
-    explain(c, verdicts);
+    explain(c, verdicts, last);
     for (const auto& [name, v] : verdicts) {
       ++judged, wrong += !v.ok();
       json ? print_json(c, v) : print_row(c, v);

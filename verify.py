@@ -148,13 +148,11 @@ class Runner:
     def cut(self, tensors, dtypes, options):
         """the case in two pieces, the state handed over"""
         axis = 1 if self.op == "ssd" else -1
-        timed = [n for n in ("u", "x", "delta", "dt", "z", "B", "C") if n in tensors]
+        timed = [n for n in ("u", "x", "delta", "dt", "z", "B", "C", "dout") if n in tensors]
         L = tensors[timed[0]].shape[axis]
         outs, state, kinds = [], None, dict(dtypes)
         for piece in (range(0, L // 2), range(L // 2, L)):
             part = {n: t.take(piece, axis) if n in timed else t for n, t in tensors.items()}
-            for name in ("dout", "dhT", "dfinal_states"):
-                part.pop(name, None)
             if state is not None:
                 part[self.start] = state
                 kinds.setdefault(self.start, "F32")
@@ -173,8 +171,9 @@ def find_program(program):
 
 
 def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="cpu", use_torch=None,
-           program=None, show=print):
-    """True if all that fn returns is right. use_torch: tensors instead of arrays (None: if imported)"""
+           only=("",), program=None, show=print):
+    """True if all that fn returns is right. use_torch: tensors instead of arrays (None: if torch has
+    been imported); only: cases with one of these in their names"""
     program, torch = find_program(program), sys.modules.get("torch") if use_torch in (None, True) else None
     if use_torch and not torch:
         import torch
@@ -186,6 +185,9 @@ def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="c
                         "--seed", str(seed)], check=True)
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
+            if not any(part in name for part in only):
+                os.remove(path)
+                continue
             tensors, dtypes, options = read_safetensors(path)
             if not runner.accepts(tensors, options):
                 skipped += 1
@@ -204,7 +206,10 @@ def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="c
             if pieces and found["out"].shape[1 if op == "ssd" else 2] > 1:
                 path = path.replace(".safetensors", ".in_two_pieces.safetensors")
                 write_safetensors(path, {**inputs, **runner.cut(tensors, dtypes, options)}, dtypes, options)
-        answer = subprocess.run([program, "verify", folder, "--json"], stdout=subprocess.PIPE)
+        answer = subprocess.run([program, "verify", folder, "--json"], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
+    if answer.returncode not in (0, 1) or not answer.stdout:
+        raise RuntimeError(answer.stderr.decode())
     rows = [json.loads(line) for line in answer.stdout.splitlines()]
     for row in rows:
         if not row["ok"]:

