@@ -20,14 +20,14 @@
 #include "mamba.hpp"
 #include "verify.h"
 
-// ================================ 1. A number that knows its bound ================================
+// ================================ 1. A number that knows its bound ===============================
 //
 // Beside its value each number carries, through every operation that made it,
 //   size    the same arithmetic on absolute values: the natural size m of the terms added so far
 //   error   what rounding may have done to the value, in units of the unit roundoff eps: each
 //           operation hands on the errors of its operands and rounds once itself
 // Run on the recurrence h = a h + b with a = exp(delta A) that is E_t = |a_t| E_{t-1} +
-// eps (|a_t h_{t-1}| (1 + |delta_t A|) + |b_t| + |h_t|), and run on a backward function its reverse.
+// eps (|a_t h_{t-1}| (1 + |delta_t A|) + |b_t| + |h_t|); run on a backward function, its reverse.
 
 namespace mamba::verify {
 
@@ -119,9 +119,9 @@ inline Rule rule(DType dtype) {
   return {256, 0x1p-24, 0x1p-126, 0x1p-24, kLargest};
 }
 
-// ================================ 2. Operations and cases =========================================
+// ================================ 2. Operations and cases ========================================
 
-/// A tensor of an operation. Each letter is an extent: b batch, t time, d channel, g group, n state,
+/// A tensor of an operation. A letter is an extent: b batch, t time, d channel, g group, n state,
 /// h head, p channel of a head, w tap, v tap before the last.
 struct Part {
   const char *name, *file;   // the letters in the file's order, that of the official interface
@@ -147,18 +147,23 @@ inline const std::vector<Operation> kOperations = {
       {"B", "bgnt", "t", "gn"}, {"C", "bgnt", "t", "gn"}, {"D", "d", "", "d", true, true},
       {"z", "bdt", "t", "d", true}, {"delta_bias", "d", "", "d", true, true},
       {"h0", "bdn", "d", "n", true, true}},
-     {"out", "bdt", "t", "d"}, Part{"h0", "bdn", "d", "n", true, true}, Part{"hT", "bdn", "d", "n", false, true}},
+     {"out", "bdt", "t", "d"},
+     Part{"h0", "bdn", "d", "n", true, true}, Part{"hT", "bdn", "d", "n", false, true}},
     {"ssd", 'h',
      {{"x", "bthp", "t", "hp"}, {"dt", "bth", "t", "h"}, {"A", "h", "h", "", false, true},
       {"B", "btgn", "t", "gn"}, {"C", "btgn", "t", "gn"}, {"D", "h", "", "h", true, true},
       {"dt_bias", "h", "", "h", true, true}, {"h0", "bhpn", "hp", "n", true, true}},
-     {"out", "bthp", "t", "hp"}, Part{"h0", "bhpn", "hp", "n", true, true}, Part{"hT", "bhpn", "hp", "n", false, true}},
+     {"out", "bthp", "t", "hp"},
+     Part{"h0", "bhpn", "hp", "n", true, true}, Part{"hT", "bhpn", "hp", "n", false, true}},
     {"causal_conv1d", 'd',
      {{"x", "bdt", "t", "d"}, {"weight", "dw", "d", "w"}, {"bias", "d", "", "d", true},
       {"initial_states", "bdv", "v", "d", true}},
-     {"out", "bdt", "t", "d"}, Part{"initial_states", "bdv", "v", "d", true}, Part{"final_states", "bdv", "v", "d"}},
-    {"rms_norm", 0, {{"x", "btd", "t", "d"}, {"weight", "d", "", "d"}}, {"out", "btd", "t", "d"}, {}, {}},
-    {"gated_rms_norm", 0, {{"x", "btd", "t", "d"}, {"z", "btd", "t", "d"}, {"weight", "d", "", "d"}},
+     {"out", "bdt", "t", "d"},
+     Part{"initial_states", "bdv", "v", "d", true}, Part{"final_states", "bdv", "v", "d"}},
+    {"rms_norm", 0,
+     {{"x", "btd", "t", "d"}, {"weight", "d", "", "d"}}, {"out", "btd", "t", "d"}, {}, {}},
+    {"gated_rms_norm", 0,
+     {{"x", "btd", "t", "d"}, {"z", "btd", "t", "d"}, {"weight", "d", "", "d"}},
      {"out", "btd", "t", "d"}, {}, {}}};
 // clang-format on
 
@@ -305,7 +310,7 @@ inline Block Case::block(const Part& part, const Slice& slice) const {
   return b;
 }
 
-/// All that a kernel may give back, by name: forward, and the gradient of every input that is there.
+/// All that a kernel may give back, by name: forward, and the gradient of every input there is.
 inline std::map<std::string, Part> Case::outputs() const {
   std::map<std::string, Part> all = {{op->out.name, op->out}};
   if (op->end) all.emplace(op->end->name, *op->end);
@@ -329,7 +334,7 @@ Matrix<S> read(const Tensor& tensor, const Block& block) {
   return m;
 }
 
-// ================================ 3. The reference by name ========================================
+// ================================ 3. The reference by name =======================================
 
 template <class S>
 using Named = std::map<std::string, Matrix<S>>;
@@ -442,7 +447,7 @@ inline void round_to(DType dtype, Matrix<double>& m) {
 }
 inline void round_to(DType, Matrix<Bounded>&) {}
 
-/// Forward through all pieces and, for gradients, back. io.source(slice) gives inputs and cotangents
+/// Forward through all pieces and, for gradients, back. io.source(slice): inputs and cotangents
 /// by name, states included; io.take(name, slice, m) gets what comes out, sums in parts;
 /// io.finish(slice) says that a piece is complete.
 template <class S, class IO>
@@ -484,7 +489,7 @@ void walk(const Options& o, const Walk& w, IO& io) {
   }
 }
 
-// ================================ 4. The suite ====================================================
+// ================================ 4. The suite ===================================================
 
 /// Normal random numbers, the same on every platform's std::mt19937_64 (Box-Muller by hand).
 class Random {
@@ -598,11 +603,15 @@ inline std::vector<Recipe> recipes(const Operation& op, bool large) {
                    {'g', 1}, {'h', 4},  {'p', 8}, {'w', 4}};
   if (!op.split) usual['d'] = 48;
   std::vector<Recipe> all;
+  std::string letters;
+  for (const Part& part : op.inputs) letters += part.file;
+  if (!op.split) letters += 'g';
   const auto add = [&](std::string label, const Extents& other, Style style = Style::usual,
                        unsigned options = ~0u) {
     Recipe r{&op, std::move(label), usual, options, style};
     for (const auto& [letter, extent] : other) {
       r.extent[letter] = extent;
+      if (letters.find(letter) == std::string::npos) continue;
       r.label += std::string("_") + letter + std::to_string(extent);
     }
     all.push_back(r);
@@ -652,7 +661,7 @@ inline std::vector<Recipe> recipes(const Operation& op, bool large) {
   return all;
 }
 
-// ================================ 5. The verdict ==================================================
+// ================================ 5. The verdict =================================================
 
 /// One output: its worst entry, in units of the bound, and where entries are beyond it.
 struct Verdict {
@@ -660,9 +669,10 @@ struct Verdict {
   std::string tensor;
   Rule rule;
   double worst = 0, got = 0, expected = 0;
-  Index at = 0;                                 // of the worst
-  std::map<char, std::vector<Index>> wrong_at;  // how many are wrong at each value of a letter
-  std::string hint;
+  Index at = 0;  // of the worst
+  std::size_t zeros = 0, nans = 0;
+  std::map<char, std::vector<Index>> wrong_at = {};  // how many are wrong at each value of a letter
+  std::string hint = {};
   bool ok() const { return worst <= 1; }
 };
 
@@ -684,8 +694,8 @@ inline double distance(double got, const Bounded& want, const Rule& rule) {
   return std::isfinite(error) ? error / bound : std::numeric_limits<double>::infinity();
 }
 
-/// Compares what a file holds with the reference, run on Bounded numbers piece by piece: memory does
-/// not grow with the length but for the states in which pieces begin.
+/// Compares what a file holds with the reference, run on Bounded numbers piece by piece: memory
+/// does not grow with the length but for the states in which pieces begin.
 class Judge {
  public:
   explicit Judge(const Case& c) : case_(c) {
@@ -740,7 +750,7 @@ class Judge {
 
  private:
   void open(const Part& part, const std::string& name, const Tensor& tensor) {
-    Verdict v{part, name, rule(case_.dtype), 0, 0, 0, 0, {}, ""};
+    Verdict v{part, name, rule(case_.dtype)};
     // A state of the scan that is stored as float was never anything else; that of an ssd may have
     // been summed from factors rounded for a matrix unit.
     const bool is_state = case_.op->end && name == case_.op->end->name;
@@ -791,6 +801,7 @@ class Judge {
         const Index at = block.index(r, c);
         if (units > v.worst || (units == v.worst && at <= v.at))
           v.worst = units, v.at = at, v.got = got(r, c), v.expected = want(r, c).value;
+        v.zeros += got(r, c) == 0, v.nans += std::isnan(got(r, c));
         if (units <= 1) continue;
         const std::vector<Index> index = unravel(at, shape);
         for (std::size_t i = 0; i < index.size(); ++i) ++v.wrong_at[v.part.file[i]][index[i]];
@@ -804,7 +815,7 @@ class Judge {
   std::mutex mutex_;
 };
 
-// ================================ 6. Hints ========================================================
+// ================================ 6. Hints =======================================================
 //
 // A hint is a bug that was tried: the case is computed with it, and what the user has is that, not
 // the truth. Where none fits, the places of the wrong entries say what they can.
@@ -813,9 +824,10 @@ class Judge {
 template <class S>
 struct Trial : Options {
   Walk plan;
+  Index groups;
   std::vector<Named<S>> in, out;  // of each sequence; sums over all sequences are in out[0]
 
-  Trial(const Case& c, bool gradients) : Options(c), out(c.extent.at('b')) {
+  Trial(const Case& c, bool gradients) : Options(c), groups(c.groups()), out(c.extent.at('b')) {
     plan.length = plan.piece = c.extent.at('t'), plan.gradients = gradients;
     for (Index b = 0; b < c.extent.at('b'); ++b) {
       in.emplace_back();
@@ -866,14 +878,12 @@ struct Trial : Options {
 
   // --- for the table of bugs ---
   bool has(const std::string& name) const { return in[0].count(name) > 0; }
-  std::string bias() const {
-    return has("dt_bias") ? "dt_bias" : has("bias") ? "bias" : "delta_bias";
-  }
+  std::string bias() const { return step() + "_bias"; }
   std::string step() const { return op->inputs[1].name; }
-  template <class Change>  // false: there is no such input
-  bool each(const std::string& name, const Change& change) {
+  template <class F>  // false: there is no such input
+  bool each(const std::string& name, const F& f) {
     for (Named<S>& one : in)
-      if (one.count(name)) change(one[name], one);
+      if (one.count(name)) f(one[name], one);
     return has(name);
   }
   bool drop(const std::string& name) {
@@ -883,12 +893,43 @@ struct Trial : Options {
   }
 };
 
-/// A bug: what it changes before the case is computed (false: it does not apply), and after.
+using Change = std::function<bool(Trial<double>&)>;
+
+/// A bug of the operations that `of` names: what it changes before a case is computed (false: it
+/// does not apply to it), and after.
 struct Bug {
+  const char* of;
   std::string hint;
-  std::function<bool(Trial<double>&)> change;
+  Change change;
   std::function<void(Trial<double>&)> after = nullptr;
 };
+
+// --- changes ---
+
+/// f(matrix, all inputs of the sequence) for an input of this name.
+template <class F>
+Change each(const char* name, const F& f) {
+  return [=](Trial<double>& t) { return t.each(name, f); };
+}
+inline Change drop(const char* name) {
+  return [=](Trial<double>& t) { return t.drop(name); };
+}
+inline Change times(const char* name, double by) {
+  return each(name, [=](Matrix<double>& m, auto&) { m *= by; });
+}
+inline Change A_is(double (*f)(double)) {
+  return each("A", [=](Matrix<double>& m, auto&) { m = m.unaryExpr(f); });
+}
+template <class T>
+Change set(T Options::*option, T value) {  // it was another
+  return [=](Trial<double>& t) { return std::exchange(t.*option, value) != value; };
+}
+inline Change state_in(DType dtype) {
+  return [=](Trial<double>& t) { return t.plan.piece = 1, t.plan.state_dtype = dtype, true; };
+}
+inline Change lost(bool Walk::*what, Index K) {
+  return [=](Trial<double>& t) { return t.plan.piece = K, t.plan.*what = true, K < t.plan.length; };
+}
 
 /// Row t from row t - by; zeros come in.
 inline void shift(Matrix<double>& m, Index by) {
@@ -898,46 +939,53 @@ inline void shift(Matrix<double>& m, Index by) {
   if (n > 0) m.middleRows(std::max<Index>(by, 0), n) = old.middleRows(std::max<Index>(-by, 0), n);
 }
 
+inline Change shifted(const char* name, Index by) {
+  return each(name, [=](Matrix<double>& m, auto&) { shift(m, by); });
+}
+inline bool softplus_twice(Trial<double>& t) {
+  return t.softplus && t.each(t.step(), [&](Matrix<double>& m, Named<double>& in) {
+    if (in.count(t.bias())) m.rowwise() += in[t.bias()].row(0), in.erase(t.bias());
+    m = ssm::softplus(m.array()).eval();
+  });
+}
+
 /// B or C with a group for each channel or head, whose group is that which `group` says.
 template <class Group>
-Matrix<double> spread(const Matrix<double>& m, Index N, Index channels, const Group& group) {
-  Matrix<double> wide(m.rows(), channels * N);
-  for (Index c = 0; c < channels; ++c) wide.middleCols(c * N, N) = m.middleCols(group(c) * N, N);
+Matrix<double> spread(const Trial<double>& t, const Matrix<double>& m, const Group& group) {
+  const Index S = t.in[0].at("A").rows(), N = m.cols() / t.groups;
+  Matrix<double> wide(m.rows(), S * N);
+  for (Index s = 0; s < S; ++s) wide.middleCols(s * N, N) = m.middleCols(group(s) * N, N);
   return wide;
 }
 
-/// The groups one behind another again and again (0 1 2 0 1 2) instead of side by side (0 0 1 1 2 2).
-inline Bug groups_repeated(const Case& c) {
-  const Index S = c.splits(), G = c.groups(), N = c.extent.count('n') ? c.extent.at('n') : 1;
-  const auto group = [G](Index s) { return s % G; };
-  const auto change = [=](Trial<double>& t) {
-    for (const char* name : {"B", "C"})
-      t.each(name, [&](Matrix<double>& m, auto&) { m = spread(m, N, S, group); });
-    return G > 1 && G < S;
-  };
-  const auto after = [=](Trial<double>& t) {
-    for (Named<double>& out : t.out)
-      for (const char* name : {"dB", "dC"}) {
-        if (!out.count(name)) continue;
-        Matrix<double> sum = Matrix<double>::Zero(out[name].rows(), G * N);
+/// The groups one behind another again and again (0 1 0 1) instead of side by side (0 0 1 1).
+inline bool repeat_groups(Trial<double>& t) {
+  const auto group = [G = t.groups](Index s) { return s % G; };
+  for (const char* name : {"B", "C"})
+    t.each(name, [&](Matrix<double>& m, auto&) { m = spread(t, m, group); });
+  return t.groups > 1 && t.groups < t.in[0].at("A").rows();
+}
+inline void gather_groups(Trial<double>& t) {
+  const Index S = t.in[0].at("A").rows();
+  for (Named<double>& out : t.out)
+    for (const char* name : {"dB", "dC"})
+      if (const auto wide = out.find(name); wide != out.end()) {
+        const Index N = wide->second.cols() / S;
+        Matrix<double> sum = Matrix<double>::Zero(wide->second.rows(), t.groups * N);
         for (Index s = 0; s < S; ++s)
-          sum.middleCols(group(s) * N, N) += out[name].middleCols(s * N, N);
-        out[name] = sum;
+          sum.middleCols(s % t.groups * N, N) += wide->second.middleCols(s * N, N);
+        wide->second = sum;
       }
-  };
-  return {"groups of B and C are repeated (0 1 0 1), not each for neighbouring channels (0 0 1 1)",
-          change, after};
 }
 
 /// B_bar = expm1(delta A) / A B, which depends on the channel: each becomes a group of its own.
-inline bool exact_zoh(const Case& c, Trial<double>& t) {
-  if (!c.op->end || c.op->split != 'd' || !c.extent.count('n')) return false;
-  const Index S = c.splits(), G = c.groups(), N = c.extent.at('n');
+inline bool exact_zoh(Trial<double>& t) {
   return t.each("B", [&](Matrix<double>& B, Named<double>& in) {
     const ssm::StateMatrix<double> A = in.at("A");
+    const Index S = A.rows(), N = A.cols();
     const Matrix<double> delta = ssm::step_size(scan_inputs(t, in, A));
-    const auto group = [&](Index s) { return s * G / S; };
-    B = spread(B, N, S, group), in["C"] = spread(in.at("C"), N, S, group);
+    const auto group = [&](Index s) { return s * t.groups / S; };
+    B = spread(t, B, group), in["C"] = spread(t, in.at("C"), group);
     for (Index r = 0; r < B.rows(); ++r)
       for (Index s = 0; s < S; ++s)
         for (Index n = 0; n < N; ++n)
@@ -945,26 +993,23 @@ inline bool exact_zoh(const Case& c, Trial<double>& t) {
   });
 }
 
-/// The last chunk computed to its end, with zeros behind the sequence: there delta is softplus(bias).
-inline Bug tail_not_masked(Index K) {
-  const auto change = [K](Trial<double>& t) {
+/// The last chunk computed to its end, zeros behind the sequence: there delta is softplus(bias).
+inline Change padded_to(Index K) {
+  return [K](Trial<double>& t) {
     const Index L = t.plan.length, padded = (L + K - 1) / K * K;
-    if (padded == L) return false;
     for (Named<double>& in : t.in)
       for (auto& [name, m] : in)
         if (t.over_time(name)) m.conservativeResizeLike(Matrix<double>::Zero(padded, m.cols()));
     t.plan.length = t.plan.piece = padded;
-    return true;
+    return padded != L;
   };
-  const auto after = [](Trial<double>& t) {
+}
+inline std::function<void(Trial<double>&)> cut_to(Index L) {
+  return [L](Trial<double>& t) {
     for (Named<double>& out : t.out)
       for (auto& [name, m] : out)
-        if (t.over_time(name))
-          m.conservativeResize(t.in[0].at(t.op->inputs[0].name).rows(), m.cols());
+        if (t.over_time(name)) m.conservativeResize(L, m.cols());
   };
-  return {"the tail of the last " + std::to_string(K) +
-              " tokens is not masked: the state goes on beyond the end",
-          change, after};
 }
 
 /// D x + y silu(z) instead of (y + D x) silu(z).
@@ -992,99 +1037,78 @@ inline void norm_first(Trial<double>& t) {
   }
 }
 
-/// The bugs that are tried on a case, with chunks of powers of two and of those that are given.
+using Inputs = Named<double>;
+inline const std::vector<Bug> kBugs = {
+    {"selective_scan ssd", "groups of B and C are repeated (0 1 0 1), not neighbours (0 0 1 1)",
+     repeat_groups, gather_groups},
+    {"selective_scan ssd", "h0 is ignored", times("h0", 0)},
+    {"selective_scan ssd", "dhT is ignored", times("dhT", 0)},
+    {"causal_conv1d", "initial_states is ignored", times("initial_states", 0)},
+    {"causal_conv1d", "dfinal_states is ignored", times("dfinal_states", 0)},
+    {"selective_scan", "delta_bias is ignored", drop("delta_bias")},
+    {"selective_scan", "delta_bias is added twice", times("delta_bias", 2)},
+    {"ssd", "dt_bias is ignored", drop("dt_bias")},
+    {"ssd", "dt_bias is added twice", times("dt_bias", 2)},
+    {"causal_conv1d", "bias is ignored", drop("bias")},
+    {"causal_conv1d", "bias is added twice", times("bias", 2)},
+    {"selective_scan ssd", "softplus is not applied", set(&Options::softplus, false)},
+    {"selective_scan ssd", "softplus is applied where it is not asked for",
+     set(&Options::softplus, true)},
+    {"selective_scan ssd", "softplus is applied twice", softplus_twice},
+    {"selective_scan ssd", "B is one token late", shifted("B", 1)},
+    {"selective_scan ssd", "B is one token early", shifted("B", -1)},
+    {"selective_scan ssd", "C is one token late", shifted("C", 1)},
+    {"selective_scan ssd", "C is one token early", shifted("C", -1)},
+    {"selective_scan ssd", "A_log is used as A", A_is([](double a) { return std::log(-a); })},
+    {"selective_scan ssd", "A is used as A_log", A_is([](double a) { return -std::exp(a); })},
+    {"selective_scan ssd", "A has lost its sign", A_is([](double a) { return -a; })},
+    {"selective_scan", "the gate comes before D: y silu(z) + D x",
+     [](Trial<double>& t) { return t.has("D") && t.has("z"); }, gate_first},
+    {"selective_scan ssd", "D is ignored", drop("D")},
+    {"selective_scan ssd", "D x is added twice", times("D", 2)},
+    {"selective_scan", "z is ignored", drop("z")},
+    {"selective_scan", "B is discretized by the exact zero-order hold, not as delta B", exact_zoh},
+    {"selective_scan ssd", "the state is stored in bfloat16", state_in(DType::BF16)},
+    {"selective_scan ssd", "the state is stored in float16", state_in(DType::F16)},
+    {"causal_conv1d", "the taps are in reverse order",
+     each("weight", [](Matrix<double>& m, Inputs&) { m = m.rowwise().reverse().eval(); })},
+    {"causal_conv1d", "the convolution looks one token ahead", shifted("x", -1)},
+    {"causal_conv1d", "silu is not applied", set(&Options::silu, false)},
+    {"causal_conv1d", "silu is applied where it is not asked for", set(&Options::silu, true)},
+    {"rms_norm gated_rms_norm", "eps is ignored", set(&Options::eps, 0.0)},
+    {"gated_rms_norm", "all channels are normalized together, not each group",
+     set(&Options::norm_groups, Index{1})},
+    {"gated_rms_norm", "the gate comes after the norm", [](Trial<double>&) { return true; },
+     norm_first},
+    {"rms_norm gated_rms_norm", "weight is used as 1 + weight",
+     each("weight", [](Matrix<double>& m, Inputs&) { m.array() += 1; })},
+    {"rms_norm", "the mean is subtracted, as in a layer norm",
+     each("x", [](Matrix<double>& m, Inputs&) { m.colwise() -= m.rowwise().mean().eval(); })}};
+
+/// The bugs to try on a case, with chunks of powers of two and of the lengths that are given.
 inline std::vector<Bug> bugs(const Case& c, std::set<Index> chunks) {
-  using T = Trial<double>;
-  using M = Matrix<double>;
-  const auto drop = [](std::string name) { return [=](T& t) { return t.drop(name); }; };
-  const auto scale = [](std::string name, double by) {
-    return [=](T& t) { return t.each(name, [=](M& m, auto&) { m *= by; }); };
+  std::vector<Bug> all;
+  const auto add = [&](Bug bug) {
+    std::istringstream names(bug.of);
+    for (std::string name; names >> name;)
+      if (name == c.op->name) all.push_back(bug);
   };
-  const auto shifted = [](std::string name, Index by) {
-    return [=](T& t) { return t.each(name, [=](M& m, auto&) { shift(m, by); }); };
-  };
-  const auto A_is = [](double (*f)(double)) {
-    return [=](T& t) { return t.each("A", [=](M& m, auto&) { m = m.unaryExpr(f); }); };
-  };
-  const auto zero = [](std::string name) {
-    return [=](T& t) { return t.each(name, [](M& m, auto&) { m.setZero(); }); };
-  };
-  const auto stored = [](DType dtype) {
-    return [=](T& t) { return t.plan.piece = 1, t.plan.state_dtype = dtype, t.op->end && !t.silu; };
-  };
-  const std::string start = c.op->start ? c.op->start->name : "",
-                    end = c.op->end ? c.op->end->name : "";
-  std::vector<Bug> all = {
-      groups_repeated(c),
-      {start + " is ignored", zero(start)},
-      {"d" + end + " is ignored", zero("d" + end)},
-      {"the bias is ignored", [](T& t) { return t.drop(t.bias()); }},
-      {"the bias is added twice",
-       [](T& t) { return t.each(t.bias(), [](M& m, auto&) { m *= 2; }); }},
-      {"softplus is not applied", [](T& t) { return std::exchange(t.softplus, false); }},
-      {"softplus is applied where it is not asked for",
-       [](T& t) { return t.has("A") && !std::exchange(t.softplus, true); }},
-      {"softplus is applied twice",
-       [](T& t) {
-         return t.softplus && t.each(t.step(), [&](M& m, Named<double>& in) {
-           if (in.count(t.bias())) m.rowwise() += in[t.bias()].row(0), in.erase(t.bias());
-           m = ssm::softplus(m.array()).eval();
-         });
-       }},
-      {"B is one token late", shifted("B", 1)},
-      {"B is one token early", shifted("B", -1)},
-      {"C is one token late", shifted("C", 1)},
-      {"C is one token early", shifted("C", -1)},
-      {"A_log is used as A", A_is([](double a) { return std::log(-a); })},
-      {"A is used as A_log: -exp(A)", A_is([](double a) { return -std::exp(a); })},
-      {"A has lost its sign", A_is([](double a) { return -a; })},
-      {"the gate comes before D: y silu(z) + D x",
-       [](T& t) { return t.has("D") && t.has("z") && t.has("u"); }, gate_first},
-      {"D is ignored", drop("D")},
-      {"D x is added twice", scale("D", 2)},
-      {"z is ignored", [=](T& t) { return t.op->split && t.drop("z"); }},
-      {"B is discretized by the exact zero-order hold, not as delta B",
-       [&c](T& t) { return exact_zoh(c, t); }},
-      {"the state is stored in bfloat16", stored(DType::BF16)},
-      {"the state is stored in float16", stored(DType::F16)},
-      {"the taps are in reverse order",
-       [](T& t) {
-         return t.op->start &&
-                t.each("weight", [](M& m, auto&) { m = m.rowwise().reverse().eval(); });
-       }},
-      {"the convolution looks one token ahead",
-       [](T& t) {
-         return t.op->start && t.has("weight") && t.each("x", [](M& m, auto&) { shift(m, -1); });
-       }},
-      {"silu is not applied", [](T& t) { return std::exchange(t.silu, false); }},
-      {"silu is applied where it is not asked for",
-       [](T& t) { return t.op->start && t.has("weight") && !std::exchange(t.silu, true); }},
-      {"eps is ignored", [](T& t) { return t.eps = 0, !t.op->split; }},
-      {"all channels are normalized together, not each group",
-       [](T& t) { return std::exchange(t.norm_groups, 1) > 1; }},
-      {"the gate comes after the norm", [](T& t) { return !t.op->split && t.has("z"); },
-       norm_first},
-      {"weight is used as 1 + weight",
-       [](T& t) { return !t.op->split && t.each("weight", [](M& m, auto&) { m.array() += 1; }); }},
-      {"the mean is subtracted, as in a layer norm", [](T& t) {
-         return !t.op->split && !t.has("z") &&
-                t.each("x", [](M& m, auto&) { m.colwise() -= m.rowwise().mean().eval(); });
-       }}};
+  for (const Bug& bug : kBugs) add(bug);
   for (Index K = 2; K <= 4096; K *= 2) chunks.insert(K);
   for (const Index K : chunks) {
-    if (K < 2 || !c.op->end) continue;
-    const std::string at = " lost at every boundary of chunks of " + std::to_string(K);
-    const auto pieces = [K](bool Walk::*lost) {
-      return [=](T& t) { return t.plan.piece = K, t.plan.*lost = true, K < t.plan.length; };
-    };
-    all.push_back({"the state is" + at, pieces(&Walk::loses_state)});
-    all.push_back({"the gradient of the state is" + at, pieces(&Walk::loses_gradient)});
-    if (c.extent.count('n')) all.push_back(tail_not_masked(K));
+    if (K < 2) continue;
+    const char* with_state = "selective_scan ssd causal_conv1d";
+    const std::string n = std::to_string(K), at = " lost at every boundary of chunks of " + n;
+    add({with_state, "the state is" + at, lost(&Walk::loses_state, K)});
+    add({with_state, "the gradient of the state is" + at, lost(&Walk::loses_gradient, K)});
+    add({"selective_scan ssd",
+         "the tail of the last " + n + " tokens is not masked: the state goes on", padded_to(K),
+         cut_to(c.extent.at('t'))});
   }
   return all;
 }
 
-/// How far an output is from what a trial gives: the largest distance and the root of their mean square.
+/// How far an output is from what a trial gives: the largest distance, and their root mean square.
 struct Fit {
   double worst = 0, rms = 0;
 };
@@ -1115,9 +1139,9 @@ inline std::optional<Fit> fit(const Case& c, const Verdict& v, const Trial<Bound
 }
 
 /// Whether a bug explains an output: all of it, or, where roundings fall either way, nearly all.
-inline bool explains(const Fit& with, const Fit& without) {
+inline bool explains(const Fit& with, const Fit& without, bool rounds) {
   return with.worst <= 1 || (with.worst <= 4 && without.worst > 40) ||
-         (without.rms > 10 && with.rms < without.rms / 10);
+         (rounds && without.rms > 10 && with.rms < without.rms / 10);
 }
 
 /// Which values of one letter are wrong, where only some are: "only d 5", "t from 64 on", ...
@@ -1158,8 +1182,13 @@ inline std::string pattern(const Verdict& v) {
   return text;
 }
 
-/// Lengths of chunks at whose boundaries something may be lost: forward the first wrong token begins
-/// the second chunk; backward the last one ends a chunk.
+/// Whether the numbers are only what stood there before.
+inline bool never_written(const Case& c, const Verdict& v) {
+  return std::max(v.zeros, v.nans) == c.file.at(v.tensor).size();
+}
+
+/// Lengths of chunks at whose boundaries something may be lost: forward the first wrong token
+/// begins the second chunk; backward the last one ends a chunk.
 inline void add_suspects(const std::vector<Index>& wrong, std::set<Index>& chunks) {
   std::vector<Index> at;
   for (std::size_t t = 0; t < wrong.size(); ++t)
@@ -1168,6 +1197,27 @@ inline void add_suspects(const std::vector<Index>& wrong, std::set<Index>& chunk
   chunks.insert(at.front());
   for (Index K = 2; K <= 64; ++K)
     if ((at.back() + 1) % K == 0) chunks.insert(K);
+}
+
+/// How well an output is explained so far.
+struct Explanation {
+  Fit without, with;  // a bug
+  bool contradicted;  // by an output of the forward that is right and would not be with this bug
+
+  bool yields_to(const Fit& found, bool is_contradicted, bool rounds) const {
+    if (!explains(found, without, rounds) || found.rms > without.rms / 2) return false;
+    return is_contradicted == contradicted ? found.rms < with.rms / 2 : contradicted;
+  }
+};
+
+inline bool contradicts(const Case& c, const std::map<std::string, Verdict>& verdicts,
+                        const Trial<Bounded>& truth, const Trial<double>& trial) {
+  return std::any_of(verdicts.begin(), verdicts.end(), [&](const auto& named) {
+    const auto& [name, v] = named;
+    if (name[0] == 'd' || !v.ok()) return false;
+    const auto found = fit(c, v, truth, &trial);
+    return found && found->worst > 1;
+  });
 }
 
 /// Gives each wrong output the bug that explains it best, or else the pattern of its wrong entries.
@@ -1179,7 +1229,9 @@ inline void explain(const Case& c, std::map<std::string, Verdict>& verdicts, std
   bool gradients = false;
   for (auto& [name, v] : verdicts) {
     if (v.ok() || !v.hint.empty()) continue;
-    wrong.push_back(&v), gradients |= name[0] == 'd', v.hint = pattern(v);
+    v.hint = never_written(c, v) ? v.nans ? "all NaN" : "all zeros" : pattern(v);
+    if (never_written(c, v)) continue;
+    wrong.push_back(&v), gradients |= name[0] == 'd';
     if (v.part.has('t')) add_suspects(v.wrong_at.at('t'), chunks);
   }
   Index steps = c.extent.at('b') * c.extent.at('t');
@@ -1189,10 +1241,10 @@ inline void explain(const Case& c, std::map<std::string, Verdict>& verdicts, std
   Trial<Bounded> truth(c, gradients);
   truth.run();
   const Trial<double> right(c, gradients);
-  std::map<const Verdict*, std::pair<Fit, Fit>> best;  // without a bug; with the best one so far
+  std::map<const Verdict*, Explanation> best;
   for (const Verdict* v : wrong) {
     const Fit f = *fit(c, *v, truth, nullptr);
-    best[v] = {f, {f.worst, f.rms}};
+    best[v] = {f, f, true};
   }
   std::vector<Bug> all = bugs(c, chunks);
   std::stable_partition(all.begin(), all.end(), [&](const Bug& bug) { return bug.hint == last; });
@@ -1201,19 +1253,21 @@ inline void explain(const Case& c, std::map<std::string, Verdict>& verdicts, std
     if (!bug.change(trial)) continue;
     trial.run();
     if (bug.after) bug.after(trial);
-    bool enough = bug.hint == last;
+    const bool contradicted = contradicts(c, verdicts, truth, trial);
+    bool enough = bug.hint == last && !contradicted;
     for (Verdict* v : wrong) {
-      auto& [without, with] = best.at(v);
       const auto found = fit(c, *v, truth, &trial);
       enough = enough && found && found->worst <= 1;
-      if (found && found->rms < with.rms / 2 && explains(*found, without))
-        with = *found, v->hint = bug.hint, last = bug.hint;
+      if (!found || !best.at(v).yields_to(*found, contradicted, trial.plan.state_dtype.has_value()))
+        continue;
+      best.at(v).with = *found, best.at(v).contradicted = contradicted;
+      v->hint = bug.hint, last = bug.hint;
     }
     if (enough) return;
   }
 }
 
-// ================================ 7. Doors ========================================================
+// ================================ 7. Doors =======================================================
 
 /// A value of a tensor's dtype for each element, all NaN, to be filled by somebody.
 inline Tensor empty_tensor(const std::string& name, DType dtype, Shape shape) {
@@ -1245,8 +1299,8 @@ inline void add_expected(Case& c) {
   }
 }
 
-// --- raw: FOLDER/shapes.txt with a line "name dtype extents..." for each tensor, then a line "option
-// --- value" for each option; FOLDER/NAME.bin little-endian, in C order
+// --- raw: FOLDER/shapes.txt with a line "name dtype extents..." for each tensor, then a line
+// --- "option value" for each option; FOLDER/NAME.bin little-endian, in C order
 
 inline void write_raw(const std::string& folder, const Checkpoint& file) {
   std::ostringstream shapes;
@@ -1270,7 +1324,7 @@ inline Tensor read_bin(const std::string& path, const std::string& name, DType d
   return tensor;
 }
 
-/// Outputs need no line: their shapes are known, and of 16 bits or 32 or 64 is what their size says.
+/// Outputs need no line: their shapes are known, and the size of the file says how many bits.
 inline Checkpoint read_raw(const std::string& folder) {
   Checkpoint file;
   file.where = folder;
@@ -1388,7 +1442,7 @@ class SharedObject {
   int (*run_)(const ::call*) = nullptr;
 };
 
-// ================================ 8. Command line =================================================
+// ================================ 8. Command line ================================================
 
 /// Which cases: of both subcommands.
 struct SuiteFlags {
