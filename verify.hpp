@@ -595,69 +595,86 @@ inline Checkpoint make_case(Recipe r, DType dtype, std::uint64_t seed) {
   return file;
 }
 
-/// The cases of one operation. What breaks real kernels: options left out, lengths around those
-/// of a warp, a block and a chunk, sizes that no tile divides, groups, and numbers at the edges.
+/// Cases that differ in one extent.
+struct Sweep {
+  const char *of, *label;  // operations
+  char letter;
+  std::vector<Index> values;
+  std::map<char, Index> others = {};
+  Style style = Style::usual;
+  unsigned options = ~0u;
+  bool large = false;
+};
+
+// What breaks real kernels: lengths around those of a warp, a block and a chunk, sizes that no tile
+// divides, groups, and numbers at the edges. (And options left out: see recipes.)
+inline constexpr const char *kScans = "selective_scan ssd", *kNorms = "rms_norm gated_rms_norm",
+                            *kAll = "selective_scan ssd causal_conv1d rms_norm gated_rms_norm";
+constexpr unsigned kNoSoftplus = ~16u;  // of the scan's options
+// clang-format off
+inline const std::vector<Sweep> kSweeps = {
+    {kAll, "length", 't', {1, 2, 3, 31, 32, 63, 64, 65, 127, 128, 129, 255, 256, 257}, {{'b', 3}}},
+    {kAll, "length", 't', {511, 513, 1025, 2049, 8193}, {{'b', 1}}},
+    {kAll, "scales", 't', {100}, {}, Style::scales},
+    {kScans, "state", 'n', {1, 3, 16, 64, 128, 256}, {{'t', 130}}},
+    {"selective_scan causal_conv1d", "width", 'd', {1, 3, 7, 33, 64, 65, 130},
+     {{'b', 3}, {'t', 67}}},
+    {kNorms, "width", 'd', {1, 3, 7, 33, 64, 65, 130, 257, 1024, 2560}, {{'b', 3}, {'t', 9}}},
+    {"ssd", "head", 'p', {1, 3, 16, 32, 64, 128}, {{'h', 3}, {'n', 32}, {'t', 70}}},
+    {"causal_conv1d", "taps", 'w', {1, 2, 3, 8}},
+    {"causal_conv1d", "taps", 'w', {1, 2, 3, 8}, {{'t', 2}}},
+    {"selective_scan gated_rms_norm", "groups", 'g', {2, 3, 6}, {{'t', 65}}},
+    {"ssd", "groups", 'g', {2, 4}, {{'t', 65}}},
+    {kScans, "no_decay", 't', {300, 4097}, {{'b', 1}}, Style::no_decay},
+    {kScans, "positive", 't', {300, 4097}, {{'b', 1}}, Style::positive},
+    {kScans, "weak_decay", 't', {300}, {}, Style::weak_decay},
+    {kScans, "total_decay", 't', {300}, {}, Style::total_decay},
+    {kScans, "tiny_delta", 't', {300}, {}, Style::tiny_delta},
+    {kScans, "huge_delta", 't', {300}, {}, Style::huge_delta},
+    {"selective_scan", "tiny_step", 't', {300}, {}, Style::tiny_delta, kNoSoftplus},
+    {"selective_scan", "huge_step", 't', {300}, {}, Style::huge_delta, kNoSoftplus},
+    {kScans, "very_long", 't', {262144}, {{'b', 1}, {'d', 2}, {'h', 1}, {'n', 4}, {'g', 1}},
+     Style::positive, ~0u, true},
+    {kScans, "very_long", 't', {262145}, {{'b', 1}, {'d', 2}, {'h', 1}, {'n', 4}, {'g', 1}},
+     Style::weak_decay, ~0u, true},
+    {"selective_scan causal_conv1d", "large", 't', {2051}, {{'b', 3}, {'d', 1536}},
+     Style::usual, ~0u, true},
+    {"ssd", "large", 't', {2051}, {{'b', 3}, {'h', 24}, {'p', 64}, {'n', 128}},
+     Style::usual, ~0u, true}};
+// clang-format on
+
+/// Whether a list of operations has this one.
+inline bool is_of(const std::string& list, const Operation& op) {
+  return (" " + list + " ").find(std::string(" ") + op.name + " ") != std::string::npos;
+}
+
+/// The cases of one operation: all combinations of options, then the sweeps.
 inline std::vector<Recipe> recipes(const Operation& op, bool large) {
-  using Extents = std::map<char, Index>;
-  Extents usual = {{'b', 2}, {'t', 33}, {'d', 6}, {'n', 16},
-                   {'g', 1}, {'h', 4},  {'p', 8}, {'w', 4}};
-  if (!op.split) usual['d'] = 48;
+  std::map<char, Index> usual = {{'b', 2},  {'t', 33}, {'d', op.split ? 6 : 48},
+                                 {'n', 16}, {'g', 1},  {'h', 4},
+                                 {'p', 8},  {'w', 4}};
   std::vector<Recipe> all;
-  std::string letters;
-  for (const Part& part : op.inputs) letters += part.file;
-  if (!op.split) letters += 'g';
-  const auto add = [&](std::string label, const Extents& other, Style style = Style::usual,
-                       unsigned options = ~0u) {
-    Recipe r{&op, std::move(label), usual, options, style};
-    for (const auto& [letter, extent] : other) {
-      r.extent[letter] = extent;
-      if (letters.find(letter) == std::string::npos) continue;
-      r.label += std::string("_") + letter + std::to_string(extent);
-    }
-    all.push_back(r);
-  };
-  unsigned choices = op.split && op.name != std::string("ssd");  // softplus or silu
-  for (const Part& part : op.inputs) choices += part.optional;
-  for (unsigned bits = 0; bits < 1u << choices; ++bits)
-    add("options" + std::to_string(bits), {{'t', 29 + bits % 8}}, Style::usual, bits);
-  Index i = 0;
-  for (const Index t :
-       {1, 2, 3, 31, 32, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 513, 1025, 2049})
-    add("length", {{'b', ++i % 2 ? 3 : 1}, {'t', t}});
-  for (const Index n : {1, 3, 16, 64, 128, 256})
-    if (op.end && op.split && op.inputs[3].has('n')) add("state", {{'n', n}, {'t', 130}});
-  const bool scan = op.name == std::string("selective_scan"), ssd = op.name == std::string("ssd");
-  for (const Index d : {1, 3, 7, 33, 64, 65, 130})
-    if (!ssd) add("width", {{'d', d}, {'b', 3}, {'t', 67}});
-  for (const Index d : {257, 1024, 2560})
-    if (!op.split) add("width", {{'d', d}, {'b', 1}, {'t', 9}});
-  for (const Index p : {1, 3, 16, 32, 64, 128})
-    if (ssd) add("head", {{'p', p}, {'h', 3}, {'n', 32}, {'t', 70}});
-  for (const Index w : {1, 2, 3, 8})
-    if (op.end && op.end->has('v')) add("taps", {{'w', w}}), add("taps", {{'w', w}, {'t', 2}});
-  for (const Index g : {2, 3, 6})
-    if (scan || op.name == std::string("gated_rms_norm")) add("groups", {{'g', g}, {'t', 65}});
-  for (const Index g : {2, 4})
-    if (ssd) add("groups", {{'g', g}, {'t', 65}});
-  if (scan || ssd) {
-    const std::pair<const char*, Style> styles[] = {
-        {"no_decay", Style::no_decay},       {"weak_decay", Style::weak_decay},
-        {"total_decay", Style::total_decay}, {"tiny_delta", Style::tiny_delta},
-        {"huge_delta", Style::huge_delta},   {"positive", Style::positive}};
-    for (const auto& [name, style] : styles)
-      for (const unsigned options : {~0u, ~16u})  // of the scan: without softplus, too
-        if (scan || options == ~0u) add(name, {{'t', 300}}, style, options);
-    add("no_decay", {{'b', 1}, {'t', 4097}}, Style::no_decay);
-    add("positive", {{'b', 1}, {'t', 4097}}, Style::positive);
+  unsigned choices = is_of("selective_scan causal_conv1d", op);  // softplus; silu
+  std::string letters = "g";
+  for (const Part& part : op.inputs) choices += part.optional, letters += part.file;
+  for (unsigned bits = 0; bits < 1u << choices; ++bits) {
+    usual['t'] = 29 + bits % 8;
+    all.push_back({&op, "options" + std::to_string(bits), usual, bits, Style::usual});
   }
-  add("scales", {{'t', 100}}, Style::scales);
-  add("long", {{'b', 1}, {'t', 8193}});
-  if (!large) return all;
-  add("large", {{'b', 3}, {'t', 2051}, {'d', 1536}, {'h', 24}, {'p', 64}, {'n', ssd ? 128 : 16}});
-  add("very_long", {{'b', 1}, {'t', 262144}, {'d', 2}, {'h', 1}, {'n', 4}, {'g', 1}},
-      Style::positive);
-  add("very_long", {{'b', 1}, {'t', 262144}, {'d', 2}, {'h', 1}, {'n', 4}, {'g', 1}},
-      Style::weak_decay);
+  usual['t'] = 33;
+  for (const Sweep& sweep : kSweeps)
+    for (const Index value : sweep.values) {
+      if (!is_of(sweep.of, op) || (sweep.large && !large)) continue;
+      Recipe r{&op, sweep.label, usual, sweep.options, sweep.style};
+      std::map<char, Index> others = sweep.others;
+      others[sweep.letter] = value;
+      for (const auto& [letter, extent] : others) {
+        r.extent[letter] = extent;
+        if (letters.find(letter) != std::string::npos)
+          r.label += std::string("_") + letter + std::to_string(extent);
+      }
+      all.push_back(r);
+    }
   return all;
 }
 
@@ -1039,10 +1056,10 @@ inline void norm_first(Trial<double>& t) {
 
 using Inputs = Named<double>;
 inline const std::vector<Bug> kBugs = {
-    {"selective_scan ssd", "groups of B and C are repeated (0 1 0 1), not neighbours (0 0 1 1)",
-     repeat_groups, gather_groups},
-    {"selective_scan ssd", "h0 is ignored", times("h0", 0)},
-    {"selective_scan ssd", "dhT is ignored", times("dhT", 0)},
+    {kScans, "groups of B and C are repeated (0 1 0 1), not neighbours (0 0 1 1)", repeat_groups,
+     gather_groups},
+    {kScans, "h0 is ignored", times("h0", 0)},
+    {kScans, "dhT is ignored", times("dhT", 0)},
     {"causal_conv1d", "initial_states is ignored", times("initial_states", 0)},
     {"causal_conv1d", "dfinal_states is ignored", times("dfinal_states", 0)},
     {"selective_scan", "delta_bias is ignored", drop("delta_bias")},
@@ -1051,36 +1068,35 @@ inline const std::vector<Bug> kBugs = {
     {"ssd", "dt_bias is added twice", times("dt_bias", 2)},
     {"causal_conv1d", "bias is ignored", drop("bias")},
     {"causal_conv1d", "bias is added twice", times("bias", 2)},
-    {"selective_scan ssd", "softplus is not applied", set(&Options::softplus, false)},
-    {"selective_scan ssd", "softplus is applied where it is not asked for",
-     set(&Options::softplus, true)},
-    {"selective_scan ssd", "softplus is applied twice", softplus_twice},
-    {"selective_scan ssd", "B is one token late", shifted("B", 1)},
-    {"selective_scan ssd", "B is one token early", shifted("B", -1)},
-    {"selective_scan ssd", "C is one token late", shifted("C", 1)},
-    {"selective_scan ssd", "C is one token early", shifted("C", -1)},
-    {"selective_scan ssd", "A_log is used as A", A_is([](double a) { return std::log(-a); })},
-    {"selective_scan ssd", "A is used as A_log", A_is([](double a) { return -std::exp(a); })},
-    {"selective_scan ssd", "A has lost its sign", A_is([](double a) { return -a; })},
+    {kScans, "softplus is not applied", set(&Options::softplus, false)},
+    {kScans, "softplus is applied where it is not asked for", set(&Options::softplus, true)},
+    {kScans, "softplus is applied twice", softplus_twice},
+    {kScans, "B is one token late", shifted("B", 1)},
+    {kScans, "B is one token early", shifted("B", -1)},
+    {kScans, "C is one token late", shifted("C", 1)},
+    {kScans, "C is one token early", shifted("C", -1)},
+    {kScans, "A_log is used as A", A_is([](double a) { return std::log(-a); })},
+    {kScans, "A is used as A_log", A_is([](double a) { return -std::exp(a); })},
+    {kScans, "A has lost its sign", A_is([](double a) { return -a; })},
     {"selective_scan", "the gate comes before D: y silu(z) + D x",
      [](Trial<double>& t) { return t.has("D") && t.has("z"); }, gate_first},
-    {"selective_scan ssd", "D is ignored", drop("D")},
-    {"selective_scan ssd", "D x is added twice", times("D", 2)},
+    {kScans, "D is ignored", drop("D")},
+    {kScans, "D x is added twice", times("D", 2)},
     {"selective_scan", "z is ignored", drop("z")},
     {"selective_scan", "B is discretized by the exact zero-order hold, not as delta B", exact_zoh},
-    {"selective_scan ssd", "the state is stored in bfloat16", state_in(DType::BF16)},
-    {"selective_scan ssd", "the state is stored in float16", state_in(DType::F16)},
+    {kScans, "the state is stored in bfloat16", state_in(DType::BF16)},
+    {kScans, "the state is stored in float16", state_in(DType::F16)},
     {"causal_conv1d", "the taps are in reverse order",
      each("weight", [](Matrix<double>& m, Inputs&) { m = m.rowwise().reverse().eval(); })},
     {"causal_conv1d", "the convolution looks one token ahead", shifted("x", -1)},
     {"causal_conv1d", "silu is not applied", set(&Options::silu, false)},
     {"causal_conv1d", "silu is applied where it is not asked for", set(&Options::silu, true)},
-    {"rms_norm gated_rms_norm", "eps is ignored", set(&Options::eps, 0.0)},
+    {kNorms, "eps is ignored", set(&Options::eps, 0.0)},
     {"gated_rms_norm", "all channels are normalized together, not each group",
      set(&Options::norm_groups, Index{1})},
     {"gated_rms_norm", "the gate comes after the norm", [](Trial<double>&) { return true; },
      norm_first},
-    {"rms_norm gated_rms_norm", "weight is used as 1 + weight",
+    {kNorms, "weight is used as 1 + weight",
      each("weight", [](Matrix<double>& m, Inputs&) { m.array() += 1; })},
     {"rms_norm", "the mean is subtracted, as in a layer norm",
      each("x", [](Matrix<double>& m, Inputs&) { m.colwise() -= m.rowwise().mean().eval(); })}};
@@ -1088,10 +1104,8 @@ inline const std::vector<Bug> kBugs = {
 /// The bugs to try on a case, with chunks of powers of two and of the lengths that are given.
 inline std::vector<Bug> bugs(const Case& c, std::set<Index> chunks) {
   std::vector<Bug> all;
-  const auto add = [&](Bug bug) {
-    std::istringstream names(bug.of);
-    for (std::string name; names >> name;)
-      if (name == c.op->name) all.push_back(bug);
+  const auto add = [&](const Bug& bug) {
+    if (is_of(bug.of, *c.op)) all.push_back(bug);
   };
   for (const Bug& bug : kBugs) add(bug);
   for (Index K = 2; K <= 4096; K *= 2) chunks.insert(K);
@@ -1101,9 +1115,8 @@ inline std::vector<Bug> bugs(const Case& c, std::set<Index> chunks) {
     const std::string n = std::to_string(K), at = " lost at every boundary of chunks of " + n;
     add({with_state, "the state is" + at, lost(&Walk::loses_state, K)});
     add({with_state, "the gradient of the state is" + at, lost(&Walk::loses_gradient, K)});
-    add({"selective_scan ssd",
-         "the tail of the last " + n + " tokens is not masked: the state goes on", padded_to(K),
-         cut_to(c.extent.at('t'))});
+    add({kScans, "the tail of the last " + n + " tokens is not masked: the state goes on",
+         padded_to(K), cut_to(c.extent.at('t'))});
   }
   return all;
 }

@@ -148,7 +148,7 @@ def scan_with_gradients(u, delta, A, B, C, D=None, z=None, delta_bias=None, delt
 
 # --- the suite through the door, rows of the verdict kept ---
 
-SOME = ("options31_", "options17_", "length_b1_t65", "groups_g3", "width_b3_d33")  # for planted bugs
+SOME = ("options31.", "options17.", "length_b3_t65", "groups_g3", "width_b3_d33")  # for planted bugs
 
 def rows_of(fn, **options):
     lines = []
