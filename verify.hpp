@@ -281,7 +281,7 @@ inline Case::Case(std::string name, Checkpoint from)
          groups());
   if (kind != "gated_rms_norm") return;
   const double size = number("group_size", static_cast<double>(extent['d']));
-  norm_groups = size > 0 ? static_cast<Index>(static_cast<double>(extent['d']) / size) : 0;
+  norm_groups = size >= 1 ? static_cast<Index>(static_cast<double>(extent['d']) / size) : 0;
   if (norm_groups < 1 ||
       static_cast<double>(norm_groups) * size != static_cast<double>(extent['d']))
     fail("bad option: ", file.where, ": group_size: expected a divisor of ", extent['d'],

@@ -212,5 +212,43 @@ with tempfile.TemporaryDirectory() as folder:
     rows = [json.loads(line) for line in r.stdout.splitlines()]
     claim("raw files are judged", r.returncode == 0 and rows and all(row["ok"] for row in rows), rows[:2])
 
+# --- the command line ---
+
+def run(*arguments):
+    r = subprocess.run([PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return r.returncode, r.stdout.decode(), r.stderr.decode()
+
+
+with tempfile.TemporaryDirectory() as folder:
+    cases = os.path.join(folder, "cases")
+    code, out, err = run("vectors", cases, "--op", "gated_rms_norm,causal_conv1d", "--dtype", "f16", "--expected")
+    claim("expected outputs are written", code == 0 and out == err == "", (code, out, err))
+    code, out, err = run("verify", cases)
+    claim("and are right", code == 0 and out.endswith("tensors are within the bound\n"), (code, out[-200:], err))
+    path = os.path.join(cases, sorted(os.listdir(cases))[-1])
+    tensors, dtypes, options = door.read_safetensors(path)
+    spoilt = dict(tensors, out=tensors["out"].copy())
+    spoilt["out"][0, 3, 5] = np.nan
+    door.write_safetensors(path, spoilt, dtypes, options)
+    code, out, err = run("verify", path, "--json")
+    row = [r for r in map(json.loads, out.splitlines()) if r["tensor"] == "out"][0]
+    claim("a line of JSON has what DESIGN says", list(row) == ["file", "tensor", "ok", "worst", "index", "got", "expected", "hint"]
+          and code == 1 and row["ok"] is False and row["index"] == [0, 3, 5] and row["got"] is None
+          and row["file"] == os.path.basename(path)[:-12] and "only t 3" in row["hint"], row)
+    claim("one line says how many are wrong", err == "mamba: 1 of 4 tensors are beyond the bound\n", err)
+    code, out, err = run("vectors", os.path.join(folder, "fresh"), "--op", "rms_norm")
+    code, out, err = run("verify", os.path.join(folder, "fresh"))
+    claim("without outputs there is nothing to judge", code == 1 and err.startswith("mamba: nothing to judge") and not out, err)
+    for arguments, status, line in (
+            (("verify",), 2, "mamba: verify: expected files, a folder or --so"),
+            (("verify", folder), 1, "mamba: no cases: " + folder),
+            (("verify", "/nowhere.safetensors"), 1, "mamba: cannot open: /nowhere.safetensors"),
+            (("verify", "--so", "/nowhere.so"), 1, "mamba: cannot load: "),
+            (("vectors", folder, "--op", "attention"), 2, "mamba: --op: "),
+            (("verify", "tests/golden/mamba1-hf/expected.safetensors"), 1, "mamba: bad option: ")):
+        code, out, err = run(*arguments)
+        claim(f"{' '.join(arguments)}: one line, status {status}",
+              code == status and err.startswith(line) and err.count("\n") == 1, (code, err))
+
 print(f"kernel checker, Python door: {passed} claims hold, {failed} fail")
 sys.exit(failed > 0)
