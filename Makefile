@@ -9,7 +9,7 @@ PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libtbb-dev li
 
 # GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
 WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
-HEADERS   = checkpoint.hpp ssm_reference.hpp tokenizer.hpp mamba.hpp train.hpp
+HEADERS   = checkpoint.hpp ssm_reference.hpp tokenizer.hpp mamba.hpp train.hpp verify.hpp verify.h
 TESTS     = $(patsubst tests/%.cpp,build/%.o,$(wildcard tests/test_*.cpp) tests/main.cpp)
 CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCatch2)
 
@@ -30,6 +30,7 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_cases.py ./mamba
 	python3 tests/test_outputs.py ./mamba
 	python3 tests/test_training.py ./mamba
+	python3 tests/test_verify.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
 

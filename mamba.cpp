@@ -504,6 +504,8 @@ class CpuLearner {
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
+#include "verify.hpp"
+
 int main(int argc, char** argv) {
 #if defined(__GLIBC__)
   // Keep freed memory: pages that come back from the kernel must be zeroed anew.
@@ -511,7 +513,8 @@ int main(int argc, char** argv) {
   mallopt(M_TRIM_THRESHOLD, 1 << 30);
 #endif
   using namespace mamba;
-  return run<CpuEngine>(argc, argv,
-                        {command<Train<CpuEngine>>("train", "train a model, from nothing or on")});
+  std::vector<Command> more = verify::commands();
+  more.push_back(command<Train<CpuEngine>>("train", "train a model, from nothing or onward"));
+  return run<CpuEngine>(argc, argv, more);
 }
 #endif

@@ -7437,5 +7437,21 @@ inline void CudaLearner::carry(const std::vector<ssm::State<float>>& states) {
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
-int main(int argc, char** argv) { return mamba::run<mamba::CudaEngine>(argc, argv); }
+#include "verify.hpp"
+
+// Kernels that `mamba_cuda verify --so` runs work on the GPU's memory.
+struct DeviceMemory {
+  static constexpr bool kDevice = true;
+  mamba::DeviceBuffer<char> bytes;
+  explicit DeviceMemory(std::string_view from) : bytes(from.data(), from.size()) {}
+  void* data() const { return bytes.data(); }
+  void copy_to(char* host) const { bytes.copy_to(host); }
+};
+
+int main(int argc, char** argv) {
+  using namespace mamba;
+  std::vector<Command> more = verify::commands<DeviceMemory>();
+  more.push_back(command<Train<CudaEngine>>("train", "train a model, from nothing or onward"));
+  return run<CudaEngine>(argc, argv, more);
+}
 #endif

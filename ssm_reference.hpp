@@ -67,6 +67,9 @@ namespace ssm {
 // ============================================================================================
 
 using Eigen::Index;
+using std::exp;  // unqualified below, so that a Scalar may bring its own
+using std::expm1;
+using std::sqrt;
 
 template <class Scalar>  // rows are time, columns are channels
 using Matrix = Eigen::Matrix<Scalar, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
@@ -200,7 +203,7 @@ Matrix<Scalar> rms_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight, Scal
   Matrix<Scalar> out(x.rows(), x.cols());
   for (Index t = 0; t < x.rows(); ++t) {
     const Scalar mean_square = x.row(t).squaredNorm() / Scalar(x.cols());
-    out.row(t) = x.row(t).cwiseProduct(weight) / std::sqrt(mean_square + eps);
+    out.row(t) = x.row(t).cwiseProduct(weight) / sqrt(mean_square + eps);
   }
   return out;
 }
@@ -221,7 +224,7 @@ NormGradients<Scalar> rms_norm_backward(const Matrix<Scalar>& x, const Row<Scala
   expect_shape("rms_norm_backward", "dout", dout, x.rows(), x.cols());
   NormGradients<Scalar> d = {Matrix<Scalar>(x.rows(), x.cols()), Row<Scalar>::Zero(x.cols())};
   for (Index t = 0; t < x.rows(); ++t) {
-    const Scalar r = 1 / std::sqrt(x.row(t).squaredNorm() / Scalar(x.cols()) + eps);
+    const Scalar r = 1 / sqrt(x.row(t).squaredNorm() / Scalar(x.cols()) + eps);
     const Row<Scalar> n = r * x.row(t), dn = dout.row(t).cwiseProduct(weight);
     d.x.row(t) = r * (dn - n * (dn.dot(n) / Scalar(x.cols())));
     d.weight += dout.row(t).cwiseProduct(n);
@@ -244,7 +247,7 @@ Matrix<Scalar> gated_rms_norm(const Matrix<Scalar>& y, const View<Scalar>& z,
   for (Index t = 0; t < L; ++t) {
     for (Index g = 0; g < n_groups; ++g) {
       auto channels = out.row(t).segment(g * width, width);
-      channels /= std::sqrt(channels.squaredNorm() / Scalar(width) + eps);
+      channels /= sqrt(channels.squaredNorm() / Scalar(width) + eps);
     }
     out.row(t).array() *= weight.array();
   }
@@ -377,7 +380,7 @@ ConvGradients<Scalar> causal_conv1d_backward(const View<Scalar>& x, const View<S
 
 template <class Scalar>
 Scalar A_bar(Scalar delta, Scalar A) {
-  return std::exp(delta * A);
+  return exp(delta * A);
 }
 
 template <class Scalar>
@@ -387,7 +390,7 @@ Scalar B_bar_euler(Scalar delta, Scalar B) {
 
 template <class Scalar>
 Scalar B_bar_zoh(Scalar delta, Scalar A, Scalar B) {  // -> delta B as delta A -> 0
-  return A == Scalar(0) ? delta * B : std::expm1(delta * A) / A * B;
+  return A == Scalar(0) ? delta * B : expm1(delta * A) / A * B;
 }
 
 // ============================================================================================
@@ -809,7 +812,7 @@ Matrix<Scalar> ssd_step(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
     const auto C_t = in.C.row(0).segment(g * N, N);
     auto h_t = h.middleRows(i * P, P);
 
-    h_t = std::exp(delta(i) * in.A(i, 0)) * h_t + (delta(i) * x_t).transpose().lazyProduct(B_t);
+    h_t = exp(delta(i) * in.A(i, 0)) * h_t + (delta(i) * x_t).transpose().lazyProduct(B_t);
     y_t.middleCols(i * P, P).transpose().noalias() = h_t * C_t.transpose();
   }
   skip(in, y_t);
@@ -853,7 +856,7 @@ Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
     const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
     const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
     const Matrix<Scalar> delta_x = delta.col(i).asDiagonal() * in.x.middleCols(i * P, P);
-    const Matrix<Scalar> from_start = mask.col(0) * std::exp(l(0));        // (L, 1)
+    const Matrix<Scalar> from_start = mask.col(0) * exp(l(0));        // (L, 1)
     const Matrix<Scalar> at_end = mask.row(L - 1).asDiagonal() * delta_x;  // (L, P)
     auto h_i = h.middleRows(i * P, P);
 
@@ -965,7 +968,7 @@ SsdGradients<Scalar> ssd_sequential_backward(const SsdInputs<Scalar>& in,
       const Row<Scalar> ddelta_x = B_t * dh_t.transpose();  // (P)
       d.B.row(t).segment(g * N, N) += delta_t * x_t * dh_t;
       d.x.row(t).segment(i * P, P) += delta_t * ddelta_x;
-      dh_t *= std::exp(delta_t * A);  // dh_{t-1}
+      dh_t *= exp(delta_t * A);  // dh_{t-1}
       const Scalar ddelta_A = dh_t.cwiseProduct(h[t].middleRows(i * P, P)).sum();
       d.A(i, 0) += delta_t * ddelta_A;
       d.dt(t, i) = A * ddelta_A + ddelta_x.dot(x_t);
@@ -1010,7 +1013,7 @@ SsdGradients<Scalar> ssd_quadratic_backward(const SsdInputs<Scalar>& in,
     const Matrix<Scalar> X = delta.col(i).asDiagonal() * x;
     const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
     const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
-    const auto f = (mask.col(0) * std::exp(l(0))).eval();            // (L)
+    const auto f = (mask.col(0) * exp(l(0))).eval();            // (L)
     const auto e = mask.row(L - 1).transpose().eval();               // (L)
 
     const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose()), dM = dy * X.transpose();

@@ -1,0 +1,269 @@
+// Claims: the kernel checker accepts what is right, whoever made it, at every length; finds and
+// places an error of three bounds in any one entry of any tensor; and names what is wrong.
+#include "support.hpp"
+
+#include "verify.hpp"
+
+using namespace mamba;
+using namespace mamba::verify;
+
+namespace {
+
+const Operation& operation(const std::string& name) { return *find_operation(name); }
+
+Case case_of(const std::string& op, std::map<char, Index> extent, DType dtype = DType::F32,
+             Style style = Style::usual, unsigned options = ~0u) {
+  return Case(op, make_case({&operation(op), op, std::move(extent), options, style}, dtype, 7));
+}
+
+/// A small case of every operation.
+std::vector<Case> small_cases(DType dtype = DType::F32) {
+  return {case_of("selective_scan", {{'b', 2}, {'t', 37}, {'d', 6}, {'g', 2}, {'n', 5}}, dtype),
+          case_of("ssd", {{'b', 2}, {'t', 37}, {'h', 4}, {'p', 3}, {'g', 2}, {'n', 5}}, dtype),
+          case_of("causal_conv1d", {{'b', 2}, {'t', 37}, {'d', 5}, {'w', 4}}, dtype),
+          case_of("rms_norm", {{'b', 2}, {'t', 9}, {'d', 33}}, dtype),
+          case_of("gated_rms_norm", {{'b', 2}, {'t', 9}, {'d', 32}, {'g', 2}}, dtype)};
+}
+
+double& entry(Case& c, const std::string& name, Index i) {
+  return static_cast<double*>(const_cast<void*>(c.file.tensors.at(name).data))[i];
+}
+
+/// What of an output would be stored in a dtype.
+void round_outputs(Case& c, DType dtype) {
+  for (const auto& [name, part] : c.outputs())
+    c.file.tensors[name] = to_dtype(c.file.at(name), part.stays_float ? DType::F32 : dtype);
+}
+
+/// The recurrence of one channel in float, as a simple kernel has it: out and the last state.
+struct Simple {
+  std::vector<float> out;
+  std::vector<float> h;
+};
+Simple simple_scan(const Case& c) {
+  const auto get = [&](const char* name) { return values<float>(c.file.at(name)); };
+  const auto u = get("u"), delta = get("delta"), A = get("A"), B = get("B"), C = get("C"),
+             D = get("D"), z = get("z"), bias = get("delta_bias"), h0 = get("h0");
+  const Index batch = c.extent.at('b'), d = c.extent.at('d'), L = c.extent.at('t'),
+              N = c.extent.at('n');
+  Simple s{std::vector<float>(batch * d * L), h0};
+  for (Index b = 0; b < batch; ++b)
+    for (Index i = 0; i < d; ++i)
+      for (Index t = 0; t < L; ++t) {
+        const Index at = (b * d + i) * L + t;
+        const float raw = delta[at] + bias[i], step = raw > 20 ? raw : std::log1p(std::exp(raw));
+        float y = 0;
+        for (Index n = 0; n < N; ++n) {
+          float& h = s.h[(b * d + i) * N + n];
+          h = std::exp(step * A[i * N + n]) * h + step * B[(b * N + n) * L + t] * u[at];
+          y += h * C[(b * N + n) * L + t];
+        }
+        s.out[at] = (y + D[i] * u[at]) * z[at] / (1 + std::exp(-z[at]));
+      }
+  return s;
+}
+
+}  // namespace
+
+TEST_CASE("verify: golden files of outsiders are within the bound") {
+  for (const std::string& folder : test::golden_folders())
+    for (const char* start : {"scan_", "ssd_"})
+      for (const std::string& path : test::files_matching(folder, start)) {
+        const Case c(path, read_safetensors(path));
+        for (const auto& [name, v] : Judge(c).run()) {
+          INFO(path << ": " << name << ": " << v.got << ", " << v.expected << ", " << v.worst);
+          CHECK(v.ok());
+          CHECK(v.worst < 0.001);  // they are float64
+        }
+      }
+}
+
+TEST_CASE("verify: an error of three bounds in one entry is found and placed, for every tensor") {
+  for (const DType dtype : {DType::F32, DType::BF16})
+    for (Case& c : small_cases(dtype)) {
+      add_expected(c);
+      for (const auto& [name, verdict] : Judge(c).run()) {
+        CHECK(verdict.ok());
+        CHECK(verdict.worst < 1e-6);
+        const Index size = static_cast<Index>(c.file.at(name).size());
+        for (const Index i : {Index(0), size / 2, size - 1}) {
+          CAPTURE(c.name, name, i);
+          double& value = entry(c, name, i);
+          const double right = value;
+          // What a bound is: the distance of a value far off says how many bounds that was.
+          value = right + 1e6;
+          const double bound = 1e6 / Judge(c).run().at(name).worst;
+          value = right + 3 * bound;
+          const Verdict found = Judge(c).run().at(name);
+          CHECK(std::abs(found.worst - 3) < 0.003);
+          CHECK(found.at == i);
+          value = right + 0.9 * bound;
+          CHECK(Judge(c).run().at(name).ok());
+          value = std::nan("");
+          CHECK(std::isinf(Judge(c).run().at(name).worst));
+          value = right;
+        }
+      }
+    }
+}
+
+TEST_CASE("verify: in float32 0.3 % is found wherever an entry is at least m / 150") {
+  for (Case& c : small_cases()) {
+    add_expected(c);
+    Trial<Bounded> truth(c, true);
+    truth.run();
+    for (const auto& [name, part] : c.outputs())
+      for (Index b = 0; b < (part.has('b') ? c.extent.at('b') : 1); ++b)
+        for (const Bounded& w : truth.out[b].at(name).reshaped())
+          if (std::abs(w.value) >= w.size / 150)
+            CHECK(distance(w.value * 1.003, w, rule(DType::F32)) > 1);
+  }
+}
+
+TEST_CASE("verify: a right float32 scan passes at every length, and as bfloat16") {
+  for (const DType dtype : {DType::F32, DType::BF16})
+    for (const Style style : {Style::usual, Style::positive, Style::weak_decay})
+      for (const Index L : {1, 100, 4097, 262144}) {
+        Case c = case_of("selective_scan", {{'b', 1}, {'t', L}, {'d', 1}, {'g', 1}, {'n', 2}},
+                         dtype, style);
+        const Simple s = simple_scan(c);
+        c.file.tensors["out"] =
+            to_dtype(tensor_view("out", c.shape(c.op->out), s.out.data()), c.dtype);
+        c.file.tensors["hT"] = tensor_view("hT", c.shape(*c.op->end), s.h.data());
+        for (const auto& [name, v] : Judge(c).run()) {
+          INFO(name << " of length " << L << ": " << v.got << ", " << v.expected << ", "
+                    << v.worst);
+          CHECK(v.ok());
+        }
+      }
+}
+
+TEST_CASE("verify: outputs that are rounded to 16 bits are right") {
+  for (const DType dtype : {DType::BF16, DType::F16})
+    for (Case& c : small_cases(dtype)) {
+      add_expected(c);
+      round_outputs(c, dtype);
+      for (const auto& [name, v] : Judge(c).run()) {
+        CAPTURE(c.name, name, v.worst);
+        CHECK(v.ok());
+      }
+    }
+}
+
+TEST_CASE("verify: memory in pieces changes nothing: a long case equals one computed whole") {
+  Case c = case_of("selective_scan", {{'b', 2}, {'t', 3000}, {'d', 34}, {'g', 2}, {'n', 16}});
+  add_expected(c);  // by a walk in one piece
+  for (const auto& [name, v] : Judge(c).run()) {
+    CAPTURE(name, v.worst);
+    CHECK(v.worst < 1e-6);
+  }
+}
+
+TEST_CASE("verify: a bug in the table is found and named by its own hint") {
+  std::set<std::string> named;
+  for (const Case& right : small_cases()) {
+    for (const Bug& bug : bugs(right, {7})) {
+      if (bug.hint.find("tail of the last 7") != std::string::npos)
+        continue;  // powers of two are tried
+      Trial<double> trial(right, true);
+      if (!bug.change(trial)) continue;
+      trial.run();
+      if (bug.after) bug.after(trial);
+      Case c = right;
+      add_expected(c);
+      const std::string out = bug.hint.find("gradient") != std::string::npos ||
+                                      bug.hint.rfind("dhT", 0) == 0 ||
+                                      bug.hint.rfind("dfinal", 0) == 0
+                                  ? gradient(c.op->inputs[0])
+                              : bug.hint.find("tail") != std::string::npos ? "hT"
+                                                                           : "out";
+      for (const auto& [name, part] : c.outputs()) {
+        const bool forward = out[0] != 'd' && name[0] != 'd';  // both, as a kernel would
+        for (Index b = 0; b < c.extent.at('b') && (forward || name == out); ++b) {
+          const Block block = c.block(part, c.whole(b));
+          for (Index i = 0; i < block.rows; ++i)
+            for (Index j = 0; j < block.cols; ++j)
+              entry(c, name, block.index(i, j)) = trial.out[b].at(name)(i, j);
+        }
+      }
+      auto verdicts = Judge(c).run();
+      std::string last;
+      explain(c, verdicts, last);
+      const Verdict& v = verdicts.at(out);
+      CAPTURE(right.name, bug.hint, v.hint, v.worst);
+      if (v.ok()) continue;  // some change nothing here: a state in float16
+      if (v.hint == bug.hint) named.insert(bug.hint);
+      // Some are the same for a short sequence: tails of 32 and of 64, chunks of 32 and of 35.
+      const std::string what = bug.hint.substr(0, bug.hint.find_first_of("0123456789"));
+      const bool same = v.hint == bug.hint || (what != bug.hint && v.hint.rfind(what, 0) == 0);
+      CHECK(same);
+    }
+  }
+  CHECK(named.size() >= 40);
+}
+
+TEST_CASE("verify: wrong entries without a bug that fits are described by their places") {
+  const auto hint = [](const std::function<void(Case&)>& spoil) {
+    Case c = case_of("selective_scan", {{'b', 2}, {'t', 37}, {'d', 40}, {'g', 1}, {'n', 3}});
+    add_expected(c);
+    spoil(c);
+    auto verdicts = Judge(c).run();
+    std::string last;
+    explain(c, verdicts, last);
+    return verdicts.at("out").hint;
+  };
+  const auto at = [](Index b, Index d, Index t) { return (b * 40 + d) * 37 + t; };
+  CHECK(hint([&](Case& c) { entry(c, "out", at(1, 5, 8)) += 1; }) ==
+        "wrong: only b 1, only d 5, only t 8");
+  CHECK(hint([&](Case& c) {
+          for (Index t = 0; t < 37; ++t)
+            entry(c, "out", at(0, 9, t)) += 1, entry(c, "out", at(1, 9, t)) += 1;
+        }) == "wrong: only d 9");
+  CHECK(hint([&](Case& c) {
+          for (Index d = 32; d < 40; ++d) entry(c, "out", at(0, d, 36)) += 1;
+        }) == "wrong: only b 0, d from 32 on, only t 36");
+}
+
+TEST_CASE("verify: a tensor of another shape is wrong, not a crash; a broken case is one line") {
+  Case c = case_of("selective_scan", {{'b', 1}, {'t', 5}, {'d', 2}, {'g', 1}, {'n', 3}});
+  const std::vector<float> few(4);
+  c.file.tensors["out"] = tensor_view("out", {1, 2, 2}, few.data());
+  const auto verdicts = Judge(c).run();
+  CHECK(verdicts.at("out").hint == "expected real numbers of shape (1, 2, 5), found F32 (1, 2, 2)");
+  CHECK_FALSE(verdicts.at("out").ok());
+  const auto refused = [](const Checkpoint& file, const std::string& why) {
+    try {
+      Case("x", file);
+    } catch (const std::runtime_error& error) {
+      return std::string(error.what()).find(why) != std::string::npos;
+    }
+    return false;
+  };
+  Checkpoint file = c.file;
+  file.tensors.erase("out");
+  file.metadata["kind"] = "attention";
+  CHECK(refused(file, "kind: expected selective_scan"));
+  file.metadata["kind"] = "selective_scan";
+  file.metadata["softplus"] = "yes";
+  CHECK(refused(file, "softplus: expected a number, found 'yes'"));
+  file.metadata["softplus"] = "1";
+  file.tensors["delta"] = file.tensors["A"];
+  CHECK(refused(file, "'delta': expected (1, 2, 5), found (2, 3)"));
+  file.tensors.erase("delta");
+  CHECK(refused(file, "missing tensor"));
+}
+
+TEST_CASE("verify: every case of the suite is well-formed and its expected outputs are right") {
+  for (const Operation& op : kOperations) {
+    std::uint64_t seed = 0;
+    for (const Recipe& r : recipes(op, false)) {
+      Case c(r.label, make_case(r, DType::F32, ++seed));
+      if (c.extent.at('t') > 600) continue;
+      add_expected(c);
+      for (const auto& [name, v] : Judge(c).run()) {
+        CAPTURE(op.name, r.label, name, v.worst, v.got, v.expected);
+        CHECK(v.ok());
+      }
+    }
+  }
+}

@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Claims: the kernel checker finds planted bugs in somebody's scan and names them; right kernels pass.
+
+Usage: test_verify.py PROGRAM      (numpy; run from the repository's root)
+"""
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+
+try:
+    import numpy as np
+except ImportError:
+    print("kernel checker, Python door: skipped, needs numpy")
+    sys.exit(0)
+sys.path.insert(0, os.getcwd())
+import verify as door
+
+PROGRAM = os.path.abspath(sys.argv[1])
+passed = failed = 0
+
+
+def claim(name, ok, detail=""):
+    global passed, failed
+    passed, failed = passed + bool(ok), failed + (not ok)
+    if not ok:
+        print(f"FAILED: {name}\n  {str(detail)[:2000]}")
+
+
+# --- a scan as people write it, in float32, with a place for each bug ---
+
+def softplus(x):
+    return np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20)))).astype(np.float32)
+
+
+def sigmoid(x):
+    return (1 / (1 + np.exp(-x.astype(np.float32)))).astype(np.float32)
+
+
+def to_bf16(x):
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return (((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype(np.uint32)).view(np.float32)
+
+
+def pieces(u, delta, A, B, C, delta_bias, delta_softplus, bug):
+    """delta, x as used, A, and B and C for every channel"""
+    batch, d, L = u.shape
+    G = B.shape[1]
+    if bug == "A_log":
+        A = np.log(-A)
+    raw = delta
+    if delta_bias is not None and bug != "no bias":
+        raw = raw + delta_bias[:, None] * (2 if bug == "bias twice" else 1)
+    step = softplus(raw) if delta_softplus and bug != "no softplus" else raw
+    if bug == "softplus twice" and delta_softplus:
+        step = softplus(step)
+    group = [c % G if bug == "groups" else c * G // d for c in range(d)]
+    B, C = B[:, group], C[:, group]  # (batch, d, N, L)
+    if bug == "B late":
+        B = np.concatenate([0 * B[..., :1], B[..., :-1]], -1)
+    if bug == "C early":
+        C = np.concatenate([C[..., 1:], 0 * C[..., :1]], -1)
+    return raw, step, A, B, C, group
+
+
+def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+         return_last_state=False, initial_states=None, bug=None):
+    batch, d, L = u.shape
+    raw, step, A, B, C, _ = pieces(u, delta, A, B, C, delta_bias, delta_softplus, bug)
+    h = np.zeros((batch, d, A.shape[1]), np.float32)
+    if initial_states is not None and bug != "h0":
+        h = initial_states.astype(np.float32).copy()
+    y = np.empty((batch, d, L), np.float32)
+    for t in range(L):
+        if bug == "chunk" and t > 0 and t % 32 == 0:
+            h = np.zeros_like(h)
+        a = np.exp(step[:, :, t, None] * A)
+        b = step[:, :, t, None] * B[..., t]
+        if bug == "zoh":
+            b = (a - 1) / A * B[..., t]
+        h = a * h + b * u[:, :, t, None]
+        if bug == "bf16 state":
+            h = to_bf16(h)
+        y[:, :, t] = (h * C[..., t]).sum(-1)
+    if bug == "tail" and L % 16 and delta_bias is not None and delta_softplus:
+        for _ in range(-L % 16):
+            h = np.exp(softplus(delta_bias)[:, None] * A) * h
+    skip = 0 if D is None else D[:, None] * u
+    gate = 1 if z is None else z * sigmoid(z)
+    out = y * gate + skip if bug == "gate first" else (y + skip) * gate
+    if bug == "one channel":
+        out[:, min(3, d - 1)] *= 1.01
+    if bug == "lanes" and d > 32:
+        out[:, 20:] *= 1.001
+    if bug == "one entry":
+        out[-1, -1, L // 2] *= 1.003
+    return out, h
+
+
+def scan_with_gradients(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
+                        initial_states=None, dout=None, dhT=None, bug=None):
+    out, hT = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True, initial_states)
+    batch, d, L = u.shape
+    raw, step, _, Bd, Cd, group = pieces(u, delta, A, B, C, delta_bias, delta_softplus, None)
+    h = [np.zeros((batch, d, A.shape[1]), np.float32) if initial_states is None else initial_states]
+    for t in range(L):
+        h.append(np.exp(step[:, :, t, None] * A) * h[-1] + step[:, :, t, None] * Bd[..., t] * u[:, :, t, None])
+    y = np.stack([(h[t + 1] * Cd[..., t]).sum(-1) for t in range(L)], -1)
+    g = {}
+    dy = dout
+    if z is not None:
+        s = sigmoid(z)
+        g["z"] = dout * (y + (0 if D is None else D[:, None] * u)) * s * (1 + z * (1 - s))
+        dy = dout * z * s
+    du = np.zeros_like(u) if D is None else D[:, None] * dy
+    if D is not None:
+        g["D"] = (dy * u).sum((0, 2))
+    dh = dhT.astype(np.float32).copy() if bug != "dhT" else np.zeros_like(dhT)
+    dstep, dA = np.zeros_like(step), np.zeros((batch, *A.shape), np.float32)
+    dB, dC = np.zeros_like(B), np.zeros_like(C)
+    for t in reversed(range(L)):
+        if bug == "gradient chunk" and (t + 1) % 16 == 0 and t + 1 < L:
+            dh = np.zeros_like(dh)
+        dCt, dh = dy[:, :, t, None] * h[t + 1], dh + dy[:, :, t, None] * Cd[..., t]
+        dx = (dh * Bd[..., t]).sum(-1)
+        dBt = (step * u)[:, :, t, None] * dh
+        for c in range(d):
+            dC[:, group[c], :, t] += dCt[:, c]
+            dB[:, group[c], :, t] += dBt[:, c]
+        dh = np.exp(step[:, :, t, None] * A) * dh
+        dl = dh * h[t]
+        dstep[:, :, t] = (dl * A).sum(-1) + dx * u[:, :, t]
+        dA += step[:, :, t, None] * dl
+        du[:, :, t] += step[:, :, t] * dx
+    draw = dstep * sigmoid(raw) if delta_softplus and bug != "softplus derivative" else dstep
+    g.update(u=du, delta=draw, A=dA.sum(0), B=dB, C=dC)
+    if delta_bias is not None:
+        g["delta_bias"] = draw.sum((0, 2))
+    if initial_states is not None:
+        g["dinitial_states"] = dh
+    if bug == "one dA":
+        g["A"][-1, -1] *= 1.01
+    return out, hT, g
+
+
+# --- the suite through the door, rows of the verdict kept ---
+
+SOME = ("options31.", "options17.", "length_b3_t65", "groups_g3", "width_b3_d33")  # for planted bugs
+
+def rows_of(fn, **options):
+    lines = []
+    ok = door.verify(fn, program=PROGRAM, show=lines.append, **options)
+    return ok, lines
+
+
+def check(bug, hint, fn=scan):
+    ok, lines = rows_of(functools.partial(fn, bug=bug), only=SOME)
+    wrong = [line for line in lines if "WRONG" in line]
+    named = [line for line in wrong if hint in line]
+    claim(f"{bug}: found", not ok and wrong, lines[-3:])
+    claim(f"{bug}: named", len(named) >= max(1, len(wrong) // 3), f"{len(named)} of {len(wrong)}: {wrong[:4]}")
+
+
+for name, fn in (("forward", scan), ("with gradients", scan_with_gradients)):
+    ok, lines = rows_of(fn)
+    claim(f"a right numpy scan passes, {name}", ok, "\n".join(lines[-8:]))
+    print(f"a right numpy scan, {name}: {lines[-2]}", flush=True)
+
+check("groups", "groups of B and C are repeated")
+check("h0", "h0 is ignored")
+check("chunk", "the state is lost at every boundary of chunks of 32")
+check("tail", "is not masked")
+check("no bias", "the bias is ignored")
+check("bias twice", "the bias is added twice")
+check("no softplus", "softplus is not applied")
+check("softplus twice", "softplus is applied twice")
+check("B late", "B is one token late")
+check("C early", "C is one token early")
+check("A_log", "A_log is used as A")
+check("gate first", "the gate comes before D")
+check("zoh", "exact zero-order hold")
+check("bf16 state", "stored in bfloat16")
+check("one channel", "only d")
+check("lanes", "d from 20 on")
+check("one entry", "only t")
+check("dhT", "dhT is ignored", scan_with_gradients)
+check("gradient chunk", "the gradient of the state is lost at every boundary of chunks of 16", scan_with_gradients)
+check("one dA", "only n", scan_with_gradients)
+
+# --- a kernel in a shared object; raw files ---
+
+with tempfile.TemporaryDirectory() as folder:
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")
+    so = os.path.join(folder, "example.so")
+    subprocess.run([compiler, "-x", "c", "-std=c99", "-O2", "-shared", "-fPIC", "-I.", "tests/verify_example.c",
+                    "-o", so, "-lm"], check=True)
+    r = subprocess.run([PROGRAM, "verify", "--so", so, "--op", "rms_norm"], stdout=subprocess.PIPE)
+    claim("the example in C is right", r.returncode == 0 and b"within the bound" in r.stdout, r.stdout[-300:])
+
+    raw = os.path.join(folder, "raw")
+    subprocess.run([PROGRAM, "vectors", raw, "--raw", "--op", "rms_norm"], check=True)
+    for case in os.listdir(raw):
+        lines = open(os.path.join(raw, case, "shapes.txt")).read().split("\n")
+        shapes = {w[0]: [int(n) for n in w[2:]] for w in map(str.split, lines) if len(w) > 2}
+        x, weight = (np.fromfile(os.path.join(raw, case, n + ".bin"), "<f4").reshape(shapes[n]) for n in ("x", "weight"))
+        out = x / np.sqrt((x * x).mean(-1, keepdims=True) + np.float32(1e-5)) * weight
+        out.astype("<f4").tofile(os.path.join(raw, case, "out.bin"))
+    r = subprocess.run([PROGRAM, "verify", raw, "--json"], stdout=subprocess.PIPE)
+    rows = [json.loads(line) for line in r.stdout.splitlines()]
+    claim("raw files are judged", r.returncode == 0 and rows and all(row["ok"] for row in rows), rows[:2])
+
+# --- the command line ---
+
+def run(*arguments):
+    r = subprocess.run([PROGRAM, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return r.returncode, r.stdout.decode(), r.stderr.decode()
+
+
+with tempfile.TemporaryDirectory() as folder:
+    cases = os.path.join(folder, "cases")
+    code, out, err = run("vectors", cases, "--op", "gated_rms_norm,causal_conv1d", "--dtype", "f16", "--expected")
+    claim("expected outputs are written", code == 0 and out == err == "", (code, out, err))
+    code, out, err = run("verify", cases)
+    claim("and are right", code == 0 and out.endswith("tensors are within the bound\n"), (code, out[-200:], err))
+    path = os.path.join(cases, sorted(os.listdir(cases))[-1])
+    tensors, dtypes, options = door.read_safetensors(path)
+    spoilt = dict(tensors, out=tensors["out"].copy())
+    spoilt["out"][0, 3, 5] = np.nan
+    door.write_safetensors(path, spoilt, dtypes, options)
+    code, out, err = run("verify", path, "--json")
+    row = [r for r in map(json.loads, out.splitlines()) if r["tensor"] == "out"][0]
+    claim("a line of JSON has what DESIGN says", list(row) == ["file", "tensor", "ok", "worst", "index", "got", "expected", "hint"]
+          and code == 1 and row["ok"] is False and row["index"] == [0, 3, 5] and row["got"] is None
+          and row["file"] == os.path.basename(path)[:-12] and "only t 3" in row["hint"], row)
+    claim("one line says how many are wrong", err == "mamba: 1 of 4 tensors are beyond the bound\n", err)
+    code, out, err = run("vectors", os.path.join(folder, "fresh"), "--op", "rms_norm")
+    code, out, err = run("verify", os.path.join(folder, "fresh"))
+    claim("without outputs there is nothing to judge", code == 1 and err.startswith("mamba: nothing to judge") and not out, err)
+    for arguments, status, line in (
+            (("verify",), 2, "mamba: verify: expected files, a folder or --so"),
+            (("verify", folder), 1, "mamba: no cases: " + folder),
+            (("verify", "/nowhere.safetensors"), 1, "mamba: cannot open: /nowhere.safetensors"),
+            (("verify", "--so", "/nowhere.so"), 1, "mamba: cannot load: "),
+            (("vectors", folder, "--op", "attention"), 2, "mamba: --op: "),
+            (("verify", "tests/golden/mamba1-hf/expected.safetensors"), 1, "mamba: bad option: ")):
+        code, out, err = run(*arguments)
+        claim(f"{' '.join(arguments)}: one line, status {status}",
+              code == status and err.startswith(line) and err.count("\n") == 1, (code, err))
+
+print(f"kernel checker, Python door: {passed} claims hold, {failed} fail")
+sys.exit(failed > 0)
