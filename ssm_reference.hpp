@@ -645,6 +645,7 @@ template <class Scalar>
 Matrix<Scalar> skip_and_gate_backward(const ScanInputs<Scalar>& in, const Matrix<Scalar>& y,
                                       const View<Scalar>& dout, ScanGradients<Scalar>& d) {
   Matrix<Scalar> dy = dout;
+  d.z.resize(in.z.rows(), in.z.cols());
   if (in.z) {
     d.z = dout.array() * y.array() * silu_derivative(in.z.array());
     dy.array() *= silu(in.z.array());

@@ -3,6 +3,7 @@
 
 Usage: test_command_line.py PROGRAM      (standard library only; run from the repository's root)
 """
+import array
 import json
 import math
 import os
@@ -44,6 +45,15 @@ def read_safetensors(path):
         (n,) = struct.unpack("<Q", f.read(8))
         header, data = json.loads(f.read(n)), f.read()
     return header, data
+
+
+def read_numbers(path):
+    """The tensors of a safetensors file of F32 and F64: name -> (shape, numbers)."""
+    header, data = read_safetensors(path)
+    header.pop("__metadata__", None)
+    kinds = {"F32": "f", "F64": "d"}
+    return {name: (t["shape"], array.array(kinds[t["dtype"]], data[slice(*t["data_offsets"])]))
+            for name, t in header.items()}
 
 
 def read_png(path):
@@ -144,6 +154,28 @@ with tempfile.TemporaryDirectory() as folder:
     claim("a document that is too short is left out aloud", "short" in err and "left out" in err and err.count("\n") == 1, err)
     alone = [float(run("perplexity", "--text", at(n), "--lengths", 64, "--truncate")[1].split()[-3]) for n in ("one", "two")]
     claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
+
+    # --- gradients ---
+    if os.path.basename(PROGRAM) == "mamba_cuda":
+        refuses("gradients on the GPU", 1, "mamba, the CPU program, has", "gradients", "--ids", "5 17", "--out", at("g"))
+    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():
+        grads = {}
+        for layout, *flags in (("hf",), ("original",), ("hf", "--double")):
+            model = f"tests/golden/mamba{version}-{layout}"
+            code, _, err = run("gradients", "--model", model, "--ids", "5 17 3 9 9 1 30", "--out", at("g"), *flags)
+            claim(f"gradients of {model} {flags}", code == 0, err)
+            grads[(layout, *flags)] = read_numbers(at("g"))
+        truth = grads["hf", "--double"]
+        stored = read_safetensors(f"tests/golden/mamba{version}-hf/model.safetensors")[0]
+        claim("gradients have the names and shapes of the file", {name: shape for name, (shape, _) in truth.items()} == {
+            "loss": [], **{n: t["shape"] for n, t in stored.items() if n not in ("__metadata__", "lm_head.weight")}})
+        for layout in ("hf", "original"):
+            named = {n.replace("embedding.", "embeddings."): g for n, (_, g) in grads[layout,].items()}
+            worst = {n: max(abs(a - b) for a, b in zip(named[n], want)) / max(map(abs, want))
+                     for n, (_, want) in truth.items()}
+            claim(f"float32 gradients of mamba{version}-{layout} are within 1e-5 of the largest", max(worst.values()) < 1e-5, worst)
+        scored = run("perplexity", "--model", f"tests/golden/mamba{version}-hf", "--ids-file", "-", stdin="5 17 3 9 9 1 30")
+        claim("the loss is the mean NLL", f"{truth['loss'][1][0]:.4f}" in scored[1], (truth["loss"], scored))
 
     # --- score ---
     def by_hand(context, continuation):
@@ -326,6 +358,7 @@ with tempfile.TemporaryDirectory() as folder:
         (("logits", "--ids", "1"), "--out"),
         (("logits", "--out", "x"), "--ids-file"),
         (("logits", "--ids", "1", "--text", "f", "--out", "x"), "--text"),
+        (("gradients", "--ids", "1 2"), "--out"),
         (("perplexity",), "--text"),
         (("perplexity", "--text", "f", "--lengths", "0"), "lengths"),
         (("perplexity", "--text", "f", "--truncate"), "--lengths"),
@@ -402,6 +435,7 @@ with tempfile.TemporaryDirectory() as folder:
         ("a folder nobody can write", "cannot write", ("inspect", "Lily", "--out", "/proc/nothing"), ""),
         ("a stride beyond the window", "--stride", ("perplexity", "--ids-file", at("ids"), "--lengths", 10, "--stride", 11), ""),
         ("overlap with a carried state", "--carry-state", ("perplexity", "--ids-file", at("ids"), "--lengths", 10, "--stride", 5, "--carry-state"), ""),
+        ("gradients of one token", "at least two tokens", ("gradients", "--ids", "5", "--out", at("x")), ""),
         ("an output folder that is not there", "cannot write", ("logits", "--ids", "1", "--out", at("no/such/file")), ""),
         ("an unwritable output", "cannot write", ("logits", "--ids", "1", "--out", "/proc/nothing"), ""),
         ("a state that is no state", "header", ("generate", "--load-state", at("ids")), ""),

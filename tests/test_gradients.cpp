@@ -286,3 +286,371 @@ TEST_CASE("ssd: the backward of each form is the finite difference in every inpu
   const auto inside = (d.dt.array() != 0).count();
   CHECK((inside > 0 && inside < d.dt.size()));
 }
+
+// --- golden data ---
+
+namespace {
+
+/// Sequence b of a tensor (batch, ..) as a matrix of that many rows; empty if it is not in the file.
+Matrix<double> sequence(const mamba::Checkpoint& file, const std::string& name, Index b,
+                        Index batch, Index rows) {
+  if (!file.find(name)) return {};
+  const std::vector<double> all = mamba::values<double>(file.at(name));
+  const Index size = static_cast<Index>(all.size()) / batch;
+  return Eigen::Map<const Matrix<double>>(all.data() + b * size, rows, size / rows);
+}
+
+/// A tensor that all sequences share.
+Matrix<double> shared(const mamba::Checkpoint& file, const std::string& name, Index rows) {
+  return sequence(file, name, 0, 1, rows);
+}
+
+template <class Sum, class M>
+void add(Sum& sum, const M& m) {
+  if (m.size() == 0) return;
+  if (sum.size() == 0) sum = Sum::Zero(m.rows(), m.cols());
+  sum += m;
+}
+
+template <class F>
+void for_each_golden(const char* start, const F& check) {
+  std::size_t files = 0;
+  for (const std::string& folder : golden_folders())
+    for (const std::string& path : files_matching(folder, start)) {
+      CAPTURE(path);
+      check(mamba::read_safetensors(path));
+      ++files;
+    }
+  REQUIRE(files > 0);
+}
+
+}  // namespace
+
+TEST_CASE("selective_scan: the backward agrees with golden gradients to 1e-9 of the largest") {
+  for_each_golden("scan_", [](const mamba::Checkpoint& file) {
+    const auto& shape = file.at("u").shape;  // (batch, d, L)
+    const Index batch = shape[0], d = shape[1], N = file.at("A").shape[1];
+    const Index GN = file.at("B").shape[1] * N;
+    ssm::ScanGradients<double> sum;  // over the sequences, of what they share
+    for (Index b = 0; b < batch; ++b) {
+      const auto by_channel = [&](const char* name, Index rows) -> Matrix<double> {
+        return sequence(file, name, b, batch, rows).transpose();
+      };
+      ScanProblem p;
+      p.x = by_channel("u", d), p.delta = by_channel("delta", d), p.z = by_channel("z", d);
+      p.B = by_channel("B", GN), p.C = by_channel("C", GN), p.dout = by_channel("dout", d);
+      p.A = shared(file, "A", d);
+      if (file.find("D")) p.D = shared(file, "D", 1);
+      if (file.find("delta_bias")) p.bias = shared(file, "delta_bias", 1);
+      p.h0 = p.dhT = StateMatrix<double>::Zero(d, N);
+      if (file.find("h0")) p.h0 = sequence(file, "h0", b, batch, d);
+      if (file.find("dhT")) p.dhT = sequence(file, "dhT", b, batch, d);
+      p.bind(file.metadata.at("softplus") == "1");
+      StateMatrix<double> dh;
+      const auto got = p.backward(dh);
+      check_gradient("u", got.x, by_channel("du", d), kGolden);
+      check_gradient("delta", got.delta, by_channel("ddelta", d), kGolden);
+      check_gradient("z", got.z, by_channel("dz", d), kGolden);
+      check_gradient("B", got.B, by_channel("dB", GN), kGolden);
+      check_gradient("C", got.C, by_channel("dC", GN), kGolden);
+      if (file.find("h0")) check_gradient("h0", dh, sequence(file, "dh0", b, batch, d), kGolden);
+      add(sum.A, got.A), add(sum.D, got.D), add(sum.delta_bias, got.delta_bias);
+    }
+    check_gradient("A", sum.A, shared(file, "dA", d), kGolden);
+    check_gradient("D", sum.D, shared(file, "dD", 1), kGolden);
+    check_gradient("delta_bias", sum.delta_bias, shared(file, "ddelta_bias", 1), kGolden);
+  });
+}
+
+TEST_CASE("ssd: the backward of each form agrees with golden gradients to 1e-9 of the largest") {
+  for_each_golden("ssd_", [](const mamba::Checkpoint& file) {
+    const auto& shape = file.at("x").shape;  // (batch, L, H, P)
+    const Index batch = shape[0], L = shape[1], H = shape[2], HP = H * shape[3];
+    const Index N = file.at("B").shape[3];
+    for (const Form form : kForms) {
+      CAPTURE(int(form));
+      ssm::SsdGradients<double> sum;
+      for (Index b = 0; b < batch; ++b) {
+        const auto by_token = [&](const char* name) { return sequence(file, name, b, batch, L); };
+        SsdProblem p;
+        p.x = by_token("x"), p.dt = by_token("dt"), p.B = by_token("B"), p.C = by_token("C");
+        p.dout = by_token("dout"), p.A = shared(file, "A", H);
+        if (file.find("D")) p.D = shared(file, "D", 1);
+        if (file.find("dt_bias")) p.bias = shared(file, "dt_bias", 1);
+        p.h0 = p.dhT = StateMatrix<double>::Zero(HP, N);
+        if (file.find("h0")) p.h0 = sequence(file, "h0", b, batch, HP);
+        if (file.find("dhT")) p.dhT = sequence(file, "dhT", b, batch, HP);
+        p.bind(true);
+        StateMatrix<double> dh;
+        const auto got = p.backward(dh, form, 64);
+        check_gradient("x", got.x, by_token("dx"), kGolden);
+        check_gradient("dt", got.dt, by_token("ddt"), kGolden);
+        check_gradient("B", got.B, by_token("dB"), kGolden);
+        check_gradient("C", got.C, by_token("dC"), kGolden);
+        if (file.find("h0")) check_gradient("h0", dh, sequence(file, "dh0", b, batch, HP), kGolden);
+        add(sum.A, got.A), add(sum.D, got.D), add(sum.dt_bias, got.dt_bias);
+      }
+      check_gradient("A", sum.A, shared(file, "dA", H), kGolden);
+      check_gradient("D", sum.D, shared(file, "dD", 1), kGolden);
+      check_gradient("dt_bias", sum.dt_bias, shared(file, "ddt_bias", 1), kGolden);
+    }
+  });
+}
+
+// --- cuts, and the forms of ssd ---
+
+namespace {
+
+/// Pieces [0, cut) and [cut, L) of a problem, last to first, against the whole. forward advances a
+/// state over tokens, backward returns their gradients and takes the state's along.
+template <class Problem, class Forward, class Backward>
+void check_cuts(const Problem& p, const Forward& forward, const Backward& backward) {
+  const Index L = p.in.length();
+  REQUIRE(L % 2 ==
+          1);  // below, two tensors of L rows together are of the tokens, others are shared
+  StateMatrix<double> want_dh0 = p.dhT;
+  const auto want = backward(p.in, p.h0, p.dout, want_dh0);
+  for (Index cut = 0; cut <= L; ++cut) {
+    CAPTURE(cut);
+    StateMatrix<double> between = p.h0, dh = p.dhT;
+    forward(p.in.tokens(0, cut), between);
+    const auto late = backward(p.in.tokens(cut, L - cut), between, p.dout.bottomRows(L - cut), dh);
+    const auto early = backward(p.in.tokens(0, cut), p.h0, p.dout.topRows(cut), dh);
+    std::map<std::string, Matrix<double>> joined;
+    for_each_gradient(early, late, [&](const char* name, const auto& a, const auto& b) {
+      const bool by_token = a.rows() + b.rows() == L;
+      auto& all = joined[name] = Matrix<double>(by_token ? L : a.rows(), a.cols());
+      if (by_token)
+        all << a, b;
+      else
+        all = a + b;
+    });
+    for_each_gradient(want, want, [&](const char* name, const auto& w, const auto&) {
+      check_gradient(name, joined[name], w, kForm);
+    });
+    check_gradient("h0", dh, want_dh0, kForm);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("selective_scan: a backward may be cut anywhere, the state's gradient carried over") {
+  for (const Index L : {5, 71}) {
+    const ScanProblem p(L, 4, 3, 2, 15);
+    check_cuts(
+        p, [](const auto& in, auto& h) { ssm::selective_scan<double>(in, h); },
+        [](const auto& in, const auto& h0, const ssm::View<double>& dout, auto& dh) {
+          return ssm::selective_scan_backward<double>(in, h0, dout, dh);
+        });
+  }
+}
+
+TEST_CASE("ssd: a backward may be cut anywhere, the state's gradient carried over, in each form") {
+  const SsdProblem p(33, 4, 3, 2, 2, 7);
+  for (const Form form : kForms) {
+    CAPTURE(int(form));
+    check_cuts(
+        p, [&](const auto& in, auto& h) { ssm::ssd<double>(in, h, form); },
+        [&](const auto& in, const auto& h0, const ssm::View<double>& dout, auto& dh) {
+          return ssm::ssd_backward<double>(in, h0, dout, dh, form, 7);
+        });
+  }
+}
+
+TEST_CASE("ssd: the recurrence's backward and the chunked and quadratic forms' agree") {
+  for (const Index L : {1, 2, 63, 64, 65, 129}) {
+    const SsdProblem p(L, 4, 5, 6, 2, 7);
+    StateMatrix<double> want_dh0, dh0;
+    const auto want = p.backward(want_dh0, Form::sequential);
+    for (const Form form : {Form::parallel, Form::chunked})
+      for (const Index chunk : {1, 7, 64}) {
+        CAPTURE(L, int(form), chunk);
+        const auto got = p.backward(dh0, form, chunk);
+        for_each_gradient(got, want, [](const char* name, const auto& g, const auto& w) {
+          check_gradient(name, g, w, kForm);
+        });
+        check_gradient("h0", dh0, want_dh0, kForm);
+      }
+  }
+}
+
+TEST_CASE("gradients: inputs that do not fit are refused with one line") {
+  ScanProblem p(3, 4, 2, 1, 15);
+  StateMatrix<double> dh = p.dhT;
+  const Matrix<double> wide(3, 5);
+  CHECK_THROWS_WITH(ssm::selective_scan_backward<double>(p.in, p.h0, wide, dh),
+                    "selective_scan_backward: dout: expected (3, 4), found (3, 5)");
+  const StateMatrix<double> small(3, 2);
+  CHECK_THROWS_WITH(ssm::selective_scan_backward<double>(p.in, small, p.dout, dh),
+                    "selective_scan_backward: h0: expected (4, 2), found (3, 2)");
+}
+
+// --- whole models ---
+
+namespace {
+
+/// A small model of random weights, all of its options on or off. Its vocabulary is padded by a row.
+struct SmallModel {
+  mamba::Config config;
+  ssm::Model<double> model;
+  std::vector<Token> ids;
+
+  SmallModel(int version, bool options) : ids{3, 0, 6, 6, 2, 5, 1, 3, 4} {
+    config.version = version, config.n_layer = 2, config.vocab_size = 7, config.d_model = 6;
+    config.d_inner = 8, config.d_state = 3, config.d_conv = 4, config.dt_rank = 2;
+    config.n_heads = 4, config.head_dim = 2, config.n_groups = options ? 2 : 1;
+    config.use_bias = config.use_conv_bias = options;
+    config.tie_embeddings = model.tied = !options;
+    if (version == 2 && options) config.dt_min = 0.4, config.dt_max = 1.5;
+    model.sizes = config;
+    model.layers.resize(2);
+    Random random(static_cast<std::uint64_t>(version));
+    mamba::for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& w) {
+      Index size = 1;
+      for (const auto extent : shape) size *= extent;
+      const bool padded = name.find("embeddings") != std::string::npos || name[0] == 'l';
+      const Index cols = w.RowsAtCompileTime == 1 ? size : size / shape[0];
+      w = random.matrix<double>(size / cols + padded, cols, padded ? 1 : 0.5);
+      if (name.find("A_log") != std::string::npos) w = -w.cwiseAbs();
+    });
+  }
+  Index length() const { return static_cast<Index>(ids.size()) - 1; }
+};
+
+ssm::State<double> random_state(const ssm::Sizes& sizes, std::uint64_t seed) {
+  Random random(seed);
+  ssm::State<double> state(sizes);
+  for (auto& layer : state.layers) {
+    layer.conv = random.matrix<double>(layer.conv.rows(), layer.conv.cols());
+    layer.h = random.matrix<double>(layer.h.rows(), layer.h.cols());
+  }
+  return state;
+}
+
+using Named = std::map<std::string, Matrix<double>>;
+
+Named by_name(const mamba::Config& config, const ssm::Model<double>& gradients) {
+  Named all;
+  mamba::for_each_weight(
+      config, gradients,
+      [&](const std::string& name, const auto&, const auto& g) { all[name] = g; });
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("cross_entropy: the mean and its gradient, a target below 0 left out") {
+  Random random(5);
+  Matrix<double> logits = random.matrix<double>(4, 9, 3);
+  const std::vector<Token> targets = {8, -1, 0, 3};
+  const auto loss = [&] { return ssm::cross_entropy(logits, targets.data(), 1.0 / 3).loss; };
+  double want = 0;
+  for (const Index t : {0, 2, 3})
+    want -= std::log(std::exp(logits(t, targets[t])) / logits.row(t).array().exp().sum()) / 3;
+  CHECK(loss() == Approx(want).epsilon(1e-14));
+  const auto got = ssm::cross_entropy(logits, targets.data(), 1.0 / 3).dlogits;
+  check_gradient("logits", got, differences(logits, loss), kDifferences);
+  logits.array() += 1000;  // e^1000 is no number
+  check_gradient("far", ssm::cross_entropy(logits, targets.data(), 1.0 / 3).dlogits, got, 1e-9);
+}
+
+TEST_CASE("models: gradients of every weight and of the state are the finite differences") {
+  for (const int version : {1, 2})
+    for (const bool options : {false, true}) {
+      CAPTURE(version, options);
+      SmallModel m(version, options);
+      auto start = random_state(m.config, 7);
+      const auto dend = random_state(m.config, 8);
+      ssm::Options<double> how;
+      how.form = options ? Form::chunked : Form::sequential;
+      how.delta_ratio = options ? 0.9 : 1;
+      auto& model = m.model;
+      const Token* ids = m.ids.data();
+      const auto loss = [&] {
+        auto state = start;
+        const Matrix<double> logits = ssm::forward(model, ids, m.length(), state, how);
+        double sum = ssm::cross_entropy(logits, ids + 1, 1.0 / m.length()).loss;
+        for (std::size_t l = 0; l < 2; ++l)
+          sum += dot(state.layers[l].conv, dend.layers[l].conv) +
+                 dot(state.layers[l].h, dend.layers[l].h);
+        return sum;
+      };
+      auto gradients = ssm::zeros_like(model);
+      auto state = start, dstate = dend;
+      const double without_state = ssm::loss_and_gradients(
+          model, ids, ids + 1, m.length(), state, 1.0 / m.length(), gradients, how, &dstate);
+      CHECK(without_state > 0);
+      const Named got = by_name(m.config, gradients);
+      mamba::for_each_weight(m.config, model, [&](const std::string& name, const auto&, auto& w) {
+        Matrix<double> want = differences(w, loss);
+        if (name.find("A_log") != std::string::npos) want = want.cwiseProduct(w);
+        check_gradient(name.c_str(), got.at(name), want, kDifferences);
+      });
+      for (std::size_t l = 0; l < 2; ++l) {
+        auto& layer = start.layers[l];
+        CAPTURE(l);
+        check_gradient("conv", dstate.layers[l].conv, differences(layer.conv, loss), kDifferences);
+        check_gradient("h", dstate.layers[l].h, differences(layer.h, loss), kDifferences);
+      }
+    }
+}
+
+TEST_CASE("models: pieces of a text, last to first, add up to the gradients of the whole") {
+  for (const int version : {1, 2}) {
+    SmallModel m(version, true);
+    const Index L = m.length();
+    const Token* ids = m.ids.data();
+    const auto gradients_of = [&](const std::vector<Index>& cuts) {
+      std::vector<ssm::State<double>> starts = {random_state(m.config, 7)};
+      for (std::size_t i = 0; i + 2 < cuts.size(); ++i) {
+        starts.push_back(starts.back());
+        ssm::forward(m.model, ids + cuts[i], cuts[i + 1] - cuts[i], starts.back());
+      }
+      auto gradients = ssm::zeros_like(m.model);
+      ssm::State<double> dstate(m.config);
+      for (std::size_t i = cuts.size() - 1; i-- > 0;)
+        ssm::loss_and_gradients(m.model, ids + cuts[i], ids + cuts[i] + 1, cuts[i + 1] - cuts[i],
+                                starts[i], 1.0 / L, gradients, {}, &dstate);
+      return by_name(m.config, gradients);
+    };
+    const Named whole = gradients_of({0, L});
+    for (Index cut = 0; cut <= L; ++cut)
+      for (const auto& [name, got] : gradients_of({0, cut, cut, L})) {
+        CAPTURE(version, cut);
+        check_gradient(name.c_str(), got, whole.at(name), kForm);
+      }
+  }
+}
+
+TEST_CASE("models: gradients in double agree with golden training to 1e-9 of the largest") {
+  const auto data = extra_data();
+  for (int version = 1; data && version <= 2; ++version) {
+    const std::string name = "mamba" + std::to_string(version);
+    const auto truth = mamba::read_safetensors(*data + "/golden/training_" + name + ".safetensors");
+    const std::string folder = *data + "/golden/" + name + "-hf";
+    const mamba::Config config = mamba::read_config(folder);
+    const auto model =
+        mamba::load_model<ssm::Model<double>>(mamba::read_checkpoint(folder), config);
+    const Index sequences = truth.at("ids").shape[1], L = truth.at("ids").shape[2] - 1;
+    for (const Form form : {Form::sequential, Form::chunked}) {
+      auto gradients = ssm::zeros_like(model);
+      double loss = 0;
+      for (Index b = 0; b < sequences; ++b) {
+        const auto ids = tokens(truth.at("ids"), b * (L + 1), L + 1);
+        ssm::State<double> state(config);
+        ssm::Options<double> options;
+        options.form = form;
+        loss += ssm::loss_and_gradients(model, ids.data(), ids.data() + 1, L, state,
+                                        1.0 / (sequences * L), gradients, options);
+      }
+      CAPTURE(name, int(form));
+      CHECK(loss == Approx(mamba::values<double>(truth.at("loss"))[0]).epsilon(1e-12));
+      for (const auto& [weight, got] : by_name(config, gradients)) {
+        const auto want = mamba::values<double>(truth.at("grad." + weight));
+        const Eigen::Map<const Matrix<double>> as_got(want.data(), got.rows(), got.cols());
+        REQUIRE(static_cast<Index>(want.size()) == got.size());
+        check_gradient(weight.c_str(), got, as_got, kGolden);
+      }
+    }
+  }
+}
