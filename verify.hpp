@@ -1141,9 +1141,13 @@ inline std::optional<Fit> fit(const Case& c, const Verdict& v, const Trial<Bound
       other = &found->second;
     }
     for (Index i = 0; i < got.size(); ++i) {
-      Bounded w = want.data()[i];
-      if (other) w.value = other->data()[i];
-      const double units = std::min(distance(got.data()[i], w, v.rule), 1e100);
+      const Bounded& right = want.data()[i];
+      const double value = other ? other->data()[i] : right.value;
+      // With the bug a number may be larger; its roundings then are, too, and it may overflow.
+      const double growth = other && right.size > 0 ? std::abs(value) / right.size : 0;
+      const Bounded w = {value, right.size * (1 + growth), right.error * (1 + growth)};
+      const bool overflows = !std::isfinite(got.data()[i]) && !(std::abs(value) < v.rule.largest);
+      const double units = overflows ? 0 : std::min(distance(got.data()[i], w, v.rule), 1e100);
       f.worst = std::max(f.worst, units), f.rms += units * units, ++entries;
     }
   }
