@@ -75,7 +75,7 @@ build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/main.o
 
 # A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
-EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda rms_norm*,cuda models: float32*
+EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
 EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
 

@@ -4657,7 +4657,7 @@ __device__ inline uint32_t& word_of(uint32_t tile, int row, int piece) {
 }
 // Operand A: 16 rows from `row` on, or (kTransposed) columns, and 16 columns, or rows, from 16k on.
 template <bool kTransposed>
-__device__ inline void load_A(uint32_t (&A)[4], uint32_t tile, int row, int k) {
+__device__ inline void load_operand_A(uint32_t (&A)[4], uint32_t tile, int row, int k) {
   if constexpr (kTransposed)
     load_matrices_transposed(A, tile + tile_offset(16 * k, 0) + move_right(beside(), row / 8));
   else
@@ -4688,7 +4688,7 @@ __device__ inline void multiply_causal(float (&d)[4][4], const SsdBackwardWarp& 
 #pragma unroll
   for (int k = 0; k < 4 * kColumns; ++k) {
     uint32_t of_A[4];
-    load_A<false>(of_A, A, warp.step, k);
+    load_operand_A<false>(of_A, A, warp.step, k);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
       if (32 * warp.half + 16 * j <= warp.step)
@@ -4740,7 +4740,7 @@ __device__ inline void multiply_state(float (&d)[kTiles][4], float (&dot)[2],
   const float by[2] = {scale[warp.step + warp.g], scale[warp.step + warp.g + 8]};
   uint32_t A[4][4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) load_A<false>(A[k], X, warp.step, k);
+  for (int k = 0; k < 4; ++k) load_operand_A<false>(A[k], X, warp.step, k);
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     const int column = 8 * (kTiles * warp.half + j);
@@ -4768,7 +4768,7 @@ __device__ inline void multiply_masked(float (&d)[kTiles][4], const SsdBackwardW
   for (int k = 0; k < 4; ++k) {
     if (kTransposed ? 16 * k < warp.step : 16 * k > warp.step) continue;
     uint32_t A[4];
-    load_A<kTransposed>(A, mask, warp.step, k);
+    load_operand_A<kTransposed>(A, mask, warp.step, k);
 #pragma unroll
     for (int j = 0; j < kTiles; j += 2)
       multiply_tile<T, false>(&d[j], A, other, 8 * (kTiles * warp.half + j), k);
@@ -4783,7 +4783,7 @@ __device__ inline void make_dx(const SsdBackwardWarp& warp, uint32_t B, uint32_t
 #pragma unroll
   for (int k = 0; k < 4 * kColumns; ++k) {
     uint32_t A[4];
-    load_A<false>(A, B, warp.step, k);
+    load_operand_A<false>(A, B, warp.step, k);
 #pragma unroll
     for (int j = 0; j < 4; j += 2) multiply_tile<T, true>(&d[j], A, G, 32 * warp.half + 8 * j, k);
   }
@@ -4815,8 +4815,8 @@ __device__ inline float multiply_elements(const char* G, const char* h, int byte
 }
 
 // A warp's u and v, and its parts of <G, h> and of the sum of dy_t . x_t, to the sums of the block.
-__device__ inline void hand_over(SsdBackwardSums& sums, const SsdBackwardWarp& warp, float (&u)[2],
-                                 float (&v)[2], float G_h, float dy_x) {
+__device__ inline void hand_over_sums(SsdBackwardSums& sums, const SsdBackwardWarp& warp,
+                                      float (&u)[2], float (&v)[2], float G_h, float dy_x) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     for (int d = 1; d < 4; d *= 2)
@@ -4830,7 +4830,7 @@ __device__ inline void hand_over(SsdBackwardSums& sums, const SsdBackwardWarp& w
 
 // W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s, one
 // more that of s = -1.
-__device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
+__device__ inline void sum_W_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
   const SsdDecays& decays = steps.decays;
   const int s = threadIdx.x, last = kSsdChunk - 1;
   float sum = 0;
@@ -4852,9 +4852,10 @@ __device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps
 // dl_r from these; after the head's last rows (head_ends): ddt; the chunk's parts of dA, dD, ddt_bias.
 // A thread makes step r, 0 to 63.
 template <class T>
-__device__ inline void finish_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
-                                    const SsdBackwardSteps& steps, int head, bool head_starts,
-                                    bool head_ends, T* ddt, int count, float* of_head) {
+__device__ inline void finish_backward_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
+                                             const SsdBackwardSteps& steps, int head,
+                                             bool head_starts, bool head_ends, T* ddt, int count,
+                                             float* of_head) {
   const int r = threadIdx.x;
   if (r >= kSsdChunk) return;
   float dl = 0, x_dX = sums.x_dX[r], dy_x = 0;
@@ -4878,8 +4879,8 @@ __device__ inline void finish_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums
 
 // Decays, delta and dt of a head, by one warp.
 template <class T>
-__device__ inline void make_steps(SsdBackwardSteps& to, const SsdArgs<T>& a, const SsdBlock& block,
-                                  int index) {
+__device__ inline void make_backward_steps(SsdBackwardSteps& to, const SsdArgs<T>& a,
+                                           const SsdBlock& block, int index) {
   const int lane = threadIdx.x % 32, count = steps_from(block, block.begin);
   const SsdHead head = ssd_head(a, index);
   T dt[2];
@@ -4979,7 +4980,7 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     __syncthreads();  // all copies, and what was written before, before what follows reads them
   };
   fetch_group<Tiles>(base, a, of), fetch_head<Tiles>(base, a, room, of, of.first, 0);
-  if (w == 7) make_steps(all_steps[0], a, of.block, of.first);
+  if (w == 7) make_backward_steps(all_steps[0], a, of.block, of.first);
   arrived();
   float S[4][4] = {}, dB[kStates / 16][4] = {}, dC[kStates / 16][4] = {};
   multiply_causal<T, Tiles::kColumns>(S, warp, base + Tiles::kC, base + Tiles::kB);
@@ -5005,17 +5006,19 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
                                 base + Tiles::kDy, steps.decays.fade,
                                 a.dx + of.row * a.dx_stride + int64_t{head} * P + p, a.dx_stride,
                                 of.count);
-    hand_over(sums, warp, u, v,
-              multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes), dy_x);
+    hand_over_sums(sums, warp, u, v,
+                   multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes),
+                   dy_x);
     __syncthreads();  // all sums before they are added; all reads of tiles before they change
     if (next < of.end) {
       fetch_head<Tiles>(base, a, room, of, next, next_p);
-      if (w == 7 && head_ends) make_steps(all_steps[(next - of.first) % 2], a, of.block, next);
+      if (w == 7 && head_ends)
+        make_backward_steps(all_steps[(next - of.first) % 2], a, of.block, next);
     }
-    sum_columns(sums, steps);
+    sum_W_columns(sums, steps);
     __syncthreads();  // the columns before the rows
-    finish_steps(a, sums, steps, head, p == 0, head_ends, a.ddt + of.row * a.ddt_stride, of.count,
-                 of_head);
+    finish_backward_steps(a, sums, steps, head, p == 0, head_ends, a.ddt + of.row * a.ddt_stride,
+                          of.count, of_head);
     head = next, p = next_p;
   }
   const int64_t stride = int64_t{a.n_groups} * room.parts * a.d_state;
