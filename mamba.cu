@@ -4930,6 +4930,13 @@ __device__ inline SsdBackwardPart ssd_backward_part(const SsdArgs<T>& a,
   return to;
 }
 
+// The sums of a chunk beyond the end of its sequence.
+__device__ inline void nothing_of_heads(float* of_head, const SsdBackwardPart& of, int n_heads) {
+  const int heads = of.end - of.first;
+  for (int i = threadIdx.x; i < 6 * heads; i += kSsdBackwardThreads)
+    of_head[i / heads * n_heads + of.first + i % heads] = 0;
+}
+
 // B and C of the chunk; x, dy, h and G of 64 rows p of a head: on their way.
 template <class Tiles, class T>
 __device__ inline void fetch_group(uint32_t base, const SsdArgs<T>& a, const SsdBackwardPart& of) {
@@ -4962,13 +4969,8 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     ssd_backward_fused_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
   using Tiles = SsdBackwardTiles<kStates>;
   const SsdBackwardPart of = ssd_backward_part(a, room);
-  const int heads = of.end - of.first, P = a.head_dim;
   float* const of_head = room.of_head + of.number * 6 * a.n_heads;  // two summands
-  if (of.count == 0) {
-    for (int i = threadIdx.x; i < 6 * heads; i += kSsdBackwardThreads)
-      of_head[i / heads * a.n_heads + of.first + i % heads] = 0;
-    return;
-  }
+  if (of.count == 0) return nothing_of_heads(of_head, of, a.n_heads);
   extern __shared__ __align__(128) char shared[];
   const uint32_t base = __cvta_generic_to_shared(shared);
   SsdBackwardSums& sums = *reinterpret_cast<SsdBackwardSums*>(shared + Tiles::kSums);
@@ -4988,7 +4990,7 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
 #pragma unroll 1
   for (int head = of.first, p = 0; head < of.end;) {
     const SsdBackwardSteps& steps = all_steps[(head - of.first) % 2];
-    const bool head_ends = p + 64 == P;
+    const bool head_ends = p + 64 == a.head_dim;
     const int next = head + head_ends, next_p = head_ends ? 0 : p + 64;
     arrived();
     float dM[4][4] = {}, u[2] = {}, v[2] = {};
@@ -5004,8 +5006,8 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     multiply_masked<T, true>(dB, warp, base + Tiles::kS, base + Tiles::kC);
     make_dx<T, Tiles::kColumns>(warp, base + Tiles::kB, base + Tiles::kG, base + Tiles::kM,
                                 base + Tiles::kDy, steps.decays.fade,
-                                a.dx + of.row * a.dx_stride + int64_t{head} * P + p, a.dx_stride,
-                                of.count);
+                                a.dx + of.row * a.dx_stride + int64_t{head} * a.head_dim + p,
+                                a.dx_stride, of.count);
     hand_over_sums(sums, warp, u, v,
                    multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes),
                    dy_x);
