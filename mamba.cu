@@ -4289,11 +4289,11 @@ __global__ void ssd_backward_sum_batch_kernel(SsdBackwardArgs<T> a, SsdBackwardR
   if (to && lane == 0) to[i % a.n_heads] = sum;
 }
 
-// --- naive: the recurrence as written above. A block walks one head of one sequence, first forward,
-// to keep h at every kSsdNaiveSteps steps, then back over these chunks; a warp takes rows p = w,
-// w + kSsdNaiveWarps, ... of h, one at a time, lane i states i, i + 32, ... of it. In a chunk it
-// first makes the states anew (in its own memory), then walks back. dB and dC of a chunk: in shared
-// memory, one for each warp, to be added up.
+// --- naive: the recurrence as written above. A block walks one head of one sequence, first
+// forward, to keep h at every kSsdNaiveSteps steps, then back over these chunks; a warp takes rows
+// p = w, w + kSsdNaiveWarps, ... of h, one at a time, lane i states i, i + 32, ... of it. In a
+// chunk it first makes the states anew (in its own memory), then walks back. dB and dC of a chunk:
+// in shared memory, one for each warp, to be added up.
 
 constexpr int kSsdNaiveSteps = 16, kSsdNaiveWarps = 4;
 
@@ -4336,8 +4336,8 @@ struct SsdNaiveSums {
   float dD = 0;
 };
 
-// Row p of a head in the chunk of `steps` steps from token t0 on: `start` is h before it, dh is read
-// from `dh_after` (null: zero) and left in `dh_before`.
+// Row p of a head in the chunk of `steps` steps from token t0 on: `start` is h before it, dh is
+// read from `dh_after` (null: zero) and left in `dh_before`.
 template <class T>
 __device__ void ssd_naive_row_backward(const SsdBackwardArgs<T>& a, int64_t t0, int steps, int head,
                                        int p, const float* start, const float* dh_after,
@@ -4470,20 +4470,23 @@ __global__ void __launch_bounds__(32 * kSsdNaiveWarps)
 //   dC = dS B    +  diag(a(-1, t)) dy h               dB = dS^T C  +  diag(f delta) x G
 //   dx = (M + D)^T dy  +  diag(f delta) B G^T         dh = a(-1, Q-1) G  +  (diag(a(-1, t)) dy)^T C
 //
-// The gradient of l_r = delta_r A: every factor a in which l_r stands, times its gradient. With W'[t,s]
-// = a(s, t) (C_t . B_s) (dy_t . x_s), u_t = a(-1, t) dy_t . (h C_t), v_s = f_s x_s . (G B_s):
+// The gradient of l_r = delta_r A: every factor a in which l_r stands, times its gradient. With
+//
+//   W'[t,s] = a(s, t) (C_t . B_s) (dy_t . x_s),
+//   u_t = a(-1, t) dy_t . (h C_t),  v_s = f_s x_s . (G B_s):
 //
 //   x_s . dX_s = v_s + sum over t >= s of W'[t,s]
-//   dl_r = sum over s < r <= t of delta_s W'[t,s],  where s = -1 has u_t for t < Q and a(-1, Q-1)
-//          <G, h> for t = Q, and t = Q has v_s: only additions, since differences of sums would cancel
+//   dl_r = sum over s < r <= t of delta_s W'[t,s],  where column s = -1 is u_t, row t = Q is v_s,
+//          and their corner is a(-1, Q-1) <G, h>: additions alone, differences of sums would cancel
 //
-// ssd_backward_states_kernel walks forward for h and, other blocks, back for G: the last formula has
-// the form of the forward's h' with dy for x and C for B. It keeps both for each chunk, rounded to T as
-// they are read: 4 P N bytes, for 64 steps of P = 64, N = 128 512 bytes a step and head.
+// ssd_backward_states_kernel walks forward for h and, other blocks, back for G: the last formula
+// has the form of the forward's h' with dy for x and C for B. It keeps both for each chunk, rounded
+// to T as they are read: 4 P N bytes, for 64 steps of P = 64, N = 128 512 bytes a step and head.
 // ssd_backward_fused_kernel makes all else, one chunk of one group, or of a part of its heads, to a
 // block, so that S is made once, and dB and dC add up over the heads in registers.
-// Rounding to 16 bits, beside inputs and outputs: M, dS, h, G, and the weighted x and dy of the last two:
-// to first order |error| <= 3 eps m of dx, dB, dC, eps m of dh0, 4 eps m of ddt, dA, ddt_bias.
+// Rounding to 16 bits, beside inputs and outputs: M, dS, h, G, and the weighted x and dy of the
+// last two: to first order |error| <= 3 eps m of dx, dB, dC, eps m of dh0, 4 eps m of ddt, dA,
+// ddt_bias.
 
 // A quad's 4 x 4 words, transposed: lane q had word j of row q.
 __device__ inline void transpose_quad(uint32_t (&v)[4]) {
@@ -4512,8 +4515,8 @@ __device__ inline uint4 pack_row(const float (*d)[4], int half) {
   return {v[0], v[1], v[2], v[3]};
 }
 
-// A warp of the states kernel has 16 rows p and 64 states, from n on. f(place in `state` (heads, P, N),
-// element of h, its right neighbour) for all pairs that exist.
+// A warp of the states kernel has 16 rows p and 64 states, from n on. f(place in `state` (heads, P,
+// N), element of h, its right neighbour) for all pairs that exist.
 template <class T, class Float, class Function>
 __device__ inline void each_pair_of_column(Float* state, float (&h)[8][4], const SsdArgs<T>& a,
                                            const SsdRows& rows, int n, const Function& f) {
@@ -4545,8 +4548,8 @@ __device__ inline void store_rounded_state(T* to, const float (&h)[8][4], const 
 template <int kStates>
 using SsdStateTiles = SsdTiles<kStates, 64, 2, 0, 0, false>;
 
-// Block: 64 rows (head, p) of one sequence, four warps for each 64 states. Grid: x = the rows; y = 0: h,
-// 1: G. Registers: the warp's part of h. Shared: B and x of two chunks, and their decays.
+// Block: 64 rows (head, p) of one sequence, four warps for each 64 states. Grid: x = the rows;
+// y = 0: h, 1: G. Registers: the warp's part of h. Shared: B and x of two chunks, and their decays.
 template <int kStates>
 constexpr int kSsdStateThreads = 2 * kStates;
 
@@ -4696,8 +4699,8 @@ __device__ inline void multiply_causal(float (&d)[4][4], const SsdBackwardWarp& 
   }
 }
 
-// From S and dM = dy x^T: M, with D, and dS to their tiles; W' to its sums. Returns this thread's part
-// of the sum of dy_t . x_t.
+// From S and dM = dy x^T: M, with D, and dS to their tiles; W' to its sums. Returns this thread's
+// part of the sum of dy_t . x_t.
 template <class T>
 __device__ inline float make_M_and_dS(const SsdBackwardWarp& warp, const float (&S)[4][4],
                                       const float (&dM)[4][4], const SsdBackwardSteps& steps,
@@ -4731,8 +4734,8 @@ __device__ inline float make_M_and_dS(const SsdBackwardWarp& warp, const float (
   return dy_x;
 }
 
-// d (16 steps x half of the states) += diag(scale) X h, and dot += the products of X h with the same
-// part of `other`, by row. For dC: dy, h, C; for dB: x, G, B.
+// d (16 steps x half of the states) += diag(scale) X h, and dot += the products of X h with the
+// same part of `other`, by row. For dC: dy, h, C; for dB: x, G, B.
 template <class T, int kTiles>
 __device__ inline void multiply_state(float (&d)[kTiles][4], float (&dot)[2],
                                       const SsdBackwardWarp& warp, uint32_t X, uint32_t h,
@@ -4828,8 +4831,8 @@ __device__ inline void hand_over_sums(SsdBackwardSums& sums, const SsdBackwardWa
   if (threadIdx.x % 32 == 0) sums.G_h[threadIdx.x / 32] = G_h, sums.dy_x[threadIdx.x / 32] = dy_x;
 }
 
-// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s, one
-// more that of s = -1.
+// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s,
+// one more that of s = -1.
 __device__ inline void sum_W_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
   const SsdDecays& decays = steps.decays;
   const int s = threadIdx.x, last = kSsdChunk - 1;
@@ -4849,8 +4852,8 @@ __device__ inline void sum_W_columns(SsdBackwardSums& sums, const SsdBackwardSte
   }
 }
 
-// dl_r from these; after the head's last rows (head_ends): ddt; the chunk's parts of dA, dD, ddt_bias.
-// A thread makes step r, 0 to 63.
+// dl_r from these; after the head's last rows (head_ends): ddt; the chunk's parts of dA, dD,
+// ddt_bias. A thread makes step r, 0 to 63.
 template <class T>
 __device__ inline void finish_backward_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
                                              const SsdBackwardSteps& steps, int head,
@@ -4960,8 +4963,8 @@ __device__ inline void fetch_head(uint32_t base, const SsdBackwardArgs<T>& a,
   copy_tile<Tiles::kColumns>(base + Tiles::kG, static_cast<const T*>(room.end) + state, N, 64, N);
 }
 
-// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other, 64 rows p at a
-// time. A warp makes 16 steps and half of the columns of each result.
+// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other, 64 rows p
+// at a time. A warp makes 16 steps and half of the columns of each result.
 // Registers: the warp's parts of S, dB and dC.
 // Shared: see SsdBackwardTiles. Two blocks on a multiprocessor hide each other's waits.
 template <class T, int kStates>

@@ -1,6 +1,6 @@
-// Claims: every rung of ssd's backward computes the gradients that ssm_reference.hpp says in double,
-// up to rounding, for any size, with and without every optional input; a sequence may be cut, and
-// sequences of different lengths lie end to end; a second run gives the same bits.
+// Claims: every rung of ssd's backward computes the gradients that ssm_reference.hpp says in
+// double, up to rounding, for any size, with and without every optional input; a sequence may be
+// cut, and sequences of different lengths lie end to end; a second run gives the same bits.
 #include "support_cuda.hpp"
 
 using namespace test;
