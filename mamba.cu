@@ -4613,7 +4613,7 @@ __global__ void __launch_bounds__(kSsdStateThreads<kStates>, 384 / kStates)
 constexpr int kSsdBackwardThreads = 256;
 
 // Of 64 rows of a head in one chunk, in shared memory: what is added up over more than a warp.
-struct SsdBackwardSums {
+struct alignas(16) SsdBackwardSums {
   float W[kSsdChunk * (kSsdChunk + 3) / 2];  // row t: u_t, then W'[t,s] for s <= t; see at
   float u[2][kSsdChunk], v[2][kSsdChunk];    // from the two halves of the states
   float G_h[kSsdBackwardThreads / 32], dy_x[kSsdBackwardThreads / 32];  // from the warps
@@ -4621,7 +4621,7 @@ struct SsdBackwardSums {
   float dl_before[kSsdChunk], x_dX_before[kSsdChunk], dy_x_before;  // from the head's rows before
   __device__ float& at(int t, int s) { return W[t * (t + 3) / 2 + s + 1]; }
 };
-struct SsdBackwardSteps {  // of a head in a chunk
+struct alignas(16) SsdBackwardSteps {  // of a head in a chunk
   SsdDecays decays;
   float delta[kSsdChunk], biased_dt[kSsdChunk];
 };
