@@ -5177,11 +5177,11 @@ __global__ void ssd_backward_sum_batch_kernel(SsdBackwardArgs<T> a, SsdBackwardR
   if (to && lane == 0) to[i % a.n_heads] += sum;
 }
 
-// --- naive: the recurrence as written above. A block walks one head of one sequence, first forward,
-// to keep h at every kSsdNaiveSteps steps, then back over these chunks; a warp takes rows p = w,
-// w + kSsdNaiveWarps, ... of h, one at a time, lane i states i, i + 32, ... of it. In a chunk it
-// first makes the states anew (in its own memory), then walks back. dB and dC of a chunk: in shared
-// memory, one for each warp, to be added up.
+// --- naive: the recurrence as written above. A block walks one head of one sequence, first
+// forward, to keep h at every kSsdNaiveSteps steps, then back over these chunks; a warp takes rows
+// p = w, w + kSsdNaiveWarps, ... of h, one at a time, lane i states i, i + 32, ... of it. In a
+// chunk it first makes the states anew (in its own memory), then walks back. dB and dC of a chunk:
+// in shared memory, one for each warp, to be added up.
 
 constexpr int kSsdNaiveSteps = 16, kSsdNaiveWarps = 4;
 
@@ -5224,8 +5224,8 @@ struct SsdNaiveSums {
   float dD = 0;
 };
 
-// Row p of a head in the chunk of `steps` steps from token t0 on: `start` is h before it, dh is read
-// from `dh_after` (null: zero) and left in `dh_before`.
+// Row p of a head in the chunk of `steps` steps from token t0 on: `start` is h before it, dh is
+// read from `dh_after` (null: zero) and left in `dh_before`.
 template <class T>
 __device__ void ssd_naive_row_backward(const SsdBackwardArgs<T>& a, int64_t t0, int steps, int head,
                                        int p, const float* start, const float* dh_after,
@@ -5358,20 +5358,23 @@ __global__ void __launch_bounds__(32 * kSsdNaiveWarps)
 //   dC = dS B    +  diag(a(-1, t)) dy h               dB = dS^T C  +  diag(f delta) x G
 //   dx = (M + D)^T dy  +  diag(f delta) B G^T         dh = a(-1, Q-1) G  +  (diag(a(-1, t)) dy)^T C
 //
-// The gradient of l_r = delta_r A: every factor a in which l_r stands, times its gradient. With W'[t,s]
-// = a(s, t) (C_t . B_s) (dy_t . x_s), u_t = a(-1, t) dy_t . (h C_t), v_s = f_s x_s . (G B_s):
+// The gradient of l_r = delta_r A: every factor a in which l_r stands, times its gradient. With
+//
+//   W'[t,s] = a(s, t) (C_t . B_s) (dy_t . x_s),
+//   u_t = a(-1, t) dy_t . (h C_t),  v_s = f_s x_s . (G B_s):
 //
 //   x_s . dX_s = v_s + sum over t >= s of W'[t,s]
-//   dl_r = sum over s < r <= t of delta_s W'[t,s],  where s = -1 has u_t for t < Q and a(-1, Q-1)
-//          <G, h> for t = Q, and t = Q has v_s: only additions, since differences of sums would cancel
+//   dl_r = sum over s < r <= t of delta_s W'[t,s],  where column s = -1 is u_t, row t = Q is v_s,
+//          and their corner is a(-1, Q-1) <G, h>: additions alone, differences of sums would cancel
 //
-// ssd_backward_states_kernel walks forward for h and, other blocks, back for G: the last formula has
-// the form of the forward's h' with dy for x and C for B. It keeps both for each chunk, rounded to T as
-// they are read: 4 P N bytes, for 64 steps of P = 64, N = 128 512 bytes a step and head.
+// ssd_backward_states_kernel walks forward for h and, other blocks, back for G: the last formula
+// has the form of the forward's h' with dy for x and C for B. It keeps both for each chunk, rounded
+// to T as they are read: 4 P N bytes, for 64 steps of P = 64, N = 128 512 bytes a step and head.
 // ssd_backward_fused_kernel makes all else, one chunk of one group, or of a part of its heads, to a
 // block, so that S is made once, and dB and dC add up over the heads in registers.
-// Rounding to 16 bits, beside inputs and outputs: M, dS, h, G, and the weighted x and dy of the last two:
-// to first order |error| <= 3 eps m of dx, dB, dC, eps m of dh0, 4 eps m of ddt, dA, ddt_bias.
+// Rounding to 16 bits, beside inputs and outputs: M, dS, h, G, and the weighted x and dy of the
+// last two: to first order |error| <= 3 eps m of dx, dB, dC, eps m of dh0, 4 eps m of ddt, dA,
+// ddt_bias.
 
 // A quad's 4 x 4 words, transposed: lane q had word j of row q.
 __device__ inline void transpose_quad(uint32_t (&v)[4]) {
@@ -5400,8 +5403,8 @@ __device__ inline uint4 pack_row(const float (*d)[4], int half) {
   return {v[0], v[1], v[2], v[3]};
 }
 
-// A warp of the states kernel has 16 rows p and 64 states, from n on. f(place in `state` (heads, P, N),
-// element of h, its right neighbour) for all pairs that exist.
+// A warp of the states kernel has 16 rows p and 64 states, from n on. f(place in `state` (heads, P,
+// N), element of h, its right neighbour) for all pairs that exist.
 template <class T, class Float, class Function>
 __device__ inline void each_pair_of_column(Float* state, float (&h)[8][4], const SsdArgs<T>& a,
                                            const SsdRows& rows, int n, const Function& f) {
@@ -5433,8 +5436,8 @@ __device__ inline void store_rounded_state(T* to, const float (&h)[8][4], const 
 template <int kStates>
 using SsdStateTiles = SsdTiles<kStates, 64, 2, 0, 0, false>;
 
-// Block: 64 rows (head, p) of one sequence, four warps for each 64 states. Grid: x = the rows; y = 0: h,
-// 1: G. Registers: the warp's part of h. Shared: B and x of two chunks, and their decays.
+// Block: 64 rows (head, p) of one sequence, four warps for each 64 states. Grid: x = the rows;
+// y = 0: h, 1: G. Registers: the warp's part of h. Shared: B and x of two chunks, and their decays.
 template <int kStates>
 constexpr int kSsdStateThreads = 2 * kStates;
 
@@ -5498,7 +5501,7 @@ __global__ void __launch_bounds__(kSsdStateThreads<kStates>, 384 / kStates)
 constexpr int kSsdBackwardThreads = 256;
 
 // Of 64 rows of a head in one chunk, in shared memory: what is added up over more than a warp.
-struct SsdBackwardSums {
+struct alignas(16) SsdBackwardSums {
   float W[kSsdChunk * (kSsdChunk + 3) / 2];  // row t: u_t, then W'[t,s] for s <= t; see at
   float u[2][kSsdChunk], v[2][kSsdChunk];    // from the two halves of the states
   float G_h[kSsdBackwardThreads / 32], dy_x[kSsdBackwardThreads / 32];  // from the warps
@@ -5506,7 +5509,7 @@ struct SsdBackwardSums {
   float dl_before[kSsdChunk], x_dX_before[kSsdChunk], dy_x_before;  // from the head's rows before
   __device__ float& at(int t, int s) { return W[t * (t + 3) / 2 + s + 1]; }
 };
-struct SsdBackwardSteps {  // of a head in a chunk
+struct alignas(16) SsdBackwardSteps {  // of a head in a chunk
   SsdDecays decays;
   float delta[kSsdChunk], biased_dt[kSsdChunk];
 };
@@ -5545,7 +5548,7 @@ __device__ inline uint32_t& word_of(uint32_t tile, int row, int piece) {
 }
 // Operand A: 16 rows from `row` on, or (kTransposed) columns, and 16 columns, or rows, from 16k on.
 template <bool kTransposed>
-__device__ inline void load_A(uint32_t (&A)[4], uint32_t tile, int row, int k) {
+__device__ inline void load_operand_A(uint32_t (&A)[4], uint32_t tile, int row, int k) {
   if constexpr (kTransposed)
     load_matrices_transposed(A, tile + tile_offset(16 * k, 0) + move_right(beside(), row / 8));
   else
@@ -5576,7 +5579,7 @@ __device__ inline void multiply_causal(float (&d)[4][4], const SsdBackwardWarp& 
 #pragma unroll
   for (int k = 0; k < 4 * kColumns; ++k) {
     uint32_t of_A[4];
-    load_A<false>(of_A, A, warp.step, k);
+    load_operand_A<false>(of_A, A, warp.step, k);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
       if (32 * warp.half + 16 * j <= warp.step)
@@ -5584,8 +5587,8 @@ __device__ inline void multiply_causal(float (&d)[4][4], const SsdBackwardWarp& 
   }
 }
 
-// From S and dM = dy x^T: M, with D, and dS to their tiles; W' to its sums. Returns this thread's part
-// of the sum of dy_t . x_t.
+// From S and dM = dy x^T: M, with D, and dS to their tiles; W' to its sums. Returns this thread's
+// part of the sum of dy_t . x_t.
 template <class T>
 __device__ inline float make_M_and_dS(const SsdBackwardWarp& warp, const float (&S)[4][4],
                                       const float (&dM)[4][4], const SsdBackwardSteps& steps,
@@ -5619,8 +5622,8 @@ __device__ inline float make_M_and_dS(const SsdBackwardWarp& warp, const float (
   return dy_x;
 }
 
-// d (16 steps x half of the states) += diag(scale) X h, and dot += the products of X h with the same
-// part of `other`, by row. For dC: dy, h, C; for dB: x, G, B.
+// d (16 steps x half of the states) += diag(scale) X h, and dot += the products of X h with the
+// same part of `other`, by row. For dC: dy, h, C; for dB: x, G, B.
 template <class T, int kTiles>
 __device__ inline void multiply_state(float (&d)[kTiles][4], float (&dot)[2],
                                       const SsdBackwardWarp& warp, uint32_t X, uint32_t h,
@@ -5628,7 +5631,7 @@ __device__ inline void multiply_state(float (&d)[kTiles][4], float (&dot)[2],
   const float by[2] = {scale[warp.step + warp.g], scale[warp.step + warp.g + 8]};
   uint32_t A[4][4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) load_A<false>(A[k], X, warp.step, k);
+  for (int k = 0; k < 4; ++k) load_operand_A<false>(A[k], X, warp.step, k);
 #pragma unroll
   for (int j = 0; j < kTiles; j += 2) {
     const int column = 8 * (kTiles * warp.half + j);
@@ -5656,7 +5659,7 @@ __device__ inline void multiply_masked(float (&d)[kTiles][4], const SsdBackwardW
   for (int k = 0; k < 4; ++k) {
     if (kTransposed ? 16 * k < warp.step : 16 * k > warp.step) continue;
     uint32_t A[4];
-    load_A<kTransposed>(A, mask, warp.step, k);
+    load_operand_A<kTransposed>(A, mask, warp.step, k);
 #pragma unroll
     for (int j = 0; j < kTiles; j += 2)
       multiply_tile<T, false>(&d[j], A, other, 8 * (kTiles * warp.half + j), k);
@@ -5671,7 +5674,7 @@ __device__ inline void make_dx(const SsdBackwardWarp& warp, uint32_t B, uint32_t
 #pragma unroll
   for (int k = 0; k < 4 * kColumns; ++k) {
     uint32_t A[4];
-    load_A<false>(A, B, warp.step, k);
+    load_operand_A<false>(A, B, warp.step, k);
 #pragma unroll
     for (int j = 0; j < 4; j += 2) multiply_tile<T, true>(&d[j], A, G, 32 * warp.half + 8 * j, k);
   }
@@ -5703,8 +5706,8 @@ __device__ inline float multiply_elements(const char* G, const char* h, int byte
 }
 
 // A warp's u and v, and its parts of <G, h> and of the sum of dy_t . x_t, to the sums of the block.
-__device__ inline void hand_over(SsdBackwardSums& sums, const SsdBackwardWarp& warp, float (&u)[2],
-                                 float (&v)[2], float G_h, float dy_x) {
+__device__ inline void hand_over_sums(SsdBackwardSums& sums, const SsdBackwardWarp& warp,
+                                      float (&u)[2], float (&v)[2], float G_h, float dy_x) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     for (int d = 1; d < 4; d *= 2)
@@ -5716,9 +5719,9 @@ __device__ inline void hand_over(SsdBackwardSums& sums, const SsdBackwardWarp& w
   if (threadIdx.x % 32 == 0) sums.G_h[threadIdx.x / 32] = G_h, sums.dy_x[threadIdx.x / 32] = dy_x;
 }
 
-// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s, one
-// more that of s = -1.
-__device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
+// W'[t,s] -> the sums over t' >= t of delta_s W'[t',s], for s < t; x . dX. A thread makes column s,
+// one more that of s = -1.
+__device__ inline void sum_W_columns(SsdBackwardSums& sums, const SsdBackwardSteps& steps) {
   const SsdDecays& decays = steps.decays;
   const int s = threadIdx.x, last = kSsdChunk - 1;
   float sum = 0;
@@ -5737,12 +5740,13 @@ __device__ inline void sum_columns(SsdBackwardSums& sums, const SsdBackwardSteps
   }
 }
 
-// dl_r from these; after the head's last rows (head_ends): ddt; the chunk's parts of dA, dD, ddt_bias.
-// A thread makes step r, 0 to 63.
+// dl_r from these; after the head's last rows (head_ends): ddt; the chunk's parts of dA, dD,
+// ddt_bias. A thread makes step r, 0 to 63.
 template <class T>
-__device__ inline void finish_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
-                                    const SsdBackwardSteps& steps, int head, bool head_starts,
-                                    bool head_ends, T* ddt, int count, float* of_head) {
+__device__ inline void finish_backward_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums& sums,
+                                             const SsdBackwardSteps& steps, int head,
+                                             bool head_starts, bool head_ends, T* ddt, int count,
+                                             float* of_head) {
   const int r = threadIdx.x;
   if (r >= kSsdChunk) return;
   float dl = 0, x_dX = sums.x_dX[r], dy_x = 0;
@@ -5766,8 +5770,8 @@ __device__ inline void finish_steps(const SsdBackwardArgs<T>& a, SsdBackwardSums
 
 // Decays, delta and dt of a head, by one warp.
 template <class T>
-__device__ inline void make_steps(SsdBackwardSteps& to, const SsdArgs<T>& a, const SsdBlock& block,
-                                  int index) {
+__device__ inline void make_backward_steps(SsdBackwardSteps& to, const SsdArgs<T>& a,
+                                           const SsdBlock& block, int index) {
   const int lane = threadIdx.x % 32, count = steps_from(block, block.begin);
   const SsdHead head = ssd_head(a, index);
   T dt[2];
@@ -5817,6 +5821,13 @@ __device__ inline SsdBackwardPart ssd_backward_part(const SsdArgs<T>& a,
   return to;
 }
 
+// The sums of a chunk beyond the end of its sequence.
+__device__ inline void nothing_of_heads(float* of_head, const SsdBackwardPart& of, int n_heads) {
+  const int heads = of.end - of.first;
+  for (int i = threadIdx.x; i < 6 * heads; i += kSsdBackwardThreads)
+    of_head[i / heads * n_heads + of.first + i % heads] = 0;
+}
+
 // B and C of the chunk; x, dy, h and G of 64 rows p of a head: on their way.
 template <class Tiles, class T>
 __device__ inline void fetch_group(uint32_t base, const SsdArgs<T>& a, const SsdBackwardPart& of) {
@@ -5840,8 +5851,8 @@ __device__ inline void fetch_head(uint32_t base, const SsdBackwardArgs<T>& a,
   copy_tile<Tiles::kColumns>(base + Tiles::kG, static_cast<const T*>(room.end) + state, N, 64, N);
 }
 
-// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other, 64 rows p at a
-// time. A warp makes 16 steps and half of the columns of each result.
+// Block: 8 warps, one chunk of one sequence, some heads of a group, one after the other, 64 rows p
+// at a time. A warp makes 16 steps and half of the columns of each result.
 // Registers: the warp's parts of S, dB and dC.
 // Shared: see SsdBackwardTiles. Two blocks on a multiprocessor hide each other's waits.
 template <class T, int kStates>
@@ -5849,13 +5860,8 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     ssd_backward_fused_kernel(SsdBackwardArgs<T> a, SsdBackwardRoom room) {
   using Tiles = SsdBackwardTiles<kStates>;
   const SsdBackwardPart of = ssd_backward_part(a, room);
-  const int heads = of.end - of.first, P = a.head_dim;
   float* const of_head = room.of_head + of.number * 6 * a.n_heads;  // two summands
-  if (of.count == 0) {
-    for (int i = threadIdx.x; i < 6 * heads; i += kSsdBackwardThreads)
-      of_head[i / heads * a.n_heads + of.first + i % heads] = 0;
-    return;
-  }
+  if (of.count == 0) return nothing_of_heads(of_head, of, a.n_heads);
   extern __shared__ __align__(128) char shared[];
   const uint32_t base = __cvta_generic_to_shared(shared);
   SsdBackwardSums& sums = *reinterpret_cast<SsdBackwardSums*>(shared + Tiles::kSums);
@@ -5867,7 +5873,7 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     __syncthreads();  // all copies, and what was written before, before what follows reads them
   };
   fetch_group<Tiles>(base, a, of), fetch_head<Tiles>(base, a, room, of, of.first, 0);
-  if (w == 7) make_steps(all_steps[0], a, of.block, of.first);
+  if (w == 7) make_backward_steps(all_steps[0], a, of.block, of.first);
   arrived();
   float S[4][4] = {}, dB[kStates / 16][4] = {}, dC[kStates / 16][4] = {};
   multiply_causal<T, Tiles::kColumns>(S, warp, base + Tiles::kC, base + Tiles::kB);
@@ -5875,7 +5881,7 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
 #pragma unroll 1
   for (int head = of.first, p = 0; head < of.end;) {
     const SsdBackwardSteps& steps = all_steps[(head - of.first) % 2];
-    const bool head_ends = p + 64 == P;
+    const bool head_ends = p + 64 == a.head_dim;
     const int next = head + head_ends, next_p = head_ends ? 0 : p + 64;
     arrived();
     float dM[4][4] = {}, u[2] = {}, v[2] = {};
@@ -5891,19 +5897,21 @@ __global__ void __launch_bounds__(kSsdBackwardThreads, kStates <= 128 ? 2 : 1)
     multiply_masked<T, true>(dB, warp, base + Tiles::kS, base + Tiles::kC);
     make_dx<T, Tiles::kColumns>(warp, base + Tiles::kB, base + Tiles::kG, base + Tiles::kM,
                                 base + Tiles::kDy, steps.decays.fade,
-                                a.dx + of.row * a.dx_stride + int64_t{head} * P + p, a.dx_stride,
-                                of.count);
-    hand_over(sums, warp, u, v,
-              multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes), dy_x);
+                                a.dx + of.row * a.dx_stride + int64_t{head} * a.head_dim + p,
+                                a.dx_stride, of.count);
+    hand_over_sums(sums, warp, u, v,
+                   multiply_elements<T>(shared + Tiles::kG, shared + Tiles::kH, Tiles::kBytes),
+                   dy_x);
     __syncthreads();  // all sums before they are added; all reads of tiles before they change
     if (next < of.end) {
       fetch_head<Tiles>(base, a, room, of, next, next_p);
-      if (w == 7 && head_ends) make_steps(all_steps[(next - of.first) % 2], a, of.block, next);
+      if (w == 7 && head_ends)
+        make_backward_steps(all_steps[(next - of.first) % 2], a, of.block, next);
     }
-    sum_columns(sums, steps);
+    sum_W_columns(sums, steps);
     __syncthreads();  // the columns before the rows
-    finish_steps(a, sums, steps, head, p == 0, head_ends, a.ddt + of.row * a.ddt_stride, of.count,
-                 of_head);
+    finish_backward_steps(a, sums, steps, head, p == 0, head_ends, a.ddt + of.row * a.ddt_stride,
+                          of.count, of_head);
     head = next, p = next_p;
   }
   const int64_t stride = int64_t{a.n_groups} * room.parts * a.d_state;

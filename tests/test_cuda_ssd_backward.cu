@@ -1,6 +1,6 @@
-// Claims: every rung of ssd's backward computes the gradients that ssm_reference.hpp says in double,
-// up to rounding, for any size, with and without every optional input; a sequence may be cut, and
-// sequences of different lengths lie end to end; a second run gives the same bits.
+// Claims: every rung of ssd's backward computes the gradients that ssm_reference.hpp says in
+// double, up to rounding, for any size, with and without every optional input; a sequence may be
+// cut, and sequences of different lengths lie end to end; a second run gives the same bits.
 #include "support_cuda.hpp"
 
 using namespace test;
@@ -48,17 +48,18 @@ struct SsdGradientMember {
   Matrix<double> SsdBatchGradients::*matrix;
   bool of_sequence, of_data;  // not a sum over the batch; stored as data is
 };
-const SsdGradientMember kMembers[] = {{"dx", &SsdBatchGradients::x, true, true},
-                                      {"ddt", &SsdBatchGradients::dt, true, true},
-                                      {"dB", &SsdBatchGradients::B, true, true},
-                                      {"dC", &SsdBatchGradients::C, true, true},
-                                      {"dA", &SsdBatchGradients::A, false, false},
-                                      {"dD", &SsdBatchGradients::D, false, false},
-                                      {"ddt_bias", &SsdBatchGradients::dt_bias, false, false},
-                                      {"dh0", &SsdBatchGradients::h0, true, false}};
+const SsdGradientMember kSsdGradientMembers[] = {
+    {"dx", &SsdBatchGradients::x, true, true},
+    {"ddt", &SsdBatchGradients::dt, true, true},
+    {"dB", &SsdBatchGradients::B, true, true},
+    {"dC", &SsdBatchGradients::C, true, true},
+    {"dA", &SsdBatchGradients::A, false, false},
+    {"dD", &SsdBatchGradients::D, false, false},
+    {"ddt_bias", &SsdBatchGradients::dt_bias, false, false},
+    {"dh0", &SsdBatchGradients::h0, true, false}};
 
 // The reference on sequence b; on absolute values: the natural sizes of what is added.
-SsdBatchGradients reference_of(const SsdProblem& p, Index b, bool sizes) {
+SsdBatchGradients ssd_backward_reference(const SsdProblem& p, Index b, bool sizes) {
   const SsdBackwardCase& c = p.c;
   const auto part = [&](const Matrix<double>& m, Index batch) -> Matrix<double> {
     const Matrix<double> rows = m.middleRows(b * m.rows() / batch, m.rows() / batch);
@@ -95,11 +96,11 @@ SsdBatchGradients reference_of(const SsdProblem& p, Index b, bool sizes) {
   return all;
 }
 
-SsdBatchGradients reference_of(const SsdProblem& p, bool sizes) {
+SsdBatchGradients ssd_backward_reference(const SsdProblem& p, bool sizes) {
   SsdBatchGradients all;
   for (Index b = 0; b < p.c.batch; ++b) {
-    const SsdBatchGradients one = reference_of(p, b, sizes);
-    for (const SsdGradientMember& m : kMembers) {
+    const SsdBatchGradients one = ssd_backward_reference(p, b, sizes);
+    for (const SsdGradientMember& m : kSsdGradientMembers) {
       const Matrix<double>& from = one.*m.matrix;
       Matrix<double>& to = all.*m.matrix;
       if (b == 0)
@@ -166,7 +167,7 @@ struct DeviceSsdProblem {
   }
 };
 
-const char* const kBackwardRungNames[] = {"naive", "fused"};
+const char* const kSsdBackwardRungNames[] = {"naive", "fused"};
 
 template <class T>
 void run_ssd_backward(SsdBackwardArgs<T> a, SsdBackwardRung rung) {
@@ -180,22 +181,22 @@ void run_ssd_backward(SsdBackwardArgs<T> a, SsdBackwardRung rung) {
   CUDA_CHECK(cudaDeviceSynchronize());
 }
 
-struct WorstGradients {
+struct WorstSsdGradients {
   std::string what;
-  double worst[std::size(kMembers)] = {};
-  ~WorstGradients() {
+  double worst[std::size(kSsdGradientMembers)] = {};
+  ~WorstSsdGradients() {
     std::cout << what << ": worst";
-    for (std::size_t i = 0; i < std::size(kMembers); ++i)
-      std::cout << (i ? ", " : " ") << kMembers[i].name << " " << worst[i];
+    for (std::size_t i = 0; i < std::size(kSsdGradientMembers); ++i)
+      std::cout << (i ? ", " : " ") << kSsdGradientMembers[i].name << " " << worst[i];
     std::cout << " roundings\n";
   }
 };
 
 template <class T>
-void check_gradients(const SsdBatchGradients& got, const SsdBatchGradients& want,
-                     const SsdBatchGradients& sizes, bool rounds, WorstGradients& worst) {
-  for (std::size_t i = 0; i < std::size(kMembers); ++i) {
-    const SsdGradientMember& m = kMembers[i];
+void check_ssd_gradients(const SsdBatchGradients& got, const SsdBatchGradients& want,
+                         const SsdBatchGradients& sizes, bool rounds, WorstSsdGradients& worst) {
+  for (std::size_t i = 0; i < std::size(kSsdGradientMembers); ++i) {
+    const SsdGradientMember& m = kSsdGradientMembers[i];
     const bool of_T = m.of_data || rounds;
     const Matrix<double> size = (sizes.*m.matrix).array() + (of_T ? kTiny<T> : 0);
     worst.worst[i] = std::max(worst.worst[i], check_close(m.name, got.*m.matrix, want.*m.matrix,
@@ -204,36 +205,37 @@ void check_gradients(const SsdBatchGradients& got, const SsdBatchGradients& want
   }
 }
 
-bool same_bits(const SsdBatchGradients& a, const SsdBatchGradients& b) {
-  for (const SsdGradientMember& m : kMembers)
+bool same_ssd_bits(const SsdBatchGradients& a, const SsdBatchGradients& b) {
+  for (const SsdGradientMember& m : kSsdGradientMembers)
     if (a.*m.matrix != b.*m.matrix) return false;
   return true;
 }
 
 template <class T>
-void ssd_backward_matches(const SsdBackwardCase& c, std::uint64_t seed, WorstGradients& naive,
-                          WorstGradients& fused) {
+void ssd_backward_matches(const SsdBackwardCase& c, std::uint64_t seed, WorstSsdGradients& naive,
+                          WorstSsdGradients& fused) {
   const SsdProblem problem = make_ssd_problem<T>(c, c.batch * c.L, seed);
-  const SsdBatchGradients want = reference_of(problem, false), sizes = reference_of(problem, true);
+  const SsdBatchGradients want = ssd_backward_reference(problem, false),
+                          sizes = ssd_backward_reference(problem, true);
   for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused}) {
     const DeviceSsdProblem<T> on_device(problem);
     if (rung > ssd_backward_rung(on_device.args)) continue;
     const bool is_naive = rung == SsdBackwardRung::kNaive;
-    INFO(kBackwardRungNames[int(rung)] << ": batch " << c.batch << ", L " << c.L << ", H " << c.H
-                                       << ", P " << c.P << ", N " << c.N << ", groups " << c.groups
-                                       << ", options " << c.options << ", bytes of a number "
-                                       << sizeof(T));
+    INFO(kSsdBackwardRungNames[int(rung)]
+         << ": batch " << c.batch << ", L " << c.L << ", H " << c.H << ", P " << c.P << ", N "
+         << c.N << ", groups " << c.groups << ", options " << c.options << ", bytes of a number "
+         << sizeof(T));
     run_ssd_backward(on_device.args, rung);
     const SsdBatchGradients first = on_device.results();
-    check_gradients<T>(first, want, sizes, !is_naive, is_naive ? naive : fused);
+    check_ssd_gradients<T>(first, want, sizes, !is_naive, is_naive ? naive : fused);
     run_ssd_backward(on_device.args, rung);
-    CHECK(same_bits(on_device.results(), first));
+    CHECK(same_ssd_bits(on_device.results(), first));
   }
 }
 
 template <class T>
 void ssd_backward_rungs_match(const char* type, std::vector<Index> lengths) {
-  WorstGradients naive{std::string("ssd backward naive ") + type},
+  WorstSsdGradients naive{std::string("ssd backward naive ") + type},
       fused{std::string("ssd backward fused ") + type};
   std::uint64_t seed = 1;
   const SsdBackwardCase shapes[] = {
@@ -248,7 +250,7 @@ void ssd_backward_rungs_match(const char* type, std::vector<Index> lengths) {
     }
 }
 
-const std::vector<Index> kBackwardLengths = {0, 1, 2, 3, 31, 32, 33, 63, 64, 129, 257, 700};
+const std::vector<Index> kSsdBackwardLengths = {0, 1, 2, 3, 31, 32, 33, 63, 64, 129, 257, 700};
 
 }  // namespace
 
@@ -257,13 +259,13 @@ TEST_CASE("cuda ssd_backward: short sequences match the reference on every rung"
   ssd_backward_rungs_match<bf16>("bf16", {0, 1, 3, 33, 65});
 }
 TEST_CASE("cuda ssd_backward: every rung matches the reference, float") {
-  ssd_backward_rungs_match<float>("f32", kBackwardLengths);
+  ssd_backward_rungs_match<float>("f32", kSsdBackwardLengths);
 }
 TEST_CASE("cuda ssd_backward: every rung matches the reference, bf16") {
-  ssd_backward_rungs_match<bf16>("bf16", kBackwardLengths);
+  ssd_backward_rungs_match<bf16>("bf16", kSsdBackwardLengths);
 }
 TEST_CASE("cuda ssd_backward: every rung matches the reference, f16") {
-  ssd_backward_rungs_match<half>("f16", kBackwardLengths);
+  ssd_backward_rungs_match<half>("f16", kSsdBackwardLengths);
 }
 
 TEST_CASE(
@@ -274,7 +276,7 @@ TEST_CASE(
   const SsdProblem problem = make_ssd_problem<bf16>({batch, 200, 3, 64, 64, 1, 23}, rows, 7);
   const DeviceBuffer<int64_t> cu_seqlens(starts.data(), starts.size());
   for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused}) {
-    INFO(kBackwardRungNames[int(rung)]);
+    INFO(kSsdBackwardRungNames[int(rung)]);
     DeviceSsdProblem<bf16> together(problem), apart(problem);
     together.args.cu_seqlens = cu_seqlens.data();
     run_ssd_backward(together.args, rung);
@@ -293,18 +295,19 @@ TEST_CASE(
     SsdBatchGradients got = together.results(), want = apart.results();
     CHECK((got.A - dA).cwiseAbs().maxCoeff() <= 1e-5 * dA.cwiseAbs().maxCoeff());
     got.A = want.A, got.D = want.D, got.dt_bias = want.dt_bias;  // sums over the batch
-    CHECK(same_bits(got, want));
+    CHECK(same_ssd_bits(got, want));
   }
 }
 
 TEST_CASE("cuda ssd_backward: a cut sequence, its state's gradient carried over, is as one") {
   const SsdBackwardCase c = {1, 150, 2, 64, 64, 1, 23};
   const SsdProblem problem = make_ssd_problem<bf16>(c, c.L, 11);
-  const SsdBatchGradients want = reference_of(problem, false), sizes = reference_of(problem, true);
-  WorstGradients naive{"ssd backward naive, cut"}, fused{"ssd backward fused, cut"};
+  const SsdBatchGradients want = ssd_backward_reference(problem, false),
+                          sizes = ssd_backward_reference(problem, true);
+  WorstSsdGradients naive{"ssd backward naive, cut"}, fused{"ssd backward fused, cut"};
   for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused})
     for (const Index cut : {0, 1, 64, 77, 149, 150}) {
-      INFO(kBackwardRungNames[int(rung)] << ", cut at " << cut);
+      INFO(kSsdBackwardRungNames[int(rung)] << ", cut at " << cut);
       const DeviceSsdProblem<bf16> whole(problem);
       const DeviceBuffer<float> h = up<float>(problem.h0);
       const DeviceBuffer<bf16> out = poisoned<bf16>(c.L * whole.d);
@@ -324,6 +327,6 @@ TEST_CASE("cuda ssd_backward: a cut sequence, its state's gradient carried over,
       SsdBatchGradients got = whole.results();
       got.A += of_second.A, got.D += of_second.D, got.dt_bias += of_second.dt_bias;
       const bool is_naive = rung == SsdBackwardRung::kNaive;
-      check_gradients<bf16>(got, want, sizes, !is_naive, is_naive ? naive : fused);
+      check_ssd_gradients<bf16>(got, want, sizes, !is_naive, is_naive ? naive : fused);
     }
 }
