@@ -121,6 +121,12 @@ struct Descriptor {
   int close() { return number < 0 ? 0 : ::close(std::exchange(number, -1)); }
 };
 
+/// The end of a mapping.
+struct Unmap {
+  std::size_t size;
+  void operator()(void* start) const { ::munmap(start, size); }
+};
+
 /// A file mapped into memory, read-only. Pages are read when they are first touched.
 class MappedFile {
  public:
@@ -136,7 +142,7 @@ class MappedFile {
     if (size == 0) return;  // nothing can be mapped
     void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file.number, 0);
     check_call(data != MAP_FAILED, "cannot map", path);
-    memory_ = {data, [size](void* start) { ::munmap(start, size); }};
+    memory_ = {data, Unmap{size}};
     bytes_ = {static_cast<const char*>(data), size};
   }
   std::string_view bytes() const { return bytes_; }
@@ -466,6 +472,16 @@ Tensor tensor_view(std::string name, Shape shape, const Value* data) {
   return {std::move(name), dtype_of<Value>(), std::move(shape), data, nullptr};
 }
 
+/// Lets go of the pages of a mapped file under a tensor; touched again, they are read again.
+inline void drop_pages(const Tensor& tensor) {
+  if (std::get_deleter<Unmap>(tensor.keep_alive) == nullptr) return;  // a buffer: not read again
+  const auto page = static_cast<std::uintptr_t>(::sysconf(_SC_PAGESIZE));
+  const auto start = reinterpret_cast<std::uintptr_t>(tensor.data);
+  const std::uintptr_t first = (start + page - 1) / page * page,
+                       end = (start + tensor.byte_size()) / page * page;
+  if (first < end) ::madvise(reinterpret_cast<void*>(first), end - first, MADV_DONTNEED);
+}
+
 /// The tensor in another dtype of weights, in a buffer of its own.
 inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
   Tensor out{tensor.name, dtype, tensor.shape, nullptr, nullptr};
@@ -476,6 +492,7 @@ inline Tensor to_dtype(const Tensor& tensor, DType dtype) {
     convert(tensor, buffer->data());
     out.data = buffer->data(), out.keep_alive = buffer;
   });
+  drop_pages(tensor);
   return out;
 }
 
@@ -607,15 +624,20 @@ inline void write_safetensors_header(AtomicFile& file, const std::vector<Tensor>
   file.write(text);
 }
 
-/// Writes a safetensors file: widest dtypes first, so that every tensor is aligned.
+/// Writes a safetensors file: widest dtypes first, so that every tensor is aligned. With a dtype
+/// each is converted when it is written, so that one copy at a time is held.
 inline void write_safetensors(const std::string& path, std::vector<Tensor> tensors,
-                              const std::map<std::string, std::string>& metadata = {}) {
+                              const std::map<std::string, std::string>& metadata = {},
+                              std::optional<DType> dtype = {}) {
   std::stable_sort(tensors.begin(), tensors.end(), [](const Tensor& a, const Tensor& b) {
     return dtype_size(a.dtype) > dtype_size(b.dtype);
   });
+  std::vector<Tensor> written = tensors;
+  for (Tensor& tensor : written) tensor.dtype = dtype.value_or(tensor.dtype);
   AtomicFile file(path);
-  write_safetensors_header(file, tensors, metadata);
-  for (const Tensor& tensor : tensors) file.write(tensor.bytes());
+  write_safetensors_header(file, written, metadata);
+  for (const Tensor& tensor : tensors)
+    file.write((dtype ? to_dtype(tensor, *dtype) : tensor).bytes());
   file.commit();
 }
 

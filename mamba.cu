@@ -2254,9 +2254,9 @@ __global__ void __launch_bounds__(128 * kSsdWarpgroups + 128, 1)
 // --- step: one token for every sequence of a batch (a.L = 1). The state is most of what a step
 // moves: it is requested before the wait for the kernel before (which cannot change it) and read
 // and written exactly once. A row of h is spread over `lanes` lanes (a power of two), four
-// neighbouring states each; a lane holds kSsdHeld rows at once. a.h0 is the state before, a.hT after;
-// they are normally the same buffer. Grid: x = heads, pieces of their rows; y = batch. Pieces are
-// as small as can be where few sequences must fill the GPU, else whole heads.
+// neighbouring states each; a lane holds kSsdHeld rows at once. a.h0 is the state before, a.hT
+// after; they are normally the same buffer. Grid: x = heads, pieces of their rows; y = batch.
+// Pieces are as small as can be where few sequences must fill the GPU, else whole heads.
 
 constexpr int kSsdStepThreads = 256;
 constexpr int kSsdHeld = 2;                                    // rows that a lane holds at once
@@ -3124,8 +3124,8 @@ __device__ inline double score_of(const SampleArgs& a, int64_t b, int64_t id) {
 }
 
 // An unsigned integer in the order of (b, score): the sequence, and below it the score's bits,
-// turned so that they sort as integers. Without a penalty a score is a float; with one, the 56 upper
-// bits of a double (scores that agree in them, 44 bits of the fraction, count as equal).
+// turned so that they sort as integers. Without a penalty a score is a float; with one, the 56
+// upper bits of a double (scores that agree in them, 44 bits of the fraction, count as equal).
 __host__ __device__ inline int score_bits(const SampleArgs& a) { return a.seen ? 56 : 32; }
 __device__ inline uint64_t sort_key(const SampleArgs& a, int64_t b, double score) {
   if (!a.seen) {

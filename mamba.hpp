@@ -414,6 +414,7 @@ void assign(const Tensor& tensor, std::optional<DType>, Matrix<Scalar>& matrix) 
   const Index rows = tensor.shape[0];
   matrix.resize(rows, static_cast<Index>(tensor.size()) / rows);
   convert(tensor, matrix.data());
+  drop_pages(tensor);
 }
 
 /// The one place where A = -exp(A_log) is made: A_log may be any number, A is always negative.
@@ -458,6 +459,7 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   model.tied = is_tied(checkpoint, config);
   if (model.tied != config.tie_embeddings)
     warn(checkpoint.where + ": lm_head.weight is not the embedding, as config.json has it: used");
+  warn(non_finite(checkpoint));  // looks at every value, and is done before pages are dropped
   std::set<const Tensor*> used = {checkpoint.find("lm_head.weight")};
   for_each_weight(config, model, [&](const std::string& name, const auto& shape, auto& to) {
     const Tensor& tensor = weight(checkpoint, name, shape, config.tie_embeddings);
@@ -470,7 +472,6 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
       ignored.push_back(checkpoint.where + ": " + quote(tensor.name) +
                         " is not a weight of this model: ignored");
   warn(ignored);
-  warn(non_finite(checkpoint));
   return model;
 }
 
@@ -1238,7 +1239,7 @@ struct ModelFolder {
     if (!has_tokenizer())
       fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
            "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",
-           "--tokenizer, or give token ids (--prompt-ids, --ids-file)");
+           "--tokenizer, or give and print token ids (--prompt-ids with --ids, --ids-file)");
     const MappedFile file(path);
     if (const std::string what = what_it_is(file.bytes()); !what.empty())
       fail("no tokenizer: ", path, ": found ", what);
@@ -1837,13 +1838,12 @@ struct Convert : ModelFolder {
     std::vector<Tensor> tensors;
     for_each_shape(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
       Tensor tensor = weight(checkpoint, name, shape, config.tie_embeddings);
-      if (engine_options.dtype) tensor = to_dtype(tensor, *engine_options.dtype);
       tensor.name = name;
       tensor.shape = shape;  // without the padding
       tensors.push_back(tensor);
     });
     const std::string to = make_folder(out);
-    write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}});
+    write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}}, engine_options.dtype);
     write_config(out, config);
     const auto copy = [&](const std::string& path, const std::string& name) {
       if (std::filesystem::exists(path)) write_text(to + name, MappedFile(path).bytes());

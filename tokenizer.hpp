@@ -258,7 +258,8 @@ inline Regex file_pattern(const std::string& pattern) {
   static const Regex known(
       R"((?x) \A (?: [^][\\(){}] | \) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2} | \\[dDsSrntAz\W_]
       | \((?!\?|\*) | \(\?(?:[:=!>]|<[=!]|i[:)]) | \{\d+(?:,\d*)?}(?!\+)
-      | \[\^?(?: [^][\\&] | &(?!&) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2} | \\[dDsSrnt\W_] )+] )*+)");
+      | \[\^?(?: [^][\\&] | &(?!&) | \\[pPx]\{\^?\w+} | \\x[\da-fA-F]{2}
+               | \\[dDsSrnt\W_] )+] )*+)");
   static const Replace space = {Regex(R"(\\[^s](*SKIP)(*F)|\\s)"), "\\p{White_Space}"};
   static const Replace other = {Regex(R"(\\[^S](*SKIP)(*F)|\\S)"), "\\P{White_Space}"};
   const std::size_t end = known.find(pattern)->second;
@@ -374,6 +375,7 @@ struct Model {
 // Step 4 of the head of this file.
 inline std::vector<Token> to_symbols(const Model& model, std::string_view word) {
   std::vector<Token> symbols;
+  symbols.reserve(word.size());
   bool was_unknown = false;
   for (std::size_t i = 0, size = 0; i < word.size(); i += size) {
     size = character_at(word, i).size;
@@ -435,20 +437,27 @@ class WordEncoder {
   explicit WordEncoder(const Model& model) : model_(model) {}
 
   void encode(std::string_view text, std::vector<Token>& ids) {
+    const auto add = [&](const std::vector<Token>& made) {
+      ids.insert(ids.end(), made.begin(), made.end());
+    };
+    if (text.size() > 64) return add(tokens_of(text));
     const std::string word(text);
     auto found = memory_.find(word);
     if (found == memory_.end()) {
       if (memory_.size() == 1 << 16) memory_.clear();
-      const Token whole = model_.ignore_merges ? model_.id_or_none(word) : -1;
-      std::vector<Token> made = whole >= 0 ? std::vector{whole} : to_symbols(model_, word);
-      merge(model_, made);
-      if (word.size() > 64) return void(ids.insert(ids.end(), made.begin(), made.end()));
-      found = memory_.emplace(word, std::move(made)).first;
+      found = memory_.emplace(word, tokens_of(word)).first;
     }
-    ids.insert(ids.end(), found->second.begin(), found->second.end());
+    add(found->second);
   }
 
  private:
+  std::vector<Token> tokens_of(std::string_view word) const {
+    const Token whole = model_.ignore_merges ? model_.id_or_none(std::string(word)) : -1;
+    std::vector<Token> made = whole >= 0 ? std::vector{whole} : to_symbols(model_, word);
+    merge(model_, made);
+    return made;
+  }
+
   const Model& model_;
   std::unordered_map<std::string, std::vector<Token>> memory_;
 };
@@ -856,8 +865,8 @@ class Tokenizer {
     rules_->added_in_raw.split(text, on_token, [&](std::string_view piece, bool first) {
       const std::string normal = rules_->normalize(std::string(piece));
       rules_->added_in_normalized.split(normal, on_token, [&](std::string_view part, bool start) {
-        const bool change = first && start && rules_->at_start;
-        rules_->pre_tokenize(change ? (*rules_->at_start)(part) : std::string(part), 0, on_word);
+        if (!first || !start || !rules_->at_start) return rules_->pre_tokenize(part, 0, on_word);
+        rules_->pre_tokenize((*rules_->at_start)(part), 0, on_word);
       });
     });
     return ids;

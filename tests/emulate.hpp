@@ -1,11 +1,13 @@
-// A GPU of fibers, for machines without one: what emulate.py makes of mamba.cu and its tests is compiled
-// against this file by a C++ compiler. The threads of a block are fibers of one thread; each runs until it
-// meets the others at a barrier or a shuffle, in rising and in falling order in turns. Copies to shared
-// memory (cp.async) arrive as late as they may. Blocks, kernels and copies follow one another.
+// A GPU of fibers, for machines without one: what emulate.py makes of mamba.cu and its tests is
+// compiled against this file by a C++ compiler. The threads of a block are fibers of one thread;
+// each runs until it meets the others at a barrier or a shuffle, in rising and in falling order in
+// turns. Copies to shared memory (cp.async) arrive as late as they may. Blocks, kernels and copies
+// follow one another.
 //
-// Found here: wrong indices, masks, counts, barriers and tails; with the host's AddressSanitizer, accesses
-// outside of buffers. Not found: races between warps, memory ordering, overlap of kernels, and nothing
-// about speed. Approximate instructions are exact; wgmma, which works in the background, is done at once.
+// Found here: wrong indices, masks, counts, barriers and tails; with the host's AddressSanitizer,
+// accesses outside of buffers. Not found: races between warps, memory ordering, overlap of kernels,
+// and nothing about speed. Approximate instructions are exact; wgmma, which works in the
+// background, is done at once.
 #pragma once
 
 #include <cublas_v2.h>
@@ -189,8 +191,8 @@ std::uint32_t pack(float low, float high) {
   return word;
 }
 
-// mma.m16n8k16: lane 4 g + t holds the pairs (row g or g + 8, columns 2 t or 2 t + 8) of A, (rows 2 t or
-// 2 t + 8, column g) of B, and two neighbouring columns of rows g and g + 8 of D.
+// mma.m16n8k16: lane 4 g + t holds the pairs (row g or g + 8, columns 2 t or 2 t + 8) of A, (rows 2
+// t or 2 t + 8, column g) of B, and two neighbouring columns of rows g and g + 8 of D.
 template <class T>
 void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   struct Fragments {

@@ -1,5 +1,6 @@
-// The parts of the CUDA runtime and of cuBLAS that mamba.cu calls, for the emulated GPU of emulate.hpp:
-// device memory is host memory, a stream does everything at once, a product is three loops.
+// The parts of the CUDA runtime and of cuBLAS that mamba.cu calls, for the emulated GPU of
+// emulate.hpp: device memory is host memory, a stream does everything at once, a product is three
+// loops.
 #include "emulate.hpp"
 
 namespace {
@@ -40,31 +41,47 @@ cudaError_t cudaMalloc(void** p, size_t n) {
 cudaError_t cudaFree(void* p) { std::free(p); return kDone; }
 cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) { *p = std::calloc(1, n); return kDone; }
 cudaError_t cudaFreeHost(void* p) { std::free(p); return kDone; }
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { *free = *total = size_t{16} << 30; return kDone; }
-cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) { std::memcpy(to, from, n); return kDone; }
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = *total = size_t{16} << 30;
+  return kDone;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t n, cudaMemcpyKind) {
+  std::memcpy(to, from, n);
+  return kDone;
+}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t n, cudaMemcpyKind, cudaStream_t) {
   emulated::submit([=] { std::memcpy(to, from, n); });
   return kDone;
 }
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind, cudaStream_t) {
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t) {
   for (size_t i = 0; i < height; ++i)
-    std::memcpy(static_cast<char*>(to) + i * to_pitch, static_cast<const char*>(from) + i * from_pitch, width);
+    std::memcpy(static_cast<char*>(to) + i * to_pitch,
+                static_cast<const char*>(from) + i * from_pitch, width);
   return kDone;
 }
 cudaError_t cudaMemset(void* to, int v, size_t n) { std::memset(to, v, n); return kDone; }
-cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t) { std::memset(to, v, n); return kDone; }
+cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t) {
+  std::memset(to, v, n);
+  return kDone;
+}
 
 // devices: one, like an A100 with few multiprocessors, so that small shapes take all ways
 cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return kDone; }
 cudaError_t cudaGetDevice(int* n) { *n = 0; return kDone; }
 cudaError_t cudaSetDevice(int) { return kDone; }
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr attribute, int) {
-  *v = attribute == cudaDevAttrMultiProcessorCount ? 12 : attribute == cudaDevAttrComputeCapabilityMajor ? 8 :
-       attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(sizeof emulated::shared_memory) : 0;
+  *v = 0;
+  if (attribute == cudaDevAttrMultiProcessorCount) *v = 12;
+  if (attribute == cudaDevAttrComputeCapabilityMajor) *v = 8;
+  if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *v = sizeof emulated::shared_memory;
   return kDone;
 }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { std::memset(p, 0, sizeof *p); p->major = 8; return kDone; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+  std::memset(p, 0, sizeof *p);
+  p->major = 8;
+  return kDone;
+}
 cudaError_t cudaDriverGetVersion(int* v) { *v = CUDART_VERSION; return kDone; }
 cudaError_t cudaRuntimeGetVersion(int* v) { *v = CUDART_VERSION; return kDone; }
 cudaError_t cudaDeviceSynchronize() { return kDone; }
@@ -93,7 +110,10 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
   return kDone;
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t) { return kDone; }
-cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) { delete handle<std::vector<Work>*>(exec); return kDone; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete handle<std::vector<Work>*>(exec);
+  return kDone;
+}
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
   for (const Work& work : *handle<std::vector<Work>*>(exec)) work();
   return kDone;
@@ -102,15 +122,17 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t) {
 cublasStatus_t cublasCreate_v2(cublasHandle_t* h) { *h = nullptr; return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasDestroy_v2(cublasHandle_t) { return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasSetStream_v2(cublasHandle_t, cudaStream_t) { return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void*, size_t) {
+  return CUBLAS_STATUS_SUCCESS;
+}
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 const char* cublasGetStatusString(cublasStatus_t) { return "error of the emulated GPU"; }
 
 // C (n, m) = B (n, k) A (m, k)^T + beta C, row by row, as Queue::linear asks for it
-cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n, int k, const void*,
-                            const void* A, cudaDataType A_type, int lda, const void* B, cudaDataType B_type, int ldb,
-                            const void* beta, void* C, cudaDataType C_type, int ldc, cublasComputeType_t,
-                            cublasGemmAlgo_t) {
+cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t, cublasOperation_t, int m, int n,
+                            int k, const void*, const void* A, cudaDataType A_type, int lda,
+                            const void* B, cudaDataType B_type, int ldb, const void* beta, void* C,
+                            cudaDataType C_type, int ldc, cublasComputeType_t, cublasGemmAlgo_t) {
   const float keep = *static_cast<const float*>(beta);
   emulated::submit([=] {
     const auto row = [k](const void* p, cudaDataType type, std::size_t first) {

@@ -25,8 +25,8 @@ inline std::string root(const std::string& path) {
   return std::string(given ? given : ".") + "/" + path;
 }
 
-/// The folder of further test data that MAMBA_TEST_DATA names, or nothing; a test that needs it says
-/// that it was skipped.
+/// The folder of further test data that MAMBA_TEST_DATA names, or nothing; a test that needs it
+/// says that it was skipped.
 inline std::optional<std::string> extra_data() {
   const char* given = std::getenv("MAMBA_TEST_DATA");
   if (given && *given) return std::string(given);
@@ -99,9 +99,9 @@ Matrix<Scalar> matrix(const mamba::Tensor& tensor) {
   return m;
 }
 
-/// Checks |got - want| <= k eps magnitude, entry by entry (README: Verification), where magnitude is the
-/// natural size of the terms that were added. NaN never passes. Returns the worst multiple of
-/// eps * magnitude.
+/// Checks |got - want| <= k eps magnitude, entry by entry (README: Verification), where magnitude
+/// is the natural size of the terms that were added. NaN never passes. Returns the worst multiple
+/// of eps * magnitude.
 template <class Got, class Want, class Size>
 double check_close(const char* name, const Got& got, const Want& want, const Size& magnitude,
                    double k, double eps) {
@@ -192,7 +192,8 @@ Matrix<float> logits_of(Engine& engine, const std::vector<Token>& ids, const std
   return all;
 }
 
-/// Saves the state of a text in the making after some tokens, and goes on from the file: the same text.
+/// Saves the state of a text in the making after some tokens, and goes on from the file: the same
+/// text.
 template <class Engine>
 void a_saved_state_goes_on(Engine& engine) {
   using Sequence = mamba::Sequence<typename Engine::State>;

@@ -3,6 +3,7 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <filesystem>
@@ -91,7 +92,8 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "expected model_type (Hugging Face) or d_model (original)"},
       {"other model", R"({"model_type": "falcon_mamba"})",
        "model_type: expected mamba or mamba2, found '\"falcon_mamba\"'"},
-      {"model type is a number", R"({"model_type": 2})", "model_type: expected mamba or mamba2, found '2'"},
+      {"model type is a number", R"({"model_type": 2})",
+       "model_type: expected mamba or mamba2, found '2'"},
       {"other layer", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba3"}})",
        "layer: expected Mamba1 or Mamba2, found '\"Mamba3\"'"},
       {"ssm_cfg is a list", R"({"d_model": 64, "ssm_cfg": [1]})", "ssm_cfg: expected an object"},
@@ -189,9 +191,16 @@ std::string safetensors(const std::string& header, std::size_t bytes) {
   return u64(header.size()) + header + std::string(bytes, '\0');
 }
 
+/// A header of these tensors, each a name, dtype, shape and offsets.
+std::string entries(const std::vector<std::array<std::string, 4>>& tensors) {
+  std::string header;
+  for (const auto& [name, dtype, shape, offsets] : tensors)
+    header += (header.empty() ? "{\"" : ",\"") + name + R"(":{"dtype":")" + dtype +
+              R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
+  return header + "}";
+}
 std::string entry(const std::string& dtype, const std::string& shape, const std::string& offsets) {
-  return R"({"x":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets +
-         "}}";
+  return entries({{"x", dtype, shape, offsets}});
 }
 
 }  // namespace
@@ -216,9 +225,7 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
       {"deep lists", safetensors("{\"x\":" + std::string(1000000, '['), 0),
        "nested deeper than 64"},
       {"tensor twice",
-       safetensors(
-           R"({"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}})",
-           8),
+       safetensors(entries({{"x", "F32", "[1]", "[0,4]"}, {"x", "F32", "[1]", "[4,8]"}}), 8),
        "'x' appears twice"},
       {"dtype twice",
        safetensors(R"({"x":{"dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]}})", 4),
@@ -269,21 +276,15 @@ TEST_CASE("broken safetensors: each of these ends in one line that names file an
       {"too many bytes for the shape", safetensors(entry("F16", "[2]", "[0,8]"), 8),
        "expected 4 bytes for F16 (2), found 0 to 8"},
       {"overlap",
-       safetensors(
-           R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})",
-           12),
+       safetensors(entries({{"a", "F32", "[2]", "[0,8]"}, {"b", "F32", "[2]", "[4,12]"}}), 12),
        "'b': expected bytes from 8 to at most 12, found 4 to 12"},
       {"two tensors in one place",
-       safetensors(
-           R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}})",
-           4),
+       safetensors(entries({{"a", "F32", "[1]", "[0,4]"}, {"b", "F32", "[1]", "[0,4]"}}), 4),
        "'b': expected bytes from 4 to at most 4, found 0 to 4"},
       {"hole at the start", safetensors(entry("F32", "[1]", "[4,8]"), 8),
        "'x': expected bytes from 0 to at most 8, found 4 to 8"},
       {"hole in the middle",
-       safetensors(
-           R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})",
-           5),
+       safetensors(entries({{"a", "U8", "[2]", "[0,2]"}, {"b", "U8", "[2]", "[3,5]"}}), 5),
        "'b': expected bytes from 2 to at most 5, found 3 to 5"},
       {"bytes left over", safetensors(entry("F32", "[1]", "[0,4]"), 9),
        "expected tensors up to byte 9, found 4"},
@@ -642,6 +643,93 @@ TEST_CASE("broken folder: what is no model of ours is named, with what to do") {
   CHECK(read_checkpoint(model.path).tensors.size() == 1);
 }
 
+// --- Files beside a model ---------------------------------------------------------------
+
+namespace {
+
+/// The smallest model's config, and a header of its state with these ids and h.
+Config state_config() {
+  const Json json = {{"model_type", "mamba"}, {"hidden_size", 2},       {"expand", 1},
+                     {"vocab_size", 9},       {"num_hidden_layers", 1}, {"state_size", 2}};
+  return config_from_json(json, false, "config.json");
+}
+std::string state(const std::array<std::string, 4>& ids, const std::array<std::string, 4>& h,
+                  const std::string& data) {
+  const std::string header = entries({{"layers.0.conv", "F32", "[3,2]", "[0,24]"}, h, ids});
+  return u64(header.size()) + header + std::string(40, '\0') + data;
+}
+
+}  // namespace
+
+TEST_CASE("broken state: each of these ends in one line that names file and tensor") {
+  const std::array<std::string, 4> h = {"layers.0.h", "F32", "[2,2]", "[24,40]"},
+                                   one = {"ids", "I32", "[1]", "[40,44]"};
+  const std::string good = state(one, h, u32(8));
+  const std::vector<Row> rows = {
+      {"empty file", "", "found an empty file"},
+      {"a pointer of Git LFS", kPointer, "found a Git LFS pointer"},
+      {"cut by one byte", good.substr(0, good.size() - 1), "bad offsets"},
+      {"weights", read_file(golden("torch_save/zip.safetensors")),
+       "expected layers.0.conv, found none; its 26 tensors begin with 'bfloat16'"},
+      {"the state of a wider model", state(one, {"layers.0.h", "F32", "[4]", "[24,40]"}, u32(8)),
+       "layers.0.h: expected (2, 2) for this model, found (4)"},
+      {"whole numbers", state(one, {"layers.0.h", "I32", "[2,2]", "[24,40]"}, u32(8)),
+       "'layers.0.h': expected F64, F32, F16 or BF16, found I32"},
+      {"a layer more",
+       safetensors(entries({{"layers.0.conv", "F32", "[3,2]", "[0,24]"},
+                            h,
+                            {"layers.1.h", "F32", "[1]", "[40,44]"}}),
+                   44),
+       "expected 1 layers, found more"},
+      {"no tensor of ids", state({"id", "I32", "[1]", "[40,44]"}, h, u32(8)),
+       "expected ids, found none"},
+      {"ids that are fractions", state({"ids", "F32", "[1]", "[40,44]"}, h, u32(8)),
+       "'ids': expected I64 or I32, found F32"},
+      {"an id beyond the vocabulary", state(one, h, u32(9)), "ids: expected ids below 9, found 9"},
+      {"an id below zero", state(one, h, u32(~0u)), "ids: expected ids below 9, found -1"},
+      {"an id of 2^32", state({"ids", "I64", "[1]", "[40,48]"}, h, u64(1ull << 32)),
+       "ids: expected ids below 9, found 4294967296"},
+      {"no ids", state({"ids", "I32", "[0]", "[40,40]"}, h, ""),
+       "ids: expected at least one, found none"},
+  };
+  const BrokenModel folder;
+  const auto load = [&](const std::string& content) {
+    folder.write("state", content);
+    std::vector<Token> ids;
+    load_state(folder / "state", state_config(), ids);
+    return ids;
+  };
+  for (const Row& row : rows) {
+    INFO("broken by: " << row.what);
+    const std::string line = error_of([&] { load(row.content); });
+    require_line(line, row.fragment, line.rfind("wrong dtype", 0) == 0 ? "" : "state");
+  }
+  CHECK(load(good) == std::vector<Token>{8});  // what the rows break is good before
+}
+
+TEST_CASE("broken settings: the files that name end tokens end in one line too") {
+  const BrokenModel model;
+  const auto line_of = [&](const std::string& name, const std::string& content) {
+    model.write(name, content);
+    ModelFolder folder;
+    folder.folder = model.path;
+    const std::string line = error_of([&] { folder.end_tokens(); });
+    fs::remove(model / name);
+    return line;
+  };
+  fs::copy(test::root("weights/stories/tokenizer.json"), model / "tokenizer.json");
+  for (const std::string name : {"generation_config.json", "tokenizer_config.json"}) {
+    require_line(line_of(name, ""), "expected JSON, found an empty file", name);
+    require_line(line_of(name, kPointer), "expected JSON, found a Git LFS pointer", name);
+    require_line(line_of(name, "[1]"), "expected an object", name);
+  }
+  for (const std::string ids : {"\"</s>\"", "[0, 1.5]", "[[0]]", "-2", "5000000000"})
+    require_line(line_of("generation_config.json", "{\"eos_token_id\": " + ids + "}"),
+                 "eos_token_id: expected an integer from -1", "generation_config.json");
+  for (const std::string name : {"3", "[\"a\"]", "{}", "{\"content\": 3}", "\"no such token\""})
+    CHECK(line_of("tokenizer_config.json", "{\"eos_token\": " + name + "}") == "no error");
+}
+
 // --- Random damage ----------------------------------------------------------------------
 
 namespace {
@@ -730,11 +818,28 @@ TEST_CASE("random damage: a PyTorch file loads or ends in one line") {
           [](const std::string& folder) { touch(read_checkpoint(folder)); });
 }
 
+TEST_CASE("random damage: a state loads or ends in one line") {
+  const auto seeds = {
+      state({"ids", "I32", "[1]", "[40,44]"}, {"layers.0.h", "F32", "[2,2]", "[24,40]"}, u32(8))};
+  const BrokenModel model;
+  survive(seeds, "state", 2000, [](const std::string& folder) {
+    std::vector<Token> ids;
+    load_state(folder + "/state", state_config(), ids);
+    REQUIRE(!ids.empty());
+  });
+}
+
 TEST_CASE("random damage: a config loads or ends in one line") {
   const auto seeds = {
-      R"({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 128, "state_size": 16, "time_step_rank": 5, "use_bias": false, "eos_token_id": [0, 1], "expand": 2})"s,
-      R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16, "n_groups": 2, "time_step_limit": [0.0, {"__float__": "Infinity"}], "layer_norm_epsilon": 1e-05})"s,
-      R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2", "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]}, "attn_layer_idx": []})"s};
+      R"({"model_type": "mamba", "hidden_size": 64, "intermediate_size": 128,
+          "state_size": 16, "time_step_rank": 5, "use_bias": false, "eos_token_id": [0, 1],
+          "expand": 2})"s,
+      R"({"model_type": "mamba2", "hidden_size": 64, "num_heads": 8, "head_dim": 16,
+          "n_groups": 2, "time_step_limit": [0.0, {"__float__": "Infinity"}],
+          "layer_norm_epsilon": 1e-05})"s,
+      R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2",
+          "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]},
+          "attn_layer_idx": []})"s};
   survive(seeds, "config.json", 3000, [](const std::string& folder) {
     const Config c = read_config(folder);
     REQUIRE((c.d_model > 0 && c.d_inner > 0 && c.d_state > 0 && c.d_conv > 0 && c.n_layer > 0 &&

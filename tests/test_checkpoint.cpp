@@ -677,8 +677,8 @@ TEST_CASE("config: both layouts say the same model") {
   require_same(
       config_of(
           R"({"model_type": "mamba2", "hidden_size": 64, "expand": 1.5, "state_size": 32,
-                   "num_heads": 6, "head_dim": 16, "n_groups": 3, "chunk_size": 32, "vocab_size": 300,
-                   "num_hidden_layers": 2, "time_step_limit": [0.001, 0.5]})"),
+                   "num_heads": 6, "head_dim": 16, "n_groups": 3, "chunk_size": 32,
+                   "vocab_size": 300, "num_hidden_layers": 2, "time_step_limit": [0.001, 0.5]})"),
       config_of(R"({"d_model": 64, "n_layer": 2, "vocab_size": 300, "tie_embeddings": false,
                    "ssm_cfg": {"layer": "Mamba2", "expand": 1.5, "d_state": 32, "headdim": 16,
                                "ngroups": 3, "chunk_size": 32, "dt_limit": [0.001, 0.5]}})"));
@@ -697,7 +697,8 @@ TEST_CASE("config: Infinity in any spelling, and words that only look like it") 
 
 TEST_CASE("config: what published files carry along does not disturb") {
   const Config c = config_of(R"({"model_type": "mamba2", "norm_before_gate": true, "rms_norm": true,
-      "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16", "quantization": {}})");
+      "eos_token_id": [7, 8], "bos_token_id": null, "torch_dtype": "bfloat16",
+      "quantization": {}})");
   CHECK((c.eos_token_ids == std::vector<mamba::Token>{7, 8} && c.bos_token_id == -1));
   // Converted models keep the original's names beside the new ones; the new ones count.
   CHECK(config_of(R"({"model_type": "mamba", "hidden_size": 64, "d_model": 64, "n_layer": 24,
