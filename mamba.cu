@@ -4246,8 +4246,8 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
 // ============================================================================================
 //
 // A gradient is named after its input, with a d before it, and is of one scalar loss. Gradients of
-// states go in and out like the states do: in comes that of the state after the piece, out goes that
-// of the state before it, so that pieces are walked from the last to the first. Gradients of
+// states go in and out like the states do: in comes that of the state after the piece, out goes
+// that of the state before it, so that pieces are walked from the last to the first. Gradients of
 // weights are float and are added to what is there. Sums over rows, channels and sequences have a
 // fixed order: the same bits on every run.
 
@@ -4256,7 +4256,7 @@ inline void CudaEngine::generate(std::vector<Sequence<State>>& sequences,
 //   dy_t     = dout_t silu(z_t)
 //   g_t      = C_t dy_t + u_t,   u_{t-1} = a_t g_t,   a_t = exp(delta_t A)     u_{L-1} = dhT
 //   dx_t     = delta_t (g_t . B_t) + D dy_t
-//   ddelta_t = (x_t (g_t . B_t) + A . (g_t a_t h_{t-1})) slope_t       slope: of softplus, and ratio
+//   ddelta_t = (x_t (g_t . B_t) + A . (g_t a_t h_{t-1})) slope_t  slope: softplus', ratio
 //   dB_t     = sum_d delta_t x_t g_t           dC_t = sum_d dy_t h_t
 //   dz_t     = dout_t y_t silu'(z_t)           dh0  = u_{-1}
 //   dA       = sum_t delta_t g_t a_t h_{t-1}   dD   = sum_t dy_t x_t
@@ -4406,9 +4406,9 @@ struct ScanHistory {
   float *h, *y, *gB, *gh;  // (rows, d_inner)
 };
 
-// One thread owns one channel. State by state it walks forward, leaving h of every row in memory, and
-// back; at last it walks over all rows to make what is left of the sums over states. A block is a
-// warp: it adds up what its channels, of one group, give to dB and dC.
+// One thread owns one channel. State by state it walks forward, leaving h of every row in memory,
+// and back; at last it walks over all rows to make what is left of the sums over states. A block is
+// a warp: it adds up what its channels, of one group, give to dB and dC.
 template <class T>
 __global__ void __launch_bounds__(32)
     selective_scan_backward_naive_kernel(ScanBackwardArgs<T> a, ScanHistory of, ScanParts parts) {
@@ -4475,25 +4475,27 @@ __global__ void __launch_bounds__(32)
   parts.D_bias[(2 * b + 1) * in.d_inner + d] = dbias;
 }
 
-// Since the rung before: time is cut into pieces that all run at once, sums over states and channels
-// are taken in registers, and what is done once per (t, d) is not repeated for each state. For
-// d_state <= 16, in three steps:
+// Since the rung before: time is cut into pieces that all run at once, sums over states and
+// channels are taken in registers, and what is done once per (t, d) is not repeated for each state.
+// For d_state <= 16, in three steps:
 //
 //   summary  walks every piece forward from a zero state, a short way (kRows rows) after the other,
 //            and leaves the state at the start of each way, h_way; the state at the end, `first`;
 //            and `later`, the gradient of the state before the piece where that after it is zero:
 //            u = sum_t P_t C_t dy_t, P_t = a_0 .. a_t.
-//   link     walks over the pieces, forward with the state, and back with its gradient. Over a whole
-//            piece the decay is exp(A sum_t delta_t). Then `first` is the state before the piece and
-//            `later` the gradient of the state after it.
+//   link     walks over the pieces, forward with the state, and back with its gradient. Over a
+//            whole piece the decay is exp(A sum_t delta_t). Then `first` is the state before the
+//            piece and `later` the gradient of the state after it.
 //   fused    walks a piece's ways from the last to the first, each forward from
-//            h_way + exp(A sum_t delta_t) first, keeping p_t = a_t h_{t-1} in shared memory, and back.
+//            h_way + exp(A sum_t delta_t) first, keeping p_t = a_t h_{t-1} in shared memory, and
+//            back.
 //
 // A warp owns 32 channels of one group, a lane kChannels of them times kStates states: lane l
-// channels 4 (l / 4) .. and states 4 (l % 4) .. Sums over states or channels begin inside of a lane,
-// go on between lanes, by exchanges that halve the number of sums, and end with channel l's in lane
-// l, which also prepares and finishes what is done once per (t, d). A block's warps then add up dB and
-// dC in shared memory. Per (t, d, n): 3 exps, 7 instructions in `summary`, 4 forward and 12 back.
+// channels 4 (l / 4) .. and states 4 (l % 4) .. Sums over states or channels begin inside of a
+// lane, go on between lanes, by exchanges that halve the number of sums, and end with channel l's
+// in lane l, which also prepares and finishes what is done once per (t, d). A block's warps then
+// add up dB and dC in shared memory. Per (t, d, n): 3 exps, 7 instructions in `summary`, 4 forward
+// and 12 back.
 struct BackTile {
   static constexpr int kRows = 8, kWarps = 4, kChannels = 4, kStates = 4, kN = 16;
   static constexpr int kThreads = 32 * kWarps;  // and channels of a block
@@ -4522,15 +4524,16 @@ struct BackMemory {  // of a block of the fused kernel
   struct Warp {
     BackRows rows;
     alignas(16) float x[kRows][32], slope[kRows][32], dgate[kRows][32];
-    // Of a lane's channels, each its p_t of the lane's states; when row t is walked back, {y, g . B,
-    // A . (g p)}, each of the lane's channels, so far as the lane's states go.
+    // Of a lane's channels, each its p_t of the lane's states; when row t is walked back, {y, g .
+    // B, A . (g p)}, each of the lane's channels, so far as the lane's states go.
     Vector<float, 4> p[kRows][BackTile::kChannels][32];
   } warp[BackTile::kWarps];
   alignas(16) float BC[2][BackTile::kWarps][kRows][32];  // of ways with even and odd numbers
 };
 
 // Where a warp works. A lane has three places in it: it walks time with 4 channels and 4 states,
-// prepares and finishes 4 channels of two rows of a way, and fetches 4 states of one row of B and C.
+// prepares and finishes 4 channels of two rows of a way, and fetches 4 states of one row of B and
+// C.
 template <class T>
 struct BackWarp {
   static constexpr int kRows = BackTile::kRows, kN = BackTile::kN;
@@ -4538,9 +4541,9 @@ struct BackWarp {
                 "32 lanes: 4 rows of 8 times 4 channels, twice; 8 rows of 4 times 4 states");
   const ScanBackwardArgs<T>& a;
   const int lane = threadIdx.x % 32;
-  // The first of 4 channels, from bits 0, 2 and 4 of the lane's number; and of 4 states, from bits 1
-  // and 3. Lanes side by side have the same states, every other two the same channels: shared memory
-  // serves them together.
+  // The first of 4 channels, from bits 0, 2 and 4 of the lane's number; and of 4 states, from bits
+  // 1 and 3. Lanes side by side have the same states, every other two the same channels: shared
+  // memory serves them together.
   const int walked = 4 * lane_bits<21>(lane), state = 4 * lane_bits<10>(lane);
   const int row = lane / 8, served = lane % 8 * 4;  // rows `row` and row + 4; 4 channels
   Rows rows;
@@ -4811,7 +4814,8 @@ struct BackLane {
     }
   }
 
-  // Row r: leaves y, g . B and A . (g p) of the lane's channels, and adds to dB and dC of its states.
+  // Row r: leaves y, g . B and A . (g p) of the lane's channels, and adds to dB and dC of its
+  // states.
   __device__ void row(int r, float (&BC)[8]) {
     const BackRows& rows = memory.rows;
     float delta[4], delta_x[4], dy[4], B[4], C[4];
@@ -4951,7 +4955,8 @@ __global__ void __launch_bounds__(BackTile::kThreads, 2)
     lane.forward(h);
     if (j > 0) fetch_start(j - 1);
     lane.back(block.BC[j & 1][threadIdx.x / 32]);
-    // dB and dC of all warps are there; all have read those of way j + 2. Sums over states are there.
+    // dB and dC of all warps are there; all have read those of way j + 2. Sums over states are
+    // there.
     __syncthreads();
     const int64_t t = warp.rows.first + j * kRows;
     add_warps(block.BC[j & 1], int(warp.rows.count) - j * kRows,
@@ -6049,8 +6054,8 @@ void ssd_backward(const SsdBackwardArgs<T>& a, cudaStream_t stream) {
 
 // --- sums over rows ------------------------------------------------------------------------------
 //
-// A weight's gradient is a sum over all rows of all sequences. Each block leaves its part of it, and
-// the parts are then added up in order: the same bits on every run.
+// A weight's gradient is a sum over all rows of all sequences. Each block leaves its part of it,
+// and the parts are then added up in order: the same bits on every run.
 
 // Columns [0, split) are added to `to`, the others to `rest`; either may be null.
 struct ColumnSums {
@@ -6318,9 +6323,9 @@ void causal_conv1d_backward(const ConvBackwardArgs<T>& a, float* workspace, cuda
 //   out = v s weight, s = 1 / sqrt(mean(v^2) + eps)       v: the residual, or y silu(z) of a group
 //   dv  = s (weight dout) - v s^3 mean(v weight dout)     dweight = sum over rows of dout v s
 //
-// One block takes some rows, one after the other, and of gated_rms_norm one group of channels; dweight
-// stays in shared memory, each number with the thread that adds to it. A row is read twice, the
-// second time from the cache.
+// One block takes some rows, one after the other, and of gated_rms_norm one group of channels;
+// dweight stays in shared memory, each number with the thread that adds to it. A row is read twice,
+// the second time from the cache.
 
 // The sums of both numbers over a block of kThreads threads.
 template <int kThreads>
@@ -6434,8 +6439,8 @@ void rms_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStrea
   add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
 }
 
-// y, z, dout, dy, dz (rows, d), their rows so far apart; the mean square is that of each of `groups`
-// equal runs of channels.
+// y, z, dout, dy, dz (rows, d), their rows so far apart; the mean square is that of each of
+// `groups` equal runs of channels.
 template <class T>
 struct GatedNormBackwardArgs {
   int64_t rows = 0;
@@ -6566,7 +6571,8 @@ class EmbeddingBackward {
 //
 // One block takes a row: it reads the logits once for their maximum and the sum of exponentials,
 // each thread for its own and then all for the block, and a second time to put dlogits, as T, into
-// their place.  Grid: rows, `stride` floats apart; row t of dlogits begins where that of logits did.
+// their place.  Grid: rows, `stride` floats apart; row t of dlogits begins where that of logits
+// did.
 
 constexpr int kEntropyThreads = 512;
 
@@ -6629,7 +6635,8 @@ __global__ void __launch_bounds__(kEntropyThreads)
   }
 }
 
-// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16 bytes.
+// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16
+// bytes.
 template <class T>
 void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
                    const Token* targets, float scale, float* nll, cudaStream_t stream) {
@@ -6688,8 +6695,8 @@ struct FlatModel {
   }
 };
 
-// A batch of texts, one behind another: to tell targets[i] from ids up to i, for every i where it is
-// not -1.
+// A batch of texts, one behind another: to tell targets[i] from ids up to i, for every i where it
+// is not -1.
 struct TextBatch {
   int64_t batch = 0, L = 0, rows = 0;              // L: of the longest
   const int64_t* cu_seqlens = nullptr;             // (batch + 1), or null: all are L tokens long
@@ -6708,12 +6715,12 @@ struct TrainingRoom {
   int64_t rows = 0, kept_layers = 0;  // for which `kept` was made
 };
 
-// Gradients of all operations of ssm_reference.hpp's blocks and model, each right after the one that
-// it leads back through. `a` are activations of the forward pass, `d` their gradients, of the same
-// names: d.y of a.y. Weights' gradients are added to `gradients`, in float32.
+// Gradients of all operations of ssm_reference.hpp's blocks and model, each right after the one
+// that it leads back through. `a` are activations of the forward pass, `d` their gradients, of the
+// same names: d.y of a.y. Weights' gradients are added to `gradients`, in float32.
 //
-// What is kept for them, numbers per token: the residual stream before every layer, d_model floats a
-// layer; and for as many layers as there is memory for, in T,
+// What is kept for them, numbers per token: the residual stream before every layer, d_model floats
+// a layer; and for as many layers as there is memory for, in T,
 //   Mamba    5 d_inner + dt_rank + 2 d_state                   projected, x, dt_B_C, delta, y
 //   Mamba-2  5 d_inner + 4 n_groups d_state + n_heads          projected, x B C, y, normed y
 // The other layers go forward once more from the residual stream when their turn comes.
@@ -7133,8 +7140,9 @@ inline double CudaEngine::gradients(const std::vector<Token>& ids, ssm::Model<fl
 // The trainer's kernels
 // ============================================================================================
 //
-// Parameters, gradients g and AdamW's moments m and v lie in float32 in four flat buffers of the same
-// places. The model that computes is a copy: matrices in T, A = -exp(A_log), the rest as it is.
+// Parameters, gradients g and AdamW's moments m and v lie in float32 in four flat buffers of the
+// same places. The model that computes is a copy: matrices in T, A = -exp(A_log), the rest as it
+// is.
 //
 //   g  = scale dloss/dw, for A_log:  dA_log = dA A
 //   m  = beta1 m + (1 - beta1) g,   v = beta2 v + (1 - beta2) g^2

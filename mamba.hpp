@@ -1515,8 +1515,8 @@ struct Logits : ModelFolder, TextFlags {
   }
 };
 
-/// The mean negative log likelihood of ids 2 to n, and its gradient for every tensor of the file, by
-/// its name and in its shape there; rows that pad a vocabulary have zeros.
+/// The mean negative log likelihood of ids 2 to n, and its gradient for every tensor of the file,
+/// by its name and in its shape there; rows that pad a vocabulary have zeros.
 template <class Engine>
 struct Gradients : ModelFolder, TextFlags {
   std::string out;

@@ -345,8 +345,9 @@ struct ConvGradients {
 
 // p = [state; x], all inputs in a row. out[t] has weight[:, k] * p[t + k], so for every tap k
 //   dp[t + k] += weight[:, k] * dout[t],      dweight[:, k] = sum_t dout[t] * p[t + k]
-// and dbias = sum_t dout[t]. The last d_conv - 1 rows of p are the state afterwards: dp starts there
-// from dstate (d_conv - 1, d). Its first rows are that of the state before. `state` is the latter.
+// and dbias = sum_t dout[t]. The last d_conv - 1 rows of p are the state afterwards: dp starts
+// there from dstate (d_conv - 1, d). Its first rows are that of the state before. `state` is the
+// latter.
 template <class Scalar>
 ConvGradients<Scalar> causal_conv1d_backward(const View<Scalar>& x, const View<Scalar>& weight,
                                              const View<Scalar>& bias, const View<Scalar>& state,
@@ -608,9 +609,10 @@ Matrix<Scalar> selective_scan(const ScanInputs<Scalar>& in, ScanState<Scalar> h,
 
 // --- Its backward ---
 //
-// Each equation above by the chain rule, last to first. dh_t is the gradient of h_t through all that
-// follows: through y_t, and through h_{t+1} what the walk back hands over. States are not kept by
-// the forward but made again (Mamba, section 3.3.2), chunk by chunk from the state each starts in.
+// Each equation above by the chain rule, last to first. dh_t is the gradient of h_t through all
+// that follows: through y_t, and through h_{t+1} what the walk back hands over. States are not kept
+// by the forward but made again (Mamba, section 3.3.2), chunk by chunk from the state each starts
+// in.
 //   out_t  dy_t = dout_t * silu(z_t),  dz_t = dout_t * (y_t with D x_t) * silu'(z_t)
 //   (2b)   dC_t = sum_d dy_t h_t,  dh_t += dy_t C_t,  dD = sum_t dy_t * x_t,  dx_t = D dy_t
 //   (2a)   d(delta_t x_t) = dh_t B_t,  dB_t = sum_d delta_t x_t dh_t,  dh_{t-1} = A_bar_t * dh_t
@@ -857,7 +859,7 @@ Matrix<Scalar> ssd_quadratic(const SsdInputs<Scalar>& in, ScanState<Scalar> h) {
     const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
     const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
     const Matrix<Scalar> delta_x = delta.col(i).asDiagonal() * in.x.middleCols(i * P, P);
-    const Matrix<Scalar> from_start = mask.col(0) * exp(l(0));        // (L, 1)
+    const Matrix<Scalar> from_start = mask.col(0) * exp(l(0));             // (L, 1)
     const Matrix<Scalar> at_end = mask.row(L - 1).asDiagonal() * delta_x;  // (L, P)
     auto h_i = h.middleRows(i * P, P);
 
@@ -917,8 +919,8 @@ Matrix<Scalar> step_size_backward(const SsdInputs<Scalar>& in, const Matrix<Scal
   return (delta.array() >= in.dt_min && delta.array() <= in.dt_max).select(d, Scalar(0));
 }
 
-// The gradients of y -> y + D x; those that the recurrence adds to are zero. d.dt is the gradient of
-// delta until the function after this one makes that of dt.
+// The gradients of y -> y + D x; those that the recurrence adds to are zero. d.dt is the gradient
+// of delta until the function after this one makes that of dt.
 template <class Scalar>
 SsdGradients<Scalar> skip_backward(const SsdInputs<Scalar>& in, const View<Scalar>& dout) {
   const Index L = in.length(), H = in.n_heads(), P = in.head_dim();
@@ -1014,7 +1016,7 @@ SsdGradients<Scalar> ssd_quadratic_backward(const SsdInputs<Scalar>& in,
     const Matrix<Scalar> X = delta.col(i).asDiagonal() * x;
     const Matrix<Scalar> l = delta.col(i).transpose() * in.A(i, 0);  // (1, L)
     const Matrix<Scalar> mask = decay_mask<Scalar>(l);               // (L, L)
-    const auto f = (mask.col(0) * exp(l(0))).eval();            // (L)
+    const auto f = (mask.col(0) * exp(l(0))).eval();                 // (L)
     const auto e = mask.row(L - 1).transpose().eval();               // (L)
 
     const Matrix<Scalar> M = mask.cwiseProduct(C * B.transpose()), dM = dy * X.transpose();
@@ -1546,8 +1548,8 @@ double lm_head_backward(const Model<Scalar, Weight>& model, const Matrix<Scalar>
 }
 
 // residuals: of backbone's forward, the layers' inputs; all else each layer makes again. start: the
-// state that the forward began with. The gradient of residual + block(rms_norm(residual)) is that of
-// both paths, added.
+// state that the forward began with. The gradient of residual + block(rms_norm(residual)) is that
+// of both paths, added.
 template <class Scalar, class Weight>
 void backbone_backward(const Model<Scalar, Weight>& model, const Token* ids,
                        const std::vector<Matrix<Scalar>>& residuals, const State<Scalar>& start,
@@ -1573,11 +1575,11 @@ void backbone_backward(const Model<Scalar, Weight>& model, const Token* ids,
   for (Index t = 0; t < dresidual.rows(); ++t) gradients.embedding.row(ids[t]) += dresidual.row(t);
 }
 
-// ids (L), targets (L): the tokens that follow, ids + 1 in a text. The loss, see cross_entropy, of a
-// piece of text that begins in `state`, which advances; its gradients are added to `gradients`, begun
-// with zeros_like(model). Several sequences with scale = 1 / all their tokens make the mean over all.
-// dstate, if given: the gradient of the state after the piece on entry, before it on return;
-// otherwise the loss is this piece's alone.
+// ids (L), targets (L): the tokens that follow, ids + 1 in a text. The loss, see cross_entropy, of
+// a piece of text that begins in `state`, which advances; its gradients are added to `gradients`,
+// begun with zeros_like(model). Several sequences with scale = 1 / all their tokens make the mean
+// over all. dstate, if given: the gradient of the state after the piece on entry, before it on
+// return; otherwise the loss is this piece's alone.
 template <class Scalar, class Weight>
 double loss_and_gradients(const Model<Scalar, Weight>& model, const Token* ids,
                           const Token* targets, Index L, State<Scalar>& state, double scale,

@@ -9,9 +9,9 @@
 //
 // The maths (gradients, cross-entropy, AdamW) is in ssm_reference.hpp. A program brings a Learner:
 //   Learner(const Config&, Learned, const LearnerOptions&)
-//   accumulate(batch, scale)   adds the gradient of scale * (sum of nll); returns that sum, unscaled
-//   loss(batch)                the same sum without a gradient, every piece from a zero state
-//   gradient_norm()            over all parameters
+//   accumulate(batch, scale)   adds the gradient of scale * (sum of nll); returns that sum,
+//   unscaled loss(batch)                the same sum without a gradient, every piece from a zero
+//   state gradient_norm()            over all parameters
 //   update(adamw, scale)       one step with the gradients times scale, which are then zero again
 //   learned()                  parameters and moments, on the host
 //   carried(), carry(states)   --carry-state: the state at the end of each slot's last piece

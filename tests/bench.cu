@@ -4,8 +4,8 @@
 //   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
 //
 // Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward, causal_conv1d,
-// causal_conv1d_backward, ssd, ssd_backward, rms_norm, gated_rms_norm, their backwards as norm_backward, sampler,
-// decode, prefill, train. A kernel runs in a CUDA graph of up to ten
+// causal_conv1d_backward, ssd, ssd_backward, rms_norm, gated_rms_norm, their backwards as
+// norm_backward, sampler, decode, prefill, train. A kernel runs in a CUDA graph of up to ten
 // calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other
 // writes. --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor
 // is the time to move each input and output once; of prefill, to multiply.

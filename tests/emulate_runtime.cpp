@@ -128,8 +128,8 @@ cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t, void*, size_t) {
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 const char* cublasGetStatusString(cublasStatus_t) { return "error of the emulated GPU"; }
 
-// C (n, m) = op(B) (n, k) op(A)^T (k, m) + beta C, row by row; a matrix of rows to be summed over is not
-// transposed in A and transposed in B
+// C (n, m) = op(B) (n, k) op(A)^T (k, m) + beta C, row by row; a matrix of rows to be summed over
+// is not transposed in A and transposed in B
 cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t A_op, cublasOperation_t B_op, int m, int n, int k,
                             const void*, const void* A, cudaDataType A_type, int lda, const void* B,
                             cudaDataType B_type, int ldb, const void* beta, void* C, cudaDataType C_type, int ldc,

@@ -1,6 +1,6 @@
-// Claims: every rung of selective_scan_backward computes the gradients that ssm_reference.hpp says in
-// double, up to rounding, for any size, with and without every optional input, cut anywhere; the same
-// bits on every run.
+// Claims: every rung of selective_scan_backward computes the gradients that ssm_reference.hpp says
+// in double, up to rounding, for any size, with and without every optional input, cut anywhere; the
+// same bits on every run.
 #include "support_cuda.hpp"
 
 #include <map>

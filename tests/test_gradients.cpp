@@ -1,6 +1,6 @@
-// Claims: every backward of ssm_reference.hpp is the gradient of its forward: it agrees with central
-// differences, with outsiders' numbers and, where there are two forms, with the other one; and a
-// sequence may be cut anywhere when the gradient of its state is carried over.
+// Claims: every backward of ssm_reference.hpp is the gradient of its forward: it agrees with
+// central differences, with outsiders' numbers and, where there are two forms, with the other one;
+// and a sequence may be cut anywhere when the gradient of its state is carried over.
 #include "support.hpp"
 
 using namespace test;
@@ -291,7 +291,8 @@ TEST_CASE("ssd: the backward of each form is the finite difference in every inpu
 
 namespace {
 
-/// Sequence b of a tensor (batch, ..) as a matrix of that many rows; empty if it is not in the file.
+/// Sequence b of a tensor (batch, ..) as a matrix of that many rows; empty if it is not in the
+/// file.
 Matrix<double> sequence(const mamba::Checkpoint& file, const std::string& name, Index b,
                         Index batch, Index rows) {
   if (!file.find(name)) return {};
@@ -489,7 +490,8 @@ TEST_CASE("gradients: inputs that do not fit are refused with one line") {
 
 namespace {
 
-/// A small model of random weights, all of its options on or off. Its vocabulary is padded by a row.
+/// A small model of random weights, all of its options on or off. Its vocabulary is padded by a
+/// row.
 struct SmallModel {
   mamba::Config config;
   ssm::Model<double> model;
