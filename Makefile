@@ -5,7 +5,7 @@ NVCC     ?= nvcc
 CXXFLAGS ?= -std=c++17 -O3 -march=native
 LIBS     ?= -isystem /usr/include/eigen3 -ltbb -lpcre2-8 -lutf8proc
 PACKAGES  = g++ make libeigen3-dev nlohmann-json3-dev libcli11-dev libtbb-dev libpcre2-dev libutf8proc-dev libstb-dev \
-            catch2 python3 curl jq
+            catch2 python3 python3-numpy curl jq
 
 # GCC 12 sees uninitialized registers in its own AVX-512 intrinsics (its bug 105593).
 WARNINGS  = -Wall -Wextra -Werror -Wno-uninitialized -Wno-maybe-uninitialized
