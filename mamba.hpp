@@ -1197,6 +1197,12 @@ inline void print_ids(const std::vector<Token>& ids) {
   std::cout << "\n";
 }
 
+/// For CLI11, whose ranges NaN passes.
+inline std::string not_nan(const std::string& word) {
+  const bool is_nan = std::isnan(std::strtod(word.c_str(), nullptr));
+  return is_nan ? "expected a number, found " + word : "";
+}
+
 /// What lies in the folder --model. The tokenizer is read when it is needed.
 struct ModelFolder {
   std::string folder = "weights/stories", tokenizer_flag;
@@ -1220,7 +1226,8 @@ struct ModelFolder {
   static void add_delta_ratio(CLI::App* sub, Ratio& ratio) {
     sub->add_option("--delta-ratio", ratio, "stretches every step of the state")
         ->delimiter(',')
-        ->check(CLI::Range(1e-6f, 1e6f));
+        ->check(CLI::Range(1e-6f, 1e6f))
+        ->check(not_nan);
   }
   template <class Engine, class Ratio>
   void add_engine(CLI::App* sub, Ratio& delta_ratio) {
@@ -1257,6 +1264,7 @@ struct ModelFolder {
   const Tokenizer& tokenizer() {
     if (tokenizer_) return *tokenizer_;
     const std::string path = tokenizer_path();
+    if (path.empty()) fail("no tokenizer: expected one to read texts with (--tokenizer)");
     if (!has_tokenizer())
       fail("no tokenizer: ", path, ": expected one beside the weights; the original models use ",
            "that of EleutherAI/gpt-neox-20b, which weights/fetch.sh brings: name its folder with ",

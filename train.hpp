@@ -320,7 +320,7 @@ inline void read_answers(const std::string& path, ModelFolder& model, std::vecto
   for (std::string line; std::getline(file, line);) {
     const std::string where = path + ": line " + std::to_string(++number);
     if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-    if (line.find("\"messages\"") != std::string::npos)
+    if (parse_json(line, where).contains("messages"))
       fail("--data: ", where, ": expected prompt and answer; chats (messages) are not rendered");
     const Request request = parse_request(line, where, model);
     Piece piece{request.context, static_cast<Index>(request.context.size())};
@@ -362,6 +362,8 @@ inline Source read_data(const std::vector<std::string>& paths, ModelFolder& mode
 inline std::vector<Batch> read_validation(const std::string& path, ModelFolder& model,
                                           const DataOptions& o) {
   std::vector<Piece> texts, windows;
+  if (has_suffix(path, ".safetensors"))
+    fail("--validation: ", path, ": expected texts or .jsonl, found a .safetensors file");
   if (has_suffix(path, ".jsonl")) {
     read_answers(path, model, windows);
   } else {
@@ -451,12 +453,16 @@ inline Learned<float> load_trainer(const std::string& path, const Config& config
     return found->second;
   };
   const Json saved = parse_json(text("options"), path);
+  if (!saved.is_object()) fail("wrong trainer: ", path, ": options: expected an object");
+  const Json steps = parse_json(text("steps"), path);
+  if (!steps.is_number_unsigned() || steps > (std::uint64_t{1} << 53))
+    fail("wrong trainer: ", path, ": steps: expected a number, found ", quote(text("steps")));
   for (const auto& [name, value] : options.items())
     if (saved.value(name, Json()) != value)
       fail("--resume: ", path, ": ", name, ": expected ", saved.value(name, Json()).dump(),
            " as at the start, found ", value.dump());
   Learned<float> learned{zeros<float>(config), zeros<float>(config), zeros<float>(config),
-                         std::atoll(text("steps").c_str())};
+                         steps.get<Index>()};
   read_parameters(file, "", config, learned.weights);
   read_parameters(file, "m.", config, learned.m);
   read_parameters(file, "v.", config, learned.v);
@@ -612,14 +618,14 @@ struct Train : ModelFolder {
   void declare_steps(CLI::App* sub) {
     TrainOptions& o = options;
     const auto add = [&](const char* name, auto& value, const char* what) {
-      return sub->add_option(name, value, what)->check(CLI::NonNegativeNumber);
+      return sub->add_option(name, value, what)->check(CLI::NonNegativeNumber)->check(not_nan);
     };
-    add("--accumulate", o.accumulate, "batches a step")->check(CLI::PositiveNumber);
+    add("--accumulate", o.accumulate, "batches a step")->check(CLI::Range(1, 1 << 16));
     auto* steps = add("--steps", o.steps, "how many (default: by --epochs)");
     add("--epochs", epochs, "times through the data")->excludes(steps);
     add("--lr", o.lr, "the highest learning rate");
-    add("--beta1", o.beta1, "of AdamW")->check(CLI::Range(0.0, 1.0));
-    add("--beta2", o.beta2, "of AdamW")->check(CLI::Range(0.0, 1.0));
+    add("--beta1", o.beta1, "of AdamW")->check(CLI::Range(0.0, 0.999999));
+    add("--beta2", o.beta2, "of AdamW")->check(CLI::Range(0.0, 0.999999));
     add("--eps", o.eps, "of AdamW");
     add("--weight-decay", o.weight_decay, "of matrices and the convolution");
     add("--clip", o.clip, "the most that the gradient's norm may be, 0: any");
@@ -636,10 +642,14 @@ struct Train : ModelFolder {
     const bool there = std::filesystem::exists(trainer);
     if (there && !resume)
       fail("--out: ", trainer, " is there: --resume goes on from it, or name another folder");
+    if (!there && std::filesystem::exists(to + "model.safetensors"))
+      fail("--out: ", to, "model.safetensors is there: name another folder");
     Learned<float> learned = begin();
     const Source source = read_data(data, *this, data_options);
     const double all = epochs * source.batches / options.accumulate;
-    if (options.steps == 0) options.steps = std::max<Index>(1, std::llround(all));
+    if (options.steps == 0 && !(all >= 0.5 && all < 1e12))
+      fail_usage("--epochs: expected one step or more, found ", all, " steps");
+    if (options.steps == 0) options.steps = std::llround(all);
     if (source.most / options.accumulate < static_cast<std::uint64_t>(options.steps))
       fail("--data: expected ", options.steps, " steps of ", options.accumulate,
            " batches in it, found ", source.most, " batches");
@@ -649,7 +659,10 @@ struct Train : ModelFolder {
     Learner learner(config, std::move(learned), engine_options);
     learner.carry(carried);
     loop(learner, source, [&] {
-      const Learned<float> now = learner.learned();
+      Learned<float> now = learner.learned();
+      for (const Parameter<float>& p : parameters(config, now.weights))
+        if (!p.values().isFinite().all())
+          fail("train: step ", now.steps, ": expected finite weights, found others in ", p.name);
       save_trainer(trainer, config, now, learner.carried(), decisive(source));
       save_model(to, config, now.weights, engine_options.dtype.value_or(DType::F32));
     });
@@ -675,7 +688,12 @@ struct Train : ModelFolder {
   Json decisive(const Source& source) const {
     const TrainOptions& o = options;
     const DataOptions& d = data_options;
-    return {{"length", d.length},
+    std::vector<Index> sizes = {config.version, config.d_inner, config.dt_rank};
+    for (const SizeField& size : kSizeFields) sizes.push_back(config.*size.member);
+    return {{"sizes", sizes},
+            {"norm-eps", config.norm_eps},
+            {"end-tokens", config.eos_token_ids},
+            {"length", d.length},
             {"batch", d.batch},
             {"accumulate", o.accumulate},
             {"seed", d.seed},
@@ -718,14 +736,20 @@ struct Train : ModelFolder {
       report(step, tokens / seconds, seconds / (step.number - begun), score);
       if (due(options.save_every, step.number)) save();
     }
-    if (begun >= options.steps) warn(out + ": all " + std::to_string(begun) + " steps were taken");
+    if (begun < options.steps) return;
+    save();  // the model may not have been written
+    warn(out + ": all " + std::to_string(begun) + " steps were taken");
   }
 
   void report(const Step& step, double tokens_per_s, double seconds_a_step,
               const std::optional<double>& validation) const {
     static const bool terminal = ::isatty(2) == 1;
     const Index every = terminal ? 1 : std::max<Index>(1, options.steps / 50);
-    if (!validation && step.number % every != 0 && step.number != options.steps) return;
+    static double last = 0;  // line on stderr
+    if (!validation && step.number % every != 0 && step.number != options.steps &&
+        now() < last + 10)
+      return;
+    last = now();
     const auto left = std::llround((options.steps - step.number) * seconds_a_step);
     std::ostringstream line;
     line << "step " << step.number << "/" << options.steps << std::fixed << std::setprecision(4)

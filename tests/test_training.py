@@ -90,6 +90,17 @@ def goes_on(folder):
     claim("train: a finished run is not begun anew", r.returncode == 1 and "--resume" in r.stderr, r.stderr)
     r = run(*common[:-4], "--steps", 121, "--out", whole, "--resume")
     claim("train: goes on with the same options only", r.returncode == 1 and "steps: expected 120" in r.stderr, r.stderr)
+    other = write(f"{folder}/other.json", json.dumps({**TINY, "num_hidden_layers": 1}))
+    r = run(*common[:2], other, *common[3:], "--out", whole, "--resume")
+    claim("train: goes on with the same model only", r.returncode == 1 and "sizes: expected" in r.stderr, r.stderr)
+    model = content(f"{whole}/model.safetensors")
+    os.remove(f"{whole}/model.safetensors")
+    r = run(*common, "--out", whole, "--resume")
+    claim("train: a finished run writes the model that is missing",
+          r.returncode == 0 and content(f"{whole}/model.safetensors") == model, r.stderr)
+    os.remove(f"{whole}/trainer.safetensors")
+    r = run(*common, "--out", whole, "--resume")
+    claim("train: a model that is there is not replaced", r.returncode == 1 and "model.safetensors is there" in r.stderr, r.stderr)
 
 
 def carries_state(folder):
@@ -127,6 +138,9 @@ def ends_in_one_line(folder):
             ("a chat", ["--config", config, "--data", chat], 1, "messages"),
             ("an empty text", ["--model", "weights/stories", "--data", empty], 1, "expected at least one text"),
             ("a diverging run", ["--config", config, "--data", data, "--lr", "1e30", "--clip", 0], 1, "finite"),
+            ("a rate that is no number", ["--config", config, "--data", data, "--lr", "nan"], 2, "expected a number"),
+            ("weights as validation", ["--config", config, "--data", data, "--validation", "weights/stories/model.safetensors"],
+             1, "expected texts"),
             ("half precision", ["--config", config, "--data", data, "--dtype", "bf16"], 1, "f32 only")]:
         r = run("train", *arguments, *out)
         claim(f"train: {name}: exit status {status} and one line", r.returncode == status and r.stderr.count("\n") < 4 and
