@@ -130,16 +130,18 @@ const char* cublasGetStatusString(cublasStatus_t) { return "error of the emulate
 
 // C (n, m) = op(B) (n, k) op(A)^T (k, m) + beta C, row by row; a matrix of rows to be summed over
 // is not transposed in A and transposed in B
-cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t A_op, cublasOperation_t B_op, int m, int n, int k,
-                            const void*, const void* A, cudaDataType A_type, int lda, const void* B,
-                            cudaDataType B_type, int ldb, const void* beta, void* C, cudaDataType C_type, int ldc,
-                            cublasComputeType_t, cublasGemmAlgo_t) {
+cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t A_op, cublasOperation_t B_op, int m,
+                            int n, int k, const void*, const void* A, cudaDataType A_type, int lda,
+                            const void* B, cudaDataType B_type, int ldb, const void* beta, void* C,
+                            cudaDataType C_type, int ldc, cublasComputeType_t, cublasGemmAlgo_t) {
   const float keep = *static_cast<const float*>(beta);
   emulated::submit([=] {
     const auto row = [k](const void* p, cudaDataType type, int i, int stride, bool across) {
       std::vector<float> numbers(k);
-      for (int l = 0; l < k; ++l)
-        numbers[l] = element(p, type, across ? std::size_t(l) * stride + i : std::size_t(i) * stride + l);
+      for (int l = 0; l < k; ++l) {
+        const int r = across ? l : i, c = across ? i : l;  // row and column of the matrix at p
+        numbers[l] = element(p, type, std::size_t(r) * stride + c);
+      }
       return numbers;
     };
     std::vector<std::vector<float>> rows;
