@@ -1697,6 +1697,9 @@ struct ScoreRequests : ModelFolder {
                     "number of the right one from 0; - for standard input")
         ->required();
     sub->add_option("--out", out_file, "write the answers here, not to standard output");
+    sub->footer(R"(LAMBADA (a line: {"text": ...}); its accuracy is "greedy" of the summary:
+  jq -c '(.text / " ") as $w | {context: $w[:-1] | join(" "), continuation: (" " + $w[-1])}' \
+    lambada_test.jsonl | mamba score --requests - --out /dev/null)");
   }
   void run() {
     open();
