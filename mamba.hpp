@@ -1087,6 +1087,12 @@ Inspection follow(const Inputs& in, Index d_state, const Step& step) {
   return seen;
 }
 
+/// delta[t, c] over the mean of delta[., c]: above 1 where a token makes channel c forget and write
+/// more than others do. Channels differ in their means by far more than tokens within a channel.
+inline Matrix<float> relative_delta(const Matrix<float>& delta) {
+  return delta * delta.colwise().mean().cwiseInverse().asDiagonal();
+}
+
 /// `attention` is called with the matrix M (L, L), y = M x, of each channel (Mamba-2: head).
 template <class Attention>
 Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids, Index layer,
@@ -1131,14 +1137,18 @@ inline std::array<std::uint8_t, 3> heat_colour(double part) {
   return colour;
 }
 
-/// Every value is a square cell; colours go from the least finite value, or `least`, to the
-/// largest.
-inline void write_heat_map(const std::string& path, const Matrix<float>& values,
-                           float least = -HUGE_VALF) {
-  float low = HUGE_VALF, high = -HUGE_VALF;
+/// From the least finite value to the largest.
+inline std::array<float, 2> finite_range(const Matrix<float>& values) {
+  std::array<float, 2> range = {HUGE_VALF, -HUGE_VALF};
   for (const float v : values.reshaped())
-    if (std::isfinite(v)) low = std::min(low, v), high = std::max(high, v);
-  low = std::max(low, least);
+    if (std::isfinite(v)) range = {std::min(range[0], v), std::max(range[1], v)};
+  return range;
+}
+
+/// Every value is a square cell; colours go from range[0] to range[1].
+inline void write_heat_map(const std::string& path, const Matrix<float>& values,
+                           const std::array<float, 2>& range) {
+  const auto [low, high] = range;
   const Index cell = std::clamp<Index>(768 / std::max(values.rows(), values.cols()), 1, 32);
   const Index width = cell * values.cols(), height = cell * values.rows();
   std::string pixels, png;
@@ -1747,9 +1757,11 @@ struct Inspect : ModelFolder {
     add_delta_ratio(sub, engine_options.delta_ratio);
     sub->add_option("prompt,--prompt", prompt, "the text, - for standard input")->required();
     sub->add_option("--layer", layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
-    sub->add_option("--out", out,
-                    "the folder to write into: safetensors files of delta, memory, the state's "
-                    "norm and the implied attention, and heat maps of them")
+    sub->add_option(
+           "--out", out,
+           "the folder to write into: safetensors files of delta, memory, the state's "
+           "norm and the implied attention, and heat maps: delta beside each channel's mean, "
+           "memory, and the attention to earlier tokens (the diagonal is grey)")
         ->required();
   }
   void run() {
@@ -1802,11 +1814,22 @@ struct Inspect : ModelFolder {
     write_safetensors(to + "memory.safetensors", {view("memory", seen.memory)});
     write_safetensors(to + "state_norm.safetensors",
                       {tensor_view("state_norm", {L}, seen.state_norm.data())});
-    // All of them span decades. Of the attention four are shown; above the diagonal it is log10(0).
-    const Matrix<float> log_mean = mean.array().log10();
-    write_heat_map(to + "attention.png", log_mean, log_mean.maxCoeff() - 4);
-    write_heat_map(to + "delta.png", seen.delta.transpose().array().log10());
-    write_heat_map(to + "memory.png", seen.memory.array().log10());
+    write_heat_maps(seen, mean, to);
+  }
+  /// All of them span decades, so colours go by log10.
+  static void write_heat_maps(const Inspection& seen, const Matrix<float>& attention,
+                              const std::string& to) {
+    // Four decades below the largest weight of an earlier token; above the diagonal it is log10(0).
+    // The diagonal, with D and what a token says of itself, would outshine the rest, and is grey.
+    Matrix<float> earlier = attention.array().log10();
+    earlier.diagonal().setConstant(NAN);
+    const float most = finite_range(earlier)[1];
+    write_heat_map(to + "attention.png", earlier, {most - 4, most});
+    // A row is a channel, beside its own mean: from a tenth of it to ten times.
+    const Matrix<float> relative = relative_delta(seen.delta).transpose().array().log10();
+    write_heat_map(to + "delta.png", relative, {-1, 1});
+    const Matrix<float> memory = seen.memory.array().log10();
+    write_heat_map(to + "memory.png", memory, finite_range(memory));
   }
 };
 

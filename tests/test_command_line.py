@@ -241,9 +241,16 @@ with tempfile.TemporaryDirectory() as folder:
         cell = width // rows
         shades = [[pixel(cell * t + cell // 2, cell * c + cell // 2) for c in range(columns)] for t in range(rows)]
         flat = [shade for row in shades for shade in row]
-        claim(f"inspect {model}: a heat map shows its numbers", (width, height) == (cell * rows, cell * columns)
-              and flat[delta.index(max(delta))] == (253, 231, 37) and flat[delta.index(min(delta))] == (68, 1, 84)
-              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(delta, flat))))), (width, height))
+        relative = [delta[t * columns + c] * rows / sum(delta[c::columns]) for t in range(rows) for c in range(columns)]
+        claim(f"inspect {model}: the map of delta shows it beside each channel's mean", (width, height) == (cell * rows, cell * columns)
+              and all((g >= 145 - 2) if r > 1 else (g <= 145 + 2) for r, (_, g, _) in zip(relative, flat))
+              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(relative, flat))))), (width, height))
+        width, height, pixel = read_png(at("seen/attention.png"))
+        cell = width // L
+        shades = {(t, s): pixel(cell * s + cell // 2, cell * t + cell // 2) for t in range(L) for s in range(L)}
+        largest = max(((t, s) for t in range(L) for s in range(t)), key=lambda at: mean[at[0] * L + at[1]])
+        claim(f"inspect {model}: the map of the attention leaves the diagonal out, and goes up to the largest weight besides",
+              all(shades[t, t] == (170, 170, 170) for t in range(L)) and shades[largest] == (253, 231, 37) and shades[0, L - 1] == (68, 1, 84), shades)
         shutil.rmtree(at("model"))
         shutil.rmtree(at("seen"))
 
