@@ -15,6 +15,9 @@
 // causal_conv1d_fused_kernel         causal_conv1d, silu    window in registers    pieces of t, d
 // causal_conv1d_step_kernel          causal_conv1d_step     one token              batch, d
 // selective_scan_naive_kernel        selective_scan         one thread walks time  batch, d
+// selective_scan_registers_kernel    selective_scan         states in registers    batch, d
+// selective_scan_lanes_kernel        selective_scan         16 lanes share the     batch, d,
+//                                                           states of a channel    pieces of N
 // selective_scan_fused_kernel        selective_scan         some warps walk time,  batch, d,
 //                                                           others feed, finish    pieces of N
 // selective_scan_chunk_start_kernel  selective_scan_chunked short walk between two batch, d, N
@@ -652,10 +655,95 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
   for (int n = 0; n < N && a.hT; ++n) a.hT[i * N + n] = h[n];
 }
 
-// Since the rung before: a channel's states are split over kLanes threads, kStates each, in
-// registers; B and C are read once per block, not once per channel; and everything that is done
-// once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A block takes
-// `width` channels of one group of one sequence, and works on tiles of kSteps rows:
+// Since the rung before: d_state, rounded up to kN, is known to the compiler. So loops over n
+// unroll, every h[n] has a place of its own, and h and A lie in registers: a step no longer waits
+// for local memory. A carries log2(e), so that exp is one multiply and one exp2. Grid: the same.
+template <class T, int kN>
+__global__ void __launch_bounds__(128) selective_scan_registers_kernel(ScanArgs<T> a) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;
+  const int64_t d = i % a.d_inner, group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(i / a.d_inner, a.L, a.cu_seqlens);
+
+  float A[kN], h[kN];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    A[n] = n < N ? kLog2e * a.A[d * N + n] : 0.f;
+    h[n] = n < N && a.h0 ? a.h0[i * N + n] : 0.f;
+  }
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
+    float y_t = a.D ? a.D[d] * x_t : 0.f;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if (n >= N) break;
+      h[n] = fmaf(exp2_approx(delta_t * A[n]), h[n], delta_t * x_t * to_float(B_t[n]));
+      y_t = fmaf(to_float(C_t[n]), h[n], y_t);
+    }
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+    if (n < N && a.hT) a.hT[i * N + n] = h[n];
+}
+
+constexpr int kScanLanes = 16;
+
+// Since the rung before: 16 lanes share a channel, lane j with the states n = j, j + 16, .. So a
+// channel's exponentials are 16 threads' work, there are 16 times as many threads to hide the
+// waiting of each, and neighbouring lanes read neighbouring B and C. The price: C_t . h_t is spread
+// over the lanes, and every step ends in four exchanges between them; and each lane makes the same
+// softplus. Grid: batch d_inner channels in blocks of 8.
+template <class T, int kStates>  // of a lane
+__global__ void __launch_bounds__(128) selective_scan_lanes_kernel(ScanArgs<T> a) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kScanLanes, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
+  const int lane = threadIdx.x % kScanLanes;
+  const unsigned lanes = 0xffffu << (threadIdx.x % 32 - lane);  // of this channel, in the warp
+  const int64_t d = i % a.d_inner, group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(i / a.d_inner, a.L, a.cu_seqlens);
+
+  float A[kStates], h[kStates];
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    const int n = lane + k * kScanLanes;
+    A[k] = n < N ? kLog2e * a.A[d * N + n] : 0.f;
+    h[k] = n < N && a.h0 ? a.h0[i * N + n] : 0.f;
+  }
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
+    float y_t = 0.f;  // these states' part
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      const int n = lane + k * kScanLanes;
+      if (n >= N) break;
+      h[k] = fmaf(exp2_approx(delta_t * A[k]), h[k], delta_t * x_t * to_float(B_t[n]));
+      y_t = fmaf(to_float(C_t[n]), h[k], y_t);
+    }
+#pragma unroll
+    for (int distance = kScanLanes / 2; distance > 0; distance /= 2)
+      y_t += __shfl_xor_sync(lanes, y_t, distance);
+    if (lane != 0) continue;
+    if (a.D) y_t = fmaf(a.D[d], x_t, y_t);
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+#pragma unroll
+  for (int k = 0; k < kStates; ++k)
+    if (lane + k * kScanLanes < N && a.hT) a.hT[i * N + lane + k * kScanLanes] = h[k];
+}
+
+// The fused rung (feeders, walkers, finishers)
+//
+// Since the rung before: B and C are read once per block, not once per channel; memory is asked for
+// tiles ahead; and everything that is done once per (t, d) rather than once per (t, d, n) leaves
+// the loop that walks time. A block takes `width` channels of one group of one sequence, and works
+// on tiles of kSteps rows:
 //
 //   feeders    prepare tile i + 1: softplus, delta x, and B and C as floats
 //   walkers    walk tile i, each with kStates states of one channel, and sum C_t . h_t over
@@ -663,8 +751,25 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
 //   finishers  complete the outputs of tile i - 1: D x and the gate
 //
 // What passes between them lies in shared memory twice, for even and for odd tiles, so one barrier
-// per tile orders all of it. Rows past the end get delta = 0 and B = 0: the state stands still.
-// Missing states get A = B = C = 0.
+// per tile orders all of it:
+//
+//   barrier            0        1        2        3        4
+//   feeders     tile 0 | tile 1 | tile 2 | tile 3 |        |          write input, BC [i % 2]
+//   walkers            | tile 0 | tile 1 | tile 2 | tile 3 |          read them, write y [i % 2]
+//   finishers          |        | tile 0 | tile 1 | tile 2 | tile 3   read y, write out
+//
+// Rows past the end get delta = 0 and B = 0: the state stands still. Missing states get A = B = C
+// = 0. Which lane of a walking warp holds which states, for kStates = 2 and kLanes = 8 (N = 16):
+//
+//   states      0,1   2,3   4,5   6,7   8,9 10,11 12,13 14,15
+//   channel 0     0     2     8    10    16    18    24    26
+//   channel 1     1     3     9    11    17    19    25    27
+//   channel 2     4     6    12    14    20    22    28    30
+//   channel 3     5     7    13    15    21    23    29    31
+//
+// The sums over a row of this table are made for 8 steps at once. In an exchange with the lane 16
+// further, lanes 0 to 15 keep steps 0 to 3, the others 4 to 7; with the lane 8 further, each keeps
+// two of its four; with the lane 2 further, one. That is 7 exchanges for 8 steps, before it was 32.
 //
 // What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B, two
 // multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from shared
@@ -1203,6 +1308,27 @@ template <class T>
 void selective_scan_naive(const ScanArgs<T>& a, cudaStream_t stream) {
   if (a.batch * a.d_inner == 0) return;
   selective_scan_naive_kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void selective_scan_registers(const ScanArgs<T>& a, cudaStream_t stream) {
+  const int64_t N = a.d_state;
+  if (N > 64) fail("selective_scan_registers: d_state: expected at most 64, found ", N);
+  if (a.batch * a.d_inner == 0) return;
+  const auto kernel =
+      N > 16 ? selective_scan_registers_kernel<T, 64> : selective_scan_registers_kernel<T, 16>;
+  kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void selective_scan_lanes(const ScanArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.d_inner == 0) return;
+  const auto kernel = a.d_state > 64   ? selective_scan_lanes_kernel<T, 16>
+                      : a.d_state > 16 ? selective_scan_lanes_kernel<T, 4>
+                                       : selective_scan_lanes_kernel<T, 1>;
+  kernel<<<ceil_div(a.batch * a.d_inner * kScanLanes, 128), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 

@@ -117,6 +117,8 @@ void run_scan(const ScanArgs<T>& a) {
 template <class T>
 void scan_rungs_match(const char* type) {
   Worst naive{std::string("selective_scan naive ") + type},
+      registers{std::string("selective_scan registers ") + type},
+      lanes{std::string("selective_scan lanes ") + type},
       fused{std::string("selective_scan fused ") + type};
   std::uint64_t seed = 1;
   const ScanCase shapes[] = {{1, 0, 1, 1, 1, 31},   {3, 0, 5, 16, 1, 15},  {1, 0, 64, 16, 2, 31},
@@ -128,6 +130,10 @@ void scan_rungs_match(const char* type) {
       c.L = L;
       const ScanProblem<T> p(c, ++seed);
       p.check("naive", naive, [](const ScanArgs<T>& a) { selective_scan_naive(a, nullptr); });
+      if (c.N <= 64)
+        p.check("registers", registers,
+                [](const ScanArgs<T>& a) { selective_scan_registers(a, nullptr); });
+      p.check("lanes", lanes, [](const ScanArgs<T>& a) { selective_scan_lanes(a, nullptr); });
       p.check("fused", fused, run_scan<T>);
     }
   // Few channels, long: the sequence itself is split.
@@ -138,13 +144,13 @@ void scan_rungs_match(const char* type) {
 
 }  // namespace
 
-TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, float") {
+TEST_CASE("cuda selective_scan: every rung matches the reference, float") {
   scan_rungs_match<float>("f32");
 }
-TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, bf16") {
+TEST_CASE("cuda selective_scan: every rung matches the reference, bf16") {
   scan_rungs_match<bf16>("bf16");
 }
-TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, f16") {
+TEST_CASE("cuda selective_scan: every rung matches the reference, f16") {
   scan_rungs_match<half>("f16");
 }
 
@@ -165,6 +171,8 @@ TEST_CASE("cuda selective_scan: what its threads work with is in registers") {
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.localSizeBytes;
   };
+  CHECK(in_memory(selective_scan_registers_kernel<bf16, 16>) == 0);
+  CHECK(in_memory(selective_scan_lanes_kernel<bf16, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, FewScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, NarrowScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, WideScan, 1>) == 0);
