@@ -196,6 +196,39 @@ TEST_CASE("cuda selective_scan: cut anywhere, empty pieces included, nothing cha
     });
 }
 
+TEST_CASE("cuda selective_scan: a ragged batch is each of its sequences alone, on every rung") {
+  using Rung = void (*)(const ScanArgs<float>&);
+  const std::pair<const char*, Rung> rungs[] = {
+      {"naive", [](const ScanArgs<float>& a) { selective_scan_naive(a, nullptr); }},
+      {"registers", [](const ScanArgs<float>& a) { selective_scan_registers(a, nullptr); }},
+      {"lanes", [](const ScanArgs<float>& a) { selective_scan_lanes(a, nullptr); }},
+      {"fused", run_scan<float>}};
+  const std::vector<std::int64_t> starts = {0, 7, 7, 90};
+  const DeviceBuffer<std::int64_t> cu_seqlens(starts.data(), starts.size());
+  for (const Index d : {23, 24}) {  // 23: a warp of the third rung has lanes of two sequences
+    const ScanProblem<float> p({1, 90, d, 16, 1, 15}, 8);
+    const DeviceBuffer<float> out = poisoned<float>(90 * d), hT = poisoned<float>(3 * d * 16),
+                              out_alone = poisoned<float>(90 * d),
+                              hT_alone = poisoned<float>(3 * d * 16);
+    for (const auto& [name, rung] : rungs) {
+      ScanArgs<float> all = p.args();
+      all.batch = 3, all.L = 83, all.cu_seqlens = cu_seqlens.data();
+      all.out = out.data(), all.hT = hT.data();
+      rung(all);
+      for (int b = 0; b < 3; ++b) {
+        ScanArgs<float> one = p.args();
+        for (const float** q : {&one.x, &one.delta, &one.z}) *q += starts[b] * d;
+        one.B += starts[b] * 16, one.C += starts[b] * 16, one.L = starts[b + 1] - starts[b];
+        one.out = out_alone.data() + starts[b] * d, one.hT = hT_alone.data() + b * d * 16;
+        rung(one);
+      }
+      INFO(name << ", d " << d);
+      CHECK(max_difference(down(out, 90, d), down(out_alone, 90, d)) == 0);
+      CHECK(max_difference(down(hT, 3 * d, 16), down(hT_alone, 3 * d, 16)) == 0);
+    }
+  }
+}
+
 TEST_CASE("cuda selective_scan_step: one token after another is the whole sequence") {
   Worst worst{"selective_scan_step"};
   for (const ScanCase& c :
