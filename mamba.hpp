@@ -1266,6 +1266,13 @@ struct ModelFolder {
       config.vocab_size =
           std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
   }
+  /// An output can be written, and is not the model's own file.
+  void check_output(const std::string& path) const {
+    check_writable(path);
+    std::error_code none;
+    if (!path.empty() && std::filesystem::equivalent(path, checkpoint.where, none))
+      fail(path, ": expected another file than the model's own");
+  }
   std::string tokenizer_path() const {
     const std::string path = tokenizer_flag.empty() ? folder : tokenizer_flag;
     return std::filesystem::is_directory(path) ? path + "/tokenizer.json" : path;
@@ -1389,8 +1396,8 @@ struct Generate : ModelFolder {
     const std::size_t texts = prompts.size() * batch;
     if (texts != 1 && !(state_to + state_from).empty())
       fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
-    check_writable(state_to);
     open();
+    check_output(state_to);
     Engine engine(checkpoint, config, engine_options);
     ends = end_tokens();
     for (const auto& end : ends)
@@ -1514,8 +1521,8 @@ struct Logits : ModelFolder, TextFlags {
     sub->add_option("--out", out, "the safetensors file to write")->required();
   }
   void run() {
-    check_writable(out);
     open();
+    check_output(out);
     const std::vector<Document> text = read(*this);
     Engine engine(checkpoint, config, engine_options);
     const std::vector<Token>& ids = text[0].ids;
@@ -1528,7 +1535,10 @@ struct Logits : ModelFolder, TextFlags {
     file.write(tensors[0].bytes());
     auto state = engine.new_state();
     walk(engine, state, ids.data(), L, mode,
-         [&](Index, const Matrix<float>& logits) { file.write(view("logits", logits).bytes()); });
+         [&](Index, const Matrix<float>& logits) {
+           if (logits.hasNaN()) fail("logits: expected numbers, found NaN");
+           file.write(view("logits", logits).bytes());
+         });
     file.commit();
   }
 };
@@ -1548,8 +1558,8 @@ struct Gradients : ModelFolder, TextFlags {
       sub->add_flag("--double", in_double, "the reference itself, in double")->excludes("--dtype");
   }
   void run() {
-    check_writable(out);
     open();
+    check_output(out);
     const Document text = read(*this)[0];
     if (text.ids.size() < 2) fail(text.where, ": expected at least two tokens, found one");
     if (in_double) {
@@ -1567,6 +1577,7 @@ struct Gradients : ModelFolder, TextFlags {
   }
   template <class Scalar>
   void write(Scalar loss, const ssm::Model<Scalar>& gradients) const {
+    if (!std::isfinite(loss)) fail("gradients: expected a finite loss, found ", loss);
     std::deque<std::vector<Scalar>> numbers;  // row-major, as in the file
     std::vector<Tensor> tensors = {tensor_view("loss", {}, &loss)};
     for_each_weight(config, gradients, [&](const std::string& name, const auto& shape, auto& g) {

@@ -156,9 +156,7 @@ with tempfile.TemporaryDirectory() as folder:
     claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
 
     # --- gradients ---
-    if os.path.basename(PROGRAM) == "mamba_cuda":
-        refuses("gradients on the GPU", 1, "mamba, the CPU program, has", "gradients", "--ids", "5 17", "--out", at("g"))
-    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():
+    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():  # mamba_cuda: test_programs.py
         grads = {}
         for layout, *flags in (("hf",), ("original",), ("hf", "--double")):
             model = f"tests/golden/mamba{version}-{layout}"
@@ -349,9 +347,15 @@ with tempfile.TemporaryDirectory() as folder:
     with open(at("nan/model.safetensors"), "r+b") as f:
         f.seek(os.path.getsize(at("nan/model.safetensors")) - len(data) + begin)
         f.write(struct.pack("<H", 0x7fc0))
-    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",)):
+    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",),
+                    ("logits", "--ids", "5 17", "--out", at("no")), ("gradients", "--ids", "5 17", "--out", at("no"))):
         code, out, err = run(*command, "--model", at("nan"))
         claim(f"NaN weights end {command[0]}", code == 1 and "backbone.norm_f.weight" in err and "NaN" in err.splitlines()[-1].replace("nan", "NaN"), (code, out, err))
+
+    claim("and leave no output", not os.path.exists(at("no")))
+    for command in ("logits", "gradients"):
+        refuses(f"{command} in place of the model", 1, "the model's own", command, "--model", at("bare"), "--ids", "5 17",
+                "--out", at("bare/model.safetensors"))
 
     # --- usage: status 2, one line ---
     for arguments, fragment in [
