@@ -1440,7 +1440,7 @@ struct Generate : ModelFolder {
   using Sequences = std::vector<Sequence<typename Engine::State>>;
   std::string prompt, prompt_file, prompt_ids, state_to, state_from;
   std::size_t batch = 1;
-  bool ids = false, ignore_eos = false;
+  bool ids = false, json = false, ignore_eos = false;
   GenerateOptions options;
   std::vector<std::string> prompts;
   std::map<Token, std::string> ends;
@@ -1450,9 +1450,14 @@ struct Generate : ModelFolder {
     SamplerOptions& sampler = options.sampler;
     sub->add_option("prompt,--prompt", prompt,
                     "the text to continue, - for standard input less a final newline");
-    sub->add_option("--prompt-file", prompt_file,
-                    "prompts, one a line, less Windows' line ends and byte order mark")
-        ->excludes("--prompt");
+    auto* lines = sub->add_option("--prompt-file", prompt_file,
+                                  "prompts, one a line, less Windows' line ends and byte order "
+                                  "mark; - for standard input")
+                      ->excludes("--prompt");
+    sub->add_flag("--json", json,
+                  "the lines of --prompt-file are JSON strings; so is what is printed, a line for "
+                  "each continuation")
+        ->needs(lines);
     sub->add_option("--prompt-ids", prompt_ids, "token ids to continue")
         ->excludes("--prompt")
         ->excludes("--prompt-file");
@@ -1467,13 +1472,20 @@ struct Generate : ModelFolder {
         ->check(CLI::Range(1, 1 << 16));
     sub->add_option("--save-state", state_to, "where to leave the state, to go on later");
     sub->add_option("--load-state", state_from, "go on from a saved state");
-    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text");
+    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text")
+        ->excludes("--json");
     sub->add_flag("--ignore-eos", ignore_eos, "go on after an end token");
   }
 
   void run() {
     check(options.sampler);
     prompts = prompt_file.empty() ? std::vector{read_prompt(prompt)} : read_prompts(prompt_file);
+    for (std::size_t i = 0; json && i < prompts.size(); ++i) {
+      const std::string where = "--prompt-file: " + prompt_file + ": line " + std::to_string(i + 1);
+      const Json text = parse_json(prompts[i], where);
+      if (!text.is_string()) fail(where, ": expected a JSON string, found ", quote(prompts[i]));
+      prompts[i] = text.get<std::string>();
+    }
     const std::size_t texts = prompts.size() * batch;
     if (texts != 1 && !(state_to + state_from).empty())
       fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
@@ -1534,6 +1546,18 @@ struct Generate : ModelFolder {
       for (const Token id : sequences[i].ids) begins[i] += decoders[i].push(id);
       if (prompt_ids.empty()) begins[i] = prompts[sequences[i].index / batch];
       if (!state_from.empty()) begins[i].clear();
+    }
+    if (json) {
+      std::vector<std::string> more(sequences.size());
+      engine.generate(sequences, options, [&](std::size_t i, Token token) {
+        ++made;
+        if (ends.count(token) == 0) more[i] += decoders[i].push(token);
+      });
+      for (std::size_t i = 0; i < more.size(); ++i)
+        std::cout << Json(more[i] + decoders[i].finish())
+                         .dump(-1, ' ', true, Json::error_handler_t::replace)
+                  << std::endl;
+      return made;
     }
     const auto begin = [&](std::size_t end) {
       for (; begun < end; ++begun)

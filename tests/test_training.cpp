@@ -2,7 +2,7 @@
 // their number alone.
 #define MAMBA_NO_MAIN
 #include "../mamba.cpp"
-#include "support.hpp"
+#include "finetuned.hpp"
 
 using namespace mamba;
 
@@ -61,48 +61,6 @@ std::vector<Piece> numbered_texts(Index n) {
   }
   return texts;
 }
-
-/// Of a tiny golden model an adapter that PEFT wrote, and what transformers and torch make of it:
-/// tests/golden/finetune.
-struct Finetuned {
-  std::string base, adapter;
-  Config config;
-  Checkpoint truth;
-  LoraOptions lora;
-  std::unique_ptr<LoraLearner<CpuLearner<double>>> learner;
-
-  explicit Finetuned(int version) {
-    const std::string name = "mamba" + std::to_string(version);
-    base = test::root("tests/golden/" + name + "-hf");
-    adapter = test::root("tests/golden/finetune/" + name);
-    config = read_config(base);
-    truth = read_safetensors(adapter + "/expected.safetensors");
-    lora.rank = 4, lora.alpha = 6;
-    if (version == 1) lora.targets.push_back("embeddings");
-    Learned<double> start{parameters_of<double>(read_checkpoint(base), config), {}, {}};
-    if (version == 1) untie(config, start.weights);
-    learner =
-        std::make_unique<LoraLearner<CpuLearner<double>>>(config, start, EngineOptions{}, lora, 1);
-  }
-  /// Takes up the adapter; until then the learner is the base model.
-  void begin() {
-    const Checkpoint file = read_safetensors(adapter + "/adapter_model.safetensors");
-    auto pairs = learner->pairs();
-    for (auto& pair : pairs)
-      for (auto* f : {&pair.A, &pair.B}) f->w = lora_factor(file.at(f->name)).cast<double>();
-    CHECK(pairs.size() * 2 == file.tensors.size());
-    learner->set(pairs, 0);
-  }
-  /// The sequences that step `number` learns.
-  Batch batch(std::uint64_t number) const {
-    const auto& shape = truth.at("ids").shape;
-    Batch pieces;
-    for (Index row = 0; row < shape[1]; ++row)
-      pieces.push_back(
-          {test::tokens(truth.at("ids"), (number * shape[1] + row) * shape[2], shape[2]), 9});
-    return pieces;
-  }
-};
 
 }  // namespace
 
@@ -250,7 +208,7 @@ TEST_CASE("training: the learning rate rises, then follows a cosine to 5 % of it
 
 TEST_CASE("lora: logits of an adapter that PEFT wrote are those of transformers") {
   for (const int version : {1, 2}) {
-    const Finetuned f(version);
+    const test::Finetuned<CpuLearner<double>> f(version);
     Config config = read_config(f.base);
     Checkpoint checkpoint = read_checkpoint(f.base);
     add_adapter(f.adapter, config, checkpoint);
@@ -264,7 +222,7 @@ TEST_CASE("lora: logits of an adapter that PEFT wrote are those of transformers"
 TEST_CASE("lora: the gradient of answers and of preferences is the central difference") {
   for (const int version : {1, 2})
     for (const double beta : {0.0, 0.3}) {
-      Finetuned f(version);
+      test::Finetuned<CpuLearner<double>> f(version);
       Batch batch = f.batch(0);
       set_references(*f.learner, batch, 2);
       f.begin();
@@ -301,27 +259,7 @@ TEST_CASE("lora: the gradient of answers and of preferences is the central diffe
 TEST_CASE("lora: ten steps of SFT and of DPO are those of PEFT and torch") {
   for (const int version : {1, 2})
     for (const bool pairs : {false, true}) {
-      Finetuned f(version);
-      std::vector<Batch> batches;
-      for (std::uint64_t number = 0; number < 10; ++number) {
-        batches.push_back(f.batch(number));
-        set_references(*f.learner, batches.back(), 4);
-      }
-      f.begin();
-      const Source source{[&](std::uint64_t number) { return batches[number]; }};
-      TrainOptions o;
-      o.steps = 10, o.lr = 3e-3, o.schedule = "constant", o.dpo = pairs ? 0.3 : 0;
-      const Matrix<double> want = test::matrix<double>(f.truth.at(pairs ? "dpo" : "sft"));
-      double worst = 0;
-      for (Index i = 0; i < o.steps; ++i) {
-        const Step step = train_step(*f.learner, source, o, i);
-        worst = std::max({worst, std::abs(step.loss - want(i, 0)),
-                          std::abs(step.gradient_norm / want(i, want.cols() - 1) - 1)});
-        if (pairs) worst = std::max(worst, std::abs(step.margin - want(i, 1)));
-        if (pairs) CHECK(step.accuracy == want(i, 2));
-      }
-      CAPTURE(version, pairs, worst);
-      CHECK(worst < 1e-4);
-      WARN("worst " << worst);
+      CAPTURE(version, pairs);
+      CHECK(test::Finetuned<CpuLearner<double>>(version).ten_steps(pairs) < 1e-4);
     }
 }
