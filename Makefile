@@ -38,7 +38,7 @@ mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
 
 # Tests are built for quick compilation; the reference's loops keep their vectors.
-build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+build/%.o: tests/%.cpp tests/finetuned.hpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build
 	$(CXX) $(CXXFLAGS) -O1 $(WARNINGS) -I. -c $< -o $@ $(LIBS)
 
@@ -72,7 +72,7 @@ build/kernels.cu build/models.cu build/gradients.cu:
 	@mkdir -p build
 	printf '#include "%s"\n' $^ >$@
 
-build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+build/%.cuda.o: build/%.cu tests/finetuned.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
 build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.o build/main.o
@@ -100,7 +100,7 @@ build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
 	@mkdir -p build/emulated
 	python3 tests/emulate.py $< $@
 
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/finetuned.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
 	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
@@ -114,7 +114,7 @@ debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer 
 	python3 tests/test_cases.py build/debug/mamba
 	python3 tests/test_outputs.py build/debug/mamba
 
-build/debug/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+build/debug/%.o: tests/%.cpp tests/finetuned.hpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) $(WARNINGS) -I. -c $< -o $@ $(LIBS)
 
