@@ -3473,7 +3473,8 @@ struct DeviceLayer {
   DeviceStateMatrix A;
   DeviceRow D, gated_norm;
   DeviceMatrix out_proj;
-  DeviceRow out_proj_bias;
+  DeviceRow out_proj_bias, norm_bias, norm2, norm2_bias;
+  DeviceMatrix fc1, fc2;
 };
 struct DeviceModel {
   ssm::Sizes sizes;
@@ -3482,6 +3483,7 @@ struct DeviceModel {
   DeviceRow norm_f;
   DeviceMatrix lm_head;
   bool tied = true;
+  DeviceRow norm_f_bias;
 };
 
 /// What all weights take on the GPU: matrices as stored, the rest in float32.
@@ -3982,6 +3984,7 @@ class CudaEngine {
 
   CudaEngine(const Config& config, const EngineOptions& options, DType dtype)
       : config_(config), dtype_(dtype), delta_ratio_(options.delta_ratio) {
+    if (config.original_only()) fail("hybrids: not on the GPU yet");
     use_device(options.device);
     queue_ = std::make_unique<Queue>();
   }
@@ -6657,10 +6660,11 @@ struct FloatLayer {
   float *norm = nullptr, *in_proj = nullptr, *in_proj_bias = nullptr;
   float *conv_weight = nullptr, *conv_bias = nullptr, *x_proj = nullptr, *dt_proj = nullptr;
   float *dt_bias = nullptr, *A = nullptr, *D = nullptr, *gated_norm = nullptr;
-  float *out_proj = nullptr, *out_proj_bias = nullptr;
+  float *out_proj = nullptr, *out_proj_bias = nullptr, *norm_bias = nullptr, *norm2 = nullptr;
+  float *norm2_bias = nullptr, *fc1 = nullptr, *fc2 = nullptr;
 };
 struct FloatModel {
-  float *embedding = nullptr, *norm_f = nullptr, *lm_head = nullptr;
+  float *embedding = nullptr, *norm_f = nullptr, *lm_head = nullptr, *norm_f_bias = nullptr;
   std::vector<FloatLayer> layers;
   bool tied = true;
   float* head() const { return tied ? embedding : lm_head; }
@@ -7283,6 +7287,7 @@ inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
       dtype_(options.dtype.value_or(DType::F32)),
       delta_ratio_(options.delta_ratio),
       steps_(learned.steps) {
+  if (config.original_only()) fail("hybrids: not on the GPU yet");
   if (dtype_ == DType::F16) fail_usage("train: --dtype: expected f32 or bf16, found f16");
   use_device(options.device);
   queue_ = std::make_unique<Queue>();
