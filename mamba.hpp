@@ -252,7 +252,7 @@ inline void read_attention(const Fields& fields, Config& c) {
   const Json layers = fields.value("attn_layer_idx", Json::array());
   if (!layers.is_array()) fields.wrong("attn_layer_idx", "an array of layers");
   for (const Json& layer : layers) {
-    if (!layer.is_number_unsigned() || layer >= static_cast<std::uint64_t>(c.n_layer))
+    if (!layer.is_number_integer() || layer < 0 || layer >= c.n_layer)
       fields.wrong("attn_layer_idx", "layers below " + std::to_string(c.n_layer));
     c.attention_layers.push_back(layer.get<Index>());
   }

@@ -26,7 +26,7 @@
 //   A            diagonal of the state matrix (d_inner, N), always negative: A = -exp(A_log)
 //   B, C         input and output vectors     (L, N)       D             skip weight (d_inner)
 //   Mamba-2:  n_heads H, head_dim P (d_inner = H P), n_groups G, A (H), delta (L, H), B, C (L, G N)
-//   attention:  q  queries (L, H P)    k, v  keys and values (L, G P)    T  tokens so far, L included
+//   attention:  q  queries (L, H P), k, v  keys and values (L, G P), T  tokens so far, L included
 //
 // The Mamba block (Mamba, Figure 3 and section 3.4)
 //
@@ -1718,9 +1718,8 @@ AttentionInputs<Scalar> attention_inputs(const AttentionSizes& a, const Matrix<S
 
 // The attention block of a hybrid.
 //
-//   u ── in_proj ── q k v (H P + 2 G P) ── [causal_conv1d] ──┬── q ── rotary ──┐
-//                                                            ├── k ── rotary ── causal_attention ── out_proj
-//                                                            └── v ────────────┘
+//   u ── in_proj ── q k v ── [causal_conv1d] ──┬── q, k ── rotary ──┐
+//                                              └── v ───── causal_attention ── out_proj
 // The convolution, if there is one, has no activation, and like every other its state is the last
 // of its inputs.
 template <class Scalar, class Weight>
