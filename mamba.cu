@@ -56,6 +56,10 @@
 // causal_conv1d_backward_kernel      causal_conv1d_backward two windows slide      pieces of t, d
 // rms_norm_backward_kernel           rms_norm_backward      a row twice            pieces of rows
 // gated_rms_norm_backward_kernel     gated_rms_norm_backward the same              the same, groups
+// layer_norm_backward_kernel         layer_norm_backward    the same               the same
+// causal_attention_backward_         causal_attention_
+//   queries_, keys_kernel            backward               a warp an owner of sums batch, t, H
+// gated_mlp_backward_kernel          gated_mlp_backward     between its products   rows, d
 // cross_entropy_kernel               cross_entropy          logits to dlogits      rows
 // embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
 // gradient_norm_kernel, adamw_kernel adamw_step             all weights at once    pieces of them
@@ -7216,6 +7220,49 @@ void rms_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStrea
   add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
 }
 
+// layer_norm: v is the residual less its mean, and dv less its own: mean(dv) = s mean(weight dout),
+// for v has none. A number a thread at a time.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    layer_norm_backward_kernel(NormBackwardArgs<T> a, int64_t each, float* parts) {
+  extern __shared__ __align__(16) float dweight_row[];
+  for (int i = threadIdx.x; i < a.d; i += kNormThreads) dweight_row[i] = 0.f;
+  const int64_t end = min(a.rows, (blockIdx.x + int64_t{1}) * each);
+  for (int64_t row = blockIdx.x * each; row < end; ++row) {
+    const float* const x = a.residual + row * a.d;
+    float* const to = a.d_residual + row * a.d;
+    float sum = 0.f, slopes = 0.f, squares = 0.f, along = 0.f;
+    const auto slope = [&](int i) { return a.weight[i] * to_float(a.dout[row * a.d + i]); };
+    for (int i = threadIdx.x; i < a.d; i += kNormThreads) sum += x[i], slopes += slope(i);
+    block_sums<kNormThreads>(sum, slopes);
+    const float mean = sum / a.d, mean_slope = slopes / a.d;
+    for (int i = threadIdx.x; i < a.d; i += kNormThreads) {
+      const float v = x[i] - mean;
+      squares = fmaf(v, v, squares), along = fmaf(v, slope(i), along);
+    }
+    const NormSlopes s = norm_slopes<kNormThreads>(squares, along, a.d, a.eps);
+    for (int i = threadIdx.x; i < a.d; i += kNormThreads) {
+      const float v = x[i] - mean;
+      const float dv = s.scale * (slope(i) - mean_slope) - s.back * v;
+      dweight_row[i] = fmaf(to_float(a.dout[row * a.d + i]), v * s.scale, dweight_row[i]);
+      to[i] += dv;
+      if (a.rounded) a.rounded[row * a.d + i] = from_float<T>(to[i]);
+    }
+  }
+  for (int i = threadIdx.x; i < a.d; i += kNormThreads)
+    parts[int64_t{blockIdx.x} * a.d + i] = dweight_row[i];
+}
+// workspace as above; the gradient of the bias is bias_backward's.
+template <class T>
+void layer_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  if (a.rows == 0) return;
+  const int64_t parts = count_parts(a.rows);
+  layer_norm_backward_kernel<<<unsigned(parts), kNormThreads, a.d * sizeof(float), stream>>>(
+      a, rows_of_part(a.rows), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
 // y, z, dout, dy, dz (rows, d), their rows so far apart; the mean square is that of each of
 // `groups` equal runs of channels.
 template <class T>
@@ -7275,6 +7322,153 @@ void gated_rms_norm_backward(const GatedNormBackwardArgs<T>& a, float* workspace
       a, rows_of_part(a.rows), workspace);
   CUDA_CHECK(cudaGetLastError());
   add_column_sums({workspace, grid.x, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
+// --- causal attention -----------------------------------------------------------------------------
+//
+//   p[t,s]   = 2^(S[t,s] - log_sums_t)            S in units of log 2, as in the forward
+//   dv_s     = sum_t p[t,s] dout_t                dp[t,s] = dout_t . v_s
+//   dS[t,s]  = p[t,s] (dp[t,s] - dout_t . out_t)
+//   dq_t     = sum_s dS[t,s] k_s / sqrt(P)        dk_s    = sum_t dS[t,s] q_t / sqrt(P)
+//
+// p is made again from the forward's log_sums, once by the owners of queries and once by those of
+// keys, so that every sum has one owner. There is no past: training begins texts anew.
+
+template <class T>
+struct AttentionBackwardArgs {
+  AttentionArgs<T> in;                            // with out and log_sums; without a cache
+  const T* dout = nullptr;                        // (batch L, n_heads head_dim)
+  T *dq = nullptr, *dk = nullptr, *dv = nullptr;  // as q, keys, values
+  float* along = nullptr;                         // (batch L, n_heads) room for dout . out
+  int64_t dout_stride = 0, d_stride = 0;          // d_stride: of dq, dk and dv
+};
+
+// A warp's numbers of a row: lane l has l, l + 32, ..
+constexpr int kAttentionNumbers = kMostHeadDim / 32;
+template <class T>
+__device__ inline void load_row(const T* p, int n, float (&v)[kAttentionNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i) {
+    const int c = threadIdx.x % 32 + 32 * i;
+    v[i] = c < n ? to_float(p[c]) : 0.f;
+  }
+}
+template <class T>
+__device__ inline void store_row(T* p, int n, float scale, const float (&v)[kAttentionNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i)
+    if (const int c = threadIdx.x % 32 + 32 * i; c < n) p[c] = from_float<T>(scale * v[i]);
+}
+__device__ inline float row_dot(const float (&a)[kAttentionNumbers],
+                                const float (&b)[kAttentionNumbers]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i) sum = fmaf(a[i], b[i], sum);
+  return warp_sum(sum);
+}
+__device__ inline void row_add(float (&sum)[kAttentionNumbers], float scale,
+                               const float (&v)[kAttentionNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i) sum[i] = fmaf(scale, v[i], sum[i]);
+}
+
+// A warp owns a query of a head: along_t, dq_t. Grid: x = queries, 4 a block, y = heads, z =
+// sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_queries_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t b = blockIdx.z, t = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const int head = blockIdx.y, P = in.head_dim;
+  const Rows rows = rows_of(b, in.L, in.cu_seqlens);
+  if (t >= rows.count) return;
+  const int64_t row = rows.first + t, column = int64_t{head} * P;
+  const int64_t first = in.first_key(b, rows, head);
+  float q[kAttentionNumbers], out[kAttentionNumbers], dout[kAttentionNumbers];
+  float dq[kAttentionNumbers] = {};
+  load_row(in.q + row * in.q_stride + column, P, q);
+  load_row(in.out + row * in.out_stride + column, P, out);
+  load_row(a.dout + row * a.dout_stride + column, P, dout);
+  const float along = row_dot(dout, out), log_sum = in.log_sums[row * in.n_heads + head];
+  if (threadIdx.x % 32 == 0) a.along[row * in.n_heads + head] = along;
+  for (int64_t s = 0; s <= t; ++s) {
+    float k[kAttentionNumbers], v[kAttentionNumbers];
+    load_row(in.keys + first + s * in.kv_stride, P, k);
+    load_row(in.values + first + s * in.kv_stride, P, v);
+    const float p = exp2_approx(in.scale() * row_dot(q, k) - log_sum);
+    row_add(dq, p * (row_dot(dout, v) - along), k);
+  }
+  store_row(a.dq + row * a.d_stride + column, P, rsqrtf(float(P)), dq);
+}
+
+// A warp owns a key and its value: the sums over the queries of all heads that share them. Grid: x
+// = keys, 4 a block, y = heads of keys, z = sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_keys_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t b = blockIdx.z, s = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const int P = in.head_dim, shared = in.n_heads / in.n_kv_heads;
+  const Rows rows = rows_of(b, in.L, in.cu_seqlens);
+  if (s >= rows.count) return;
+  const int64_t place = in.first_key(b, rows, blockIdx.y * shared) + s * in.kv_stride;
+  float k[kAttentionNumbers], v[kAttentionNumbers];
+  float dk[kAttentionNumbers] = {}, dv[kAttentionNumbers] = {};
+  load_row(in.keys + place, P, k), load_row(in.values + place, P, v);
+  for (int head = blockIdx.y * shared; head < int(blockIdx.y + 1) * shared; ++head)
+    for (int64_t row = rows.first + s; row < rows.first + rows.count; ++row) {
+      float q[kAttentionNumbers], dout[kAttentionNumbers];
+      load_row(in.q + row * in.q_stride + int64_t{head} * P, P, q);
+      load_row(a.dout + row * a.dout_stride + int64_t{head} * P, P, dout);
+      const int64_t i = row * in.n_heads + head;
+      const float p = exp2_approx(in.scale() * row_dot(q, k) - in.log_sums[i]);
+      row_add(dv, p, dout);
+      row_add(dk, p * (row_dot(dout, v) - a.along[i]), q);
+    }
+  const int64_t to = (rows.first + s) * a.d_stride + int64_t{blockIdx.y} * P;
+  store_row(a.dk + to, P, rsqrtf(float(P)), dk), store_row(a.dv + to, P, 1.f, dv);
+}
+
+template <class T>
+void causal_attention_backward(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const AttentionArgs<T>& in = a.in;
+  if (in.batch * in.L == 0) return;
+  const auto grid = [&](int heads) {
+    return dim3(unsigned(ceil_div(in.L, 4)), unsigned(heads), unsigned(in.batch));
+  };
+  causal_attention_backward_queries_kernel<<<grid(in.n_heads), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+  causal_attention_backward_keys_kernel<<<grid(in.n_kv_heads), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// --- the gated MLP ---
+//
+//   dx = dgated silu(gate),      dgate = dgated x silu'(gate)
+//
+// Four numbers a thread, as in the forward kernel.
+template <class T>
+__global__ void __launch_bounds__(256)
+    gated_mlp_backward_kernel(const T* x_gate, const T* dgated, int64_t rows, int64_t width,
+                              T* dx_gate) {
+  const int64_t i = 4 * (int64_t(blockIdx.x) * 256 + threadIdx.x), row = i / width, c = i % width;
+  if (row >= rows) return;
+  const int64_t place = row * 2 * width + c;
+  float x[4], gate[4], d[4];
+  load4(x, x_gate + place), load4(gate, x_gate + place + width), load4(d, dgated + i);
+  for (int k = 0; k < 4; ++k) {
+    const auto point = silu_point(gate[k]);
+    x[k] *= d[k] * point.slope, d[k] *= point.value;
+  }
+  store(dx_gate + place, pack<T>(d)), store(dx_gate + place + width, pack<T>(x));
+}
+template <class T>
+void gated_mlp_backward(const T* x_gate, const T* dgated, int64_t rows, int64_t width, T* dx_gate,
+                        cudaStream_t stream) {
+  if (rows == 0) return;
+  gated_mlp_backward_kernel<<<unsigned(ceil_div(rows * width, 1024)), 256, 0, stream>>>(
+      x_gate, dgated, rows, width, dx_gate);
+  CUDA_CHECK(cudaGetLastError());
 }
 
 // --- embedding -----------------------------------------------------------------------------------
@@ -7497,8 +7691,8 @@ struct TrainingRoom {
 // that it leads back through. `a` are activations of the forward pass, `d` their gradients, of the
 // same names: d.y of a.y. Weights' gradients are added to `gradients`, in float32.
 //
-// What is kept for them, numbers per token: the residual stream before every layer, d_model floats
-// a layer; and for as many layers as there is memory for, in T,
+// What is kept for them, numbers per token: the residual stream before every block and every MLP,
+// d_model floats each; and for as many layers as there is memory for, in T,
 //   Mamba    5 d_inner + dt_rank + 2 d_state                   projected, x, dt_B_C, delta, y
 //   Mamba-2  5 d_inner + 4 n_groups d_state + n_heads          projected, x B C, y, normed y
 // The other layers go forward once more from the residual stream when their turn comes.
@@ -7542,13 +7736,16 @@ struct ComputeBackward {
       mamba::bias_backward(dy, d, rows, d, dbias, work(sizeof(float) * row_parts(rows, d)),
                            stream());
   }
-  // d.residual += what comes through rms_norm of a.residual, whose gradient is d.u; rounded -> d.u
-  void rms_norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
-                         int64_t rows, float* dweight) const {
+  // d.residual += what comes through the norm of a.residual, whose gradient is d.u; rounded -> d.u
+  void norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
+                     int64_t rows, float* dweight, float* dbias) const {
     const auto d_model = int(config().d_model);
-    mamba::rms_norm_backward<T>(
-        {rows, d_model, forward.eps(), a.residual, weight.data(), d.u, d.residual, d.u, dweight},
-        work(sizeof(float) * row_parts(rows, d_model)), stream());
+    bias_backward(d.u, rows, d_model, dbias);
+    const NormBackwardArgs<T> norm{rows, d_model,    forward.eps(), a.residual, weight.data(),
+                                   d.u,  d.residual, d.u,           dweight};
+    float* const parts = work(sizeof(float) * row_parts(rows, d_model));
+    config().rms_norm ? mamba::rms_norm_backward(norm, parts, stream())
+                      : mamba::layer_norm_backward(norm, parts, stream());
   }
 
   // d.u, of out_proj's output -> d_y
@@ -7572,7 +7769,7 @@ struct ComputeBackward {
     causal_conv1d_backward(conv, work(causal_conv1d_backward_workspace(conv)), stream());
     bias_backward(d.projected, rows, width, g.in_proj_bias);
     linear_backward(a.u, config().d_model, d.projected, width, rows, w.in_proj, g.in_proj, d.u);
-    rms_norm_backward(a, d, w.norm, rows, g.norm);
+    norm_backward(a, d, w.norm, rows, g.norm, g.norm_bias);
   }
 
   ScanBackwardArgs<T> scan_backward_args(const DeviceLayer& w, const FloatLayer& g,
@@ -7639,17 +7836,60 @@ struct ComputeBackward {
     project_in_backward(w, g, a, d, tokens, conv_state);
   }
 
+  // The same for attention. The forward runs again for the sums of its softmax.
+  void attention_block_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                                const Activations<T>& d, const Tokens& tokens) const {
+    const ssm::AttentionSizes& at = config().attention;
+    const int64_t rows = tokens.rows(), width = at.in_proj_width();
+    project_out_backward(w, g, a.y, d, d.y, rows);
+    AttentionBackwardArgs<T> attention;
+    T* const dqkv = at.d_conv > 0 ? d.x : d.projected;
+    attention.in = forward.attention_args(a, at.d_conv > 0 ? a.x : a.projected, tokens, {});
+    attention.in.log_sums = work(2 * sizeof(float) * size_t(rows * at.n_heads));
+    attention.along = attention.in.log_sums + rows * at.n_heads;
+    attention.dout = d.y, attention.dout_stride = at.q_width(), attention.d_stride = width;
+    attention.dq = dqkv, attention.dk = dqkv + at.q_width();
+    attention.dv = attention.dk + at.kv_width();
+    causal_attention(attention.in, stream());
+    causal_attention_backward(attention, stream());
+    RotaryArgs<T> turn = forward.rotary_args(dqkv, tokens, {});
+    turn.direction = -1;
+    rotary(turn, stream());
+    if (at.d_conv > 0) {
+      ConvBackwardArgs<T> conv;
+      conv.in = forward.attention_conv_args(a, w, nullptr);
+      tokens.to(conv.in);
+      conv.dout = d.x, conv.dx = d.projected, conv.dout_stride = conv.dx_stride = width;
+      conv.dweight = g.conv_weight, conv.dbias = g.conv_bias;
+      causal_conv1d_backward(conv, work(causal_conv1d_backward_workspace(conv)), stream());
+    }
+    bias_backward(d.projected, rows, width, g.in_proj_bias);
+    linear_backward(a.u, config().d_model, d.projected, width, rows, w.in_proj, g.in_proj, d.u);
+    norm_backward(a, d, w.norm, rows, g.norm, g.norm_bias);
+  }
+
+  // The MLP's, whose activations are made again from a.residual, the stream before it.
+  void mlp_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                    const Activations<T>& d, int64_t rows) const {
+    const int64_t width = config().d_intermediate, d_model = config().d_model;
+    forward.mlp_inner(w, a, rows);
+    linear_backward(a.gated, width, d.u, d_model, rows, w.fc2, g.fc2, d.gated);
+    gated_mlp_backward(a.x_gate, d.gated, rows, width, d.x_gate, stream());
+    linear_backward(a.u, d_model, d.x_gate, 2 * width, rows, w.fc1, g.fc1, d.u);
+    norm_backward(a, d, w.norm2, rows, g.norm2, g.norm2_bias);
+  }
+
   // --- what is kept ---
 
   // Calls f(member, numbers per token) for what a layer keeps.
   template <class Function>
   void for_each_kept(Activations<T>& a, const Function& f) const {
     const Config& c = config();
-    f(a.projected, c.in_proj_width());
-    f(a.x, c.conv_width());
+    f(a.projected, a.projected_width(c));
+    f(a.x, a.x_width(c));
     if (c.version == 1) f(a.dt_B_C, c.dt_rank + 2 * c.d_state);
     f(a.delta, c.d_inner);
-    f(a.y, c.d_inner);
+    f(a.y, a.y_width(c));
   }
   int64_t kept_numbers(Activations<T> a, int64_t rows) const {  // of a layer
     int64_t sum = 0;
@@ -7657,8 +7897,11 @@ struct ComputeBackward {
                   [&](T*&, int64_t width) { sum += ceil_div(rows * width, int64_t{128}) * 128; });
     return sum;
   }
-  float* residual(const Activations<T>& a, Index l, int64_t rows) const {  // before layer l
-    return l < config().n_layer ? room.stream.data() + l * rows * config().d_model : a.residual;
+  // The residual stream before layer l and, with `mlp`, before its MLP.
+  Index streams() const { return config().n_layer * (config().d_intermediate > 0 ? 2 : 1); }
+  float* residual(const Activations<T>& a, Index l, int64_t rows, bool mlp = false) const {
+    const Index i = config().d_intermediate > 0 ? 2 * l + mlp : l;
+    return i < streams() ? room.stream.data() + i * rows * config().d_model : a.residual;
   }
   // The activations of layer l: its own where they are kept, else those that all share.
   Activations<T> of_layer(Activations<T> a, Index l, int64_t rows) const {
@@ -7679,9 +7922,10 @@ struct ComputeBackward {
   // Bytes for so many rows without any that a layer keeps, or an operation's own.
   size_t least_bytes(int64_t rows) const {
     const Config& c = config();
-    const int64_t numbers = kept_numbers({c, 0, room.forward}, rows) + rows * c.d_model;
+    const int64_t numbers =
+        kept_numbers({c, 0, room.forward}, rows) + rows * (c.d_model + 3 * c.d_intermediate);
     return 2 * (sizeof(T) * numbers + sizeof(float) * rows * c.d_model) +
-           sizeof(float) * (c.n_layer * rows * c.d_model + logits_rows(rows) * logits_stride());
+           sizeof(float) * (streams() * rows * c.d_model + logits_rows(rows) * logits_stride());
   }
   size_t operation_bytes(const Activations<T>& a, const Activations<T>& d,
                          const Tokens& tokens) const {
@@ -7699,7 +7943,7 @@ struct ComputeBackward {
     room = TrainingRoom{};
     need_memory(least_bytes(rows), "activations of a batch");
     const Activations<T> a(config(), rows, room.forward), d(config(), rows, room.backward);
-    room.stream = DeviceBuffer<float>(size_t(config().n_layer * rows * config().d_model));
+    room.stream = DeviceBuffer<float>(size_t(streams() * rows * config().d_model));
     room.logits = DeviceBuffer<float>(size_t(logits_rows(rows) * logits_stride()));
     room.nll = DeviceBuffer<float>(size_t(rows));
     work(operation_bytes(a, d, tokens));
@@ -7725,11 +7969,12 @@ struct ComputeBackward {
     a.residual = residual(a, l, b.rows);
     const DeviceLayer& w = forward.model.layers[l];
     if (l < room.kept_layers) return forward.norm(a, w.norm, w.norm_bias, b.rows), a;
+    if (config().attends(l)) return forward.attention_inner(w, a, tokens, {}), a;
     T* conv = nullptr;
     float* h = nullptr;
     if (b.before) {  // of this layer, to be advanced once more
-      const size_t conv_bytes = b.before->conv.bytes() / config().n_layer;
-      const size_t h_size = b.before->h.size() / config().n_layer;
+      const size_t conv_bytes = b.before->conv.bytes() / DeviceState::scans(config());
+      const size_t h_size = b.before->h.size() / DeviceState::scans(config());
       room.conv.grow(conv_bytes), room.h.grow(h_size);
       conv = reinterpret_cast<T*>(room.conv.data()), h = room.h.data();
       const auto copy = [&](void* to, const void* from, size_t bytes) {
@@ -7746,22 +7991,34 @@ struct ComputeBackward {
   // ids -> `last`.residual after all layers. keep: what the backward pass needs stays.
   void all_layers(const TextBatch& b, const Tokens& tokens, const Activations<T>& last,
                   bool keep) const {
-    const size_t bytes = sizeof(float) * b.rows * config().d_model;
-    const auto block = config().version == 1 ? &Compute<T>::mamba_block : &Compute<T>::mamba2_block;
+    const auto block = forward.scan_block(false);
     Activations<T> a = last;
     if (keep) a.residual = residual(last, 0, b.rows);
     forward.embed(a, b.ids, b.rows);
     for (Index l = 0; l < config().n_layer; ++l) {
+      const DeviceLayer& w = forward.model.layers[l];
+      const bool mlp = config().d_intermediate > 0;
+      float *const middle = mlp ? residual(last, l, b.rows, true) : nullptr, *const after =
+                                                                                 residual(last,
+                                                                                          l + 1,
+                                                                                          b.rows);
       if (keep) {
-        const float* before = residual(last, l, b.rows);
         a = of_layer(last, l, b.rows);
-        a.residual = residual(last, l + 1, b.rows);
-        CUDA_CHECK(cudaMemcpyAsync(a.residual, before, bytes, cudaMemcpyDeviceToDevice, stream()));
+        a.residual = copy_stream(residual(last, l, b.rows), mlp ? middle : after, b.rows);
       }
-      (forward.*block)(forward.model.layers[l], a, tokens,
-                       b.after ? b.after->layer_conv<T>(config(), l) : nullptr,
-                       b.after ? b.after->layer_h(config(), l) : nullptr);
+      if (config().attends(l))
+        forward.attention_block(w, a, tokens, {});
+      else
+        (forward.*block)(w, a, tokens, b.after ? b.after->layer_conv<T>(config(), l) : nullptr,
+                         b.after ? b.after->layer_h(config(), l) : nullptr);
+      if (mlp && keep) a.residual = copy_stream(middle, after, b.rows);
+      if (mlp) forward.mlp(w, a, b.rows);
     }
+  }
+  float* copy_stream(const float* from, float* to, int64_t rows) const {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, sizeof(float) * rows * config().d_model,
+                               cudaMemcpyDeviceToDevice, stream()));
+    return to;
   }
 
   // a.residual after all layers -> room.nll; and, unless scale is 0, d.residual and d.u of the
@@ -7785,7 +8042,7 @@ struct ComputeBackward {
     }
     if (scale == 0.f) return;
     CUDA_CHECK(cudaMemsetAsync(d.residual, 0, sizeof(float) * b.rows * d_model, stream()));
-    rms_norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f);
+    norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f, gradients.norm_f_bias);
   }
 
   // Adds the gradients of scale times the sum of nll. Returns that sum, unscaled.
@@ -7797,12 +8054,23 @@ struct ComputeBackward {
     all_layers(b, tokens, last, scale != 0.f);
     head_backward(b, last, d, scale);
     for (Index l = config().n_layer; l-- > 0 && scale != 0.f;) {
+      const DeviceLayer& w = forward.model.layers[l];
+      const FloatLayer& g = gradients.layers[l];
+      if (config().d_intermediate > 0) {
+        Activations<T> before = last;
+        before.residual = residual(last, l, b.rows, true);
+        mlp_backward(w, g, before, d, b.rows);
+      }
       const Activations<T> a = activations_again(b, tokens, last, l);
+      if (config().attends(l)) {
+        attention_block_backward(w, g, a, d, tokens);
+        continue;
+      }
       const T* conv = b.before ? b.before->layer_conv<T>(config(), l) : nullptr;
       const float* h = b.before ? b.before->layer_h(config(), l) : nullptr;
       const auto block_backward = config().version == 1 ? &ComputeBackward::mamba_block_backward
                                                         : &ComputeBackward::mamba2_block_backward;
-      (this->*block_backward)(forward.model.layers[l], gradients.layers[l], a, d, tokens, conv, h);
+      (this->*block_backward)(w, g, a, d, tokens, conv, h);
     }
     if (scale != 0.f)
       room.embedding(b.ids, b.rows, config().vocab_size, config().d_model, d.residual,
@@ -7891,7 +8159,6 @@ inline ssm::Model<float> download_model(const Config& config, const FloatModel& 
 // --- mamba gradients -----------------------------------------------------------------------------
 
 inline double CudaEngine::gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients) {
-  if (config_.original_only()) fail("gradients: hybrids are not on the GPU yet");
   const FlatModel sums(config_, model_.tied);
   TrainingRoom room;
   TextsOnGpu texts;
@@ -8062,7 +8329,6 @@ inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
       dtype_(options.dtype.value_or(DType::F32)),
       delta_ratio_(options.delta_ratio),
       steps_(learned.steps) {
-  if (config.original_only()) fail("hybrids: not on the GPU yet");
   if (dtype_ == DType::F16) fail_usage("train: --dtype: expected f32 or bf16, found f16");
   use_device(options.device);
   queue_ = std::make_unique<Queue>();
@@ -8140,6 +8406,8 @@ inline double CudaLearner::run(TextBatch batch, float scale) {
 
 // The states that the pieces of a batch begin in -> before_ and, to be advanced, after_.
 inline void CudaLearner::begin_states(const Batch& batch) {
+  if (!config_.attention_layers.empty())
+    fail("--carry-state: expected layers with a scan, whose state has one size, found attention");
   const auto n = std::max_element(batch.begin(), batch.end(),
                                   [](const auto& a, const auto& b) { return a.slot < b.slot; })
                      ->slot +

@@ -87,6 +87,7 @@ ssm::Model<Scalar> parameters_of(const Checkpoint& checkpoint, const Config& con
   model.embedding.conservativeResize(config.vocab_size, Eigen::NoChange);
   if (!model.tied) model.lm_head.conservativeResize(config.vocab_size, Eigen::NoChange);
   for (Index l = 0; l < config.n_layer; ++l) {
+    if (config.attends(l)) continue;
     auto& A = model.layers[l].A;  // A_log as the file has it
     const std::string name = "backbone.layers." + std::to_string(l) + ".mixer.A_log";
     const auto A_log = values<Scalar>(find_weight(checkpoint, name, false));

@@ -139,6 +139,60 @@ TEST_CASE("cuda causal_attention: every kernel agrees with the reference, float1
   check_all<half>();
 }
 
+namespace {
+
+/// Gradients of ragged sequences without a past, q, k and v side by side.
+template <class T>
+void check_attention_backward(Problem p, double bound) {
+  p.fill<T>(7);
+  const auto batch = static_cast<Index>(p.lengths.size());
+  std::vector<int64_t> begin = {0};
+  for (const Index L : p.lengths) begin.push_back(begin.back() + L);
+  const Index rows = begin.back(), width = p.heads * p.P;
+  Random random(8);
+  const Matrix<double> dout = stored<T>(random.matrix<double>(rows, width));
+  const auto qkv = up<T>(stacked(p.qkv, p.width())), dout_ = up<T>(dout);
+  const DeviceBuffer<int64_t> cu(begin.data(), begin.size());
+  auto out = poisoned<T>(rows * width), d = poisoned<T>(rows * p.width());
+  auto sums = poisoned<float>(2 * rows * p.heads);
+  mamba::AttentionBackwardArgs<T> a;
+  a.in.batch = batch, a.in.L = *std::max_element(p.lengths.begin(), p.lengths.end());
+  a.in.cu_seqlens = cu.data(), a.in.n_heads = int(p.heads), a.in.n_kv_heads = int(p.kv_heads);
+  a.in.head_dim = int(p.P), a.in.q = qkv.data(), a.in.q_stride = a.in.kv_stride = p.width();
+  a.in.keys = a.in.q + width, a.in.values = a.in.keys + p.kv_heads * p.P;
+  a.in.out = out.data(), a.in.out_stride = width, a.in.log_sums = sums.data();
+  a.along = sums.data() + rows * p.heads;
+  a.dout = dout_.data(), a.dout_stride = width, a.d_stride = p.width();
+  a.dq = d.data(), a.dk = a.dq + width, a.dv = a.dk + p.kv_heads * p.P;
+  mamba::causal_attention(a.in, nullptr);
+  mamba::causal_attention_backward(a, nullptr);
+  const Matrix<double> got = down(d, rows, p.width());
+  for (Index b = 0; b < batch; ++b) {
+    const Index L = p.lengths[b];
+    ssm::AttentionState<double> dstate = {Matrix<double>::Zero(L, p.kv_heads * p.P),
+                                          Matrix<double>::Zero(L, p.kv_heads * p.P)};
+    const auto want = ssm::causal_attention_backward<double>(p.inputs(b, p.qkv[b]), p.past[b],
+                                                             dout.middleRows(begin[b], L), dstate);
+    Matrix<double> all(L, p.width());
+    all << want.q, want.k, want.v;
+    CAPTURE(p.P, p.heads, p.kv_heads, b);
+    if (L > 0)
+      CHECK(max_difference(got.middleRows(begin[b], L), all) <= bound * all.cwiseAbs().maxCoeff());
+  }
+}
+
+}  // namespace
+
+TEST_CASE("cuda causal_attention_backward: agrees with the reference, every type") {
+  for (const Index P : {8, 12, 64, 128})
+    for (const auto& [heads, kv_heads] : {std::pair<Index, Index>{2, 2}, {6, 2}}) {
+      const Problem p{P, heads, kv_heads, {1, 70, 0, 65}, {0, 0, 0, 0}, {}, {}};
+      check_attention_backward<float>(p, 1e-5);
+      check_attention_backward<bf16>(p, 4 * kEps<bf16>);
+      check_attention_backward<half>(p, 4 * kEps<half>);
+    }
+}
+
 TEST_CASE("cuda rotary: q and k turn in place, and keys and values go to the cache") {
   Random random(5);
   const Index L = 5, P = 12, heads = 3, kv_heads = 1, turning = 8, capacity = 2000, past = 1900;

@@ -403,7 +403,7 @@ def mamba2_weights(rng, groups):
 
 def attention_weights(rng, cfg):
     q, kv = (cfg[n] * cfg["head_dim"] for n in ("num_heads", "num_heads_kv"))
-    yield "in_proj.weight", rng.normal(q + 2 * kv, D_MODEL, scale=2 * D_MODEL**-0.5)
+    yield "in_proj.weight", rng.normal(q + 2 * kv, D_MODEL, scale=D_MODEL**-0.5)
     yield "out_proj.weight", rng.normal(D_MODEL, q, scale=2 * q**-0.5)
     if cfg.get("qkv_proj_bias", True):
         yield "in_proj.bias", rng.normal(q + 2 * kv, scale=0.3)
