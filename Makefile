@@ -170,7 +170,7 @@ build/venv/ready: | setup
 	build/venv/bin/pip install --quiet notebook numpy matplotlib
 	touch $@
 
-check-readme:   ## check that the README's links point to the lines they name (ARGS=--fix mends them)
+check-readme:   ## check that links point to the lines they name (ARGS=--fix mends them), and the README's program
 	python3 tests/check_readme.py $(ARGS)
 
 format:         ## clang-format all sources

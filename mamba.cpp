@@ -331,6 +331,22 @@ struct ssm::Compute<float, mamba::Weight> : ssm::Compute<float, ssm::Matrix<floa
     return y;
   }
 
+  // Keys by blocks, whatever the form: matrix products of few numbers at a time.
+  static Matrix<float> causal_attention(const AttentionInputs<float>& in,
+                                        AttentionState<float>& state, Form) {
+    const Index P = in.head_dim;
+    check_inputs("causal_attention", in, state);
+    remember(in, state);
+    Matrix<float> y(in.q.rows(), in.q.cols());
+    mamba::parallel_for(in.n_heads(), 1, [&](Index i, Index) {
+      const Index g = in.group(i) * P;
+      y.middleCols(i * P, P) =
+          attend<float>(in.q.middleCols(i * P, P), state.keys.middleCols(g, P),
+                        state.values.middleCols(g, P), Form::chunked, kChannels);
+    });
+    return y;
+  }
+
  private:
   static View<float> columns(const View<float>& m, Index first, Index count) {
     return m ? View<float>(m.middleCols(first, count)) : m;  // an input left out stays so

@@ -94,6 +94,7 @@ ssm::Model<Scalar> parameters_of(const Checkpoint& checkpoint, const Config& con
   model.embedding.conservativeResize(config.vocab_size, Eigen::NoChange);
   if (!model.tied) model.lm_head.conservativeResize(config.vocab_size, Eigen::NoChange);
   for (Index l = 0; l < config.n_layer; ++l) {
+    if (config.attends(l)) continue;
     auto& A = model.layers[l].A;  // A_log as the file has it
     const std::string name = "backbone.layers." + std::to_string(l) + ".mixer.A_log";
     const auto A_log = values<Scalar>(find_weight(checkpoint, name, false));
@@ -104,14 +105,17 @@ ssm::Model<Scalar> parameters_of(const Checkpoint& checkpoint, const Config& con
 
 // The official package's start (mamba_simple.py, mamba2.py, mixer_seq_simple.py of mamba_ssm):
 //   embedding       normal, standard deviation 0.02
-//   linear, conv1d  uniform within 1 / sqrt(fan in); out_proj divided by sqrt(n_layer); biases of
-//                   linear layers 0, that of the convolution like its weight
+//   linear, conv1d  uniform within 1 / sqrt(fan in); out_proj and fc2, the last of each residual
+//                   step, divided by sqrt(steps); biases of linear layers 0, that of the
+//                   convolution like its weight
 //   dt_proj.weight  uniform within 1 / sqrt(dt_rank)
 //   dt bias         delta = softplus(bias) is log-uniform in [0.001, 0.1], at least 0.0001
 //   A_log           log(1), .., log(d_state); Mamba-2: log of a uniform number in [1, 16)
-//   D, norms        1
+//   D, norms        1, biases of norms 0
 inline void initialize(const Config& config, ssm::Model<float>& model, std::uint64_t seed) {
   std::uint64_t tensor = 0;
+  const auto steps = static_cast<double>(config.n_layer * (config.d_intermediate > 0 ? 2 : 1));
+  Index width = 0;  // taps of the convolution last seen
   for (const Parameter<float>& p : parameters(config, model)) {
     const auto is = [&](const char* part) { return p.name.find(part) != std::string::npos; };
     const auto draw = [&](Index i) { return uniform(seed, tensor, i); };
@@ -121,7 +125,8 @@ inline void initialize(const Config& config, ssm::Model<float>& model, std::uint
     const auto fill = [&](const auto& f) {
       for (Index i = 0; i < p.size; ++i) p.data[i] = static_cast<float>(f(i));
     };
-    const double fan_in = is("conv1d") ? config.d_conv : p.shape.back();
+    if (is("conv1d.weight")) width = p.shape.back();
+    const auto fan_in = static_cast<double>(is("conv1d") ? width : p.shape.back());
     if (is("embeddings"))
       fill([&](Index i) {  // Box and Muller
         const double radius = std::sqrt(-2 * std::log(1 - draw(2 * i)));
@@ -136,10 +141,10 @@ inline void initialize(const Config& config, ssm::Model<float>& model, std::uint
       fill([&](Index i) {
         return std::log(config.version == 2 ? 1 + 15 * draw(i) : 1.0 + i / config.d_inner);
       });
-    else if (is("proj.bias"))
+    else if (is("proj.bias") || is("norm.bias") || is("norm2.bias") || is("norm_f.bias"))
       fill([](Index) { return 0; });
-    else if (is("proj.weight") || is("conv1d") || is("lm_head"))
-      fill(within(1 / std::sqrt(fan_in) / (is("out_proj") ? std::sqrt(config.n_layer) : 1)));
+    else if (is("proj.weight") || is("conv1d") || is("mlp.fc") || is("lm_head"))
+      fill(within(1 / std::sqrt(fan_in) / (is("out_proj") || is("fc2") ? std::sqrt(steps) : 1)));
     else  // D and norms
       fill([](Index) { return 1; });
     ++tensor;
@@ -1000,7 +1005,7 @@ inline Checkpoint open_trainer(const std::string& path, const Config& config, co
       fail("--resume: ", path, ": ", name, ": expected ", saved.value(name, Json()).dump(),
            " as at the start, found ", value.dump());
   taken = steps.get<Index>();
-  for (std::size_t slot = 0; file.find(slot_prefix(slot) + "layers.0.h"); ++slot)
+  for (std::size_t slot = 0; file.find(slot_prefix(slot) + "layers.0.conv"); ++slot)
     carried.push_back(read_state(file, slot_prefix(slot), config));
   return file;
 }
@@ -1402,6 +1407,10 @@ struct Train : ModelFolder {
     const DataOptions& d = data_options;
     std::vector<Index> sizes = {config.version, config.d_inner, config.dt_rank};
     for (const SizeField& size : kSizeFields) sizes.push_back(config.*size.member);
+    if (const ssm::AttentionSizes& a = config.attention; config.original_only())
+      for (const Index size : {Index{config.rms_norm}, config.d_intermediate, a.n_heads,
+                               a.n_kv_heads, a.head_dim, a.d_conv, a.rotary_dim})
+        sizes.push_back(size);
     return {{"sizes", sizes},
             {"norm-eps", config.norm_eps},
             {"end-tokens", config.eos_token_ids},

@@ -161,9 +161,7 @@ with tempfile.TemporaryDirectory() as folder:
     claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
 
     # --- gradients ---
-    if os.path.basename(PROGRAM) == "mamba_cuda":
-        refuses("gradients on the GPU", 1, "mamba, the CPU program, has", "gradients", "--ids", "5 17", "--out", at("g"))
-    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():
+    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():  # mamba_cuda: test_programs.py
         grads = {}
         for layout, *flags in (("hf",), ("original",), ("hf", "--double")):
             model = f"tests/golden/mamba{version}-{layout}"
@@ -246,9 +244,16 @@ with tempfile.TemporaryDirectory() as folder:
         cell = width // rows
         shades = [[pixel(cell * t + cell // 2, cell * c + cell // 2) for c in range(columns)] for t in range(rows)]
         flat = [shade for row in shades for shade in row]
-        claim(f"inspect {model}: a heat map shows its numbers", (width, height) == (cell * rows, cell * columns)
-              and flat[delta.index(max(delta))] == (253, 231, 37) and flat[delta.index(min(delta))] == (68, 1, 84)
-              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(delta, flat))))), (width, height))
+        relative = [delta[t * columns + c] * rows / sum(delta[c::columns]) for t in range(rows) for c in range(columns)]
+        claim(f"inspect {model}: the map of delta shows it beside each channel's mean", (width, height) == (cell * rows, cell * columns)
+              and all((g >= 145 - 2) if r > 1 else (g <= 145 + 2) for r, (_, g, _) in zip(relative, flat))
+              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(relative, flat))))), (width, height))
+        width, height, pixel = read_png(at("seen/attention.png"))
+        cell = width // L
+        shades = {(t, s): pixel(cell * s + cell // 2, cell * t + cell // 2) for t in range(L) for s in range(L)}
+        largest = max(((t, s) for t in range(L) for s in range(t)), key=lambda at: mean[at[0] * L + at[1]])
+        claim(f"inspect {model}: the map of the attention leaves the diagonal out, and goes up to the largest weight besides",
+              all(shades[t, t] == (170, 170, 170) for t in range(L)) and shades[largest] == (253, 231, 37) and shades[0, L - 1] == (68, 1, 84), shades)
         shutil.rmtree(at("model"))
         shutil.rmtree(at("seen"))
 
@@ -347,9 +352,15 @@ with tempfile.TemporaryDirectory() as folder:
     with open(at("nan/model.safetensors"), "r+b") as f:
         f.seek(os.path.getsize(at("nan/model.safetensors")) - len(data) + begin)
         f.write(struct.pack("<H", 0x7fc0))
-    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",)):
+    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",),
+                    ("gradients", "--ids", "5 17", "--out", at("no"))):
         code, out, err = run(*command, "--model", at("nan"))
         claim(f"NaN weights end {command[0]}", code == 1 and "backbone.norm_f.weight" in err and "NaN" in err.splitlines()[-1].replace("nan", "NaN"), (code, out, err))
+
+    claim("and gradients leave no output", not os.path.exists(at("no")))
+    for command in ("logits", "gradients"):
+        refuses(f"{command} in place of the model", 1, "the model's own", command, "--model", at("bare"), "--ids", "5 17",
+                "--out", at("bare/model.safetensors"))
 
     # --- usage: status 2, one line ---
     for arguments, fragment in [
