@@ -2996,9 +2996,9 @@ __global__ void __launch_bounds__(128)
 // May rows be read eight numbers at a time?
 template <class T>
 bool attention_aligned(const AttentionArgs<T>& a) {
-  for (const T* p : {a.q, a.keys, a.values})
-    if (reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)) != 0) return false;
-  return a.head_dim % 8 == 0 && a.q_stride % 8 == 0 && a.kv_stride % 8 == 0;
+  const auto at = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)); };
+  return at(a.q) + at(a.keys) + at(a.values) == 0 && a.head_dim % 8 == 0 && a.q_stride % 8 == 0 &&
+         a.kv_stride % 8 == 0;
 }
 
 template <class T>
