@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench evaluate notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated debug fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -33,6 +33,12 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_verify.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py --seconds 180
+
+# Those in kernels need the emulated GPU, and so nvcc's headers.
+mutants: build/tests  ## real bugs of the field, planted one by one: the tests have to notice each
+	@if command -v $(NVCC) >/dev/null && [ "$$(uname -m)" = x86_64 ]; then $(MAKE) build/emulated/tests; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py $(ARGS)
 
 mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
