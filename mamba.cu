@@ -15,6 +15,9 @@
 // causal_conv1d_fused_kernel         causal_conv1d, silu    window in registers    pieces of t, d
 // causal_conv1d_step_kernel          causal_conv1d_step     one token              batch, d
 // selective_scan_naive_kernel        selective_scan         one thread walks time  batch, d
+// selective_scan_registers_kernel    selective_scan         states in registers    batch, d
+// selective_scan_lanes_kernel        selective_scan         16 lanes share the     batch, d,
+//                                                           states of a channel    pieces of N
 // selective_scan_fused_kernel        selective_scan         some warps walk time,  batch, d,
 //                                                           others feed, finish    pieces of N
 // selective_scan_chunk_start_kernel  selective_scan_chunked short walk between two batch, d, N
@@ -33,6 +36,14 @@
 //                                                           cores                  parts of H
 // rms_norm_kernel                    rms_norm               a row stays on chip    rows
 // gated_rms_norm_kernel              gated_rms_norm         the same               rows, groups
+// layer_norm_kernel                  layer_norm             the same               rows
+// causal_attention_naive_kernel      causal_attention       a warp walks the keys  batch, t, H
+// causal_attention_fused_kernel      the same (chunked)     blocks of keys on      batch, H, blocks
+//                                                           tensor cores           of t
+// causal_attention_step_, join_      the same, one token    the cache read once    batch, H, pieces
+//   kernel                                                                         of the past
+// rotary_kernel                      rotary                 angles once a token    batch, t
+// gated_mlp_kernel                   gated_mlp              between its products   rows, d
 // linear_step_kernel                 linear, rms_norm,      W read once, with what rows of W,
 //                                    causal_conv1d_step     surrounds the product  pieces of rows
 // scan_decode_kernel                 selective_scan_step    with dt_proj before    batch, d,
@@ -48,6 +59,12 @@
 // causal_conv1d_backward_kernel      causal_conv1d_backward two windows slide      pieces of t, d
 // rms_norm_backward_kernel           rms_norm_backward      a row twice            pieces of rows
 // gated_rms_norm_backward_kernel     gated_rms_norm_backward the same              the same, groups
+// layer_norm_backward_kernel         layer_norm_backward    the same               the same
+// causal_attention_backward_         causal_attention_
+//   queries_, keys_kernel            backward               a warp an owner of sums batch, t, H
+// causal_attention_backward_         the same               blocks on tensor cores batch, H, blocks
+//   fused_kernel                                                                   of t or of s
+// gated_mlp_backward_kernel          gated_mlp_backward     between its products   rows, d
 // cross_entropy_kernel               cross_entropy          logits to dlogits      rows
 // embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
 // gradient_norm_kernel, adamw_kernel adamw_step             all weights at once    pieces of them
@@ -652,10 +669,95 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
   for (int n = 0; n < N && a.hT; ++n) a.hT[i * N + n] = h[n];
 }
 
-// Since the rung before: a channel's states are split over kLanes threads, kStates each, in
-// registers; B and C are read once per block, not once per channel; and everything that is done
-// once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A block takes
-// `width` channels of one group of one sequence, and works on tiles of kSteps rows:
+// Since the rung before: d_state, rounded up to kN, is known to the compiler. So loops over n
+// unroll, every h[n] has a place of its own, and h and A lie in registers: a step no longer waits
+// for local memory. A carries log2(e), so that exp is one multiply and one exp2. Grid: the same.
+template <class T, int kN>
+__global__ void __launch_bounds__(128) selective_scan_registers_kernel(ScanArgs<T> a) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;
+  const int64_t d = i % a.d_inner, group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(i / a.d_inner, a.L, a.cu_seqlens);
+
+  float A[kN], h[kN];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    A[n] = n < N ? kLog2e * a.A[d * N + n] : 0.f;
+    h[n] = n < N && a.h0 ? a.h0[i * N + n] : 0.f;
+  }
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
+    float y_t = a.D ? a.D[d] * x_t : 0.f;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if (n >= N) break;
+      h[n] = fmaf(exp2_approx(delta_t * A[n]), h[n], delta_t * x_t * to_float(B_t[n]));
+      y_t = fmaf(to_float(C_t[n]), h[n], y_t);
+    }
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+    if (n < N && a.hT) a.hT[i * N + n] = h[n];
+}
+
+constexpr int kScanLanes = 16;
+
+// Since the rung before: 16 lanes share a channel, lane j with the states n = j, j + 16, .. So a
+// channel's exponentials are 16 threads' work, there are 16 times as many threads to hide the
+// waiting of each, and neighbouring lanes read neighbouring B and C. The price: C_t . h_t is spread
+// over the lanes, and every step ends in four exchanges between them; and each lane makes the same
+// softplus. Grid: batch d_inner channels in blocks of 8.
+template <class T, int kStates>  // of a lane
+__global__ void __launch_bounds__(128) selective_scan_lanes_kernel(ScanArgs<T> a) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kScanLanes, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
+  const int lane = threadIdx.x % kScanLanes;
+  const unsigned lanes = 0xffffu << (threadIdx.x % 32 - lane);  // of this channel, in the warp
+  const int64_t d = i % a.d_inner, group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(i / a.d_inner, a.L, a.cu_seqlens);
+
+  float A[kStates], h[kStates];
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    const int n = lane + k * kScanLanes;
+    A[k] = n < N ? kLog2e * a.A[d * N + n] : 0.f;
+    h[k] = n < N && a.h0 ? a.h0[i * N + n] : 0.f;
+  }
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
+    float y_t = 0.f;  // these states' part
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      const int n = lane + k * kScanLanes;
+      if (n >= N) break;
+      h[k] = fmaf(exp2_approx(delta_t * A[k]), h[k], delta_t * x_t * to_float(B_t[n]));
+      y_t = fmaf(to_float(C_t[n]), h[k], y_t);
+    }
+#pragma unroll
+    for (int distance = kScanLanes / 2; distance > 0; distance /= 2)
+      y_t += __shfl_xor_sync(lanes, y_t, distance);
+    if (lane != 0) continue;
+    if (a.D) y_t = fmaf(a.D[d], x_t, y_t);
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+#pragma unroll
+  for (int k = 0; k < kStates; ++k)
+    if (lane + k * kScanLanes < N && a.hT) a.hT[i * N + lane + k * kScanLanes] = h[k];
+}
+
+// The fused rung (feeders, walkers, finishers)
+//
+// Since the rung before: B and C are read once per block, not once per channel; memory is asked for
+// tiles ahead; and everything that is done once per (t, d) rather than once per (t, d, n) leaves
+// the loop that walks time. A block takes `width` channels of one group of one sequence, and works
+// on tiles of kSteps rows:
 //
 //   feeders    prepare tile i + 1: softplus, delta x, and B and C as floats
 //   walkers    walk tile i, each with kStates states of one channel, and sum C_t . h_t over
@@ -663,8 +765,25 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
 //   finishers  complete the outputs of tile i - 1: D x and the gate
 //
 // What passes between them lies in shared memory twice, for even and for odd tiles, so one barrier
-// per tile orders all of it. Rows past the end get delta = 0 and B = 0: the state stands still.
-// Missing states get A = B = C = 0.
+// per tile orders all of it:
+//
+//   barrier            0        1        2        3        4
+//   feeders     tile 0 | tile 1 | tile 2 | tile 3 |        |          write input, BC [i % 2]
+//   walkers            | tile 0 | tile 1 | tile 2 | tile 3 |          read them, write y [i % 2]
+//   finishers          |        | tile 0 | tile 1 | tile 2 | tile 3   read y, write out
+//
+// Rows past the end get delta = 0 and B = 0: the state stands still. Missing states get A = B = C
+// = 0. Which lane of a walking warp holds which states, for kStates = 2 and kLanes = 8 (N = 16):
+//
+//   states      0,1   2,3   4,5   6,7   8,9 10,11 12,13 14,15
+//   channel 0     0     2     8    10    16    18    24    26
+//   channel 1     1     3     9    11    17    19    25    27
+//   channel 2     4     6    12    14    20    22    28    30
+//   channel 3     5     7    13    15    21    23    29    31
+//
+// The sums over a row of this table are made for 8 steps at once. In an exchange with the lane 16
+// further, lanes 0 to 15 keep steps 0 to 3, the others 4 to 7; with the lane 8 further, each keeps
+// two of its four; with the lane 2 further, one. That is 7 exchanges for 8 steps, before it was 32.
 //
 // What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B, two
 // multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from shared
@@ -1203,6 +1322,27 @@ template <class T>
 void selective_scan_naive(const ScanArgs<T>& a, cudaStream_t stream) {
   if (a.batch * a.d_inner == 0) return;
   selective_scan_naive_kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void selective_scan_registers(const ScanArgs<T>& a, cudaStream_t stream) {
+  const int64_t N = a.d_state;
+  if (N > 64) fail("selective_scan_registers: d_state: expected at most 64, found ", N);
+  if (a.batch * a.d_inner == 0) return;
+  const auto kernel =
+      N > 16 ? selective_scan_registers_kernel<T, 64> : selective_scan_registers_kernel<T, 16>;
+  kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void selective_scan_lanes(const ScanArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.d_inner == 0) return;
+  const auto kernel = a.d_state > 64   ? selective_scan_lanes_kernel<T, 16>
+                      : a.d_state > 16 ? selective_scan_lanes_kernel<T, 4>
+                                       : selective_scan_lanes_kernel<T, 1>;
+  kernel<<<ceil_div(a.batch * a.d_inner * kScanLanes, 128), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -2603,6 +2743,36 @@ __global__ void __launch_bounds__(kNormThreads)
   scale_row(out + row * out_stride + first, row_values, weight + first, group_size, scale);
 }
 
+// layer_norm: the same less the mean, plus a bias; one pass more over the row in shared memory.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    layer_norm_kernel(const float* x, const float* weight, const float* bias, float eps, int d,
+                      T* out) {
+  extern __shared__ __align__(16) float row_values[];
+  const int64_t row = blockIdx.x;
+  float sum = 0, squares = 0;
+  for (int i = threadIdx.x; i < d; i += kNormThreads) sum += row_values[i] = x[row * d + i];
+  const float mean = block_sum<kNormThreads>(sum) / d;
+  for (int i = threadIdx.x; i < d; i += kNormThreads) {
+    row_values[i] -= mean;
+    squares = fmaf(row_values[i], row_values[i], squares);
+  }
+  __syncthreads();  // the first sums have been read
+  const float scale = rsqrtf(block_sum<kNormThreads>(squares) / d + eps);
+  for (int i = threadIdx.x; i < d; i += kNormThreads)
+    out[row * d + i] = from_float<T>(fmaf(row_values[i] * scale, weight[i], bias[i]));
+}
+
+// x (rows, d) float32, out (rows, d).
+template <class T>
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t rows,
+                int d, T* out, cudaStream_t stream) {
+  if (rows == 0) return;
+  layer_norm_kernel<<<rows, kNormThreads, d * sizeof(float), stream>>>(x, weight, bias, eps, d,
+                                                                       out);
+  CUDA_CHECK(cudaGetLastError());
+}
+
 // residual (rows, d) float32, x (rows, d) or null, out (rows, d).
 template <class In, class T>
 void rms_norm(float* residual, const In* x, int64_t x_stride, const float* weight, float eps,
@@ -2629,6 +2799,479 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 }
 
 // ============================================================================================
+// Causal attention
+// ============================================================================================
+//
+//   S[t, s] = q_t . k_s / sqrt(head_dim)     for s <= t;     out_t = sum_s softmax(S[t, .])_s v_s
+//
+// Keys come in blocks with a running softmax (attend_chunked): nobody keeps a row of S. A query has
+// m, the largest S so far, and in units of 2^m (S being times log2 e here) total = sum_s 2^(S - m)
+// and out = sum_s 2^(S - m) v_s; a block that raises m shrinks both. The state is a cache of keys
+// and values, `capacity` rows for each sequence, of which `past` tells how many are taken.
+
+template <class T>
+struct AttentionArgs {
+  int64_t batch = 1, L = 0;
+  int n_heads = 0, n_kv_heads = 0, head_dim = 0;  // n_kv_heads divides n_heads
+  const T* q = nullptr;                           // (batch L, n_heads head_dim)
+  T* out = nullptr;                               // the same
+  int64_t q_stride = 0, out_stride = 0;
+  // (batch, capacity, n_kv_heads head_dim), these tokens' rows after the past; or, if capacity is
+  // 0 and there is no past, (batch L, ..), rows kv_stride apart.
+  const T *keys = nullptr, *values = nullptr;
+  int64_t capacity = 0, kv_stride = 0;
+  const int64_t* past = nullptr;        // (batch) tokens before these, or null: none
+  const int64_t* cu_seqlens = nullptr;  // (batch + 1); L is then the longest length
+  const int* done = nullptr;            // step: (batch), where not 0 nothing is computed
+  float* log_sums = nullptr;            // (batch L, n_heads) or null: log2 sum_s 2^S, for gradients
+
+  __device__ int64_t past_of(int64_t b) const { return past ? past[b] : 0; }
+  // Where key 0 of a head of sequence b lies; that of its values is as far from `values`.
+  __device__ int64_t first_key(int64_t b, const Rows& rows, int head) const {
+    const int64_t row = capacity ? b * capacity : rows.first;
+    return row * kv_stride + int64_t{head / (n_heads / n_kv_heads)} * head_dim;
+  }
+  __device__ float scale() const { return kLog2e * rsqrtf(float(head_dim)); }  // of S
+};
+
+constexpr int kMostHeadDim = 256;
+
+// A warp owns a query of a head; lane l has numbers l, l + 32, .. of q and of out. Grid: x =
+// queries, 4 a block, y = heads, z = sequences.
+template <class T>
+__global__ void __launch_bounds__(128) causal_attention_naive_kernel(AttentionArgs<T> a) {
+  constexpr int kNumbers = kMostHeadDim / 32;
+  const int64_t b = blockIdx.z, t = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const int head = blockIdx.y, lane = threadIdx.x % 32;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
+  if (t >= rows.count || (a.done && a.done[b])) return;
+  const int64_t column = int64_t{head} * a.head_dim, first = a.first_key(b, rows, head);
+  const T* q = a.q + (rows.first + t) * a.q_stride + column;
+  float q_t[kNumbers], out[kNumbers] = {}, m = -INFINITY, total = 0.f;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i)
+    q_t[i] = lane + 32 * i < a.head_dim ? a.scale() * to_float(q[lane + 32 * i]) : 0.f;
+  for (int64_t s = 0; s <= a.past_of(b) + t; ++s) {
+    const int64_t place = first + s * a.kv_stride + lane;
+    float score = 0.f;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      if (lane + 32 * i < a.head_dim) score = fmaf(q_t[i], to_float(a.keys[place + 32 * i]), score);
+    score = warp_sum(score);
+    const float largest = fmaxf(m, score), shrink = exp2_approx(m - largest);
+    const float weight = exp2_approx(score - largest);
+    total = fmaf(total, shrink, weight), m = largest;
+#pragma unroll
+    for (int i = 0; i < kNumbers; ++i)
+      if (lane + 32 * i < a.head_dim)
+        out[i] = fmaf(out[i], shrink, weight * to_float(a.values[place + 32 * i]));
+  }
+  T* to = a.out + (rows.first + t) * a.out_stride + column;
+#pragma unroll
+  for (int i = 0; i < kNumbers; ++i)
+    if (lane + 32 * i < a.head_dim) to[lane + 32 * i] = from_float<T>(out[i] / total);
+  if (lane == 0 && a.log_sums) a.log_sums[(rows.first + t) * a.n_heads + head] = m + log2f(total);
+}
+
+// Since the rung before: tensor cores, for 16-bit types and head_dim up to 64 kColumns, a multiple
+// of 8. Block: 4 warps of 16 queries of one head. Shared: q; k and v of two blocks of 64 keys, this
+// one and the next on its way; each in tiles as SSD's (columns of 64 numbers). Registers of a warp:
+// S (16 x 64), which rounded is operand A of the second product as it stands, and out. Grid: x =
+// blocks of 64 queries, the last, which see most keys, first; y = heads, z = sequences.
+template <int kColumns>
+struct AttentionTiles {
+  static constexpr int kTile = kColumns * kSsdColumn;  // bytes of 64 rows
+  static constexpr int kBytes = 5 * kTile;             // q; k, v; k, v
+};
+
+// Rows [row, row + 64) of a head, of which those below `end` exist, to a tile, by 128 threads.
+template <int kColumns, class T>
+__device__ inline void copy_rows(uint32_t tile, const T* from, int64_t stride, int64_t row,
+                                 int64_t end, int head_dim) {
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c)
+#pragma unroll
+    for (int i = 0; i < 64; i += 16) {
+      const int r = i + threadIdx.x / 8, piece = threadIdx.x % 8;
+      const bool exists = row + r < end && 64 * c + 8 * piece < head_dim;
+      const T* p = from + (exists ? (row + r) * stride + 64 * c + 8 * piece : 0);
+      copy_async(tile + tile_offset(r, 8 * c + piece), p, exists);
+    }
+}
+
+// S of a warp's 16 queries and 64 keys: s[j] are keys 8j + 2q, + 1, for rows g and g + 8.
+template <class T, int kColumns>
+__device__ inline void multiply_keys(float (&s)[8][4], uint32_t tile_q, uint32_t tile_k) {
+  for (auto& tile : s) tile[0] = tile[1] = tile[2] = tile[3] = 0.f;
+#pragma unroll
+  for (int k = 0; k < 4 * kColumns; ++k) {
+    uint32_t a[4], b[4];
+    load_matrices(a, move_right(tile_q + above(), 2 * k));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      load_matrices(b, move_right(tile_k + beside(), 2 * k) + tile_offset(16 * j, 0));
+      mma<T>(&s[2 * j], a, b);
+    }
+  }
+}
+
+// out += p V, p having become 16 bits.
+template <class T, int kColumns>
+__device__ inline void multiply_values(float (&out)[8 * kColumns][4], const float (&p)[8][4],
+                                       uint32_t tile_v) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {  // 16 keys
+    const uint32_t a[4] = {pack_pair<T>(p[2 * j][0], p[2 * j][1]),
+                           pack_pair<T>(p[2 * j][2], p[2 * j][3]),
+                           pack_pair<T>(p[2 * j + 1][0], p[2 * j + 1][1]),
+                           pack_pair<T>(p[2 * j + 1][2], p[2 * j + 1][3])};
+#pragma unroll
+    for (int c = 0; c < 4 * kColumns; ++c) {
+      uint32_t b[4];
+      load_matrices_transposed(b, move_right(tile_v + above(), 2 * c) + tile_offset(16 * j, 0));
+      mma<T>(&out[2 * c], a, b);
+    }
+  }
+}
+
+__device__ inline float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
+  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
+}
+__device__ inline float quad_sum(float v) {
+  v += __shfl_xor_sync(~0u, v, 1);
+  return v + __shfl_xor_sync(~0u, v, 2);
+}
+
+// s -> 2^(s - m) for the two rows of a thread, seen[h] keys of this block being theirs to see.
+// Totals are of the thread's own columns until the end.
+template <int kTiles>
+__device__ inline void running_softmax(float (&s)[8][4], float scale, const int (&seen)[2],
+                                       float (&m)[2], float (&total)[2], float (&out)[kTiles][4]) {
+  const int column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float largest = m[h];
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 2 * h; i < 2 * h + 2; ++i) {
+        s[j][i] = 8 * j + column + i % 2 < seen[h] ? scale * s[j][i] : -INFINITY;
+        largest = fmaxf(largest, s[j][i]);
+      }
+    largest = quad_max(largest);  // the first block has a key for every query: never -INFINITY
+    const float shrink = exp2_approx(m[h] - largest);
+    m[h] = largest, total[h] *= shrink;
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 2 * h; i < 2 * h + 2; ++i) total[h] += s[j][i] = exp2_approx(s[j][i] - largest);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) out[j][2 * h] *= shrink, out[j][2 * h + 1] *= shrink;
+  }
+}
+
+template <class T, int kColumns>
+__global__ void __launch_bounds__(128, 2) causal_attention_fused_kernel(AttentionArgs<T> a) {
+  extern __shared__ __align__(1024) unsigned char attention_tiles[];
+  constexpr int kTile = AttentionTiles<kColumns>::kTile;
+  const int64_t b = blockIdx.z, first = int64_t{gridDim.x - 1 - blockIdx.x} * 64;
+  const int head = blockIdx.y, warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
+  if (first >= rows.count) return;
+  const int64_t past = a.past_of(b), first_key = a.first_key(b, rows, head);
+  const int64_t end = past + min(first + 64, rows.count);  // keys that any query here sees
+  const uint32_t tile_q = uint32_t(__cvta_generic_to_shared(attention_tiles));
+  const auto fetch = [&](int64_t block) {
+    const uint32_t to = tile_q + kTile + block % 2 * (2 * kTile);
+    copy_rows<kColumns>(to, a.keys + first_key, a.kv_stride, 64 * block, end, a.head_dim);
+    copy_rows<kColumns>(to + kTile, a.values + first_key, a.kv_stride, 64 * block, end, a.head_dim);
+    copy_async_commit();
+  };
+  const int64_t column = int64_t{head} * a.head_dim;
+  copy_rows<kColumns>(tile_q, a.q + rows.first * a.q_stride + column, a.q_stride, first, rows.count,
+                      a.head_dim);
+  fetch(0);
+
+  float out[8 * kColumns][4] = {}, m[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
+  const int64_t query = first + 16 * warp + g;  // and query + 8
+  for (int64_t block = 0; 64 * block < end; ++block) {
+    copy_async_wait();
+    __syncthreads();  // all copies of this block are there; the one before has been read
+    if (64 * (block + 1) < end) fetch(block + 1);
+    const uint32_t tile_k = tile_q + kTile + block % 2 * (2 * kTile);
+    float s[8][4];
+    multiply_keys<T, kColumns>(s, tile_q + tile_offset(16 * warp, 0), tile_k);
+    const int64_t left = past + query + 1 - 64 * block;
+    running_softmax(s, a.scale(), {int(min(left, int64_t{64})), int(min(left + 8, int64_t{64}))}, m,
+                    total, out);
+    multiply_values<T, kColumns>(out, s, tile_k + kTile);
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t t = query + 8 * h;
+    const float sum = quad_sum(total[h]);
+    if (t >= rows.count) continue;
+    T* to = a.out + (rows.first + t) * a.out_stride + column;
+#pragma unroll
+    for (int j = 0; j < 8 * kColumns; ++j)
+      if (const int c = 8 * j + threadIdx.x % 4 * 2; c < a.head_dim)
+        store(to + c, pack<T>({out[j][2 * h] / sum, out[j][2 * h + 1] / sum}));
+    if (threadIdx.x % 4 == 0 && a.log_sums)
+      a.log_sums[(rows.first + t) * a.n_heads + head] = m[h] + log2f(sum);
+  }
+}
+
+// Number i of n parts (out, m and total: head_dim + 2 numbers each) in one: all in units of 2^m of
+// the largest m. A part without a key has m = -INFINITY.
+__device__ inline float put_together(const float* parts, int n, int head_dim, int i) {
+  const int width = head_dim + 2;
+  float m = -INFINITY, sum = 0.f;
+  for (int p = 0; p < n; ++p) m = fmaxf(m, parts[p * width + head_dim]);
+  for (int p = 0; p < n && i != head_dim; ++p)
+    if (const float m_p = parts[p * width + head_dim]; m_p > -INFINITY)
+      sum = fmaf(exp2_approx(m_p - m), parts[p * width + i], sum);
+  return i == head_dim ? m : sum;
+}
+
+// One token a sequence, L = 1: its cache is read once, some keys by each of `pieces` blocks of four
+// warps; what they find is put together by the second kernel. Keys of a block go to groups of
+// `lanes` lanes in turn, a lane having 8 numbers of each. A block takes up to kHeads heads that
+// share keys. Grid: x = pieces, y = blocks of heads, z = sequences. parts: (batch, n_heads, pieces,
+// head_dim + 2): out, m, total.
+template <class T, int kHeads>
+__global__ void __launch_bounds__(128)
+    causal_attention_step_kernel(AttentionArgs<T> a, int lanes, float* parts) {
+  launch_next();
+  wait_for_previous();
+  extern __shared__ __align__(16) float attention_groups[];  // (groups, head_dim + 2)
+  const int64_t b = blockIdx.z;
+  if (a.done && a.done[b]) return;
+  const int shared = a.n_heads / a.n_kv_heads, of_group = ceil_div(shared, kHeads);
+  const int first_head = blockIdx.y / of_group * shared + blockIdx.y % of_group * kHeads;
+  const int heads = min(kHeads, (blockIdx.y / of_group + 1) * shared - first_head);
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, groups = 128 / lanes;
+  const bool exists = 8 * lane < a.head_dim;
+  const int64_t tokens = a.past_of(b) + 1, piece = ceil_div(tokens, int64_t{gridDim.x});
+  const int64_t begin = blockIdx.x * piece, end = min(tokens, begin + piece);
+  const int64_t place = a.first_key(b, {b, 1}, first_head) + 8 * lane;
+
+  float q[kHeads][8], out[kHeads][8] = {}, m[kHeads], total[kHeads] = {};
+#pragma unroll
+  for (int h = 0; h < kHeads; ++h) {
+    const int64_t column = int64_t{first_head + h} * a.head_dim + 8 * lane;
+    unpack(load<8>(a.q + b * a.q_stride + column, exists && h < heads), q[h]);
+    m[h] = -INFINITY;
+  }
+  // All groups of a warp take as many turns: they meet at shuffles.
+#pragma unroll 2
+  for (int64_t turn = begin; turn < end; turn += groups) {
+    const int64_t s = turn + group;
+    const bool there = exists && s < end;
+    float k[8], v[8];
+    unpack(load<8>(a.keys + place + s * a.kv_stride, there), k);
+    unpack(load<8>(a.values + place + s * a.kv_stride, there), v);
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      float score = 0.f;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) score = fmaf(q[h][i], k[i], score);
+      for (int d = lanes / 2; d > 0; d /= 2) score += __shfl_xor_sync(~0u, score, d);
+      if (s >= end) continue;
+      score *= a.scale();
+      const float largest = fmaxf(m[h], score), shrink = exp2_approx(m[h] - largest);
+      const float weight = exp2_approx(score - largest);
+      total[h] = fmaf(total[h], shrink, weight), m[h] = largest;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) out[h][i] = fmaf(out[h][i], shrink, weight * v[i]);
+    }
+  }
+
+  const int width = a.head_dim + 2;
+  for (int h = 0; h < heads; ++h) {
+    float* mine = attention_groups + group * width;
+    if (h > 0) __syncthreads();  // the head before has been read
+#pragma unroll
+    for (int k = 0; k < kHeads; ++k) {  // registers have no index
+      if (k != h) continue;
+      for (int i = 0; i < 8 && exists; ++i) mine[8 * lane + i] = out[k][i];
+      if (lane == 0) mine[a.head_dim] = m[k], mine[a.head_dim + 1] = total[k];
+    }
+    __syncthreads();  // all groups' sums are there before they are added
+    float* to = parts + ((b * a.n_heads + first_head + h) * gridDim.x + blockIdx.x) * width;
+    for (int i = threadIdx.x; i < width; i += 128)
+      to[i] = put_together(attention_groups, groups, a.head_dim, i);
+  }
+}
+
+// Grid: x = heads, y = sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_join_kernel(AttentionArgs<T> a, int pieces, const float* parts) {
+  launch_next();
+  wait_for_previous();
+  const int64_t b = blockIdx.y;
+  if (a.done && a.done[b]) return;
+  parts += (b * a.n_heads + blockIdx.x) * pieces * (a.head_dim + 2);
+  T* to = a.out + b * a.out_stride + int64_t{blockIdx.x} * a.head_dim;
+  const float total = put_together(parts, pieces, a.head_dim, a.head_dim + 1);
+  for (int i = threadIdx.x; i < a.head_dim; i += 128)
+    to[i] = from_float<T>(put_together(parts, pieces, a.head_dim, i) / total);
+}
+
+// May rows be read eight numbers at a time?
+template <class T>
+bool attention_aligned(const AttentionArgs<T>& a) {
+  const auto at = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)); };
+  return at(a.q) + at(a.keys) + at(a.values) == 0 && a.head_dim % 8 == 0 && a.q_stride % 8 == 0 &&
+         a.kv_stride % 8 == 0;
+}
+
+template <class T>
+dim3 attention_grid(const AttentionArgs<T>& in, int rows_of_block, int heads) {
+  return dim3(unsigned(ceil_div(in.L, rows_of_block)), unsigned(heads), unsigned(in.batch));
+}
+
+template <class T>
+void causal_attention_naive(const AttentionArgs<T>& a, cudaStream_t stream) {
+  if (a.head_dim > kMostHeadDim)
+    fail("causal_attention: head_dim: expected at most ", kMostHeadDim, ", found ", a.head_dim);
+  if (a.batch * a.L == 0) return;
+  causal_attention_naive_kernel<<<attention_grid(a, 4, a.n_heads), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void causal_attention(const AttentionArgs<T>& a, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (a.head_dim <= 128 && attention_aligned(a) && a.out_stride % 2 == 0) {
+      if (a.batch * a.L == 0) return;
+      const bool narrow = a.head_dim <= 64;
+      const auto kernel =
+          narrow ? causal_attention_fused_kernel<T, 1> : causal_attention_fused_kernel<T, 2>;
+      const int bytes = narrow ? AttentionTiles<1>::kBytes : AttentionTiles<2>::kBytes;
+      CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+      kernel<<<attention_grid(a, 64, a.n_heads), 128, bytes, stream>>>(a);
+      CUDA_CHECK(cudaGetLastError());
+      return;
+    }
+  }
+  causal_attention_naive(a, stream);
+}
+
+// Into how many pieces the step cuts a cache: two blocks for every multiprocessor.
+inline int attention_pieces(int64_t batch, int n_kv_heads) {
+  const int64_t blocks = batch * n_kv_heads;
+  return int(std::clamp<int64_t>(2 * multiprocessors() / std::max<int64_t>(1, blocks), 1, 32));
+}
+// Floats of `parts`.
+inline int64_t attention_parts(int64_t batch, int n_heads, int n_kv_heads, int head_dim) {
+  return batch * n_heads * attention_pieces(batch, n_kv_heads) * (head_dim + 2);
+}
+template <class T>
+void causal_attention_step(const AttentionArgs<T>& a, float* parts, cudaStream_t stream) {
+  if (a.head_dim > kMostHeadDim || !attention_aligned(a)) return causal_attention_naive(a, stream);
+  if (a.batch == 0) return;
+  int lanes = 1;
+  while (8 * lanes < a.head_dim) lanes *= 2;
+  const int shared = a.n_heads / a.n_kv_heads, heads = shared > 1 ? 4 : 1;
+  const int pieces = attention_pieces(a.batch, a.n_kv_heads);
+  const int bytes = 128 / lanes * (a.head_dim + 2) * int(sizeof(float));
+  const dim3 grid(unsigned(pieces), unsigned(a.n_kv_heads * ceil_div(shared, heads)),
+                  unsigned(a.batch));
+  const auto kernel =
+      heads == 1 ? causal_attention_step_kernel<T, 1> : causal_attention_step_kernel<T, 4>;
+  launch_early(kernel, grid, 128, bytes, stream, a, lanes, parts);
+  launch_early(causal_attention_join_kernel<T>, dim3(unsigned(a.n_heads), unsigned(a.batch)), 128,
+               0, stream, a, pieces, parts);
+}
+
+// --- what stands before it: rotary position, and the new keys and values to the cache ---
+
+template <class T>
+struct RotaryArgs {
+  int64_t batch = 1, L = 0;
+  int n_heads = 0, n_kv_heads = 0, head_dim = 0;
+  int turning = 0;  // numbers of a head that turn
+  double base = 10000, direction = 1;
+  T* qkv = nullptr;  // (batch L, (n_heads + 2 n_kv_heads) head_dim): q and k turn in place
+  int64_t stride = 0;
+  T *keys = nullptr, *values = nullptr;  // as in AttentionArgs, or null: no cache
+  int64_t capacity = 0;
+  const int64_t *past = nullptr, *cu_seqlens = nullptr;
+  const int* done = nullptr;
+};
+
+// One block a token. The angles are the same for all heads. Grid: x = tokens, y = sequences.
+template <class T>
+__global__ void __launch_bounds__(128) rotary_kernel(RotaryArgs<T> a) {
+  extern __shared__ __align__(16) float rotary_angles[];  // (turning): cosines, sines
+  const int64_t b = blockIdx.y, t = blockIdx.x;
+  const Rows rows = rows_of(b, a.L, a.cu_seqlens);
+  if (t >= rows.count || (a.done && a.done[b])) return;
+  const int64_t position = t + (a.past ? a.past[b] : 0);
+  const int half = a.turning / 2, turned = a.n_heads + a.n_kv_heads;
+  for (int i = threadIdx.x; i < half; i += 128) {
+    double sine, cosine;
+    sincos(a.direction * double(position) * pow(a.base, -2. * i / a.turning), &sine, &cosine);
+    rotary_angles[i] = float(cosine), rotary_angles[half + i] = float(sine);
+  }
+  __syncthreads();  // the angles are there before anybody turns by them
+  T* row = a.qkv + (rows.first + t) * a.stride;
+  for (int i = threadIdx.x; i < turned * half; i += 128) {
+    T* p = row + i / half * a.head_dim + i % half;
+    const float cosine = rotary_angles[i % half], sine = rotary_angles[half + i % half];
+    const float x = to_float(p[0]), y = to_float(p[half]);
+    p[0] = from_float<T>(x * cosine - y * sine);
+    p[half] = from_float<T>(x * sine + y * cosine);
+  }
+  if (!a.keys) return;
+  __syncthreads();  // the keys have turned before they are copied
+  const int width = a.n_kv_heads * a.head_dim;
+  const int64_t to = (b * a.capacity + position) * width;
+  for (int i = threadIdx.x; i < width; i += 128) {
+    a.keys[to + i] = row[a.n_heads * a.head_dim + i];
+    a.values[to + i] = row[turned * a.head_dim + i];
+  }
+}
+template <class T>
+void rotary(const RotaryArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.L == 0 || (a.turning == 0 && !a.keys)) return;
+  const dim3 grid(unsigned(a.L), unsigned(a.batch));
+  rotary_kernel<<<grid, 128, a.turning * sizeof(float), stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// After the last layer all caches have taken the tokens. One thread a sequence.
+static __global__ void advance_past_kernel(int64_t* past, int64_t batch, int64_t L,
+                                           const int64_t* cu_seqlens, const int* done) {
+  const int64_t b = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (b < batch && !(done && done[b])) past[b] += rows_of(b, L, cu_seqlens).count;
+}
+
+// --- the gated MLP between its products: x_gate (rows, 2 width) -> x silu(gate) (rows, width) ---
+
+// Four numbers a thread.
+template <class T>
+__global__ void __launch_bounds__(256)
+    gated_mlp_kernel(const T* x_gate, int64_t rows, int64_t width, T* out) {
+  const int64_t i = 4 * (int64_t(blockIdx.x) * 256 + threadIdx.x), row = i / width, c = i % width;
+  if (row >= rows) return;
+  float x[4], gate[4];
+  load4(x, x_gate + row * 2 * width + c), load4(gate, x_gate + row * 2 * width + width + c);
+  for (int k = 0; k < 4; ++k) x[k] *= silu(gate[k]);
+  store(out + i, pack<T>(x));
+}
+template <class T>
+void gated_mlp(const T* x_gate, int64_t rows, int64_t width, T* out, cudaStream_t stream) {
+  if (width % 4) fail("gated_mlp: width: expected a multiple of 4, found ", width);
+  if (rows == 0) return;
+  gated_mlp_kernel<<<unsigned(ceil_div(rows * width, 1024)), 256, 0, stream>>>(x_gate, rows, width,
+                                                                               out);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ============================================================================================
 // One token: matrix-vector products fused with what stands around them
 // ============================================================================================
 //
@@ -2648,6 +3291,10 @@ void gated_rms_norm(const In* y, int64_t y_stride, const T* z, int64_t z_stride,
 //                                 -> z, x, B, C, dt
 //             ssd_step_kernel     ssd_step, gate -> y (with several groups, its sums of squares)
 //             linear_step_kernel  y -> gated_rms_norm, out_proj, added to the residual
+//   attention linear_step_kernel  residual -> rms_norm, in_proj, causal_conv1d_step -> q, k, v
+//             rotary_kernel       q, k -> turned; k, v -> the cache
+//             causal_attention_step_kernel, .._join_kernel -> y;  linear_step_kernel as for Mamba
+//   MLP       linear_step_kernel  residual -> rms_norm, fc1;  gated_mlp_kernel;  linear_step_kernel
 
 constexpr int kFewSequences = 4;  // that one launch takes
 constexpr int kMostGroups = 8;    // of Mamba-2's norm
@@ -2663,7 +3310,8 @@ enum class Norm { none, rms, grouped };
 // What becomes of v = W[row] . x:
 //   plain     out = v
 //   residual  out += v + bias
-//   conv      out = v + bias; the rows [first, first + count) then take causal_conv1d_step and silu
+//   conv      out = v + bias; the rows [first, first + count) then take causal_conv1d_step and,
+//             if `activate`, silu
 enum class Store { plain, residual, conv };
 
 struct NormStep {
@@ -2680,6 +3328,7 @@ struct ConvStep {
   const int* done = nullptr;      // (batch) or null: where not 0 the state stays
   int64_t first = 0, count = 0;
   int width = 0;
+  bool activate = true;
 };
 
 // out[b, row] = store(W[row] . norm(x[b])) for b < batch <= kFewSequences.
@@ -2777,7 +3426,7 @@ __device__ inline float conv_step(const ConvStep<T>& conv, int64_t d, int b, flo
 #pragma unroll
   for (int k = 0; k + 1 < kStepTaps; ++k)
     if (k + 1 < conv.width && !o.keep) state[(conv.width - 2 - k) * conv.count] = o.past[k];
-  return silu(v);
+  return conv.activate ? silu(v) : v;
 }
 
 template <class T, Norm kNorm, Store kStore>
@@ -3473,7 +4122,8 @@ struct DeviceLayer {
   DeviceStateMatrix A;
   DeviceRow D, gated_norm;
   DeviceMatrix out_proj;
-  DeviceRow out_proj_bias;
+  DeviceRow out_proj_bias, norm_bias, norm2, norm2_bias;
+  DeviceMatrix fc1, fc2;
 };
 struct DeviceModel {
   ssm::Sizes sizes;
@@ -3482,6 +4132,7 @@ struct DeviceModel {
   DeviceRow norm_f;
   DeviceMatrix lm_head;
   bool tied = true;
+  DeviceRow norm_f_bias;
 };
 
 /// What all weights take on the GPU: matrices as stored, the rest in float32.
@@ -3531,26 +4182,86 @@ void with_weight_type(DType dtype, const Function& f) {
   }
 }
 
+// Layers before l that are like it: with a scan, or with attention.
+inline Index rank_of(const Config& c, Index l) {
+  const auto& layers = c.attention_layers;
+  const Index before = std::lower_bound(layers.begin(), layers.end(), l) - layers.begin();
+  return c.attends(l) ? before : l - before;
+}
+
+// What a layer with attention remembers; nothing where there is no state. As in AttentionArgs.
+template <class T>
+struct AttentionCache {
+  T *conv = nullptr, *keys = nullptr, *values = nullptr;
+  int64_t capacity = 0;
+  const int64_t* past = nullptr;
+};
+
 // What is remembered of `batch` texts, in the order in which the kernels read it:
-// conv (n_layer, batch, d_conv - 1, conv_width) as stored, h (n_layer, batch, d_inner, d_state).
+// conv (n_layer, batch, d_conv - 1, conv_width) as stored, h (n_layer, batch, d_inner, d_state), of
+// the layers with a scan. Of those with attention: attention_conv likewise, keys and values
+// (their number, batch, capacity, kv_width) as stored, past (batch) tokens, at most `longest`.
 struct DeviceState {
   int64_t batch = 0;
-  DeviceBuffer<std::byte> conv;
+  DeviceBuffer<std::byte> conv, attention_conv, keys, values;
   DeviceBuffer<float> h;
+  DeviceBuffer<int64_t> past;
+  int64_t capacity = 0, longest = 0;
   DeviceState() = default;
   DeviceState(const Config& c, DType dtype, int64_t batch)
       : batch(batch),
-        conv(dtype_size(dtype) * c.n_layer * batch * (c.d_conv - 1) * c.conv_width()),
-        h(c.n_layer * batch * c.d_inner * c.d_state) {
+        conv(dtype_size(dtype) * scans(c) * batch * (c.d_conv - 1) * c.conv_width()),
+        attention_conv(dtype_size(dtype) * attentions(c) * batch * attention_taps(c)),
+        h(scans(c) * batch * c.d_inner * c.d_state),
+        past(attentions(c) > 0 ? batch : 0) {
     conv.zero();
+    attention_conv.zero();
     h.zero();
+    past.zero();
   }
+  static Index attentions(const Config& c) { return Index(c.attention_layers.size()); }
+  static Index scans(const Config& c) { return c.n_layer - attentions(c); }
+  static Index attention_taps(const Config& c) {  // numbers of the past that a convolution sees
+    return std::max<Index>(0, c.attention.d_conv - 1) * c.attention.in_proj_width();
+  }
+
   template <class T>
   T* layer_conv(const Config& c, Index l) const {
-    return reinterpret_cast<T*>(conv.data()) + l * batch * (c.d_conv - 1) * c.conv_width();
+    return reinterpret_cast<T*>(conv.data()) +
+           rank_of(c, l) * batch * (c.d_conv - 1) * c.conv_width();
   }
   float* layer_h(const Config& c, Index l) const {
-    return h.data() + l * batch * c.d_inner * c.d_state;
+    return h.data() + rank_of(c, l) * batch * c.d_inner * c.d_state;
+  }
+  template <class T>
+  AttentionCache<T> layer_cache(const Config& c, Index l) const {
+    const Index i = rank_of(c, l) * batch, row = capacity * c.attention.kv_width();
+    return {reinterpret_cast<T*>(attention_conv.data()) + i * attention_taps(c),
+            reinterpret_cast<T*>(keys.data()) + i * row,
+            reinterpret_cast<T*>(values.data()) + i * row, capacity, past.data()};
+  }
+
+  // Is there room for so many more tokens of every text?
+  bool has_room(const Config& c, int64_t tokens) const {
+    return attentions(c) == 0 || longest + tokens <= capacity;
+  }
+  // Makes it: twice as much as there was, so that few tokens are copied often. number: bytes of one.
+  void reserve(const Config& c, size_t number, int64_t tokens, cudaStream_t stream) {
+    if (has_room(c, tokens)) return;
+    const int64_t more = std::max(longest + tokens, std::max<int64_t>(64, 2 * capacity));
+    const size_t row = number * size_t(c.attention.kv_width());
+    const size_t texts = size_t(attentions(c) * batch);
+    need_memory(2 * texts * size_t(more) * row, "keys and values of the past");
+    for (DeviceBuffer<std::byte>* cache : {&keys, &values}) {
+      DeviceBuffer<std::byte> larger(texts * size_t(more) * row);
+      if (longest > 0)
+        CUDA_CHECK(cudaMemcpy2DAsync(larger.data(), size_t(more) * row, cache->data(),
+                                     size_t(capacity) * row, size_t(longest) * row, texts,
+                                     cudaMemcpyDeviceToDevice, stream));
+      CUDA_CHECK(cudaStreamSynchronize(stream));  // before the old one goes
+      *cache = std::move(larger);
+    }
+    capacity = more;
   }
 };
 
@@ -3616,16 +4327,28 @@ class Queue {
 // Room for what one layer hands from operation to operation, `rows` tokens at once.
 template <class T>
 struct Activations {
-  float* residual;  // (rows, d_model)
-  T* u;             // (rows, d_model)     rms_norm of it
-  T* projected;     // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt
-  T* x;             // (rows, conv_width)  Mamba: x;  Mamba-2: x B C
-  T* dt_B_C;        // (rows, dt_rank + 2 d_state)
-  T *delta, *y;     // (rows, d_inner) twice; Mamba-2's normed y: in delta
+  float* residual;    // (rows, d_model)
+  T* u;               // (rows, d_model)     rms_norm of it
+  T* projected;       // (rows, in_proj_width)  Mamba: x z;  Mamba-2: z x B C dt;  attention: q k v
+  T* x;               // (rows, conv_width)  Mamba: x;  Mamba-2: x B C;  attention: q k v
+  T* dt_B_C;          // (rows, dt_rank + 2 d_state)
+  T *delta, *y;       // (rows, d_inner) twice; Mamba-2's normed y: in delta; attention's: in y
+  T *x_gate, *gated;  // (rows, 2 d_intermediate), (rows, d_intermediate): the MLP's
   // for the fused step of a few sequences:
   float* dt_B_C_step = nullptr;  // (rows, dt_rank + 2 d_state)
-  float* gated = nullptr;        // (rows, d_inner)
+  float* gated_y = nullptr;      // (rows, d_inner)
   float* squares = nullptr;      // (rows, n_heads ssd_step_blocks)
+  // for one token of every sequence:
+  float* attention_parts = nullptr;  // see causal_attention_step
+
+  // Of all layers, with a scan or with attention, the widest.
+  static int64_t projected_width(const Config& c) {
+    return std::max(c.in_proj_width(), c.attention.in_proj_width());
+  }
+  static int64_t x_width(const Config& c) {
+    return std::max(c.conv_width(), c.attention.in_proj_width());
+  }
+  static int64_t y_width(const Config& c) { return std::max(c.d_inner, c.attention.q_width()); }
 
   Activations(const Config& c, int64_t rows, DeviceBuffer<std::byte>& room) {
     size_t used = 0;
@@ -3638,14 +4361,21 @@ struct Activations {
       };
       take(residual, c.d_model);
       take(u, c.d_model);
-      take(projected, c.in_proj_width());
-      take(x, c.conv_width());
+      take(projected, projected_width(c));
+      take(x, x_width(c));
       take(dt_B_C, c.dt_rank + 2 * c.d_state);
       take(delta, c.d_inner);
-      take(y, c.d_inner);
+      take(y, y_width(c));
+      take(x_gate, 2 * c.d_intermediate);
+      take(gated, c.d_intermediate);
+      const ssm::AttentionSizes& at = c.attention;
+      if (at.n_heads > 0 && rows <= kMostSequences)
+        take(attention_parts, ceil_div(mamba::attention_parts(rows, int(at.n_heads),
+                                                              int(at.n_kv_heads), int(at.head_dim)),
+                                       std::max<int64_t>(1, rows)));
       if (rows <= kFewSequences) {
         take(dt_B_C_step, c.dt_rank + 2 * c.d_state);
-        take(gated, c.d_inner);
+        take(gated_y, c.d_inner);
         take(squares, c.n_heads * ssd_step_blocks(c.head_dim));
       }
       if (measure) room.grow(used);
@@ -3670,7 +4400,11 @@ struct Compute {
   void linear(const T* x, int64_t L, int64_t x_stride, const DeviceMatrix& W, T* y) const {
     queue.linear(x, L, x_stride, W.as<T>(), W.rows, W.cols, y, W.rows);
   }
-  void rms_norm(const Activations<T>& a, const DeviceRow& weight, int64_t L) const {
+  void norm(const Activations<T>& a, const DeviceRow& weight, const DeviceRow& bias,
+            int64_t L) const {
+    if (!config.rms_norm)
+      return mamba::layer_norm(a.residual, weight.data(), bias.data(), eps(), L,
+                               int(config.d_model), a.u, queue.stream());
     mamba::rms_norm<T, T>(a.residual, nullptr, 0, weight.data(), eps(), L, int(config.d_model), a.u,
                           config.d_model, queue.stream());
   }
@@ -3738,7 +4472,7 @@ struct Compute {
   void project_in(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
                   T* conv_state) const {
     const int64_t rows = tokens.rows();
-    rms_norm(a, w.norm, rows);
+    norm(a, w.norm, w.norm_bias, rows);
     linear(a.u, rows, config.d_model, w.in_proj, a.projected);
     add_bias(a.projected, w.in_proj_bias, rows, config.in_proj_width(), queue.stream());
     ConvArgs<T> conv = conv_args(a, w, conv_state);
@@ -3747,7 +4481,7 @@ struct Compute {
   }
   // residual += out_proj(y)
   void project_out(const DeviceLayer& w, const Activations<T>& a, const T* y, int64_t rows) const {
-    queue.linear(y, rows, config.d_inner, w.out_proj.as<T>(), config.d_model, config.d_inner,
+    queue.linear(y, rows, w.out_proj.cols, w.out_proj.as<T>(), config.d_model, w.out_proj.cols,
                  a.residual, config.d_model, 1.f);
     add_bias(a.residual, w.out_proj_bias, rows, config.d_model, queue.stream());
   }
@@ -3792,13 +4526,101 @@ struct Compute {
     project_out(w, a, a.delta, tokens.rows());
   }
 
+  ConvArgs<T> attention_conv_args(const Activations<T>& a, const DeviceLayer& w, T* state) const {
+    ConvArgs<T> conv;
+    conv.d = config.attention.in_proj_width(), conv.width = int(config.attention.d_conv);
+    conv.x = a.projected, conv.out = a.x, conv.x_stride = conv.out_stride = conv.d;
+    conv.weight = w.conv_weight.data(), conv.bias = w.conv_bias.data();
+    conv.state = state, conv.state_out = state;
+    conv.activate = false;
+    return conv;
+  }
+  RotaryArgs<T> rotary_args(T* qkv, const Tokens& tokens, const AttentionCache<T>& cache) const {
+    const ssm::AttentionSizes& at = config.attention;
+    RotaryArgs<T> in;
+    in.n_heads = int(at.n_heads), in.n_kv_heads = int(at.n_kv_heads);
+    in.head_dim = int(at.head_dim), in.turning = int(at.rotary_dim), in.base = at.rotary_base;
+    in.qkv = qkv, in.stride = at.in_proj_width();
+    in.keys = cache.keys, in.values = cache.values, in.capacity = cache.capacity;
+    in.past = cache.past;
+    tokens.to(in);
+    return in;
+  }
+  AttentionArgs<T> attention_args(const Activations<T>& a, const T* qkv, const Tokens& tokens,
+                                  const AttentionCache<T>& cache) const {
+    const ssm::AttentionSizes& at = config.attention;
+    AttentionArgs<T> in;
+    in.n_heads = int(at.n_heads), in.n_kv_heads = int(at.n_kv_heads);
+    in.head_dim = int(at.head_dim);
+    in.q = qkv, in.q_stride = at.in_proj_width(), in.out = a.y, in.out_stride = at.q_width();
+    in.keys = cache.keys ? cache.keys : qkv + at.q_width();
+    in.values = cache.keys ? cache.values : in.keys + at.kv_width();
+    in.kv_stride = cache.keys ? at.kv_width() : at.in_proj_width();
+    in.capacity = cache.capacity, in.past = cache.past;
+    tokens.to(in);
+    return in;
+  }
+  // qkv, turned in place -> a.y
+  void attend(const Activations<T>& a, T* qkv, const Tokens& tokens,
+              const AttentionCache<T>& cache) const {
+    rotary(rotary_args(qkv, tokens, cache), queue.stream());
+    const AttentionArgs<T> in = attention_args(a, qkv, tokens, cache);
+    tokens.step ? causal_attention_step(in, a.attention_parts, queue.stream())
+                : causal_attention(in, queue.stream());
+  }
+  // The attention block of norm(residual), up to out_proj -> a.y
+  void attention_inner(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                       const AttentionCache<T>& cache) const {
+    const int64_t rows = tokens.rows();
+    norm(a, w.norm, w.norm_bias, rows);
+    linear(a.u, rows, config.d_model, w.in_proj, a.projected);
+    add_bias(a.projected, w.in_proj_bias, rows, w.in_proj.rows, queue.stream());
+    if (config.attention.d_conv == 0) return attend(a, a.projected, tokens, cache);
+    ConvArgs<T> conv = attention_conv_args(a, w, cache.conv);
+    tokens.to(conv);
+    tokens.step ? causal_conv1d_step(conv, queue.stream()) : causal_conv1d(conv, queue.stream());
+    attend(a, a.x, tokens, cache);
+  }
+  void attention_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                       const AttentionCache<T>& cache) const {
+    attention_inner(w, a, tokens, cache);
+    project_out(w, a, a.y, tokens.rows());
+  }
+
+  // norm2(residual) -> a.x_gate, a.gated;  residual += the MLP of it
+  void mlp_inner(const DeviceLayer& w, const Activations<T>& a, int64_t rows) const {
+    norm(a, w.norm2, w.norm2_bias, rows);
+    linear(a.u, rows, config.d_model, w.fc1, a.x_gate);
+    gated_mlp(a.x_gate, rows, config.d_intermediate, a.gated, queue.stream());
+  }
+  void mlp(const DeviceLayer& w, const Activations<T>& a, int64_t rows) const {
+    mlp_inner(w, a, rows);
+    queue.linear(a.gated, rows, config.d_intermediate, w.fc2.as<T>(), config.d_model,
+                 config.d_intermediate, a.residual, config.d_model, 1.f);
+  }
+
   using Block = void (Compute::*)(const DeviceLayer&, const Activations<T>&, const Tokens&, T*,
                                   float*) const;
-  void all_layers(Block block, const Activations<T>& a, const Tokens& tokens,
-                  DeviceState& state) const {
-    for (Index l = 0; l < config.n_layer; ++l)
-      (this->*block)(model.layers[l], a, tokens, state.layer_conv<T>(config, l),
-                     state.layer_h(config, l));
+  Block scan_block(bool fused) const {
+    if (config.version == 1) return fused ? &Compute::fused_mamba_block : &Compute::mamba_block;
+    return fused ? &Compute::fused_mamba2_block : &Compute::mamba2_block;
+  }
+  void all_layers(const Activations<T>& a, const Tokens& tokens, DeviceState& state,
+                  bool fused) const {
+    const Block block = scan_block(fused);
+    for (Index l = 0; l < config.n_layer; ++l) {
+      const DeviceLayer& w = model.layers[l];
+      if (!config.attends(l))
+        (this->*block)(w, a, tokens, state.layer_conv<T>(config, l), state.layer_h(config, l));
+      else
+        fused ? fused_attention_block(w, a, tokens, state.layer_cache<T>(config, l))
+              : attention_block(w, a, tokens, state.layer_cache<T>(config, l));
+      if (config.d_intermediate > 0) fused ? fused_mlp(w, a, tokens) : mlp(w, a, tokens.rows());
+    }
+    if (state.past.size() == 0) return;
+    advance_past_kernel<<<unsigned(ceil_div(tokens.batch, 128)), 128, 0, queue.stream()>>>(
+        state.past.data(), tokens.batch, tokens.L, tokens.cu_seqlens, tokens.done);
+    CUDA_CHECK(cudaGetLastError());
   }
 
   // a.residual = embedding[ids], ids (L) on the GPU.
@@ -3811,9 +4633,10 @@ struct Compute {
   // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
   Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
+    state.reserve(config, sizeof(T), L, queue.stream());
     embed(a, ids, L);
-    all_layers(config.version == 1 ? &Compute::mamba_block : &Compute::mamba2_block, a,
-               {1, L, false, nullptr}, state);
+    all_layers(a, {1, L, false, nullptr}, state, false);
+    state.longest += L;
     return a;
   }
 
@@ -3821,7 +4644,7 @@ struct Compute {
   void lm_head(const Activations<T>& a, int64_t first, int64_t count, float* logits) const {
     Activations<T> rows = a;
     rows.residual += first * config.d_model;
-    rms_norm(rows, model.norm_f, count);
+    norm(rows, model.norm_f, model.norm_f_bias, count);
     queue.linear(a.u, count, config.d_model, head(), config.vocab_size, config.d_model, logits,
                  config.vocab_size);
   }
@@ -3834,19 +4657,18 @@ struct Compute {
            config.d_state % 4 == 0 && config.n_groups <= kMostGroups &&
            (batch == 1 || config.in_proj_width() % 4 == 0) &&
            config.d_inner / config.n_groups % n == 0 && config.d_conv <= kStepTaps &&
-           config.dt_rank + 2 * config.d_state <= kMostStepInputs;
+           config.dt_rank + 2 * config.d_state <= kMostStepInputs && config.rms_norm &&
+           config.attention.q_width() % n == 0 && config.attention.in_proj_width() % n == 0 &&
+           config.attention.d_conv <= kStepTaps;
   }
 
   // One token for every sequence of `state`: a.residual holds their embeddings -> logits (batch,
   // vocab_size).
   void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
-    const bool one = config.version == 1;
     const Tokens tokens{state.batch, 1, true, done};
-    if (!can_fuse(state.batch)) {
-      all_layers(one ? &Compute::mamba_block : &Compute::mamba2_block, a, tokens, state);
-      return lm_head(a, 0, state.batch, logits);
-    }
-    all_layers(one ? &Compute::fused_mamba_block : &Compute::fused_mamba2_block, a, tokens, state);
+    const bool fused = can_fuse(state.batch);
+    all_layers(a, tokens, state, fused);
+    if (!fused) return lm_head(a, 0, state.batch, logits);
     LinearStep<T, Norm::rms, Store::plain> last{
         head(),     config.vocab_size, config.d_model, int(state.batch),
         a.residual, config.d_model,    logits};
@@ -3894,18 +4716,46 @@ struct Compute {
     SsdArgs<T> in = ssd_args(a, w, a.projected + c.d_inner, c.in_proj_width(), h);
     tokens.to(in);
     float* squares = c.n_groups > 1 ? a.squares : nullptr;
-    ssd_gated_step(in, {a.projected, c.in_proj_width(), a.gated, squares}, queue.stream());
-    LinearStep<T, Norm::grouped, Store::residual> out_proj{w.out_proj.as<T>(),
-                                                           c.d_model,
-                                                           c.d_inner,
-                                                           int(tokens.batch),
-                                                           a.gated,
-                                                           c.d_inner,
-                                                           a.residual,
-                                                           w.out_proj_bias.data()};
+    ssd_gated_step(in, {a.projected, c.in_proj_width(), a.gated_y, squares}, queue.stream());
+    LinearStep<T, Norm::grouped, Store::residual> out_proj{
+        w.out_proj.as<T>(), c.d_model, c.d_inner,  int(tokens.batch),
+        a.gated_y,          c.d_inner, a.residual, w.out_proj_bias.data()};
     out_proj.norm = {w.gated_norm.data(), eps(), int(c.n_groups),
                      int(c.n_heads / c.n_groups) * ssd_step_blocks(c.head_dim), squares};
     linear_step(out_proj, queue.stream());
+  }
+
+  // residual -> norm, W -> out, rounded; conv: where the convolution is to be made, too
+  void fused_norm_linear(const Activations<T>& a, int batch, const DeviceRow& weight,
+                         const DeviceMatrix& W, const DeviceRow& bias, T* out,
+                         const ConvStep<T>& conv = {}) const {
+    LinearStep<T, Norm::rms, Store::conv> in{W.as<T>(),  W.rows, W.cols, batch,
+                                             a.residual, W.cols, out,    bias.data()};
+    in.norm = {weight.data(), eps()};
+    in.conv = conv;
+    linear_step(in, queue.stream());
+  }
+  // residual += W x + bias
+  void fused_linear_residual(const Activations<T>& a, int batch, const T* x, const DeviceMatrix& W,
+                             const DeviceRow& bias) const {
+    linear_step(LinearStep<T, Norm::none, Store::residual>{W.as<T>(), W.rows, W.cols, batch, x,
+                                                           W.cols, a.residual, bias.data()},
+                queue.stream());
+  }
+  void fused_attention_block(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens,
+                             const AttentionCache<T>& cache) const {
+    ConvStep<T> conv;
+    if (config.attention.d_conv > 0)
+      conv = {cache.conv, w.conv_weight.data(), w.conv_bias.data(),           tokens.done,
+              0,          w.in_proj.rows,       int(config.attention.d_conv), false};
+    fused_norm_linear(a, int(tokens.batch), w.norm, w.in_proj, w.in_proj_bias, a.projected, conv);
+    attend(a, a.projected, tokens, cache);
+    fused_linear_residual(a, int(tokens.batch), a.y, w.out_proj, w.out_proj_bias);
+  }
+  void fused_mlp(const DeviceLayer& w, const Activations<T>& a, const Tokens& tokens) const {
+    fused_norm_linear(a, int(tokens.batch), w.norm2, w.fc1, {}, a.x_gate);
+    gated_mlp(a.x_gate, tokens.batch, config.d_intermediate, a.gated, queue.stream());
+    fused_linear_residual(a, int(tokens.batch), a.gated, w.fc2, {});
   }
 };
 
@@ -3982,6 +4832,9 @@ class CudaEngine {
 
   CudaEngine(const Config& config, const EngineOptions& options, DType dtype)
       : config_(config), dtype_(dtype), delta_ratio_(options.delta_ratio) {
+    if (config.attention.head_dim > kMostHeadDim)
+      fail("attention: head_dim: expected at most ", kMostHeadDim, " on the GPU, found ",
+           config.attention.head_dim);
     use_device(options.device);
     queue_ = std::make_unique<Queue>();
   }
@@ -4031,36 +4884,62 @@ class CudaEngine {
 
 // --- states: a host's h lies column by column, the GPU's row by row ---
 
+// The numbers as stored, to a buffer that has their size.
+inline void upload_as(DType dtype, const std::vector<float>& from, DeviceBuffer<std::byte>& to) {
+  const auto n = static_cast<int64_t>(from.size());
+  const Tensor plain = tensor_view("state", {n}, from.data());
+  const Tensor stored = dtype == DType::F32 ? plain : to_dtype(plain, dtype);
+  if (n > 0) to.copy_from(static_cast<const std::byte*>(stored.data));
+}
+
 inline DeviceState device_state(const Config& config, DType dtype, const ssm::State<float>& host) {
   DeviceState state(config, dtype, 1);
-  std::vector<float> conv, h;
-  for (const auto& layer : host.layers) {
-    const Matrix<float> rows = layer.h;
-    conv.insert(conv.end(), layer.conv.data(), layer.conv.data() + layer.conv.size());
-    h.insert(h.end(), rows.data(), rows.data() + rows.size());
+  std::vector<float> conv, attention_conv, keys, values, h;
+  const auto append = [](std::vector<float>& to, const Matrix<float>& rows) {
+    to.insert(to.end(), rows.data(), rows.data() + rows.size());
+  };
+  for (Index l = 0; l < config.n_layer; ++l) {
+    const auto& layer = host.layers[l];
+    append(config.attends(l) ? attention_conv : conv, layer.conv);
+    append(h, layer.h), append(keys, layer.past.keys), append(values, layer.past.values);
+    if (config.attends(l)) state.capacity = state.longest = layer.past.keys.rows();
   }
-  const auto n = static_cast<int64_t>(conv.size());
-  const Tensor plain = tensor_view("conv", {n}, conv.data());
-  const Tensor stored = dtype == DType::F32 ? plain : to_dtype(plain, dtype);
-  if (n > 0) state.conv.copy_from(static_cast<const std::byte*>(stored.data));
+  upload_as(dtype, conv, state.conv), upload_as(dtype, attention_conv, state.attention_conv);
+  state.keys = DeviceBuffer<std::byte>(keys.size() * dtype_size(dtype));
+  state.values = DeviceBuffer<std::byte>(values.size() * dtype_size(dtype));
+  upload_as(dtype, keys, state.keys), upload_as(dtype, values, state.values);
+  if (state.past.size() > 0) state.past.copy_from(&state.longest);
   state.h.copy_from(h.data());
   return state;
 }
 
 inline ssm::State<float> host_state(const Config& config, DType dtype, const DeviceState& state) {
-  std::vector<std::byte> conv(state.conv.size());
+  std::vector<std::byte> conv(state.conv.size()), attention_conv(state.attention_conv.size());
+  std::vector<std::byte> keys(state.keys.size()), values(state.values.size());
   std::vector<float> h(state.h.size());
-  state.conv.copy_to(conv.data());
+  for (const auto& [from, to] : {std::pair{&state.conv, &conv},
+                                 {&state.attention_conv, &attention_conv},
+                                 {&state.keys, &keys},
+                                 {&state.values, &values}})
+    from->copy_to(to->data());
   state.h.copy_to(h.data());
   ssm::State<float> host(config);
-  const std::byte* next_conv = conv.data();
-  const float* next_h = h.data();
-  for (auto& layer : host.layers) {
-    const size_t bytes = layer.conv.size() * dtype_size(dtype);
-    convert(Tensor{"conv", dtype, {layer.conv.size()}, next_conv, nullptr}, layer.conv.data());
-    layer.h = Eigen::Map<const Matrix<float>>(next_h, layer.h.rows(), layer.h.cols());
-    next_conv += bytes;
-    next_h += layer.h.size();
+  const auto take = [&](const std::vector<std::byte>& from, int64_t first, Matrix<float>& to) {
+    const std::byte* data = from.data() + size_t(first) * dtype_size(dtype);
+    convert(Tensor{"state", dtype, {to.size()}, data, nullptr}, to.data());
+  };
+  for (Index l = 0; l < config.n_layer; ++l) {
+    auto& layer = host.layers[l];
+    const Index i = rank_of(config, l), row = config.attention.kv_width();
+    take(config.attends(l) ? attention_conv : conv, i * layer.conv.size(), layer.conv);
+    if (!config.attends(l)) {
+      layer.h = Eigen::Map<const Matrix<float>>(h.data() + i * layer.h.size(), layer.h.rows(),
+                                                layer.h.cols());
+      continue;
+    }
+    layer.past.keys.resize(state.longest, row), layer.past.values.resize(state.longest, row);
+    take(keys, i * state.capacity * row, layer.past.keys);
+    take(values, i * state.capacity * row, layer.past.values);
   }
   return host;
 }
@@ -4080,7 +4959,9 @@ void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) 
   float* logits = logits_.data() + row * config_.vocab_size;
   if (L == 1) {
     const Activations<T> a(config_, 1, activation_room_);
+    state.reserve(config_, sizeof(T), 1, queue_->stream());
     compute<T>().embed(a, upload(ids, 1), 1);
+    ++state.longest;
     return compute<T>().step(a, state, nullptr, logits);
   }
   for (Index t = 0; t < L; t += kPiece) {
@@ -4122,19 +5003,33 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
 // it a few tokens ahead and only reads along: a sequence that has drawn an end token stands still
 // on the GPU.
 
-/// What is copied between the layers of one sequence's state and those of a batch.
+/// What is copied between the layers of one sequence's state and those of a batch; of keys and
+/// values, numbers of so many bytes, those of `taken` tokens, for which there is room.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
-                       const DeviceState& to, Index to_row, cudaStream_t stream) {
-  const auto copy = [&](auto* to_data, const auto* from_data, size_t bytes_of_layer_and_row) {
-    const size_t bytes = bytes_of_layer_and_row;
-    if (bytes == 0) return;
-    CUDA_CHECK(
-        cudaMemcpy2DAsync(reinterpret_cast<std::byte*>(to_data) + to_row * bytes, to.batch * bytes,
-                          reinterpret_cast<const std::byte*>(from_data) + from_row * bytes,
-                          from.batch * bytes, bytes, c.n_layer, cudaMemcpyDeviceToDevice, stream));
+                       const DeviceState& to, Index to_row, cudaStream_t stream, size_t number = 0,
+                       Index taken = 0) {
+  const auto copy = [&](const auto& to_buffer, const auto& from_buffer, Index layers, size_t bytes,
+                        size_t to_pitch, size_t from_pitch) {
+    if (bytes == 0 || layers == 0) return;
+    auto* to_data = reinterpret_cast<std::byte*>(to_buffer.data()) + to_row * to_pitch;
+    auto* from_data =
+        reinterpret_cast<const std::byte*>(from_buffer.data()) + from_row * from_pitch;
+    CUDA_CHECK(cudaMemcpy2DAsync(to_data, to.batch * to_pitch, from_data, from.batch * from_pitch,
+                                 bytes, layers, cudaMemcpyDeviceToDevice, stream));
   };
-  copy(to.conv.data(), from.conv.data(), from.conv.bytes() / (c.n_layer * from.batch));
-  copy(to.h.data(), from.h.data(), from.h.bytes() / (c.n_layer * from.batch));
+  const Index scans = DeviceState::scans(c), attentions = DeviceState::attentions(c);
+  const auto whole = [&](const auto& to_buffer, const auto& from_buffer, Index layers) {
+    const size_t bytes = layers > 0 ? from_buffer.bytes() / (layers * from.batch) : 0;
+    copy(to_buffer, from_buffer, layers, bytes, bytes, bytes);
+  };
+  whole(to.conv, from.conv, scans), whole(to.h, from.h, scans);
+  whole(to.attention_conv, from.attention_conv, attentions);
+  const size_t row = number * size_t(c.attention.kv_width());
+  for (const auto cache : {&DeviceState::keys, &DeviceState::values})
+    copy(to.*cache, from.*cache, attentions, size_t(taken) * row, size_t(to.capacity) * row,
+         size_t(from.capacity) * row);
+  if (attentions > 0)
+    copy(to.past, from.past, 1, sizeof(int64_t), sizeof(int64_t), sizeof(int64_t));
 }
 
 /// Reads along: appends drawn tokens to their sequences, and hands them on sequence by sequence:
@@ -4196,9 +5091,14 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   const cudaStream_t stream = queue_->stream();
   const auto batch = static_cast<Index>(sequences.size());
   State state(config_, dtype_, batch);
+  Index longest = 0;
+  for (const auto& s : sequences) longest = std::max(longest, Index(s.taken));
+  state.reserve(config_, sizeof(T), longest + std::min<Index>(options.n, 256), stream);
+  state.longest = longest;
   std::vector<Sampler::Text> texts;
   for (Index i = 0; i < batch; ++i) {
-    copy_state(config_, sequences[i].state, 0, state, i, stream);
+    copy_state(config_, sequences[i].state, 0, state, i, stream, sizeof(T),
+               Index(sequences[i].taken));
     texts.push_back({sequences[i].index, sequences[i].ids});
   }
   Sampler sampler(options, texts, config_.vocab_size, logits_.data());
@@ -4207,10 +5107,14 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   const auto draw = [&] {
     sampler.draw({model_.embedding.bytes.data(), dtype_}, config_.d_model, a.residual, stream);
   };
-  const Graph step(stream, [&] {
-    compute<T>().step(a, state, sampler.done(), logits_.data());
-    draw();
-  });
+  std::optional<Graph> step;
+  const auto capture = [&] {
+    step.emplace(stream, [&] {
+      compute<T>().step(a, state, sampler.done(), logits_.data());
+      draw();
+    });
+  };
+  capture();
 
   constexpr Index kAhead = 8;  // tokens that the GPU may be ahead of the host
   std::vector<Event> drawn(kAhead);
@@ -4218,7 +5122,12 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   Index launched = 0;
   for (Index i = 0; i < options.n && !reader.all_finished(); ++i) {
     for (; launched < std::min(options.n, i + kAhead); ++launched) {
-      launched == 0 ? draw() : step.launch(stream);
+      if (launched > 0 && !state.has_room(config_, 1)) {  // the caches move: another graph
+        state.reserve(config_, sizeof(T), 1, stream);
+        capture();
+      }
+      launched == 0 ? draw() : step->launch(stream);
+      state.longest += launched > 0;
       drawn[launched % kAhead].record(stream);
     }
     drawn[i % kAhead].wait();
@@ -4226,8 +5135,12 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   }
   queue_->wait();
   for (Index i = 0; i < batch; ++i) {
-    copy_state(config_, state, i, sequences[i].state, 0, stream);
-    sequences[i].taken = sequences[i].ids.size() - 1;
+    Sequence<State>& s = sequences[i];
+    s.taken = s.ids.size() - 1;
+    s.state.longest = std::min<Index>(s.state.longest, Index(s.taken));
+    s.state.reserve(config_, sizeof(T), Index(s.taken) - s.state.longest, stream);
+    s.state.longest = Index(s.taken);
+    copy_state(config_, state, i, s.state, 0, stream, sizeof(T), Index(s.taken));
   }
   queue_->wait();
 }
@@ -6439,6 +7352,49 @@ void rms_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStrea
   add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
 }
 
+// layer_norm: v is the residual less its mean, and dv less its own: mean(dv) = s mean(weight dout),
+// for v has none. A number a thread at a time.
+template <class T>
+__global__ void __launch_bounds__(kNormThreads)
+    layer_norm_backward_kernel(NormBackwardArgs<T> a, int64_t each, float* parts) {
+  extern __shared__ __align__(16) float dweight_row[];
+  for (int i = threadIdx.x; i < a.d; i += kNormThreads) dweight_row[i] = 0.f;
+  const int64_t end = min(a.rows, (blockIdx.x + int64_t{1}) * each);
+  for (int64_t row = blockIdx.x * each; row < end; ++row) {
+    const float* const x = a.residual + row * a.d;
+    float* const to = a.d_residual + row * a.d;
+    float sum = 0.f, slopes = 0.f, squares = 0.f, along = 0.f;
+    const auto slope = [&](int i) { return a.weight[i] * to_float(a.dout[row * a.d + i]); };
+    for (int i = threadIdx.x; i < a.d; i += kNormThreads) sum += x[i], slopes += slope(i);
+    block_sums<kNormThreads>(sum, slopes);
+    const float mean = sum / a.d, mean_slope = slopes / a.d;
+    for (int i = threadIdx.x; i < a.d; i += kNormThreads) {
+      const float v = x[i] - mean;
+      squares = fmaf(v, v, squares), along = fmaf(v, slope(i), along);
+    }
+    const NormSlopes s = norm_slopes<kNormThreads>(squares, along, a.d, a.eps);
+    for (int i = threadIdx.x; i < a.d; i += kNormThreads) {
+      const float v = x[i] - mean;
+      const float dv = s.scale * (slope(i) - mean_slope) - s.back * v;
+      dweight_row[i] = fmaf(to_float(a.dout[row * a.d + i]), v * s.scale, dweight_row[i]);
+      to[i] += dv;
+      if (a.rounded) a.rounded[row * a.d + i] = from_float<T>(to[i]);
+    }
+  }
+  for (int i = threadIdx.x; i < a.d; i += kNormThreads)
+    parts[int64_t{blockIdx.x} * a.d + i] = dweight_row[i];
+}
+// workspace as above; the gradient of the bias is bias_backward's.
+template <class T>
+void layer_norm_backward(const NormBackwardArgs<T>& a, float* workspace, cudaStream_t stream) {
+  if (a.rows == 0) return;
+  const int64_t parts = count_parts(a.rows);
+  layer_norm_backward_kernel<<<unsigned(parts), kNormThreads, a.d * sizeof(float), stream>>>(
+      a, rows_of_part(a.rows), workspace);
+  CUDA_CHECK(cudaGetLastError());
+  add_column_sums({workspace, parts, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
 // y, z, dout, dy, dz (rows, d), their rows so far apart; the mean square is that of each of
 // `groups` equal runs of channels.
 template <class T>
@@ -6498,6 +7454,282 @@ void gated_rms_norm_backward(const GatedNormBackwardArgs<T>& a, float* workspace
       a, rows_of_part(a.rows), workspace);
   CUDA_CHECK(cudaGetLastError());
   add_column_sums({workspace, grid.x, a.d, a.dweight, a.d, nullptr}, stream);
+}
+
+// --- causal attention ----------------------------------------------------------------------------
+//
+//   p[t,s]   = 2^(S[t,s] - log_sums_t)            S in units of log 2, as in the forward
+//   dv_s     = sum_t p[t,s] dout_t                dp[t,s] = dout_t . v_s
+//   dS[t,s]  = p[t,s] (dp[t,s] - dout_t . out_t)
+//   dq_t     = sum_s dS[t,s] k_s / sqrt(P)        dk_s    = sum_t dS[t,s] q_t / sqrt(P)
+//
+// p is made again from the forward's log_sums, once by the owners of queries and once by those of
+// keys, so that every sum has one owner. There is no past: training begins texts anew.
+
+template <class T>
+struct AttentionBackwardArgs {
+  AttentionArgs<T> in;                            // with out and log_sums; without a cache
+  const T* dout = nullptr;                        // (batch L, n_heads head_dim)
+  T *dq = nullptr, *dk = nullptr, *dv = nullptr;  // as q, keys, values
+  float* along = nullptr;                         // (batch L, n_heads) room for dout . out
+  int64_t dout_stride = 0, d_stride = 0;          // d_stride: of dq, dk and dv
+};
+
+// A warp's numbers of a row: lane l has l, l + 32, ..
+constexpr int kAttentionNumbers = kMostHeadDim / 32;
+template <class T>
+__device__ inline void load_row(const T* p, int n, float (&v)[kAttentionNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i) {
+    const int c = threadIdx.x % 32 + 32 * i;
+    v[i] = c < n ? to_float(p[c]) : 0.f;
+  }
+}
+template <class T>
+__device__ inline void store_row(T* p, int n, float scale, const float (&v)[kAttentionNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i)
+    if (const int c = threadIdx.x % 32 + 32 * i; c < n) p[c] = from_float<T>(scale * v[i]);
+}
+__device__ inline float row_dot(const float (&a)[kAttentionNumbers],
+                                const float (&b)[kAttentionNumbers]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i) sum = fmaf(a[i], b[i], sum);
+  return warp_sum(sum);
+}
+__device__ inline void row_add(float (&sum)[kAttentionNumbers], float scale,
+                               const float (&v)[kAttentionNumbers]) {
+#pragma unroll
+  for (int i = 0; i < kAttentionNumbers; ++i) sum[i] = fmaf(scale, v[i], sum[i]);
+}
+
+// along = dout . out. A warp takes a query of a head. Grid of this kernel and the next: x =
+// queries, 4 a block, y = heads, z = sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_along_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t t = int64_t{blockIdx.x} * 4 + threadIdx.x / 32, head = blockIdx.y;
+  const Rows rows = rows_of(blockIdx.z, in.L, in.cu_seqlens);
+  if (t >= rows.count) return;
+  const int64_t row = rows.first + t, column = head * in.head_dim;
+  float out[kAttentionNumbers], dout[kAttentionNumbers];
+  load_row(in.out + row * in.out_stride + column, in.head_dim, out);
+  load_row(a.dout + row * a.dout_stride + column, in.head_dim, dout);
+  const float along = row_dot(dout, out);
+  if (threadIdx.x % 32 == 0) a.along[row * in.n_heads + head] = along;
+}
+
+// A warp owns a query of a head: dq_t.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_queries_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t b = blockIdx.z, t = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const int head = blockIdx.y, P = in.head_dim;
+  const Rows rows = rows_of(b, in.L, in.cu_seqlens);
+  if (t >= rows.count) return;
+  const int64_t row = rows.first + t, column = int64_t{head} * P, i = row * in.n_heads + head;
+  const int64_t first = in.first_key(b, rows, head);
+  float q[kAttentionNumbers], dout[kAttentionNumbers], dq[kAttentionNumbers] = {};
+  load_row(in.q + row * in.q_stride + column, P, q);
+  load_row(a.dout + row * a.dout_stride + column, P, dout);
+  for (int64_t s = 0; s <= t; ++s) {
+    float k[kAttentionNumbers], v[kAttentionNumbers];
+    load_row(in.keys + first + s * in.kv_stride, P, k);
+    load_row(in.values + first + s * in.kv_stride, P, v);
+    const float p = exp2_approx(in.scale() * row_dot(q, k) - in.log_sums[i]);
+    row_add(dq, p * (row_dot(dout, v) - a.along[i]), k);
+  }
+  store_row(a.dq + row * a.d_stride + column, P, rsqrtf(float(P)), dq);
+}
+
+// A warp owns a key and its value: the sums over the queries of all heads that share them. Grid: x
+// = keys, 4 a block, y = heads of keys, z = sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_keys_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t b = blockIdx.z, s = int64_t{blockIdx.x} * 4 + threadIdx.x / 32;
+  const int P = in.head_dim, shared = in.n_heads / in.n_kv_heads;
+  const Rows rows = rows_of(b, in.L, in.cu_seqlens);
+  if (s >= rows.count) return;
+  const int64_t place = in.first_key(b, rows, blockIdx.y * shared) + s * in.kv_stride;
+  float k[kAttentionNumbers], v[kAttentionNumbers];
+  float dk[kAttentionNumbers] = {}, dv[kAttentionNumbers] = {};
+  load_row(in.keys + place, P, k), load_row(in.values + place, P, v);
+  for (int head = blockIdx.y * shared; head < int(blockIdx.y + 1) * shared; ++head)
+    for (int64_t row = rows.first + s; row < rows.first + rows.count; ++row) {
+      float q[kAttentionNumbers], dout[kAttentionNumbers];
+      load_row(in.q + row * in.q_stride + int64_t{head} * P, P, q);
+      load_row(a.dout + row * a.dout_stride + int64_t{head} * P, P, dout);
+      const int64_t i = row * in.n_heads + head;
+      const float p = exp2_approx(in.scale() * row_dot(q, k) - in.log_sums[i]);
+      row_add(dv, p, dout);
+      row_add(dk, p * (row_dot(dout, v) - a.along[i]), q);
+    }
+  const int64_t to = (rows.first + s) * a.d_stride + int64_t{blockIdx.y} * P;
+  store_row(a.dk + to, P, rsqrtf(float(P)), dk), store_row(a.dv + to, P, 1.f, dv);
+}
+
+// Since the rung before: tensor cores, for what the forward's fused kernel takes. A block owns 64
+// rows, queries of a head or keys and values that heads share, and walks the others, 64 at a time:
+//   kOfQueries   own q, dout;  others k, v     S = q k^T,  dP = dout v^T,  dq += dS k
+//   else         own k, v;     others q, dout  the transposes of both,     dk += dS q, dv += p dout
+// Both kernels make S and dP: no sum has two owners, so no atomics. Shared and registers as in the
+// forward, with two tiles of own rows. Grid: x = blocks of rows, the longest first, y = heads, of
+// keys if not kOfQueries, z = sequences.
+template <int kColumns>
+constexpr int kAttentionBackwardBytes = 6 * AttentionTiles<kColumns>::kTile;
+
+// A warp's 16 rows times `scale` -> p, those of the rows that exist.
+template <class T, int kTiles>
+__device__ inline void store_rows(T* p, int64_t stride, int64_t left, int head_dim, float scale,
+                                  const float (&v)[kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      if (const int c = 8 * j + threadIdx.x % 4 * 2; g + 8 * h < left && c < head_dim)
+        store(p + (g + 8 * h) * stride + c,
+              pack<T>({scale * v[j][2 * h], scale * v[j][2 * h + 1]}));
+}
+
+template <class T, int kColumns, bool kOfQueries>
+__global__ void __launch_bounds__(128, kColumns == 1 ? 2 : 1)
+    causal_attention_backward_fused_kernel(AttentionBackwardArgs<T> a) {
+  extern __shared__ __align__(1024) unsigned char attention_tiles[];
+  constexpr int kTile = AttentionTiles<kColumns>::kTile;
+  const AttentionArgs<T>& in = a.in;
+  const Rows rows = rows_of(blockIdx.z, in.L, in.cu_seqlens);
+  const int64_t block = kOfQueries ? gridDim.x - 1 - blockIdx.x : blockIdx.x, first = 64 * block;
+  if (first >= rows.count) return;
+  const int P = in.head_dim, shared = kOfQueries ? 1 : in.n_heads / in.n_kv_heads;
+  const int first_head = blockIdx.y * shared;
+  const int64_t key = in.first_key(blockIdx.z, rows, first_head);
+  const uint32_t own = uint32_t(__cvta_generic_to_shared(attention_tiles));
+  const auto copy_q = [&](uint32_t to, int head, int64_t row) {  // and dout
+    const int64_t column = int64_t{head} * P;
+    copy_rows<kColumns>(to, in.q + rows.first * in.q_stride + column, in.q_stride, row, rows.count,
+                        P);
+    copy_rows<kColumns>(to + kTile, a.dout + rows.first * a.dout_stride + column, a.dout_stride,
+                        row, rows.count, P);
+  };
+  const auto copy_k = [&](uint32_t to, int64_t row) {  // and v
+    copy_rows<kColumns>(to, in.keys + key, in.kv_stride, row, rows.count, P);
+    copy_rows<kColumns>(to + kTile, in.values + key, in.kv_stride, row, rows.count, P);
+  };
+  const int64_t blocks = kOfQueries ? block + 1 : ceil_div(rows.count, 64) - block;  // of a head
+  const auto place = [&](int64_t turn) { return 64 * (turn % blocks + (kOfQueries ? 0 : block)); };
+  const auto fetch = [&](int64_t turn) {
+    const uint32_t to = own + 2 * kTile + turn % 2 * (2 * kTile);
+    kOfQueries ? copy_k(to, place(turn)) : copy_q(to, first_head + int(turn / blocks), place(turn));
+    copy_async_commit();
+  };
+  kOfQueries ? copy_q(own, first_head, first) : copy_k(own, first);
+  fetch(0);
+
+  constexpr int kTiles = 8 * kColumns;
+  float sum[kTiles][4] = {}, of_values[kOfQueries ? 1 : kTiles][4] = {};
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const float scale = in.scale();
+  for (int64_t turn = 0; turn < blocks * shared; ++turn) {
+    copy_async_wait();
+    __syncthreads();  // all copies of this turn are there; those of the turn before have been read
+    if (turn + 1 < blocks * shared) fetch(turn + 1);
+    const uint32_t other = own + 2 * kTile + turn % 2 * (2 * kTile);
+    const uint32_t mine = own + tile_offset(16 * warp, 0);
+    float p[8][4], dS[8][4];
+    multiply_keys<T, kColumns>(p, mine, other);
+    multiply_keys<T, kColumns>(dS, mine + kTile, other + kTile);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = first + 16 * warp + g + i / 2 * 8;
+        const int64_t column = place(turn) + 8 * j + 2 * q + i % 2;
+        const int64_t t = kOfQueries ? row : column, s = kOfQueries ? column : row;
+        const bool seen = s <= t && t < rows.count;
+        const int64_t at = (rows.first + t) * in.n_heads + first_head + turn / blocks;
+        p[j][i] = seen ? exp2_approx(fmaf(scale, p[j][i], -in.log_sums[at])) : 0.f;
+        dS[j][i] = seen ? p[j][i] * (dS[j][i] - a.along[at]) : 0.f;
+      }
+    multiply_values<T, kColumns>(sum, dS, other);
+    if constexpr (!kOfQueries) multiply_values<T, kColumns>(of_values, p, other + kTile);
+  }
+  const int64_t row = first + 16 * warp, left = rows.count - row;
+  const int64_t to = (rows.first + row) * a.d_stride + int64_t{blockIdx.y} * P;
+  store_rows((kOfQueries ? a.dq : a.dk) + to, a.d_stride, left, P, rsqrtf(float(P)), sum);
+  if constexpr (!kOfQueries) store_rows(a.dv + to, a.d_stride, left, P, 1.f, of_values);
+}
+
+template <class T>
+void causal_attention_backward_naive(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const AttentionArgs<T>& in = a.in;
+  causal_attention_backward_queries_kernel<<<attention_grid(in, 4, in.n_heads), 128, 0, stream>>>(
+      a);
+  CUDA_CHECK(cudaGetLastError());
+  causal_attention_backward_keys_kernel<<<attention_grid(in, 4, in.n_kv_heads), 128, 0, stream>>>(
+      a);
+  CUDA_CHECK(cudaGetLastError());
+}
+template <class T, int kColumns>
+void causal_attention_backward_fused(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const auto launch = [&](auto* kernel, int heads) {
+    constexpr int kBytes = kAttentionBackwardBytes<kColumns>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    kernel<<<attention_grid(a.in, 64, heads), 128, kBytes, stream>>>(a);
+    CUDA_CHECK(cudaGetLastError());
+  };
+  launch(causal_attention_backward_fused_kernel<T, kColumns, true>, a.in.n_heads);
+  launch(causal_attention_backward_fused_kernel<T, kColumns, false>, a.in.n_kv_heads);
+}
+
+// in.out and in.log_sums are those of the forward.
+template <class T>
+void causal_attention_backward(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const AttentionArgs<T>& in = a.in;
+  if (in.batch * in.L == 0) return;
+  causal_attention_backward_along_kernel<<<attention_grid(in, 4, in.n_heads), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+  if constexpr (sizeof(T) == 2) {
+    const bool aligned = attention_aligned(in) && a.dout_stride % 8 == 0 && a.d_stride % 2 == 0 &&
+                         reinterpret_cast<uintptr_t>(a.dout) % 16 == 0;
+    if (aligned && in.head_dim <= 64) return causal_attention_backward_fused<T, 1>(a, stream);
+    if (aligned && in.head_dim <= 128) return causal_attention_backward_fused<T, 2>(a, stream);
+  }
+  causal_attention_backward_naive(a, stream);
+}
+
+// --- the gated MLP ---
+//
+//   dx = dgated silu(gate),      dgate = dgated x silu'(gate)
+//
+// Four numbers a thread, as in the forward kernel.
+template <class T>
+__global__ void __launch_bounds__(256)
+    gated_mlp_backward_kernel(const T* x_gate, const T* dgated, int64_t rows, int64_t width,
+                              T* dx_gate) {
+  const int64_t i = 4 * (int64_t(blockIdx.x) * 256 + threadIdx.x), row = i / width, c = i % width;
+  if (row >= rows) return;
+  const int64_t place = row * 2 * width + c;
+  float x[4], gate[4], d[4];
+  load4(x, x_gate + place), load4(gate, x_gate + place + width), load4(d, dgated + i);
+  for (int k = 0; k < 4; ++k) {
+    const auto point = silu_point(gate[k]);
+    x[k] *= d[k] * point.slope, d[k] *= point.value;
+  }
+  store(dx_gate + place, pack<T>(d)), store(dx_gate + place + width, pack<T>(x));
+}
+template <class T>
+void gated_mlp_backward(const T* x_gate, const T* dgated, int64_t rows, int64_t width, T* dx_gate,
+                        cudaStream_t stream) {
+  if (rows == 0) return;
+  gated_mlp_backward_kernel<<<unsigned(ceil_div(rows * width, 1024)), 256, 0, stream>>>(
+      x_gate, dgated, rows, width, dx_gate);
+  CUDA_CHECK(cudaGetLastError());
 }
 
 // --- embedding -----------------------------------------------------------------------------------
@@ -6614,13 +7846,14 @@ __device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size)
 template <class T>
 __global__ void __launch_bounds__(kEntropyThreads)
     cross_entropy_kernel(float* logits, int64_t stride, int64_t vocab_size, const Token* targets,
-                         float scale, float* nll) {
+                         float scale, const float* weights, float* nll) {
   float* const row = logits + blockIdx.x * stride;
   T* const dlogits = reinterpret_cast<T*>(row);
   const int64_t target = targets[blockIdx.x];
   const ExpSum all = exp_sum_of_row(row, vocab_size);
   if (threadIdx.x == 0) nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
   if (scale == 0.f) return;  // the loss alone is wanted
+  if (weights) scale *= weights[blockIdx.x];
   const float factor = target < 0 ? 0.f : scale / all.sum;
   for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
     const int64_t i = first + 4 * threadIdx.x;
@@ -6636,14 +7869,15 @@ __global__ void __launch_bounds__(kEntropyThreads)
 }
 
 // logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16
-// bytes.
+// bytes. weights (rows), if given, are of each row's loss.
 template <class T>
 void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
-                   const Token* targets, float scale, float* nll, cudaStream_t stream) {
+                   const Token* targets, float scale, float* nll, cudaStream_t stream,
+                   const float* weights = nullptr) {
   if (rows == 0) return;
   const auto kernel = cross_entropy_kernel<T>;
   kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
-                                                         nll);
+                                                         weights, nll);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -6657,10 +7891,11 @@ struct FloatLayer {
   float *norm = nullptr, *in_proj = nullptr, *in_proj_bias = nullptr;
   float *conv_weight = nullptr, *conv_bias = nullptr, *x_proj = nullptr, *dt_proj = nullptr;
   float *dt_bias = nullptr, *A = nullptr, *D = nullptr, *gated_norm = nullptr;
-  float *out_proj = nullptr, *out_proj_bias = nullptr;
+  float *out_proj = nullptr, *out_proj_bias = nullptr, *norm_bias = nullptr, *norm2 = nullptr;
+  float *norm2_bias = nullptr, *fc1 = nullptr, *fc2 = nullptr;
 };
 struct FloatModel {
-  float *embedding = nullptr, *norm_f = nullptr, *lm_head = nullptr;
+  float *embedding = nullptr, *norm_f = nullptr, *lm_head = nullptr, *norm_f_bias = nullptr;
   std::vector<FloatLayer> layers;
   bool tied = true;
   float* head() const { return tied ? embedding : lm_head; }
@@ -6701,6 +7936,7 @@ struct TextBatch {
   int64_t batch = 0, L = 0, rows = 0;              // L: of the longest
   const int64_t* cu_seqlens = nullptr;             // (batch + 1), or null: all are L tokens long
   const Token *ids = nullptr, *targets = nullptr;  // (rows)
+  const float* weights = nullptr;                  // (rows) of each row's loss, or null: 1
   const DeviceState* before = nullptr;             // states to begin with; null: zero
   DeviceState* after = nullptr;                    // where to leave those at the end; with `before`
 };
@@ -6719,8 +7955,8 @@ struct TrainingRoom {
 // that it leads back through. `a` are activations of the forward pass, `d` their gradients, of the
 // same names: d.y of a.y. Weights' gradients are added to `gradients`, in float32.
 //
-// What is kept for them, numbers per token: the residual stream before every layer, d_model floats
-// a layer; and for as many layers as there is memory for, in T,
+// What is kept for them, numbers per token: the residual stream before every block and every MLP,
+// d_model floats each; and for as many layers as there is memory for, in T,
 //   Mamba    5 d_inner + dt_rank + 2 d_state                   projected, x, dt_B_C, delta, y
 //   Mamba-2  5 d_inner + 4 n_groups d_state + n_heads          projected, x B C, y, normed y
 // The other layers go forward once more from the residual stream when their turn comes.
@@ -6764,20 +8000,23 @@ struct ComputeBackward {
       mamba::bias_backward(dy, d, rows, d, dbias, work(sizeof(float) * row_parts(rows, d)),
                            stream());
   }
-  // d.residual += what comes through rms_norm of a.residual, whose gradient is d.u; rounded -> d.u
-  void rms_norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
-                         int64_t rows, float* dweight) const {
+  // d.residual += what comes through the norm of a.residual, whose gradient is d.u; rounded -> d.u
+  void norm_backward(const Activations<T>& a, const Activations<T>& d, const DeviceRow& weight,
+                     int64_t rows, float* dweight, float* dbias) const {
     const auto d_model = int(config().d_model);
-    mamba::rms_norm_backward<T>(
-        {rows, d_model, forward.eps(), a.residual, weight.data(), d.u, d.residual, d.u, dweight},
-        work(sizeof(float) * row_parts(rows, d_model)), stream());
+    bias_backward(d.u, rows, d_model, dbias);
+    const NormBackwardArgs<T> norm{rows, d_model,    forward.eps(), a.residual, weight.data(),
+                                   d.u,  d.residual, d.u,           dweight};
+    float* const parts = work(sizeof(float) * row_parts(rows, d_model));
+    config().rms_norm ? mamba::rms_norm_backward(norm, parts, stream())
+                      : mamba::layer_norm_backward(norm, parts, stream());
   }
 
   // d.u, of out_proj's output -> d_y
   void project_out_backward(const DeviceLayer& w, const FloatLayer& g, const T* y,
                             const Activations<T>& d, T* d_y, int64_t rows) const {
     bias_backward(d.u, rows, config().d_model, g.out_proj_bias);
-    linear_backward(y, config().d_inner, d.u, config().d_model, rows, w.out_proj, g.out_proj, d_y);
+    linear_backward(y, w.out_proj.cols, d.u, config().d_model, rows, w.out_proj, g.out_proj, d_y);
   }
   // d.x -> d.projected, its other columns being there already -> d.residual and, rounded, d.u
   void project_in_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
@@ -6794,7 +8033,7 @@ struct ComputeBackward {
     causal_conv1d_backward(conv, work(causal_conv1d_backward_workspace(conv)), stream());
     bias_backward(d.projected, rows, width, g.in_proj_bias);
     linear_backward(a.u, config().d_model, d.projected, width, rows, w.in_proj, g.in_proj, d.u);
-    rms_norm_backward(a, d, w.norm, rows, g.norm);
+    norm_backward(a, d, w.norm, rows, g.norm, g.norm_bias);
   }
 
   ScanBackwardArgs<T> scan_backward_args(const DeviceLayer& w, const FloatLayer& g,
@@ -6861,17 +8100,60 @@ struct ComputeBackward {
     project_in_backward(w, g, a, d, tokens, conv_state);
   }
 
+  // The same for attention. The forward runs again for the sums of its softmax.
+  void attention_block_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                                const Activations<T>& d, const Tokens& tokens) const {
+    const ssm::AttentionSizes& at = config().attention;
+    const int64_t rows = tokens.rows(), width = at.in_proj_width();
+    project_out_backward(w, g, a.y, d, d.y, rows);
+    AttentionBackwardArgs<T> attention;
+    T* const dqkv = at.d_conv > 0 ? d.x : d.projected;
+    attention.in = forward.attention_args(a, at.d_conv > 0 ? a.x : a.projected, tokens, {});
+    attention.in.log_sums = work(2 * sizeof(float) * size_t(rows * at.n_heads));
+    attention.along = attention.in.log_sums + rows * at.n_heads;
+    attention.dout = d.y, attention.dout_stride = at.q_width(), attention.d_stride = width;
+    attention.dq = dqkv, attention.dk = dqkv + at.q_width();
+    attention.dv = attention.dk + at.kv_width();
+    causal_attention(attention.in, stream());
+    causal_attention_backward(attention, stream());
+    RotaryArgs<T> turn = forward.rotary_args(dqkv, tokens, {});
+    turn.direction = -1;
+    rotary(turn, stream());
+    if (at.d_conv > 0) {
+      ConvBackwardArgs<T> conv;
+      conv.in = forward.attention_conv_args(a, w, nullptr);
+      tokens.to(conv.in);
+      conv.dout = d.x, conv.dx = d.projected, conv.dout_stride = conv.dx_stride = width;
+      conv.dweight = g.conv_weight, conv.dbias = g.conv_bias;
+      causal_conv1d_backward(conv, work(causal_conv1d_backward_workspace(conv)), stream());
+    }
+    bias_backward(d.projected, rows, width, g.in_proj_bias);
+    linear_backward(a.u, config().d_model, d.projected, width, rows, w.in_proj, g.in_proj, d.u);
+    norm_backward(a, d, w.norm, rows, g.norm, g.norm_bias);
+  }
+
+  // The MLP's, whose activations are made again from a.residual, the stream before it.
+  void mlp_backward(const DeviceLayer& w, const FloatLayer& g, const Activations<T>& a,
+                    const Activations<T>& d, int64_t rows) const {
+    const int64_t width = config().d_intermediate, d_model = config().d_model;
+    forward.mlp_inner(w, a, rows);
+    linear_backward(a.gated, width, d.u, d_model, rows, w.fc2, g.fc2, d.gated);
+    gated_mlp_backward(a.x_gate, d.gated, rows, width, d.x_gate, stream());
+    linear_backward(a.u, d_model, d.x_gate, 2 * width, rows, w.fc1, g.fc1, d.u);
+    norm_backward(a, d, w.norm2, rows, g.norm2, g.norm2_bias);
+  }
+
   // --- what is kept ---
 
   // Calls f(member, numbers per token) for what a layer keeps.
   template <class Function>
   void for_each_kept(Activations<T>& a, const Function& f) const {
     const Config& c = config();
-    f(a.projected, c.in_proj_width());
-    f(a.x, c.conv_width());
+    f(a.projected, a.projected_width(c));
+    f(a.x, a.x_width(c));
     if (c.version == 1) f(a.dt_B_C, c.dt_rank + 2 * c.d_state);
     f(a.delta, c.d_inner);
-    f(a.y, c.d_inner);
+    f(a.y, a.y_width(c));
   }
   int64_t kept_numbers(Activations<T> a, int64_t rows) const {  // of a layer
     int64_t sum = 0;
@@ -6879,8 +8161,11 @@ struct ComputeBackward {
                   [&](T*&, int64_t width) { sum += ceil_div(rows * width, int64_t{128}) * 128; });
     return sum;
   }
-  float* residual(const Activations<T>& a, Index l, int64_t rows) const {  // before layer l
-    return l < config().n_layer ? room.stream.data() + l * rows * config().d_model : a.residual;
+  // The residual stream before layer l and, with `mlp`, before its MLP.
+  Index streams() const { return config().n_layer * (config().d_intermediate > 0 ? 2 : 1); }
+  float* residual(const Activations<T>& a, Index l, int64_t rows, bool mlp = false) const {
+    const Index i = config().d_intermediate > 0 ? 2 * l + mlp : l;
+    return i < streams() ? room.stream.data() + i * rows * config().d_model : a.residual;
   }
   // The activations of layer l: its own where they are kept, else those that all share.
   Activations<T> of_layer(Activations<T> a, Index l, int64_t rows) const {
@@ -6901,9 +8186,10 @@ struct ComputeBackward {
   // Bytes for so many rows without any that a layer keeps, or an operation's own.
   size_t least_bytes(int64_t rows) const {
     const Config& c = config();
-    const int64_t numbers = kept_numbers({c, 0, room.forward}, rows) + rows * c.d_model;
+    const int64_t numbers =
+        kept_numbers({c, 0, room.forward}, rows) + rows * (c.d_model + 3 * c.d_intermediate);
     return 2 * (sizeof(T) * numbers + sizeof(float) * rows * c.d_model) +
-           sizeof(float) * (c.n_layer * rows * c.d_model + logits_rows(rows) * logits_stride());
+           sizeof(float) * (streams() * rows * c.d_model + logits_rows(rows) * logits_stride());
   }
   size_t operation_bytes(const Activations<T>& a, const Activations<T>& d,
                          const Tokens& tokens) const {
@@ -6921,7 +8207,7 @@ struct ComputeBackward {
     room = TrainingRoom{};
     need_memory(least_bytes(rows), "activations of a batch");
     const Activations<T> a(config(), rows, room.forward), d(config(), rows, room.backward);
-    room.stream = DeviceBuffer<float>(size_t(config().n_layer * rows * config().d_model));
+    room.stream = DeviceBuffer<float>(size_t(streams() * rows * config().d_model));
     room.logits = DeviceBuffer<float>(size_t(logits_rows(rows) * logits_stride()));
     room.nll = DeviceBuffer<float>(size_t(rows));
     work(operation_bytes(a, d, tokens));
@@ -6946,12 +8232,13 @@ struct ComputeBackward {
     a = of_layer(a, l, b.rows);
     a.residual = residual(a, l, b.rows);
     const DeviceLayer& w = forward.model.layers[l];
-    if (l < room.kept_layers) return forward.rms_norm(a, w.norm, b.rows), a;
+    if (l < room.kept_layers) return forward.norm(a, w.norm, w.norm_bias, b.rows), a;
+    if (config().attends(l)) return forward.attention_inner(w, a, tokens, {}), a;
     T* conv = nullptr;
     float* h = nullptr;
     if (b.before) {  // of this layer, to be advanced once more
-      const size_t conv_bytes = b.before->conv.bytes() / config().n_layer;
-      const size_t h_size = b.before->h.size() / config().n_layer;
+      const size_t conv_bytes = b.before->conv.bytes() / DeviceState::scans(config());
+      const size_t h_size = b.before->h.size() / DeviceState::scans(config());
       room.conv.grow(conv_bytes), room.h.grow(h_size);
       conv = reinterpret_cast<T*>(room.conv.data()), h = room.h.data();
       const auto copy = [&](void* to, const void* from, size_t bytes) {
@@ -6968,22 +8255,34 @@ struct ComputeBackward {
   // ids -> `last`.residual after all layers. keep: what the backward pass needs stays.
   void all_layers(const TextBatch& b, const Tokens& tokens, const Activations<T>& last,
                   bool keep) const {
-    const size_t bytes = sizeof(float) * b.rows * config().d_model;
-    const auto block = config().version == 1 ? &Compute<T>::mamba_block : &Compute<T>::mamba2_block;
+    const auto block = forward.scan_block(false);
     Activations<T> a = last;
     if (keep) a.residual = residual(last, 0, b.rows);
     forward.embed(a, b.ids, b.rows);
     for (Index l = 0; l < config().n_layer; ++l) {
+      const DeviceLayer& w = forward.model.layers[l];
+      const bool mlp = config().d_intermediate > 0;
+      float *const middle = mlp ? residual(last, l, b.rows, true) : nullptr, *const after =
+                                                                                 residual(last,
+                                                                                          l + 1,
+                                                                                          b.rows);
       if (keep) {
-        const float* before = residual(last, l, b.rows);
         a = of_layer(last, l, b.rows);
-        a.residual = residual(last, l + 1, b.rows);
-        CUDA_CHECK(cudaMemcpyAsync(a.residual, before, bytes, cudaMemcpyDeviceToDevice, stream()));
+        a.residual = copy_stream(residual(last, l, b.rows), mlp ? middle : after, b.rows);
       }
-      (forward.*block)(forward.model.layers[l], a, tokens,
-                       b.after ? b.after->layer_conv<T>(config(), l) : nullptr,
-                       b.after ? b.after->layer_h(config(), l) : nullptr);
+      if (config().attends(l))
+        forward.attention_block(w, a, tokens, {});
+      else
+        (forward.*block)(w, a, tokens, b.after ? b.after->layer_conv<T>(config(), l) : nullptr,
+                         b.after ? b.after->layer_h(config(), l) : nullptr);
+      if (mlp && keep) a.residual = copy_stream(middle, after, b.rows);
+      if (mlp) forward.mlp(w, a, b.rows);
     }
+  }
+  float* copy_stream(const float* from, float* to, int64_t rows) const {
+    CUDA_CHECK(cudaMemcpyAsync(to, from, sizeof(float) * rows * config().d_model,
+                               cudaMemcpyDeviceToDevice, stream()));
+    return to;
   }
 
   // a.residual after all layers -> room.nll; and, unless scale is 0, d.residual and d.u of the
@@ -6992,14 +8291,14 @@ struct ComputeBackward {
                      float scale) const {
     const Config& c = config();
     const int64_t d_model = c.d_model, vocab_size = c.vocab_size, stride = logits_stride();
-    forward.rms_norm(a, forward.model.norm_f, b.rows);
+    forward.norm(a, forward.model.norm_f, forward.model.norm_f_bias, b.rows);
     float* const logits = room.logits.data();
     for (int64_t first = 0; first < b.rows; first += logits_rows(b.rows)) {
       const int64_t rows = std::min(b.rows - first, logits_rows(b.rows));
       const T* hidden = a.u + first * d_model;
       queue().linear(hidden, rows, d_model, forward.head(), vocab_size, d_model, logits, stride);
       cross_entropy<T>(logits, stride, rows, vocab_size, b.targets + first, scale,
-                       room.nll.data() + first, stream());
+                       room.nll.data() + first, stream(), b.weights ? b.weights + first : nullptr);
       if (scale != 0.f)
         linear_backward(hidden, d_model, reinterpret_cast<const T*>(logits),
                         stride * int64_t(sizeof(float) / sizeof(T)), rows, forward.head(),
@@ -7007,24 +8306,35 @@ struct ComputeBackward {
     }
     if (scale == 0.f) return;
     CUDA_CHECK(cudaMemsetAsync(d.residual, 0, sizeof(float) * b.rows * d_model, stream()));
-    rms_norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f);
+    norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f, gradients.norm_f_bias);
   }
 
-  // Adds the gradients of scale times the sum of nll. Returns that sum, unscaled.
-  double operator()(const TextBatch& b, float scale) const {
-    if (b.rows == 0) return 0;
+  // Adds the gradients of scale times the sum of weight nll. Returns the nll of each row.
+  std::vector<float> operator()(const TextBatch& b, float scale) const {
+    if (b.rows == 0) return {};
     const Tokens tokens{b.batch, b.L, false, nullptr, b.cu_seqlens, b.rows};
     make_room(tokens);
     const Activations<T> last(config(), b.rows, room.forward), d(config(), b.rows, room.backward);
     all_layers(b, tokens, last, scale != 0.f);
     head_backward(b, last, d, scale);
     for (Index l = config().n_layer; l-- > 0 && scale != 0.f;) {
+      const DeviceLayer& w = forward.model.layers[l];
+      const FloatLayer& g = gradients.layers[l];
+      if (config().d_intermediate > 0) {
+        Activations<T> before = last;
+        before.residual = residual(last, l, b.rows, true);
+        mlp_backward(w, g, before, d, b.rows);
+      }
       const Activations<T> a = activations_again(b, tokens, last, l);
+      if (config().attends(l)) {
+        attention_block_backward(w, g, a, d, tokens);
+        continue;
+      }
       const T* conv = b.before ? b.before->layer_conv<T>(config(), l) : nullptr;
       const float* h = b.before ? b.before->layer_h(config(), l) : nullptr;
       const auto block_backward = config().version == 1 ? &ComputeBackward::mamba_block_backward
                                                         : &ComputeBackward::mamba2_block_backward;
-      (this->*block_backward)(forward.model.layers[l], gradients.layers[l], a, d, tokens, conv, h);
+      (this->*block_backward)(w, g, a, d, tokens, conv, h);
     }
     if (scale != 0.f)
       room.embedding(b.ids, b.rows, config().vocab_size, config().d_model, d.residual,
@@ -7033,7 +8343,7 @@ struct ComputeBackward {
     CUDA_CHECK(cudaMemcpyAsync(nll.data(), room.nll.data(), sizeof(float) * nll.size(),
                                cudaMemcpyDeviceToHost, stream()));
     queue().wait();
-    return std::accumulate(nll.begin(), nll.end(), 0.0);
+    return nll;
   }
 };
 
@@ -7043,19 +8353,23 @@ class TextsOnGpu {
   TextBatch upload(const Batch& pieces, const Queue& queue) {
     std::vector<Token> ids, targets;
     std::vector<int64_t> begin = {0};
+    std::vector<float> weights;
     TextBatch b;
-    bool ragged = false;
+    bool ragged = false, weighed = false;
     for (const Piece& piece : pieces) {
       const auto n = std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
       ids.insert(ids.end(), piece.ids.begin(), piece.ids.begin() + n);
       for (Index t = 0; t < n; ++t) targets.push_back(t + 1 >= piece.first ? piece.ids[t + 1] : -1);
       ragged = ragged || n != static_cast<Index>(pieces[0].ids.size()) - 1;
+      weights.insert(weights.end(), n, float(piece.weight));
+      weighed = weighed || piece.weight != 1;
       begin.push_back(begin.back() + n);
       b.L = std::max(b.L, int64_t{n});
     }
     b.batch = static_cast<int64_t>(pieces.size()), b.rows = begin.back();
     b.ids = copy(ids_, ids, queue), b.targets = copy(targets_, targets, queue);
     b.cu_seqlens = ragged ? copy(begin_, begin, queue) : nullptr;
+    b.weights = weighed ? copy(weights_, weights, queue) : nullptr;
     queue.wait();  // the host's vectors are about to vanish
     return b;
   }
@@ -7071,6 +8385,7 @@ class TextsOnGpu {
   }
   DeviceBuffer<Token> ids_, targets_;
   DeviceBuffer<int64_t> begin_;
+  DeviceBuffer<float> weights_;
 };
 
 // A weight's numbers, of the host's matrix and of the GPU's: row by row there.
@@ -7121,7 +8436,7 @@ inline double CudaEngine::gradients(const std::vector<Token>& ids, ssm::Model<fl
   with_weight_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Compute<T> forward = compute<T>();
-    loss = ComputeBackward<T>{forward, sums.at, room}(text, 1.f);
+    for (const float nll : ComputeBackward<T>{forward, sums.at, room}(text, 1.f)) loss += nll;
   });
   gradients = download_model(config_, sums.at);
   const float scale = 1.f / float(text.rows);  // of the mean; f16 has room for that of the sum only
@@ -7232,10 +8547,12 @@ __global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a,
 // What train.hpp asks of a program, see there.
 class CudaLearner {
  public:
+  using Scalar = float;
+
   CudaLearner(const Config& config, Learned<float> learned, const EngineOptions& options);
 
   double accumulate(const Batch& batch, double scale);
-  double loss(const Batch& batch);
+  std::vector<double> losses(const Batch& batch);
   double gradient_norm();
   void update(const ssm::AdamW& adamw, double scale);
   Index steps() const { return steps_; }
@@ -7243,17 +8560,25 @@ class CudaLearner {
   std::vector<ssm::State<float>> carried() const;
   void carry(const std::vector<ssm::State<float>>& states);
 
+  void merge(size_t which, const Matrix<float>& A, const Matrix<float>& B);
+  std::pair<Matrix<float>, Matrix<float>> pull_back(size_t which, const Matrix<float>& A,
+                                                    const Matrix<float>& B);
+  void forget_gradients() { g_->numbers.zero(); }
+
  private:
   static constexpr unsigned kNormBlocks = 1024;
 
   void make_copies();
   void make_chunks();
-  double run(TextBatch batch, float scale);
+  std::vector<float> run(TextBatch batch, float scale);
   void begin_states(const Batch& batch);
   FlatParameters flat() const {
-    return {chunks_.data(),     static_cast<int64_t>(chunks_.size()),
-            w_->numbers.data(), g_->numbers.data(),
-            m_->numbers.data(), v_->numbers.data()};
+    return {chunks_.data(),
+            static_cast<int64_t>(chunks_.size()),
+            w_->numbers.data(),
+            g_->numbers.data(),
+            m_ ? m_->numbers.data() : nullptr,
+            v_ ? v_->numbers.data() : nullptr};
   }
   template <class Function>
   void with_type(const Function& f) const {
@@ -7266,7 +8591,7 @@ class CudaLearner {
   float delta_ratio_;
   Index steps_;
   std::unique_ptr<Queue> queue_;
-  std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters
+  std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters; no moments: held, for LoRA
   DeviceModel model_;                         // the copy to compute with
   DeviceBuffer<ParameterChunk> chunks_;
   DeviceBuffer<double> norm_parts_;
@@ -7287,15 +8612,18 @@ inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
   use_device(options.device);
   queue_ = std::make_unique<Queue>();
   const size_t floats = weight_bytes(config, DType::F32);
-  need_memory(4 * floats + weight_bytes(config, dtype_), "parameters, gradients and moments");
+  const bool held = learned.m.layers.empty();
+  need_memory((held ? 2 : 4) * floats + weight_bytes(config, dtype_),
+              held ? "parameters and gradients" : "parameters, gradients and moments");
   for (auto* flat : {&w_, &g_, &m_, &v_})
-    *flat = std::make_unique<FlatModel>(config, learned.weights.tied);
+    if (!held || flat == &w_ || flat == &g_)
+      *flat = std::make_unique<FlatModel>(config, learned.weights.tied);
   const auto up = [](const std::string&, const auto&, const auto& from, float* to) {
     upload_weight(from, to);
   };
   for_each_pair(config, learned.weights, w_->at, up);
-  for_each_pair(config, learned.m, m_->at, up);
-  for_each_pair(config, learned.v, v_->at, up);
+  if (m_) for_each_pair(config, learned.m, m_->at, up);
+  if (v_) for_each_pair(config, learned.v, v_->at, up);
   make_copies();
   make_chunks();
   norm_parts_ = DeviceBuffer<double>(kNormBlocks);
@@ -7348,18 +8676,32 @@ inline void CudaLearner::make_chunks() {
   chunks_ = DeviceBuffer<ParameterChunk>(chunks.data(), chunks.size());
 }
 
-inline double CudaLearner::run(TextBatch batch, float scale) {
-  double sum = 0;
+inline std::vector<float> CudaLearner::run(TextBatch batch, float scale) {
+  std::vector<float> nll;
   with_type([&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Compute<T> forward{config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
-    sum = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
+    nll = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
   });
-  return sum;
+  return nll;
+}
+
+// The sums of each piece's rows.
+inline std::vector<double> sums_of_pieces(const Batch& batch, const std::vector<float>& nll) {
+  std::vector<double> sums;
+  auto row = nll.begin();
+  for (const Piece& piece : batch) {
+    const auto end = row + std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
+    sums.push_back(std::accumulate(row, end, 0.0));
+    row = end;
+  }
+  return sums;
 }
 
 // The states that the pieces of a batch begin in -> before_ and, to be advanced, after_.
 inline void CudaLearner::begin_states(const Batch& batch) {
+  if (!config_.attention_layers.empty())
+    fail("--carry-state: expected layers with a scan, whose state has one size, found attention");
   const auto n = std::max_element(batch.begin(), batch.end(),
                                   [](const auto& a, const auto& b) { return a.slot < b.slot; })
                      ->slot +
@@ -7382,17 +8724,20 @@ inline void CudaLearner::begin_states(const Batch& batch) {
 inline double CudaLearner::accumulate(const Batch& batch, double scale) {
   TextBatch b = texts_.upload(batch, *queue_);
   const auto carries = [](const Piece& piece) { return piece.slot >= 0; };
-  if (std::none_of(batch.begin(), batch.end(), carries)) return run(b, float(scale));
-  begin_states(batch);
-  b.before = &before_, b.after = &after_;
-  const double sum = run(b, float(scale));
-  for (Index i = 0; i < b.batch; ++i)
-    if (carries(batch[i])) copy_state(config_, after_, i, slots_, batch[i].slot, queue_->stream());
+  const bool any = std::any_of(batch.begin(), batch.end(), carries);
+  if (any) begin_states(batch), b.before = &before_, b.after = &after_;
+  const std::vector<double> nll = sums_of_pieces(batch, run(b, float(scale)));
+  double sum = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    sum += batch[i].weight * nll[i];
+    if (carries(batch[i]))
+      copy_state(config_, after_, Index(i), slots_, batch[i].slot, queue_->stream());
+  }
   return sum;
 }
 
-inline double CudaLearner::loss(const Batch& batch) {
-  return run(texts_.upload(batch, *queue_), 0.f);
+inline std::vector<double> CudaLearner::losses(const Batch& batch) {
+  return sums_of_pieces(batch, run(texts_.upload(batch, *queue_), 0.f));
 }
 
 inline double CudaLearner::gradient_norm() {
@@ -7426,8 +8771,67 @@ inline void CudaLearner::update(const ssm::AdamW& o, double scale) {
 
 inline Learned<float> CudaLearner::learned() const {
   queue_->wait();
-  return {download_model(config_, w_->at), download_model(config_, m_->at),
-          download_model(config_, v_->at), steps_};
+  Learned<float> all{download_model(config_, w_->at), {}, {}, steps_};
+  if (m_) all.m = download_model(config_, m_->at), all.v = download_model(config_, v_->at);
+  return all;
+}
+
+// --- LoRA, see train.hpp: the small factors come and go, W and dW stay here ---
+
+// Where the numbers of weight number `which` begin in the flat buffers, its first chunk, its shape.
+struct FlatPlace {
+  int64_t first, chunk, rows, cols;
+};
+inline FlatPlace place_of(const Config& config, const FlatModel& flat, size_t which) {
+  FlatPlace found{};
+  int64_t chunk = 0;
+  for_each_weight(config, flat.at, [&](const std::string&, const auto& shape, const float* p) {
+    const int64_t size = size_of(shape);
+    if (which-- == 0) found = {p - flat.numbers.data(), chunk, shape[0], size / shape[0]};
+    chunk += ceil_div(size, int64_t{kParameterChunk});
+  });
+  return found;
+}
+
+// W + B A -> the copy of W to compute with.
+inline void CudaLearner::merge(size_t which, const Matrix<float>& A, const Matrix<float>& B) {
+  const FlatPlace W = place_of(config_, *w_, which);
+  const Matrix<float> A_T = A.transpose();  // (cols, r)
+  const DeviceBuffer<float> a(A_T.data(), A_T.size()), b(B.data(), B.size());
+  DeviceBuffer<float> sum(static_cast<size_t>(W.rows * W.cols));
+  CUDA_CHECK(cudaMemcpyAsync(sum.data(), w_->numbers.data() + W.first, sum.bytes(),
+                             cudaMemcpyDeviceToDevice, queue_->stream()));
+  queue_->linear(b.data(), W.rows, A.rows(), a.data(), W.cols, A.rows(), sum.data(), W.cols, 1.f);
+  FlatParameters one = flat();  // but for this weight alone
+  one.chunks += W.chunk, one.n_chunks = ceil_div(W.rows * W.cols, int64_t{kParameterChunk});
+  one.w = sum.data() - W.first;
+  with_type([&](auto* type) {
+    const auto kernel = copy_parameters_kernel<std::remove_pointer_t<decltype(type)>>;
+    kernel<<<unsigned(one.n_chunks), kUpdateThreads, 0, queue_->stream()>>>(one);
+    CUDA_CHECK(cudaGetLastError());
+  });
+  queue_->wait();  // sum is about to vanish
+}
+
+// dA (r, cols) = B^T dW and dB (rows, r) = dW A^T
+inline std::pair<Matrix<float>, Matrix<float>> CudaLearner::pull_back(size_t which,
+                                                                      const Matrix<float>& A,
+                                                                      const Matrix<float>& B) {
+  const FlatPlace W = place_of(config_, *w_, which);
+  const float* const dW = g_->numbers.data() + W.first;
+  const int64_t r = A.rows();
+  const DeviceBuffer<float> a(A.data(), A.size()), b(B.data(), B.size());
+  DeviceBuffer<float> da(a.size()), db(b.size());
+  const float one = 1.f, zero = 0.f;
+  CUBLAS_CHECK(cublasGemmEx(queue_->cublas(), CUBLAS_OP_N, CUBLAS_OP_T, int(W.cols), int(r),
+                            int(W.rows), &one, dW, CUDA_R_32F, int(W.cols), b.data(), CUDA_R_32F,
+                            int(r), &zero, da.data(), CUDA_R_32F, int(W.cols), CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT));
+  queue_->linear(dW, W.rows, W.cols, a.data(), r, W.cols, db.data(), r);
+  queue_->wait();
+  Matrix<float> dA(r, W.cols), dB(W.rows, r);
+  da.copy_to(dA.data()), db.copy_to(dB.data());
+  return {dA, dB};
 }
 
 inline std::vector<ssm::State<float>> CudaLearner::carried() const {

@@ -81,13 +81,22 @@ struct Config : ssm::Sizes {
   bool tie_embeddings = true;  // the head is the embedding, transposed
   bool use_bias = false;       // in in_proj and out_proj
   bool use_conv_bias = true;
+  bool attention_in_bias = true, attention_out_bias = true;  // in_proj, out_proj of attention
   bool residual_in_fp32 = true;            // what the file says; the stream is float32 here
   Token bos_token_id = 0;                  // -1: none
   std::vector<Token> eos_token_ids = {0};  // each ends a text
   Json token_ids = Json::object();         // what the file says of bos, eos and pad, for convert
 
-  /// Numbers that one layer remembers of a text.
-  Index state_size() const { return d_inner * d_state + conv_width() * (d_conv - 1); }
+  /// Numbers that layer l remembers of a text, whatever its length; with attention there come
+  /// 2 * attention.kv_width() for every token.
+  Index state_size(Index l) const {
+    if (attends(l)) return attention.in_proj_width() * std::max<Index>(0, attention.d_conv - 1);
+    return d_inner * d_state + conv_width() * (d_conv - 1);
+  }
+  /// What the Hugging Face layout has no words for.
+  bool original_only() const {
+    return !attention_layers.empty() || d_intermediate > 0 || !rms_norm;
+  }
 };
 
 // No size may exceed its limit, so that products of sizes stay far below 2^63.
@@ -196,16 +205,14 @@ struct Fields {
 /// Fails where a model of these layouts is one that is not computed here. (norm_before_gate means
 /// nothing in the Hugging Face layout: transformers ignores it; Mamba-Codestral-7B has it wrong.)
 inline void refuse_others(const Fields& fields, bool original, const Config& c) {
-  const Json act = fields.value("hidden_act", "silu"), none = Json::array();
+  const Json act = fields.value("hidden_act", "silu");
   if (act != "silu" && act != "swish") fields.wrong("hidden_act", "silu");
   for (const auto& [key, computed] : std::map<const char*, Json>{{"rms_norm", true},
                                                                  {"rmsnorm", true},
                                                                  {"norm_before_gate", false},
                                                                  {"D_has_hdim", false},
-                                                                 {"d_ssm", c.d_inner},
-                                                                 {"d_intermediate", 0},
-                                                                 {"attn_layer_idx", none}})
-    if ((original || key == std::string("rms_norm")) && fields.value(key, computed) != computed)
+                                                                 {"d_ssm", c.d_inner}})
+    if (original != (key == std::string("rms_norm")) && fields.value(key, computed) != computed)
       fields.wrong(key, computed.dump());
   if (!(c.norm_eps > 0 && c.norm_eps < 1))
     fields.wrong("layer_norm_epsilon", "a number between 0 and 1");
@@ -240,6 +247,48 @@ inline void read_widths(const Fields& fields, bool original, Config& c) {
   if (!(0 <= c.dt_min && c.dt_min <= c.dt_max)) fields.wrong(limit, "0 <= low <= high");
 }
 
+/// The layers with attention, and attn_cfg: names and defaults of the original's MHA.
+inline void read_attention(const Fields& fields, Config& c) {
+  const Json layers = fields.value("attn_layer_idx", Json::array());
+  if (!layers.is_array()) fields.wrong("attn_layer_idx", "an array of layers");
+  for (const Json& layer : layers) {
+    if (!layer.is_number_integer() || layer < 0 || layer >= c.n_layer)
+      fields.wrong("attn_layer_idx", "layers below " + std::to_string(c.n_layer));
+    c.attention_layers.push_back(layer.get<Index>());
+  }
+  std::sort(c.attention_layers.begin(), c.attention_layers.end());
+  if (c.attention_layers.empty()) return;
+  const Json object = fields.value("attn_cfg", Json::object());
+  if (!object.is_object()) fields.wrong("attn_cfg", "an object");
+  const Fields attn{object, fields.where + ": attn_cfg"};
+  for (const auto& [key, computed] : std::map<const char*, Json>{{"causal", true},
+                                                                 {"mlp_dim", 0},
+                                                                 {"softmax_scale", nullptr},
+                                                                 {"rotary_emb_interleaved", false}})
+    if (attn.value(key, key == std::string("causal") ? Json(false) : computed) != computed)
+      attn.wrong(key, computed.is_null() ? "none" : computed.dump());
+  ssm::AttentionSizes& a = c.attention;
+  a.n_heads = attn.integer("num_heads", 0);
+  if (a.n_heads == 0) attn.wrong("num_heads", "the number of heads");
+  a.n_kv_heads = attn.integer("num_heads_kv", a.n_heads);
+  a.head_dim = attn.integer("head_dim", c.d_model / a.n_heads);
+  a.d_conv = attn.integer("d_conv", 0, 0);
+  a.rotary_dim = attn.integer("rotary_emb_dim", 0, 0);
+  a.rotary_base = attn.number("rotary_emb_base", attn.value("rotary_emb_base", a.rotary_base));
+  c.attention_in_bias = attn.flag("qkv_proj_bias", true);
+  c.attention_out_bias = attn.flag("out_proj_bias", true);
+  if (a.n_heads % a.n_kv_heads != 0)
+    attn.wrong("num_heads_kv", "a divisor of the " + std::to_string(a.n_heads) + " heads");
+  if (a.head_dim == 0 || (!attn.find("head_dim") && c.d_model % a.n_heads != 0))
+    attn.wrong("num_heads", "a divisor of d_model = " + std::to_string(c.d_model));
+  if (a.in_proj_width() > 3 * kMaxWidth)
+    attn.wrong("head_dim", "at most " + std::to_string(kMaxWidth) + " numbers in all heads");
+  if (a.rotary_dim % 2 != 0 || a.rotary_dim > a.head_dim)
+    attn.wrong("rotary_emb_dim", "an even number up to " + std::to_string(a.head_dim));
+  if (!(a.rotary_base > 0 && std::isfinite(a.rotary_base)))
+    attn.wrong("rotary_emb_base", "a number above 0");
+}
+
 /// The config in either layout. What belongs to one block is in the original's ssm_cfg.
 inline Config config_from_json(Json json, bool original, const std::string& path) {
   const Fields fields{json, path};
@@ -263,6 +312,11 @@ inline Config config_from_json(Json json, bool original, const std::string& path
     c.norm_eps =
         fields.number("layer_norm_epsilon", fields.value("layer_norm_epsilon", c.norm_eps));
   read_widths(fields, original, c);
+  if (original) {
+    c.rms_norm = fields.flag("rms_norm", true);
+    c.d_intermediate = (fields.integer("d_intermediate", 0, 0) + 127) / 128 * 128;  // as GatedMLP
+    read_attention(fields, c);
+  }
   const int end = original || c.version == 1 ? 0 : 2;
   c.token_ids = {{"bos_token_id", 0}, {"eos_token_id", end}, {"pad_token_id", end}};
   for (auto& [name, ids] : c.token_ids.items()) ids = json.value(name, ids);
@@ -305,9 +359,47 @@ inline void write_text(const std::string& path, std::string_view text) {
   file.commit();
 }
 
-/// Writes DIR/config.json in the Hugging Face layout.
+/// The original layout's words for it.
+inline Json original_config(const Config& c) {
+  const ssm::AttentionSizes& a = c.attention;
+  Json json = {{"d_model", c.d_model},
+               {"n_layer", c.n_layer},
+               {"vocab_size", c.vocab_size},
+               {"pad_vocab_size_multiple", 1},
+               {"d_intermediate", c.d_intermediate},
+               {"attn_layer_idx", c.attention_layers},
+               {"rms_norm", c.rms_norm},
+               {"residual_in_fp32", c.residual_in_fp32},
+               {"tie_embeddings", c.tie_embeddings}};
+  Json block = {{"layer", c.version == 1 ? "Mamba1" : "Mamba2"},
+                {"expand", static_cast<double>(c.d_inner) / static_cast<double>(c.d_model)},
+                {"bias", c.use_bias},
+                {"conv_bias", c.use_conv_bias}};
+  for (const SizeField& size : kSizeFields)
+    if (size.defaults[1][c.version - 1] && !json.contains(size.names[1]))
+      block[size.names[1]] = c.*size.member;
+  if (c.version == 1) block["dt_rank"] = c.dt_rank;
+  if (std::isfinite(c.dt_max)) block["dt_limit"] = {c.dt_min, c.dt_max};
+  json["ssm_cfg"] = block;
+  if (!c.attention_layers.empty())
+    json["attn_cfg"] = {{"causal", true},
+                        {"num_heads", a.n_heads},
+                        {"num_heads_kv", a.n_kv_heads},
+                        {"head_dim", a.head_dim},
+                        {"d_conv", a.d_conv},
+                        {"rotary_emb_dim", a.rotary_dim},
+                        {"rotary_emb_base", a.rotary_base},
+                        {"qkv_proj_bias", c.attention_in_bias},
+                        {"out_proj_bias", c.attention_out_bias}};
+  for (const auto& [name, ids] : c.token_ids.items()) json[name] = ids;
+  return json;
+}
+
+/// Writes DIR/config.json in the Hugging Face layout, or where that has no words for the model, in
+/// the original one.
 inline void write_config(const std::string& directory, const Config& c) {
   const std::string path = directory + "/config.json";
+  if (c.original_only()) return write_text(path, original_config(c).dump(2) + "\n");
   if (c.d_inner % c.d_model != 0)
     fail("cannot write: ", path, ": expand: this layout knows whole numbers only, found ",
          c.d_inner, " / ", c.d_model);
@@ -334,38 +426,65 @@ inline void write_config(const std::string& directory, const Config& c) {
 // 2. Weights
 // =======================================================================================
 
+/// Those of a scan's block, and below of an attention block.
+template <class Layer, class Visit>
+void for_each_scan_weight(const Config& c, const std::string& mixer, Layer& w, const Visit& visit) {
+  visit(mixer + "in_proj.weight", Shape{c.in_proj_width(), c.d_model}, w.in_proj);
+  if (c.use_bias) visit(mixer + "in_proj.bias", Shape{c.in_proj_width()}, w.in_proj_bias);
+  visit(mixer + "conv1d.weight", Shape{c.conv_width(), 1, c.d_conv}, w.conv_weight);
+  if (c.use_conv_bias) visit(mixer + "conv1d.bias", Shape{c.conv_width()}, w.conv_bias);
+  if (c.version == 1) {
+    visit(mixer + "x_proj.weight", Shape{c.dt_rank + 2 * c.d_state, c.d_inner}, w.x_proj);
+    visit(mixer + "dt_proj.weight", Shape{c.d_inner, c.dt_rank}, w.dt_proj);
+    visit(mixer + "dt_proj.bias", Shape{c.d_inner}, w.dt_bias);
+    visit(mixer + "A_log", Shape{c.d_inner, c.d_state}, w.A);
+    visit(mixer + "D", Shape{c.d_inner}, w.D);
+  } else {
+    visit(mixer + "dt_bias", Shape{c.n_heads}, w.dt_bias);
+    visit(mixer + "A_log", Shape{c.n_heads}, w.A);
+    visit(mixer + "D", Shape{c.n_heads}, w.D);
+    visit(mixer + "norm.weight", Shape{c.d_inner}, w.gated_norm);
+  }
+  visit(mixer + "out_proj.weight", Shape{c.d_model, c.d_inner}, w.out_proj);
+  if (c.use_bias) visit(mixer + "out_proj.bias", Shape{c.d_model}, w.out_proj_bias);
+}
+template <class Layer, class Visit>
+void for_each_attention_weight(const Config& c, const std::string& mixer, Layer& w,
+                               const Visit& visit) {
+  const ssm::AttentionSizes& a = c.attention;
+  const Index width = a.in_proj_width();
+  visit(mixer + "in_proj.weight", Shape{width, c.d_model}, w.in_proj);
+  if (c.attention_in_bias) visit(mixer + "in_proj.bias", Shape{width}, w.in_proj_bias);
+  if (a.d_conv > 0) {
+    visit(mixer + "conv1d.weight", Shape{width, 1, a.d_conv}, w.conv_weight);
+    visit(mixer + "conv1d.bias", Shape{width}, w.conv_bias);
+  }
+  visit(mixer + "out_proj.weight", Shape{c.d_model, a.q_width()}, w.out_proj);
+  if (c.attention_out_bias) visit(mixer + "out_proj.bias", Shape{c.d_model}, w.out_proj_bias);
+}
+
 /// Calls visit(name, shape, destination) for every weight of the model, by its Hugging Face name.
 /// The original layout differs in one name only, backbone.embedding.weight. Model: ssm::Model or
 /// anything with the same members.
 template <class Model, class Visit>
 void for_each_weight(const Config& c, Model& model, const Visit& visit) {
-  using Shape = std::vector<std::int64_t>;
   visit("backbone.embeddings.weight", Shape{c.vocab_size, c.d_model}, model.embedding);
   for (Index l = 0; l < c.n_layer; ++l) {
     auto& w = model.layers[l];
     const std::string layer = "backbone.layers." + std::to_string(l) + ".",
                       mixer = layer + "mixer.";
     visit(layer + "norm.weight", Shape{c.d_model}, w.norm);
-    visit(mixer + "in_proj.weight", Shape{c.in_proj_width(), c.d_model}, w.in_proj);
-    if (c.use_bias) visit(mixer + "in_proj.bias", Shape{c.in_proj_width()}, w.in_proj_bias);
-    visit(mixer + "conv1d.weight", Shape{c.conv_width(), 1, c.d_conv}, w.conv_weight);
-    if (c.use_conv_bias) visit(mixer + "conv1d.bias", Shape{c.conv_width()}, w.conv_bias);
-    if (c.version == 1) {
-      visit(mixer + "x_proj.weight", Shape{c.dt_rank + 2 * c.d_state, c.d_inner}, w.x_proj);
-      visit(mixer + "dt_proj.weight", Shape{c.d_inner, c.dt_rank}, w.dt_proj);
-      visit(mixer + "dt_proj.bias", Shape{c.d_inner}, w.dt_bias);
-      visit(mixer + "A_log", Shape{c.d_inner, c.d_state}, w.A);
-      visit(mixer + "D", Shape{c.d_inner}, w.D);
-    } else {
-      visit(mixer + "dt_bias", Shape{c.n_heads}, w.dt_bias);
-      visit(mixer + "A_log", Shape{c.n_heads}, w.A);
-      visit(mixer + "D", Shape{c.n_heads}, w.D);
-      visit(mixer + "norm.weight", Shape{c.d_inner}, w.gated_norm);
-    }
-    visit(mixer + "out_proj.weight", Shape{c.d_model, c.d_inner}, w.out_proj);
-    if (c.use_bias) visit(mixer + "out_proj.bias", Shape{c.d_model}, w.out_proj_bias);
+    if (!c.rms_norm) visit(layer + "norm.bias", Shape{c.d_model}, w.norm_bias);
+    c.attends(l) ? for_each_attention_weight(c, mixer, w, visit)
+                 : for_each_scan_weight(c, mixer, w, visit);
+    if (c.d_intermediate == 0) continue;
+    visit(layer + "norm2.weight", Shape{c.d_model}, w.norm2);
+    if (!c.rms_norm) visit(layer + "norm2.bias", Shape{c.d_model}, w.norm2_bias);
+    visit(layer + "mlp.fc1.weight", Shape{2 * c.d_intermediate, c.d_model}, w.fc1);
+    visit(layer + "mlp.fc2.weight", Shape{c.d_model, c.d_intermediate}, w.fc2);
   }
   visit("backbone.norm_f.weight", Shape{c.d_model}, model.norm_f);
+  if (!c.rms_norm) visit("backbone.norm_f.bias", Shape{c.d_model}, model.norm_f_bias);
   if (!model.tied) visit("lm_head.weight", Shape{c.vocab_size, c.d_model}, model.lm_head);
 }
 
@@ -433,7 +552,8 @@ void assign(const Tensor& A_log, std::optional<DType>, ssm::StateMatrix<Scalar>&
 /// Fails if weights and state would be out of all proportion to the file: in a pickle, many tensors
 /// may be one storage, and the state grows with products of sizes that weights have the sums of.
 inline void check_size(const Checkpoint& checkpoint, const Config& c) {
-  double numbers = static_cast<double>(c.n_layer) * static_cast<double>(c.state_size());
+  double numbers = 0;
+  for (Index l = 0; l < c.n_layer; ++l) numbers += static_cast<double>(c.state_size(l));
   for_each_shape(c, [&](const std::string&, const std::vector<std::int64_t>& shape) {
     numbers += std::accumulate(shape.begin(), shape.end(), 1.0, std::multiplies<double>());
   });
@@ -480,23 +600,131 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   return model;
 }
 
+// --- adapters: LoRA (Hu et al. 2021), W + s B A with A (r, cols) and B (rows, r), as PEFT has it ---
+
+/// Where an adapter's file has A or B of a weight. Those of an embedding lie there transposed, and
+/// each by the other's name.
+inline std::string lora_name(const std::string& weight, char factor) {
+  const std::string module = "base_model.model." + weight.substr(0, weight.rfind(".weight"));
+  if (weight == "backbone.embeddings.weight")
+    return module + ".lora_embedding_" + (factor == 'A' ? "B" : "A");
+  return module + ".lora_" + factor + ".weight";
+}
+
+/// That tensor as A or B.
+inline Matrix<float> lora_factor(const Tensor& tensor) {
+  if (tensor.shape.size() != 2)
+    fail("wrong adapter: ", tensor.name, ": expected a matrix, found ", shape_text(tensor.shape));
+  const auto numbers = values<float>(tensor);
+  const Eigen::Map<const Matrix<float>> m(numbers.data(), tensor.shape[0], tensor.shape[1]);
+  const bool transposed = tensor.name.find(".lora_embedding_") != std::string::npos;
+  return transposed ? Matrix<float>(m.transpose()) : Matrix<float>(m);
+}
+
+/// lora_alpha of an adapter and whether s = alpha / sqrt(r) instead of alpha / r. What is not LoRA
+/// itself is refused by name.
+inline std::pair<double, bool> read_adapter_config(const std::string& folder) {
+  const std::string path = folder + "/adapter_config.json";
+  const Json json = read_settings(path);
+  const Fields fields{json, path};
+  if (fields.value("peft_type", "") != "LORA") fields.wrong("peft_type", "LORA");
+  for (const auto& [key, plain] : std::map<const char*, Json>{{"bias", "none"},
+                                                              {"fan_in_fan_out", false},
+                                                              {"use_dora", false},
+                                                              {"use_qalora", false},
+                                                              {"use_bdlora", false},
+                                                              {"lora_bias", false},
+                                                              {"alpha_pattern", Json::object()}})
+    if (fields.value(key, plain) != plain) fields.wrong(key, plain.dump());
+  const Json start = fields.value("init_lora_weights", true);  // others change the base model
+  if (!start.is_boolean() && start != "gaussian" && start != "orthogonal")
+    fields.wrong("init_lora_weights", "true, gaussian or orthogonal");
+  return {fields.number("lora_alpha", fields.value("lora_alpha", 8)),
+          fields.flag("use_rslora", false)};
+}
+
+/// W + s B A in float32; a vocabulary may be padded.
+inline Tensor adapted(const Tensor& W, const Matrix<float>& A, const Matrix<float>& B, double s,
+                      bool by_token) {
+  const bool fits = W.shape.size() == 2 && A.cols() == W.shape[1] && A.rows() == B.cols() &&
+                    (B.rows() == W.shape[0] || (by_token && B.rows() < W.shape[0]));
+  if (!fits)
+    fail("wrong adapter: ", W.name, ": expected factors of ", shape_text(W.shape), ", found ",
+         shape_text({B.rows(), B.cols()}), " and ", shape_text({A.rows(), A.cols()}));
+  const auto sum = std::make_shared<std::vector<float>>(values<float>(W));
+  Eigen::Map<Matrix<float>>(sum->data(), B.rows(), A.cols()) += float(s) * (B * A);
+  return {W.name, DType::F32, W.shape, sum->data(), sum};
+}
+
+/// Adds the adapter in a folder to the weights of its base model. A tied head keeps the base's
+/// values: from then on head and embedding are two.
+inline void add_adapter(const std::string& folder, Config& config, Checkpoint& checkpoint) {
+  const auto [alpha, by_root] = read_adapter_config(folder);
+  const std::string path = folder + "/adapter_model.safetensors",
+                    bin = folder + "/adapter_model.bin";
+  const Checkpoint file = ::access(bin.c_str(), F_OK) == 0 && ::access(path.c_str(), F_OK) != 0
+                              ? read_pytorch_bin(bin)
+                              : read_safetensors(path);
+  std::set<std::string> left;
+  for (const auto& each : file.tensors) left.insert(each.first);
+  std::vector<std::string> names = {"lm_head.weight"};
+  for_each_shape(config, [&](const std::string& name, const auto&) { names.push_back(name); });
+  for (const std::string& name : names) {
+    const std::string a = lora_name(name, 'A'), b = lora_name(name, 'B');
+    if (left.erase(a) + left.erase(b) == 0) continue;
+    const Matrix<float> A = lora_factor(file.at(a)), B = lora_factor(file.at(b));
+    const bool head = name == "lm_head.weight", by_token = head || name.find("embed") != name.npos;
+    const double s = alpha / (by_root ? std::sqrt(A.rows()) : A.rows());
+    const bool tied = by_token && is_tied(checkpoint, config);
+    const Tensor& base = find_weight(checkpoint, tied ? "backbone.embeddings.weight" : name, tied);
+    const Tensor W = base;
+    if (tied) {  // no longer
+      if (&base == checkpoint.find("lm_head.weight"))
+        checkpoint.tensors["backbone.embeddings.weight"] = W;
+      checkpoint.tensors["lm_head.weight"] = W;
+      config.tie_embeddings = false;
+    }
+    const Tensor* place = &find_weight(checkpoint, name, false);
+    for (auto& each : checkpoint.tensors)
+      if (&each.second == place) each.second = adapted(W, A, B, s, by_token);
+  }
+  if (!left.empty())
+    fail("wrong adapter: ", file.where, ": expected lora_A and lora_B of this model's weights, ",
+         "found ", quote(*left.begin()));
+}
+
 /// Sizes of the published models, by the names they are known by; the rest is the package's
-/// default.
+/// default. The two hybrids of Mamba-2's paper: nothing but attention and MLPs, as wide as a
+/// Transformer's, and Mamba-2 with attention in six layers.
 inline Config published_config(const std::string& name) {
   static const std::map<std::string, std::array<Index, 2>> kSizes = {
       // d_model, n_layer
       {"130m", {768, 24}},  {"370m", {1024, 48}}, {"790m", {1536, 48}}, {"780m", {1536, 48}},
       {"1.4b", {2048, 48}}, {"1.3b", {2048, 48}}, {"2.8b", {2560, 64}}, {"2.7b", {2560, 64}}};
-  const bool two = name.rfind("mamba2-", 0) == 0;
-  const auto size = kSizes.find(name.substr(two ? 7 : 0));
+  const bool transformer = name == "transformerpp-2.7b", hybrid = name == "mamba2attn-2.7b";
+  const bool two = hybrid || name.rfind("mamba2-", 0) == 0;
+  const auto size = kSizes.find(transformer || hybrid ? "2.7b" : name.substr(two ? 7 : 0));
   if (size == kSizes.end())
-    fail_usage("--shape: expected 130m to 2.8b or mamba2-130m to mamba2-2.7b, found ", quote(name));
-  const Json block = {{"layer", two ? "Mamba2" : "Mamba1"}};
-  return config_from_json({{"d_model", size->second[0]},
-                           {"n_layer", size->second[1]},
-                           {"vocab_size", 50280},
-                           {"ssm_cfg", block}},
-                          true, name);
+    fail_usage("--shape: expected 130m to 2.8b, mamba2-130m to mamba2-2.7b, transformerpp-2.7b or ",
+               "mamba2attn-2.7b, found ", quote(name));
+  Json json = {{"d_model", size->second[0]},
+               {"n_layer", size->second[1]},
+               {"vocab_size", 50280},
+               {"ssm_cfg", {{"layer", two ? "Mamba2" : "Mamba1"}}}};
+  if (transformer) {
+    std::vector<Index> all(32);
+    std::iota(all.begin(), all.end(), 0);
+    json.update({{"n_layer", 32}, {"d_intermediate", 6912}, {"attn_layer_idx", all}});
+  }
+  if (hybrid) json["attn_layer_idx"] = {9, 18, 27, 36, 45, 56};
+  json["attn_cfg"] = {{"causal", true},
+                      {"head_dim", 128},
+                      {"num_heads", hybrid ? 30 : 20},
+                      {"d_conv", hybrid ? 4 : 0},
+                      {"rotary_emb_dim", hybrid ? 64 : 128},
+                      {"qkv_proj_bias", false},
+                      {"out_proj_bias", false}};
+  return config_from_json(json, true, name);
 }
 
 // =======================================================================================
@@ -772,19 +1000,26 @@ inline Tensor view(const std::string& name, const Matrix<float>& m) {
 }
 
 // A saved state is a safetensors file: per layer `layers.L.conv` (d_conv - 1, conv_width) and
-// `layers.L.h` (d_inner, d_state), and `ids`, the text so far; the last id is not in the state yet.
+// `layers.L.h` (d_inner, d_state), with attention `layers.L.conv`, `layers.L.keys` and
+// `layers.L.values` (tokens, kv_width), and `ids`, the text so far; the last id is not in the state
+// yet.
 
 /// The tensors of a state, row-major as in files, their names after `prefix`.
 inline std::vector<Tensor> state_tensors(const ssm::State<float>& state,
                                          const std::string& prefix = "") {
   std::vector<Tensor> tensors;
-  for (std::size_t l = 0; l < state.layers.size(); ++l)
-    for (const auto& [name, rows] :
-         {std::pair{".conv", std::make_shared<Matrix<float>>(state.layers[l].conv)},
-          {".h", std::make_shared<Matrix<float>>(state.layers[l].h)}}) {
+  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+    const auto& layer = state.layers[l];
+    const auto add = [&](const char* name, const auto& m) {
+      const auto rows = std::make_shared<Matrix<float>>(m);
       tensors.push_back(view(prefix + "layers." + std::to_string(l) + name, *rows));
       tensors.back().keep_alive = rows;
-    }
+    };
+    const bool attends = layer.past.keys.cols() > 0;
+    add(".conv", layer.conv);
+    attends ? add(".keys", layer.past.keys) : add(".h", layer.h);
+    if (attends) add(".values", layer.past.values);
+  }
   return tensors;
 }
 
@@ -806,12 +1041,23 @@ inline ssm::State<float> read_state(const Checkpoint& file, const std::string& p
     m = Eigen::Map<const Matrix<float>>(values<float>(tensor).data(), m.rows(), m.cols());
   };
   ssm::State<float> state(config);
-  for (std::size_t l = 0; l < state.layers.size(); ++l) {
+  Index past = -1;  // tokens of every layer with attention
+  for (Index l = 0; l < config.n_layer; ++l) {
     const std::string name = prefix + "layers." + std::to_string(l) + ".";
-    fill(name + "conv", state.layers[l].conv);
-    fill(name + "h", state.layers[l].h);
+    auto& layer = state.layers[l];
+    fill(name + "conv", layer.conv);
+    if (!config.attends(l)) {
+      fill(name + "h", layer.h);
+      continue;
+    }
+    const auto& shape = file.at(name + "keys").shape;
+    if (past < 0) past = shape.size() == 2 && shape[1] == layer.past.keys.cols() ? shape[0] : 0;
+    for (auto* m : {&layer.past.keys, &layer.past.values}) {
+      m->resize(past, m->cols());
+      fill(name + (m == &layer.past.keys ? "keys" : "values"), *m);
+    }
   }
-  if (file.find(prefix + "layers." + std::to_string(config.n_layer) + ".h"))
+  if (file.find(prefix + "layers." + std::to_string(config.n_layer) + ".conv"))
     fail("wrong state: ", file.where, ": expected ", config.n_layer, " layers, found more");
   return state;
 }
@@ -826,6 +1072,11 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
     ids.push_back(static_cast<Token>(id));
   }
   if (ids.empty()) fail("wrong state: ", path, ": ids: expected at least one, found none");
+  for (const auto& layer : state.layers)
+    if (const Index past = layer.past.keys.rows();
+        layer.past.keys.cols() > 0 && past + 1 != Index(ids.size()))
+      fail("wrong state: ", path, ": ids: expected ", past + 1, ", one more than keys, found ",
+           ids.size());
   return state;
 }
 
@@ -834,7 +1085,8 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
 // =======================================================================================
 
 /// -log softmax(logits)[target], in nats. Weights that are not numbers end here.
-inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
+template <class Scalar>
+double negative_log_likelihood(const Matrix<Scalar>& logits, Index row, Token target) {
   if (!logits.row(row).allFinite()) fail("logits: expected numbers, found NaN or infinity");
   const auto scores = logits.row(row).array().template cast<double>();
   const double largest = scores.maxCoeff();
@@ -994,7 +1246,7 @@ inline Request encode_request(const Tokenizer& tokenizer, std::string context,
 inline void begin_text(Request& request, const Config& config, const std::string& where) {
   if (!request.context.empty()) return;
   if (config.eos_token_ids.empty())
-    fail(where, ": expected a context: this model has no end token");
+    fail(where, ": expected one, for this model has no end token to begin with, found none");
   request.context = {config.eos_token_ids[0]};
   if (!request.continuation.empty() && request.continuation[0] == request.context[0])
     request.continuation.erase(request.continuation.begin());
@@ -1087,6 +1339,12 @@ Inspection follow(const Inputs& in, Index d_state, const Step& step) {
   return seen;
 }
 
+/// delta[t, c] over the mean of delta[., c]: above 1 where a token makes channel c forget and write
+/// more than others do. Channels differ in their means by far more than tokens within a channel.
+inline Matrix<float> relative_delta(const Matrix<float>& delta) {
+  return delta * delta.colwise().mean().cwiseInverse().asDiagonal();
+}
+
 /// `attention` is called with the matrix M (L, L), y = M x, of each channel (Mamba-2: head).
 template <class Attention>
 Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids, Index layer,
@@ -1131,14 +1389,18 @@ inline std::array<std::uint8_t, 3> heat_colour(double part) {
   return colour;
 }
 
-/// Every value is a square cell; colours go from the least finite value, or `least`, to the
-/// largest.
-inline void write_heat_map(const std::string& path, const Matrix<float>& values,
-                           float least = -HUGE_VALF) {
-  float low = HUGE_VALF, high = -HUGE_VALF;
+/// From the least finite value to the largest.
+inline std::array<float, 2> finite_range(const Matrix<float>& values) {
+  std::array<float, 2> range = {HUGE_VALF, -HUGE_VALF};
   for (const float v : values.reshaped())
-    if (std::isfinite(v)) low = std::min(low, v), high = std::max(high, v);
-  low = std::max(low, least);
+    if (std::isfinite(v)) range = {std::min(range[0], v), std::max(range[1], v)};
+  return range;
+}
+
+/// Every value is a square cell; colours go from range[0] to range[1].
+inline void write_heat_map(const std::string& path, const Matrix<float>& values,
+                           const std::array<float, 2>& range) {
+  const auto [low, high] = range;
   const Index cell = std::clamp<Index>(768 / std::max(values.rows(), values.cols()), 1, 32);
   const Index width = cell * values.cols(), height = cell * values.rows();
   std::string pixels, png;
@@ -1166,6 +1428,7 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
 
 /// A folder to write into.
 inline std::string make_folder(const std::string& path) {
+  if (path.empty()) fail_usage("--out: expected a folder, found an empty name");
   std::error_code error;
   std::filesystem::create_directories(path, error);
   if (error) fail("cannot write: ", path, ": ", error.message());
@@ -1206,6 +1469,7 @@ inline std::string not_nan(const std::string& word) {
 /// What lies in the folder --model. The tokenizer is read when it is needed.
 struct ModelFolder {
   std::string folder = "weights/stories", tokenizer_flag;
+  std::vector<std::string> adapters;
   EngineOptions engine_options;
   Config config;
   Checkpoint checkpoint;
@@ -1213,14 +1477,15 @@ struct ModelFolder {
   void add_model(CLI::App* sub) {
     sub->add_option("--model", folder, "directory with config.json, weights and tokenizer.json");
     sub->add_option("--tokenizer", tokenizer_flag, "another tokenizer.json, or its directory");
+    sub->add_option("--adapter", adapters,
+                    "folders of LoRA adapters as PEFT has them, added to the weights in turn");
   }
-  void add_dtype(CLI::App* sub) {
+  void add_dtype(CLI::App* sub, const std::vector<std::string>& names = {"f32", "bf16", "f16"},
+                 const char* what = "storage of weights (default: the file's)") {
     static const std::map<std::string, DType> kTypes = {
         {"f32", DType::F32}, {"bf16", DType::BF16}, {"f16", DType::F16}};
     const auto set = [this](const std::string& name) { engine_options.dtype = kTypes.at(name); };
-    sub->add_option_function<std::string>("--dtype", set,
-                                          "storage of weights (default: the file's)")
-        ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+    sub->add_option_function<std::string>("--dtype", set, what)->check(CLI::IsMember(names));
   }
   template <class Ratio>  // a number, or several with commas between them
   static void add_delta_ratio(CLI::App* sub, Ratio& ratio) {
@@ -1255,6 +1520,14 @@ struct ModelFolder {
     if (rows > config.vocab_size && has_tokenizer())
       config.vocab_size =
           std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
+    for (const std::string& adapter : adapters) add_adapter(adapter, config, checkpoint);
+  }
+  /// An output can be written, and is not the model's own file.
+  void check_output(const std::string& path) const {
+    check_writable(path);
+    std::error_code none;
+    if (!path.empty() && std::filesystem::equivalent(path, checkpoint.where, none))
+      fail(path, ": expected another file than the model's own");
   }
   std::string tokenizer_path() const {
     const std::string path = tokenizer_flag.empty() ? folder : tokenizer_flag;
@@ -1342,7 +1615,7 @@ struct Generate : ModelFolder {
   using Sequences = std::vector<Sequence<typename Engine::State>>;
   std::string prompt, prompt_file, prompt_ids, state_to, state_from;
   std::size_t batch = 1;
-  bool ids = false, ignore_eos = false;
+  bool ids = false, json = false, ignore_eos = false;
   GenerateOptions options;
   std::vector<std::string> prompts;
   std::map<Token, std::string> ends;
@@ -1352,9 +1625,14 @@ struct Generate : ModelFolder {
     SamplerOptions& sampler = options.sampler;
     sub->add_option("prompt,--prompt", prompt,
                     "the text to continue, - for standard input less a final newline");
-    sub->add_option("--prompt-file", prompt_file,
-                    "prompts, one a line, less Windows' line ends and byte order mark")
-        ->excludes("--prompt");
+    auto* lines = sub->add_option("--prompt-file", prompt_file,
+                                  "prompts, one a line, less Windows' line ends and byte order "
+                                  "mark; - for standard input")
+                      ->excludes("--prompt");
+    sub->add_flag("--json", json,
+                  "the lines of --prompt-file are JSON strings; so is what is printed, a line for "
+                  "each continuation")
+        ->needs(lines);
     sub->add_option("--prompt-ids", prompt_ids, "token ids to continue")
         ->excludes("--prompt")
         ->excludes("--prompt-file");
@@ -1369,18 +1647,25 @@ struct Generate : ModelFolder {
         ->check(CLI::Range(1, 1 << 16));
     sub->add_option("--save-state", state_to, "where to leave the state, to go on later");
     sub->add_option("--load-state", state_from, "go on from a saved state");
-    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text");
+    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text")
+        ->excludes("--json");
     sub->add_flag("--ignore-eos", ignore_eos, "go on after an end token");
   }
 
   void run() {
     check(options.sampler);
     prompts = prompt_file.empty() ? std::vector{read_prompt(prompt)} : read_prompts(prompt_file);
+    for (std::size_t i = 0; json && i < prompts.size(); ++i) {
+      const std::string where = "--prompt-file: " + prompt_file + ": line " + std::to_string(i + 1);
+      const Json text = parse_json(prompts[i], where);
+      if (!text.is_string()) fail(where, ": expected a JSON string, found ", quote(prompts[i]));
+      prompts[i] = text.get<std::string>();
+    }
     const std::size_t texts = prompts.size() * batch;
     if (texts != 1 && !(state_to + state_from).empty())
       fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
-    check_writable(state_to);
     open();
+    check_output(state_to);
     Engine engine(checkpoint, config, engine_options);
     ends = end_tokens();
     for (const auto& end : ends)
@@ -1436,6 +1721,18 @@ struct Generate : ModelFolder {
       for (const Token id : sequences[i].ids) begins[i] += decoders[i].push(id);
       if (prompt_ids.empty()) begins[i] = prompts[sequences[i].index / batch];
       if (!state_from.empty()) begins[i].clear();
+    }
+    if (json) {
+      std::vector<std::string> more(sequences.size());
+      engine.generate(sequences, options, [&](std::size_t i, Token token) {
+        ++made;
+        if (ends.count(token) == 0) more[i] += decoders[i].push(token);
+      });
+      for (std::size_t i = 0; i < more.size(); ++i)
+        std::cout << Json(more[i] + decoders[i].finish())
+                         .dump(-1, ' ', true, Json::error_handler_t::replace)
+                  << std::endl;
+      return made;
     }
     const auto begin = [&](std::size_t end) {
       for (; begun < end; ++begun)
@@ -1504,8 +1801,8 @@ struct Logits : ModelFolder, TextFlags {
     sub->add_option("--out", out, "the safetensors file to write")->required();
   }
   void run() {
-    check_writable(out);
     open();
+    check_output(out);
     const std::vector<Document> text = read(*this);
     Engine engine(checkpoint, config, engine_options);
     const std::vector<Token>& ids = text[0].ids;
@@ -1538,8 +1835,8 @@ struct Gradients : ModelFolder, TextFlags {
       sub->add_flag("--double", in_double, "the reference itself, in double")->excludes("--dtype");
   }
   void run() {
-    check_writable(out);
     open();
+    check_output(out);
     const Document text = read(*this)[0];
     if (text.ids.size() < 2) fail(text.where, ": expected at least two tokens, found one");
     if (in_double) {
@@ -1557,6 +1854,7 @@ struct Gradients : ModelFolder, TextFlags {
   }
   template <class Scalar>
   void write(Scalar loss, const ssm::Model<Scalar>& gradients) const {
+    if (!std::isfinite(loss)) fail("gradients: expected a finite loss, found ", loss);
     std::deque<std::vector<Scalar>> numbers;  // row-major, as in the file
     std::vector<Tensor> tensors = {tensor_view("loss", {}, &loss)};
     for_each_weight(config, gradients, [&](const std::string& name, const auto& shape, auto& g) {
@@ -1645,18 +1943,23 @@ struct Perplexity : ModelFolder, TextFlags {
 
 // --- score ---
 
-/// One line of the file: {"context", "continuation"}, of a choice "doc" and "label" too.
-inline Request parse_request(const std::string& line, const std::string& where,
-                             ModelFolder& model) {
-  const Json json = parse_json(line, where);
+/// What the two parts of a request are called.
+using RequestNames = std::array<std::string, 2>;
+inline const RequestNames kScored = {"context", "continuation"}, kAnswered = {"prompt", "answer"};
+
+/// One line of the file: {"context", "continuation"}, of a choice "doc" and "label" too. Where
+/// there is no part of the first name, the other one will do.
+inline Request parse_request(const Json& json, const std::string& where, ModelFolder& model,
+                             const RequestNames& names = kScored,
+                             const RequestNames& others = kAnswered) {
   if (!json.is_object()) fail(where, ": expected an object");
-  const auto field = [&](const char* name, const char* other) -> const Json& {
-    const auto found = json.contains(name) ? json.find(name) : json.find(other);
+  const auto field = [&](std::size_t i) -> const Json& {
+    const auto found = json.find(json.contains(names[i]) ? names[i] : others[i]);
     if (found == json.end() || !(found->is_string() || found->is_array()))
-      fail(where, ": ", name, ": expected a string or an array of token ids");
+      fail(where, ": ", names[i], ": expected a string or an array of token ids");
     return *found;
   };
-  const Json &context = field("context", "prompt"), &continuation = field("continuation", "answer");
+  const Json &context = field(0), &continuation = field(1);
   if (context.type() != continuation.type())
     fail(where, ": expected two strings or two arrays, found one of each");
   const auto ids_of = [&](const Json& array) {
@@ -1668,9 +1971,9 @@ inline Request parse_request(const std::string& line, const std::string& where,
                         ? encode_request(model.tokenizer(), context, continuation)
                         : Request{ids_of(context), ids_of(continuation), 0, 0, {}, 0, false};
   request.is_text = context.is_string();
-  begin_text(request, model.config, where);
-  check_ids(request.context, model.config.vocab_size, where + ": context");
-  check_ids(request.continuation, model.config.vocab_size, where + ": continuation");
+  begin_text(request, model.config, where + ": " + names[0]);
+  check_ids(request.context, model.config.vocab_size, where + ": " + names[0]);
+  check_ids(request.continuation, model.config.vocab_size, where + ": " + names[1]);
   if (json.contains("doc") != json.contains("label"))
     fail(where, ": expected doc and label, found only one of them");
   if (!json.contains("doc")) return request;
@@ -1697,6 +2000,9 @@ struct ScoreRequests : ModelFolder {
                     "number of the right one from 0; - for standard input")
         ->required();
     sub->add_option("--out", out_file, "write the answers here, not to standard output");
+    sub->footer(R"(LAMBADA (a line: {"text": ...}); its accuracy is "greedy" of the summary:
+  jq -c '(.text / " ") as $w | {context: $w[:-1] | join(" "), continuation: (" " + $w[-1])}' \
+    lambada_test.jsonl | mamba score --requests - --out /dev/null)");
   }
   void run() {
     open();
@@ -1724,9 +2030,9 @@ struct ScoreRequests : ModelFolder {
     const std::string where = "--requests: " + requests_file;
     std::size_t number = 0;
     for (std::string line; std::getline(file, line);) {
-      ++number;
+      const std::string here = where + ": line " + std::to_string(++number);
       if (line.find_first_not_of(" \t\r") != std::string::npos)
-        requests.push_back(parse_request(line, where + ": line " + std::to_string(number), *this));
+        requests.push_back(parse_request(parse_json(line, here), here, *this));
     }
     if (requests.empty()) fail(where, ": expected a JSON object a line, found none");
     return requests;
@@ -1744,15 +2050,19 @@ struct Inspect : ModelFolder {
     add_delta_ratio(sub, engine_options.delta_ratio);
     sub->add_option("prompt,--prompt", prompt, "the text, - for standard input")->required();
     sub->add_option("--layer", layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
-    sub->add_option("--out", out,
-                    "the folder to write into: safetensors files of delta, memory, the state's "
-                    "norm and the implied attention, and heat maps of them")
+    sub->add_option(
+           "--out", out,
+           "the folder to write into: safetensors files of delta, memory, the state's "
+           "norm and the implied attention, and heat maps: delta beside each channel's mean, "
+           "memory, and the attention to earlier tokens (the diagonal is grey)")
         ->required();
   }
   void run() {
     open();
     if (layer >= config.n_layer)
       fail("--layer: expected 0 to ", config.n_layer - 1, ", found ", layer);
+    if (config.attends(layer))
+      fail("--layer: expected a layer with a scan, found one with attention: ", layer);
     const std::vector<Token> ids = tokenizer().encode_prompt(read_prompt(prompt));
     check_ids(ids, config.vocab_size, "--prompt");
     const Index channels = config.version == 1 ? config.d_inner : config.n_heads;
@@ -1799,11 +2109,22 @@ struct Inspect : ModelFolder {
     write_safetensors(to + "memory.safetensors", {view("memory", seen.memory)});
     write_safetensors(to + "state_norm.safetensors",
                       {tensor_view("state_norm", {L}, seen.state_norm.data())});
-    // All of them span decades. Of the attention four are shown; above the diagonal it is log10(0).
-    const Matrix<float> log_mean = mean.array().log10();
-    write_heat_map(to + "attention.png", log_mean, log_mean.maxCoeff() - 4);
-    write_heat_map(to + "delta.png", seen.delta.transpose().array().log10());
-    write_heat_map(to + "memory.png", seen.memory.array().log10());
+    write_heat_maps(seen, mean, to);
+  }
+  /// All of them span decades, so colours go by log10.
+  static void write_heat_maps(const Inspection& seen, const Matrix<float>& attention,
+                              const std::string& to) {
+    // Four decades below the largest weight of an earlier token; above the diagonal it is log10(0).
+    // The diagonal, with D and what a token says of itself, would outshine the rest, and is grey.
+    Matrix<float> earlier = attention.array().log10();
+    earlier.diagonal().setConstant(NAN);
+    const float most = finite_range(earlier)[1];
+    write_heat_map(to + "attention.png", earlier, {most - 4, most});
+    // A row is a channel, beside its own mean: from a tenth of it to ten times.
+    const Matrix<float> relative = relative_delta(seen.delta).transpose().array().log10();
+    write_heat_map(to + "delta.png", relative, {-1, 1});
+    const Matrix<float> memory = seen.memory.array().log10();
+    write_heat_map(to + "memory.png", memory, finite_range(memory));
   }
 };
 
@@ -1838,13 +2159,23 @@ struct Info : ModelFolder {
       std::cout << std::left << std::setw(13) << name;
       (std::cout << ... << values) << "\n";
     };
-    row("model", c.version == 1 ? "Mamba" : "Mamba-2", ", ", checkpoint.where);
+    const auto attending = static_cast<Index>(c.attention_layers.size());
+    const bool transformer = attending == c.n_layer;
+    row("model",
+        transformer      ? "Transformer"
+        : c.version == 1 ? "Mamba"
+                         : "Mamba-2",
+        ", ", checkpoint.where);
     row("d_model", c.d_model), row("n_layer", c.n_layer), row("vocab_size", c.vocab_size);
-    row("d_inner", c.d_inner), row("d_state", c.d_state), row("d_conv", c.d_conv);
-    if (c.version == 1)
-      row("dt_rank", c.dt_rank);
-    else
+    if (!transformer) row("d_inner", c.d_inner), row("d_state", c.d_state), row("d_conv", c.d_conv);
+    if (!transformer && c.version == 1) row("dt_rank", c.dt_rank);
+    if (!transformer && c.version == 2)
       row("n_heads", c.n_heads), row("head_dim", c.head_dim), row("n_groups", c.n_groups);
+    const ssm::AttentionSizes& a = c.attention;
+    if (attending > 0)
+      row("attention", attending, " layers: ", a.n_heads, " heads of ", a.head_dim, ", ",
+          a.n_kv_heads, " of keys and values");
+    if (c.d_intermediate > 0) row("MLPs", c.d_intermediate, " wide");
     std::string ends, stored;
     for (const auto& [id, source] : end_tokens())
       ends += (ends.empty() ? "" : "; ") + std::to_string(id) + " (" + source + ")";
@@ -1860,7 +2191,13 @@ struct Info : ModelFolder {
     for (const auto& [name, count] : dtypes)
       stored += (stored.empty() ? "" : " ") + name + " (" + std::to_string(count) + ")";
     row("parameters", parameters), row("bytes", bytes), row("dtypes", stored);
-    row("state", 4 * c.n_layer * c.state_size(), " bytes a sequence, at any length");
+    Index state = 0;
+    for (Index l = 0; l < c.n_layer; ++l) state += 4 * c.state_size(l);
+    const Index a_token = 4 * attending * 2 * a.kv_width();
+    if (attending == 0)
+      row("state", state, " bytes a sequence, at any length");
+    else
+      row("state", state, " bytes a sequence and ", a_token, " for every token of it");
   }
 };
 
@@ -1875,6 +2212,11 @@ struct Convert : ModelFolder {
   }
   void run() {
     open();
+    if (config.original_only())
+      fail("cannot convert: ", checkpoint.where, ": the Hugging Face layout of Mamba has no ",
+           !config.attention_layers.empty() ? "attention layers"
+           : config.d_intermediate > 0      ? "MLPs"
+                                            : "LayerNorm");
     check_size(checkpoint, config);
     config.tie_embeddings = is_tied(checkpoint, config);
     std::vector<Tensor> tensors;

@@ -11,6 +11,9 @@
 //   Gu et al. 2021     Efficiently Modeling Long Sequences with Structured State Spaces  2111.00396
 //   Smith et al. 2022  S5: the associative scan for state spaces                         2208.04933
 //   Blelloch 1990      Prefix Sums and Their Applications                            CMU-CS-90-190
+//   Vaswani et al.     Attention Is All You Need, 2017                                   1706.03762
+//   Su et al. 2021     RoFormer: Enhanced Transformer with Rotary Position Embedding     2104.09864
+//   Dao et al. 2022    FlashAttention: exact attention by blocks                         2205.14135
 //
 // Glossary: name here = symbol in the papers, shape
 //   L            length of the sequence
@@ -23,6 +26,7 @@
 //   A            diagonal of the state matrix (d_inner, N), always negative: A = -exp(A_log)
 //   B, C         input and output vectors     (L, N)       D             skip weight (d_inner)
 //   Mamba-2:  n_heads H, head_dim P (d_inner = H P), n_groups G, A (H), delta (L, H), B, C (L, G N)
+//   attention:  q  queries (L, H P), k, v  keys and values (L, G P), T  tokens so far, L included
 //
 // The Mamba block (Mamba, Figure 3 and section 3.4)
 //
@@ -230,6 +234,29 @@ NormGradients<Scalar> rms_norm_backward(const Matrix<Scalar>& x, const Row<Scala
     d.weight += dout.row(t).cwiseProduct(n);
   }
   return d;
+}
+
+// Every row less its mean.  x (L, d)
+template <class Scalar>
+Matrix<Scalar> centred(const Matrix<Scalar>& x) {
+  return x.colwise() - x.rowwise().mean();
+}
+
+// layer_norm(x) = rms_norm(x - mean(x)) + bias, in models with "rms_norm": false.  bias (d)
+template <class Scalar>
+Matrix<Scalar> layer_norm(const Matrix<Scalar>& x, const Row<Scalar>& weight,
+                          const Row<Scalar>& bias, Scalar eps) {
+  expect_shape("layer_norm", "bias", bias, 1, x.cols());
+  return rms_norm(centred(x), weight, eps).rowwise() + bias;
+}
+
+// The mean depends on all channels alike: of c = x - mean(x), dx = dc - mean(dc). dbias = sum_t
+// dout_t is left to the caller.
+template <class Scalar>
+NormGradients<Scalar> layer_norm_backward(const Matrix<Scalar>& x, const Row<Scalar>& weight,
+                                          Scalar eps, const Matrix<Scalar>& dout) {
+  const NormGradients<Scalar> d = rms_norm_backward(centred(x), weight, eps, dout);
+  return {centred(d.x), d.weight};
 }
 
 // The norm at the end of a Mamba-2 block (Mamba-2, section 7.1): gate first, then normalize each of
@@ -1123,8 +1150,254 @@ Matrix<Scalar> implied_attention(const SsdInputs<Scalar>& in, const Matrix<Scala
 }
 
 // ============================================================================================
+// Causal attention, which a scan takes the place of
+// ============================================================================================
+//
+// Hybrid models keep it in some layers; a Transformer has nothing else. Every token has a query q,
+// a key k and a value v, and per head of P numbers (Vaswani et al., section 3.2.1)
+//   S[t, s] = q_t . k_s / sqrt(P)                                for s <= t
+//   p[t, s] = exp(S[t, s]) / sum_{s' <= t} exp(S[t, s'])
+//   out_t   = sum_{s <= t} p[t, s] v_s
+// Heads of queries that are neighbours may share a key and a value. Nothing of the past is summed
+// up: the state is all keys and values so far. It grows with the text, and with it what a token
+// costs, where a scan's state and cost stay the same.
+
+template <class Scalar>
+struct AttentionInputs {
+  View<Scalar> q;      // (L, H P)  head after head
+  View<Scalar> k, v;   // (L, G P)  for G groups of H / G neighbouring heads
+  Index head_dim = 0;  // P
+
+  Index n_heads() const { return q.cols() / head_dim; }
+  Index group(Index head) const { return head * (k.cols() / head_dim) / n_heads(); }
+};
+
+template <class Scalar>
+struct AttentionState {
+  Matrix<Scalar> keys, values;  // (T, G P)  of all T tokens so far
+};
+
+// The inputs fit each other and the state.
+template <class Scalar>
+void check_inputs(const char* operation, const AttentionInputs<Scalar>& in,
+                  const AttentionState<Scalar>& state) {
+  expect_split(operation, "q", in.q, in.head_dim);
+  expect_groups(operation, "k", in.k, in.q.rows(), in.head_dim, in.n_heads());
+  expect_shape(operation, "v", in.v, in.k.rows(), in.k.cols());
+  expect_shape(operation, "keys", state.keys, state.keys.rows(), in.k.cols());
+  expect_shape(operation, "values", state.values, state.keys.rows(), in.k.cols());
+}
+
+// The state takes the keys and values of L more tokens: T grows by L.
+template <class Scalar>
+void remember(const AttentionInputs<Scalar>& in, AttentionState<Scalar>& state) {
+  const Index T = state.keys.rows() + in.k.rows();
+  state.keys.conservativeResize(T, in.k.cols());
+  state.values.conservativeResize(T, in.v.cols());
+  state.keys.bottomRows(in.k.rows()) = in.k;
+  state.values.bottomRows(in.v.rows()) = in.v;
+}
+
+// p (L, T) of one head. q (L, P); keys (T, P); the queries are those of the last L of T tokens. The
+// largest S of a row is subtracted from all, so that exp cannot overflow.
+template <class Scalar>
+Matrix<Scalar> attention_weights(const View<Scalar>& q, const View<Scalar>& keys) {
+  const Index L = q.rows(), T = keys.rows();
+  Matrix<Scalar> p = q * keys.transpose() / sqrt(Scalar(q.cols()));
+  for (Index t = 0; t < L; ++t) {
+    auto seen = p.row(t).head(T - L + t + 1).array();
+    seen = (seen - seen.maxCoeff()).exp();
+    seen /= seen.sum();
+    p.row(t).tail(L - t - 1).setZero();
+  }
+  return p;
+}
+
+// One query after the other: the definition.  -> out (L, P)
+template <class Scalar>
+Matrix<Scalar> attend_sequential(const View<Scalar>& q, const View<Scalar>& keys,
+                                 const View<Scalar>& values) {
+  const Index L = q.rows(), past = keys.rows() - L;
+  Matrix<Scalar> out(L, q.cols());
+  for (Index t = 0; t < L; ++t) {
+    const Index T = past + t + 1;
+    out.row(t) = attention_weights<Scalar>(q.middleRows(t, 1), keys.topRows(T)) * values.topRows(T);
+  }
+  return out;
+}
+
+// A block of keys after the other, with a running softmax (Dao et al., algorithm 1): no row of p is
+// ever whole. A query keeps the largest S of the blocks so far, m, and in units of e^m
+//   total = sum_s exp(S[t, s] - m),      out = sum_s exp(S[t, s] - m) v_s
+// A block that raises m to m' first shrinks both by exp(m - m'). In the end out / total is left.
+template <class Scalar>
+Matrix<Scalar> attend_chunked(const View<Scalar>& q, const View<Scalar>& keys,
+                              const View<Scalar>& values, Index chunk) {
+  const Index L = q.rows(), T = keys.rows(), past = T - L;
+  Matrix<Scalar> out = Matrix<Scalar>::Zero(L, q.cols());
+  Row<Scalar> total = Row<Scalar>::Zero(L), m = Row<Scalar>::Zero(L);
+  for (Index first = 0; first < T; first += chunk) {
+    const Index count = std::min(chunk, T - first);
+    const Index begin = std::max<Index>(0, first - past);  // queries before it see nothing here
+    Matrix<Scalar> p = q.bottomRows(L - begin) * keys.middleRows(first, count).transpose() /
+                       sqrt(Scalar(q.cols()));
+    for (Index t = begin; t < L; ++t) {
+      const Index n = std::min(count, past + t + 1 - first);
+      auto seen = p.row(t - begin).head(n).array();
+      const Scalar largest = first == 0 ? seen.maxCoeff() : std::max(m(t), seen.maxCoeff());
+      const Scalar shrink = first == 0 ? Scalar(0) : exp(m(t) - largest);
+      seen = (seen - largest).exp();
+      p.row(t - begin).tail(count - n).setZero();
+      total(t) = shrink * total(t) + seen.sum();
+      out.row(t) *= shrink;
+      m(t) = largest;
+    }
+    out.bottomRows(L - begin) += p * values.middleRows(first, count);
+  }
+  return total.cwiseInverse().asDiagonal() * out;
+}
+
+// One head. q (L, P); keys, values (T, P), those of the queries' tokens last.  -> out (L, P)
+template <class Scalar>
+Matrix<Scalar> attend(const View<Scalar>& q, const View<Scalar>& keys, const View<Scalar>& values,
+                      Form form, Index chunk = kScanChunk) {
+  if (form == Form::parallel) return attention_weights(q, keys) * values;  // L T numbers
+  if (form == Form::chunked) return attend_chunked(q, keys, values, chunk);
+  return attend_sequential(q, keys, values);
+}
+
+// in: see AttentionInputs.  state: of the tokens before on entry, with these on return.
+// Returns out (L, H P).
+template <class Scalar>
+Matrix<Scalar> causal_attention(const AttentionInputs<Scalar>& in, AttentionState<Scalar>& state,
+                                Form form = Form::sequential, Index chunk = kScanChunk) {
+  check_inputs("causal_attention", in, state);
+  const Index P = in.head_dim;
+  remember(in, state);
+  Matrix<Scalar> out(in.q.rows(), in.q.cols());
+  for (Index i = 0; i < in.n_heads(); ++i) {
+    const Index g = in.group(i);
+    out.middleCols(i * P, P) =
+        attend<Scalar>(in.q.middleCols(i * P, P), state.keys.middleCols(g * P, P),
+                       state.values.middleCols(g * P, P), form, chunk);
+  }
+  return out;
+}
+
+// --- Its backward ---
+//
+//   dv_s     = sum_t p[t, s] dout_t,       dp[t, s] = dout_t . v_s
+//   dS[t, s] = p[t, s] (dp[t, s] - sum_s' p[t, s'] dp[t, s'])             of the softmax
+//   dq_t     = sum_s dS[t, s] k_s / sqrt(P),      dk_s = sum_t dS[t, s] q_t / sqrt(P)
+// The sum over s' is dout_t . out_t. Sums over t are over the queries of all heads of a group.
+
+template <class Scalar>
+struct AttentionGradients {  // shapes as in AttentionInputs
+  Matrix<Scalar> q, k, v;
+};
+
+// One head; adds to dkeys and dvalues (T, P), returns dq (L, P). p is made again, some queries at a
+// time.
+template <class Scalar>
+Matrix<Scalar> attend_backward(const View<Scalar>& q, const View<Scalar>& keys,
+                               const View<Scalar>& values, const View<Scalar>& dout,
+                               ConvState<Scalar> dkeys, ConvState<Scalar> dvalues) {
+  const Index L = q.rows(), past = keys.rows() - L;
+  const Scalar scale = 1 / sqrt(Scalar(q.cols()));
+  Matrix<Scalar> dq(L, q.cols());
+  for (Index t = 0; t < L; t += kScanChunk) {
+    const Index count = std::min(kScanChunk, L - t), T = past + t + count;
+    const auto q_t = q.middleRows(t, count), dout_t = dout.middleRows(t, count);
+    const Matrix<Scalar> p = attention_weights<Scalar>(q_t, keys.topRows(T));
+    const Matrix<Scalar> p_dp = p.cwiseProduct(dout_t * values.topRows(T).transpose());
+    const Matrix<Scalar> dS = scale * (p_dp - p_dp.rowwise().sum().asDiagonal() * p);
+    dq.middleRows(t, count) = dS * keys.topRows(T);
+    dkeys.topRows(T) += dS.transpose() * q_t;
+    dvalues.topRows(T) += p.transpose() * dout_t;
+  }
+  return dq;
+}
+
+// in: see AttentionInputs.  past: the state before.  dout (L, H P).  dstate: of the state after on
+// entry, (T, G P) each, of that before on return.
+template <class Scalar>
+AttentionGradients<Scalar> causal_attention_backward(const AttentionInputs<Scalar>& in,
+                                                     const AttentionState<Scalar>& past,
+                                                     const View<Scalar>& dout,
+                                                     AttentionState<Scalar>& dstate) {
+  check_inputs("causal_attention_backward", in, past);
+  expect_shape("causal_attention_backward", "dout", dout, in.q.rows(), in.q.cols());
+  const Index P = in.head_dim, L = in.q.rows(), before = past.keys.rows();
+  AttentionState<Scalar> state = past;
+  remember(in, state);
+  for (const auto* d : {&dstate.keys, &dstate.values})
+    expect_shape("causal_attention_backward", "dstate", *d, before + L, in.k.cols());
+  AttentionGradients<Scalar> d = {Matrix<Scalar>(L, in.q.cols()), {}, {}};
+  for (Index i = 0; i < in.n_heads(); ++i) {
+    const Index g = in.group(i) * P;
+    d.q.middleCols(i * P, P) = attend_backward<Scalar>(
+        in.q.middleCols(i * P, P), state.keys.middleCols(g, P), state.values.middleCols(g, P),
+        dout.middleCols(i * P, P), dstate.keys.middleCols(g, P), dstate.values.middleCols(g, P));
+  }
+  d.k = dstate.keys.bottomRows(L);
+  d.v = dstate.values.bottomRows(L);
+  dstate.keys.conservativeResize(before, Eigen::NoChange);
+  dstate.values.conservativeResize(before, Eigen::NoChange);
+  return d;
+}
+
+// Attention itself does not know the order of tokens. Rotary position (Su et al., section 3.2): the
+// first `turning` numbers of a head of P are points of the plane, the first half of them paired
+// with the second half, and point i of token t is turned by an angle:
+//   theta_i = t base^(-2 i / turning)
+//   out_i        = x_i cos(theta_i) - x_{i + half} sin(theta_i)
+//   out_{i+half} = x_i sin(theta_i) + x_{i + half} cos(theta_i)
+// A query and a key turned so have a product that depends on how far they are apart, and not on
+// where they are. x (L, heads P); `first`: the position of its first token. Angles are double:
+// in float, t theta would be far off at large t.
+template <class Scalar>
+Matrix<Scalar> rotary(const View<Scalar>& x, Index head_dim, Index turning, Index first,
+                      double base = 10000, double direction = 1) {
+  expect_split("rotary", "x", x, head_dim);
+  const Index half = turning / 2;
+  Matrix<Scalar> out = x;
+  for (Index t = 0; t < x.rows(); ++t) {
+    for (Index i = 0; i < half; ++i) {
+      const double frequency = std::pow(base, -2.0 * double(i) / double(turning));
+      const double theta = direction * double(first + t) * frequency;
+      const Scalar cosine = Scalar(std::cos(theta)), sine = Scalar(std::sin(theta));
+      for (Index c = i; c < x.cols(); c += head_dim) {
+        out(t, c) = x(t, c) * cosine - x(t, c + half) * sine;
+        out(t, c + half) = x(t, c) * sine + x(t, c + half) * cosine;
+      }
+    }
+  }
+  return out;
+}
+
+// A rotation's transpose turns the other way.
+template <class Scalar>
+Matrix<Scalar> rotary_backward(const View<Scalar>& dout, Index head_dim, Index turning, Index first,
+                               double base = 10000) {
+  return rotary(dout, head_dim, turning, first, base, -1);
+}
+
+// ============================================================================================
 // Blocks
 // ============================================================================================
+
+// Layers of a hybrid that have attention in place of a scan.
+struct AttentionSizes {
+  Index n_heads = 0, n_kv_heads = 0;  // H heads of queries, G of keys and values
+  Index head_dim = 0;                 // P
+  Index rotary_dim = 0;               // numbers of a head that turn; 0: none
+  Index d_conv = 0;                   // taps of a convolution over q, k and v; 0: none
+  double rotary_base = 10000;
+
+  Index q_width() const { return n_heads * head_dim; }
+  Index kv_width() const { return n_kv_heads * head_dim; }
+  Index in_proj_width() const { return q_width() + 2 * kv_width(); }
+};
 
 struct Sizes {
   int version = 1;  // 1: Mamba, 2: Mamba-2
@@ -1135,7 +1408,14 @@ struct Sizes {
   double norm_eps = 1e-5;
   double dt_min = 0;  // Mamba-2: limits of delta
   double dt_max = std::numeric_limits<double>::infinity();
+  bool rms_norm = true;                 // false: layer_norm
+  Index d_intermediate = 0;             // width of the MLP after each block; 0: none
+  std::vector<Index> attention_layers;  // of a hybrid, ascending
+  AttentionSizes attention;
 
+  bool attends(Index layer) const {
+    return std::binary_search(attention_layers.begin(), attention_layers.end(), layer);
+  }
   // What passes through the convolution: x in Mamba, [x | B | C] in Mamba-2.
   Index conv_width() const { return version == 1 ? d_inner : d_inner + 2 * n_groups * d_state; }
   Index in_proj_width() const {
@@ -1164,6 +1444,10 @@ struct Compute {
   static Matrix<Scalar> ssd(const SsdInputs<Scalar>& in, ScanState<Scalar> h, Form form) {
     return ssm::ssd<Scalar>(in, h, form);
   }
+  static Matrix<Scalar> causal_attention(const AttentionInputs<Scalar>& in,
+                                         AttentionState<Scalar>& state, Form form) {
+    return ssm::causal_attention<Scalar>(in, state, form);
+  }
 
   // dx = dy W, and dW = dy^T x is added to what is there: weights are used by many tokens.
   static Matrix<Scalar> linear_backward(const View<Scalar>& x, const Weight& W,
@@ -1190,7 +1474,7 @@ struct Compute {
 };
 
 template <class Scalar, class Weight = Matrix<Scalar>>
-struct Layer {
+struct Layer {                 // widths of a layer with attention: see AttentionSizes
   Row<Scalar> norm;            // (d_model)
   Weight in_proj;              // (in_proj_width, d_model)
   Row<Scalar> in_proj_bias;    // (in_proj_width) or empty
@@ -1203,16 +1487,29 @@ struct Layer {
   Row<Scalar> gated_norm;      // Mamba-2: (d_inner)
   Weight out_proj;             // (d_model, d_inner)
   Row<Scalar> out_proj_bias;   // (d_model) or empty
+  Row<Scalar> norm_bias;       // (d_model) of layer_norm, else empty
+  Row<Scalar> norm2;           // (d_model) with an MLP, else these are empty
+  Row<Scalar> norm2_bias;      // (d_model) of layer_norm
+  Weight fc1, fc2;             // (2 d_intermediate, d_model), (d_model, d_intermediate)
 };
 
-// All that a layer remembers of the past: its size does not depend on the length of the past.
+// All that a layer remembers of the past. With a scan its size does not depend on the length of the
+// past; with attention it does: `past` grows with every token.
 template <class Scalar>
 struct LayerState {
   Matrix<Scalar> conv;  // (d_conv - 1, conv_width)  the inputs the convolution still looks back to
-  StateMatrix<Scalar> h;  // (d_inner, N)
-  explicit LayerState(const Sizes& sizes)
-      : conv(Matrix<Scalar>::Zero(sizes.d_conv - 1, sizes.conv_width())),
-        h(StateMatrix<Scalar>::Zero(sizes.d_inner, sizes.d_state)) {}
+  StateMatrix<Scalar> h;        // (d_inner, N)
+  AttentionState<Scalar> past;  // (T, G P) twice; keys as rotary has turned them
+  LayerState(const Sizes& sizes, Index layer) {
+    const AttentionSizes& a = sizes.attention;
+    if (sizes.attends(layer)) {
+      conv = Matrix<Scalar>::Zero(std::max<Index>(0, a.d_conv - 1), a.in_proj_width());
+      past.keys = past.values = Matrix<Scalar>::Zero(0, a.kv_width());
+    } else {
+      conv = Matrix<Scalar>::Zero(sizes.d_conv - 1, sizes.conv_width());
+      h = StateMatrix<Scalar>::Zero(sizes.d_inner, sizes.d_state);
+    }
+  }
 };
 
 // What passed through one layer, for those who want to look inside: scan_inputs and ssd_inputs
@@ -1221,11 +1518,11 @@ template <class Scalar>
 struct Trace {
   Index layer = 0;           // the one to follow
   Matrix<Scalar> projected;  // (L, in_proj_width)
-  Matrix<Scalar> convolved;  // (L, conv_width)
+  Matrix<Scalar> convolved;  // (L, conv_width); attention: q, k and v, turned
   Matrix<Scalar> dt_B_C;     // Mamba: (L, dt_rank + 2 N)
   Matrix<Scalar> delta;      // Mamba: (L, d_inner)  before bias and softplus
   Matrix<Scalar> conv_out;   // (L, conv_width)  convolved, before silu
-  Matrix<Scalar> y;          // (L, d_inner)  output of the scan
+  Matrix<Scalar> y;          // (L, d_inner)  output of the scan; attention: (L, H P)
 };
 
 // How a sequence is walked; delta_ratio as in ScanInputs.
@@ -1234,7 +1531,8 @@ struct Options {
   Form form = Form::sequential;
   Scalar delta_ratio = Scalar(1);
   Trace<Scalar>* trace = nullptr;  // filled if given
-  // Filled if given: the residual stream before each layer and after the last, (L, d_model) each.
+  // Filled if given: the residual stream, (L, d_model), before each block and each MLP, and after
+  // the last.
   std::vector<Matrix<Scalar>>* residuals = nullptr;
 };
 
@@ -1411,11 +1709,121 @@ Matrix<Scalar> mamba2_block_backward(const Layer<Scalar, Weight>& w, const Sizes
   return linear_backward<Scalar>(u, w.in_proj, dzxBCdt, dw.in_proj, dw.in_proj_bias);
 }
 
+// What attention reads. qkv: output of in_proj or the convolution, turned.
+template <class Scalar>
+AttentionInputs<Scalar> attention_inputs(const AttentionSizes& a, const Matrix<Scalar>& qkv) {
+  return {qkv.leftCols(a.q_width()), qkv.middleCols(a.q_width(), a.kv_width()),
+          qkv.rightCols(a.kv_width()), a.head_dim};
+}
+
+// The attention block of a hybrid.
+//
+//   u ── in_proj ── q k v ── [causal_conv1d] ──┬── q, k ── rotary ──┐
+//                                              └── v ───── causal_attention ── out_proj
+// The convolution, if there is one, has no activation, and like every other its state is the last
+// of its inputs.
+template <class Scalar, class Weight>
+Matrix<Scalar> attention_block(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                               const Matrix<Scalar>& u, LayerState<Scalar>& state,
+                               const Options<Scalar>& options) {
+  using Op = Compute<Scalar, Weight>;
+  const AttentionSizes& a = sizes.attention;
+  const Index before = state.past.keys.rows(), P = a.head_dim, turning = a.rotary_dim;
+  const Matrix<Scalar> projected = linear<Scalar>(u, w.in_proj, w.in_proj_bias);
+  Matrix<Scalar> qkv = projected;  // (L, H P + 2 G P)
+  if (a.d_conv > 0) qkv = Op::causal_conv1d(projected, w.conv_weight, w.conv_bias, state.conv);
+  auto qk = qkv.leftCols(a.q_width() + a.kv_width());
+  qk = rotary<Scalar>(qk, P, turning, before, a.rotary_base);
+  const auto in = attention_inputs<Scalar>(a, qkv);
+  const Matrix<Scalar> y = Op::causal_attention(in, state.past, options.form);  // (L, H P)
+  if (options.trace) *options.trace = {options.trace->layer, projected, qkv, {}, {}, {}, y};
+  return linear<Scalar>(y, w.out_proj, w.out_proj_bias);
+}
+
+// As mamba_block_backward.
+template <class Scalar, class Weight>
+Matrix<Scalar> attention_block_backward(const Layer<Scalar, Weight>& w, const Sizes& sizes,
+                                        const Matrix<Scalar>& u, const LayerState<Scalar>& start,
+                                        const Matrix<Scalar>& dout, LayerState<Scalar>& dstate,
+                                        Layer<Scalar>& dw, const Options<Scalar>& options) {
+  using Op = Compute<Scalar, Weight>;
+  const AttentionSizes& a = sizes.attention;
+  const Index before = start.past.keys.rows();
+  Trace<Scalar> kept;
+  LayerState<Scalar> state = start;
+  attention_block(w, sizes, u, state, {options.form, options.delta_ratio, &kept});
+  const Matrix<Scalar> dy =
+      linear_backward<Scalar>(kept.y, w.out_proj, dout, dw.out_proj, dw.out_proj_bias);
+  const auto d = causal_attention_backward<Scalar>(attention_inputs<Scalar>(a, kept.convolved),
+                                                   start.past, dy, dstate.past);
+  Matrix<Scalar> dqkv(u.rows(), kept.convolved.cols());
+  dqkv << d.q, d.k, d.v;
+  auto dqk = dqkv.leftCols(a.q_width() + a.kv_width());
+  dqk = rotary_backward<Scalar>(dqk, a.head_dim, a.rotary_dim, before, a.rotary_base);
+  if (a.d_conv > 0) {
+    const auto conv = Op::causal_conv1d_backward(kept.projected, w.conv_weight, w.conv_bias,
+                                                 start.conv, dqkv, dstate.conv);
+    dqkv = conv.x;
+    dw.conv_weight += conv.weight;
+    dw.conv_bias += conv.bias;
+  }
+  return linear_backward<Scalar>(u, w.in_proj, dqkv, dw.in_proj, dw.in_proj_bias);
+}
+
+// The gated MLP, a layer's second step where there is one: fc1 makes x and a gate side by side,
+//   out = fc2 (x * silu(gate))                                          u (L, d_model) -> the same
+template <class Scalar, class Weight>
+Matrix<Scalar> gated_mlp(const Layer<Scalar, Weight>& w, const Matrix<Scalar>& u) {
+  const Matrix<Scalar> x_gate = linear<Scalar>(u, w.fc1);  // (L, 2 d_intermediate)
+  const Index width = x_gate.cols() / 2;
+  const Matrix<Scalar> x = x_gate.leftCols(width).array() * silu(x_gate.rightCols(width).array());
+  return linear<Scalar>(x, w.fc2);
+}
+
+//   dx = d(x * silu(gate)) * silu(gate),      dgate = d(x * silu(gate)) * x * silu'(gate)
+template <class Scalar, class Weight>
+Matrix<Scalar> gated_mlp_backward(const Layer<Scalar, Weight>& w, const Matrix<Scalar>& u,
+                                  const Matrix<Scalar>& dout, Layer<Scalar>& dw) {
+  using Op = Compute<Scalar, Weight>;
+  const Matrix<Scalar> x_gate = linear<Scalar>(u, w.fc1);
+  const Index width = x_gate.cols() / 2;
+  const auto x = x_gate.leftCols(width).array(), gate = x_gate.rightCols(width).array();
+  const Matrix<Scalar> gated = x * silu(gate);
+  const Matrix<Scalar> d = Op::linear_backward(gated, w.fc2, dout, dw.fc2);
+  Matrix<Scalar> dx_gate(u.rows(), 2 * width);
+  dx_gate.leftCols(width) = d.array() * silu(gate);
+  dx_gate.rightCols(width) = d.array() * x * silu_derivative(gate);
+  return Op::linear_backward(u, w.fc1, dx_gate, dw.fc1);
+}
+
+// The norm before a block, an MLP and the head.  x (L, d_model)
+template <class Scalar>
+Matrix<Scalar> norm(const Sizes& sizes, const Matrix<Scalar>& x, const Row<Scalar>& weight,
+                    const Row<Scalar>& bias) {
+  const Scalar eps = Scalar(sizes.norm_eps);
+  return sizes.rms_norm ? rms_norm(x, weight, eps) : layer_norm(x, weight, bias, eps);
+}
+
+// dout -> dx; adds to the gradients of weight and bias.
+template <class Scalar>
+Matrix<Scalar> norm_backward(const Sizes& sizes, const Matrix<Scalar>& x, const Row<Scalar>& weight,
+                             const Matrix<Scalar>& dout, Row<Scalar>& dweight, Row<Scalar>& dbias) {
+  const Scalar eps = Scalar(sizes.norm_eps);
+  const auto d = sizes.rms_norm ? rms_norm_backward(x, weight, eps, dout)
+                                : layer_norm_backward(x, weight, eps, dout);
+  dweight += d.weight;
+  if (dbias.size()) dbias += dout.colwise().sum();
+  return d.x;
+}
+
 // ============================================================================================
 // The language model
 // ============================================================================================
 //
-//   embedding ── [residual + block(rms_norm(residual))] x n_layer ── rms_norm ── lm_head ── logits
+//   embedding ── [residual + block(norm(residual))] x n_layer ── norm ── lm_head ── logits
+//
+// block: a Mamba block; in some layers of a hybrid an attention block. In models with MLPs each
+// layer has a second step, residual + gated_mlp(norm2(residual)).
 
 using Token = std::int32_t;
 
@@ -1427,12 +1835,15 @@ struct Model {
   Row<Scalar> norm_f;  // (d_model)
   Weight lm_head;      // (vocab_size or padded beyond, d_model), unless tied: then the embedding
   bool tied = true;
+  Row<Scalar> norm_f_bias;  // (d_model) of layer_norm, else empty
 };
 
 template <class Scalar>
 struct State {
   std::vector<LayerState<Scalar>> layers;
-  explicit State(const Sizes& sizes) : layers(sizes.n_layer, LayerState<Scalar>(sizes)) {}
+  explicit State(const Sizes& sizes) {
+    for (Index l = 0; l < sizes.n_layer; ++l) layers.emplace_back(sizes, l);
+  }
 };
 
 // ids (L) -> last hidden states after the final norm (L, d_model). `state` advances by L tokens: a
@@ -1441,22 +1852,28 @@ template <class Scalar, class Weight>
 Matrix<Scalar> backbone(const Model<Scalar, Weight>& model, const Token* ids, Index L,
                         State<Scalar>& state, const Options<Scalar>& options = {}) {
   const Sizes& sizes = model.sizes;
-  const auto block =
-      sizes.version == 1 ? mamba_block<Scalar, Weight> : mamba2_block<Scalar, Weight>;
+  const auto keep = [&](const Matrix<Scalar>& residual) {
+    if (options.residuals) options.residuals->push_back(residual);
+  };
   Matrix<Scalar> residual(L, sizes.d_model);
   for (Index t = 0; t < L; ++t) {
     residual.row(t) = Compute<Scalar, Weight>::row(model.embedding, ids[t]);
   }
   for (Index l = 0; l < sizes.n_layer; ++l) {
     const auto& w = model.layers[l];
-    if (options.residuals) options.residuals->push_back(residual);
+    const auto block = sizes.attends(l)     ? attention_block<Scalar, Weight>
+                       : sizes.version == 1 ? mamba_block<Scalar, Weight>
+                                            : mamba2_block<Scalar, Weight>;
     Options<Scalar> here = options;
     if (here.trace && here.trace->layer != l) here.trace = nullptr;
-    residual +=
-        block(w, sizes, rms_norm(residual, w.norm, Scalar(sizes.norm_eps)), state.layers[l], here);
+    keep(residual);
+    residual += block(w, sizes, norm(sizes, residual, w.norm, w.norm_bias), state.layers[l], here);
+    if (sizes.d_intermediate == 0) continue;
+    keep(residual);
+    residual += gated_mlp(w, norm(sizes, residual, w.norm2, w.norm2_bias));
   }
-  if (options.residuals) options.residuals->push_back(residual);
-  return rms_norm(residual, model.norm_f, Scalar(sizes.norm_eps));
+  keep(residual);
+  return norm(sizes, residual, model.norm_f, model.norm_f_bias);
 }
 
 // hidden (L, d_model) -> logits (L, vocab_size); columns that only pad the vocabulary are cut off.
@@ -1488,15 +1905,25 @@ Model<Scalar> zeros_like(const Model<Scalar, Weight>& model) {
                   {},
                   zeros_like(model.norm_f),
                   zeros_like(model.lm_head),
-                  model.tied};
+                  model.tied,
+                  zeros_like(model.norm_f_bias)};
   for (const Layer<Scalar, Weight>& w : model.layers) {
     d.layers.push_back({zeros_like(w.norm), zeros_like(w.in_proj), zeros_like(w.in_proj_bias),
                         zeros_like(w.conv_weight), zeros_like(w.conv_bias), zeros_like(w.x_proj),
                         zeros_like(w.dt_proj), zeros_like(w.dt_bias), zeros_like(w.A),
                         zeros_like(w.D), zeros_like(w.gated_norm), zeros_like(w.out_proj),
-                        zeros_like(w.out_proj_bias)});
+                        zeros_like(w.out_proj_bias), zeros_like(w.norm_bias), zeros_like(w.norm2),
+                        zeros_like(w.norm2_bias), zeros_like(w.fc1), zeros_like(w.fc2)});
   }
   return d;
+}
+template <class Scalar>
+State<Scalar> zeros_like(State<Scalar> state) {
+  for (LayerState<Scalar>& layer : state.layers) {
+    for (auto* m : {&layer.conv, &layer.past.keys, &layer.past.values}) m->setZero();
+    layer.h.setZero();
+  }
+  return state;
 }
 
 template <class Scalar>
@@ -1547,8 +1974,8 @@ double lm_head_backward(const Model<Scalar, Weight>& model, const Matrix<Scalar>
   return loss;
 }
 
-// residuals: of backbone's forward, the layers' inputs; all else each layer makes again. start: the
-// state that the forward began with. The gradient of residual + block(rms_norm(residual)) is that
+// residuals: of backbone's forward, the inputs of blocks and MLPs; all else is made again. start:
+// the state that the forward began with. The gradient of residual + block(norm(residual)) is that
 // of both paths, added.
 template <class Scalar, class Weight>
 void backbone_backward(const Model<Scalar, Weight>& model, const Token* ids,
@@ -1556,21 +1983,26 @@ void backbone_backward(const Model<Scalar, Weight>& model, const Token* ids,
                        const Matrix<Scalar>& dhidden, State<Scalar>& dstate,
                        Model<Scalar>& gradients, const Options<Scalar>& options) {
   const Sizes& sizes = model.sizes;
-  const Scalar eps = Scalar(sizes.norm_eps);
-  const auto block_backward = sizes.version == 1 ? mamba_block_backward<Scalar, Weight>
-                                                 : mamba2_block_backward<Scalar, Weight>;
-  const auto norm_f = rms_norm_backward(residuals.back(), model.norm_f, eps, dhidden);
-  gradients.norm_f += norm_f.weight;
-  Matrix<Scalar> dresidual = norm_f.x;
+  auto residual = residuals.end();  // the one that was kept last
+  Matrix<Scalar> dresidual = norm_backward(sizes, *--residual, model.norm_f, dhidden,
+                                           gradients.norm_f, gradients.norm_f_bias);
   for (Index l = sizes.n_layer; l-- > 0;) {
     const auto& w = model.layers[l];
     auto& dw = gradients.layers[l];
+    const auto block_backward = sizes.attends(l)     ? attention_block_backward<Scalar, Weight>
+                                : sizes.version == 1 ? mamba_block_backward<Scalar, Weight>
+                                                     : mamba2_block_backward<Scalar, Weight>;
+    if (sizes.d_intermediate > 0) {
+      const auto& x = *--residual;
+      const Matrix<Scalar> u = norm(sizes, x, w.norm2, w.norm2_bias);
+      const Matrix<Scalar> du = gated_mlp_backward(w, u, dresidual, dw);
+      dresidual += norm_backward(sizes, x, w.norm2, du, dw.norm2, dw.norm2_bias);
+    }
+    const auto& x = *--residual;
+    const Matrix<Scalar> u = norm(sizes, x, w.norm, w.norm_bias);
     const Matrix<Scalar> du =
-        block_backward(w, sizes, rms_norm(residuals[l], w.norm, eps), start.layers[l], dresidual,
-                       dstate.layers[l], dw, options);
-    const auto norm = rms_norm_backward(residuals[l], w.norm, eps, du);
-    dw.norm += norm.weight;
-    dresidual += norm.x;
+        block_backward(w, sizes, u, start.layers[l], dresidual, dstate.layers[l], dw, options);
+    dresidual += norm_backward(sizes, x, w.norm, du, dw.norm, dw.norm_bias);
   }
   for (Index t = 0; t < dresidual.rows(); ++t) gradients.embedding.row(ids[t]) += dresidual.row(t);
 }
@@ -1586,12 +2018,12 @@ double loss_and_gradients(const Model<Scalar, Weight>& model, const Token* ids,
                           Model<Scalar>& gradients, Options<Scalar> options = {},
                           State<Scalar>* dstate = nullptr) {
   const State<Scalar> start = state;
-  State<Scalar> alone(model.sizes);
   std::vector<Matrix<Scalar>> residuals;
   options.residuals = &residuals;
   const Matrix<Scalar> hidden = backbone(model, ids, L, state, options);
   Matrix<Scalar> dhidden(L, model.sizes.d_model);
   const double loss = lm_head_backward(model, hidden, targets, Scalar(scale), dhidden, gradients);
+  State<Scalar> alone = zeros_like(state);
   backbone_backward(model, ids, residuals, start, dhidden, dstate ? *dstate : alone, gradients,
                     options);
   return loss;

@@ -140,19 +140,20 @@ inline void submit(Work work) { captured ? captured->push_back(std::move(work)) 
 template <class Kernel, class... Arguments>
 void launch(Kernel k, dim3 grid, int threads, std::size_t shared_bytes, Arguments... arguments) {
   submit([=] {
-    if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || threads < 1 || threads > 1024 ||
-        shared_bytes > sizeof shared_memory)
+    if (grid.x == 0 || grid.y == 0 || grid.y > 65535 || grid.z - 1 > 65534 || threads < 1 ||
+        threads > 1024 || shared_bytes > sizeof shared_memory)
       give_up("invalid launch configuration");
     const Work body = [&] { k(arguments...); };
     kernel = &body;
     if (fibers.size() < std::size_t(threads)) fibers.resize(threads);
-    grid_size = {grid.x, grid.y, 1}, block_size = {unsigned(threads), 1, 1};
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        block = {x, y, 0};
-        std::memset(shared_memory, 0xff, shared_bytes);  // NaN in every type
-        run_block(threads, (x + y) % 2 != 0);
-      }
+    grid_size = {grid.x, grid.y, grid.z}, block_size = {unsigned(threads), 1, 1};
+    for (unsigned z = 0; z < grid.z; ++z)
+      for (unsigned y = 0; y < grid.y; ++y)
+        for (unsigned x = 0; x < grid.x; ++x) {
+          block = {x, y, z};
+          std::memset(shared_memory, 0xff, shared_bytes);  // NaN in every type
+          run_block(threads, (x + y + z) % 2 != 0);
+        }
   });
 }
 

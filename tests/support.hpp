@@ -38,7 +38,9 @@ inline std::optional<std::string> extra_data() {
 inline std::vector<std::string> golden_folders() {
   std::vector<std::string> folders = {root("tests/golden")};
   const char* given = std::getenv("MAMBA_TEST_DATA");
-  if (given && *given) folders.push_back(std::string(given) + "/golden");
+  if (given && *given)
+    for (const char* name : {"/golden", "/golden-hybrids"})
+      folders.push_back(given + std::string(name));
   return folders;
 }
 
@@ -156,7 +158,8 @@ struct Case {
 inline std::vector<Case> golden_models() {
   std::vector<Case> cases;
   for (const std::string& folder : golden_folders())
-    for (const std::string& path : files_matching(folder, "mamba")) {
+    for (const std::string& path : files_matching(folder, "")) {
+      if (!std::filesystem::exists(path + "/expected.safetensors")) continue;
       const mamba::Checkpoint file = mamba::read_safetensors(path + "/expected.safetensors");
       const auto& shape = file.at("logits").shape;  // (batch, L, vocab_size)
       const Matrix<double> logits = matrix<double>(file.at("logits"));

@@ -143,7 +143,7 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "layer_norm_epsilon: expected a number between 0 and 1"},
       {"other activation", R"({"model_type": "mamba", "hidden_act": "gelu"})",
        "hidden_act: expected silu, found '\"gelu\"'"},
-      {"layer norm", R"({"d_model": 64, "rms_norm": false})",
+      {"layer norm", R"({"model_type": "mamba2", "rms_norm": false})",
        "rms_norm: expected true, found 'false'"},
       {"no gated norm", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "rmsnorm": false}})",
        "rmsnorm: expected true"},
@@ -155,10 +155,12 @@ TEST_CASE("broken config: each of these ends in one line that names file, key an
        "D_has_hdim: expected false"},
       {"scan on some channels", R"({"d_model": 64, "ssm_cfg": {"layer": "Mamba2", "d_ssm": 64}})",
        "d_ssm: expected 128, found '64'"},
-      {"attention layers", R"({"d_model": 64, "attn_layer_idx": [3]})",
-       "attn_layer_idx: expected [], found '[3]'"},
-      {"MLP layers", R"({"d_model": 64, "d_intermediate": 256})",
-       "d_intermediate: expected 0, found '256'"},
+      {"attention layers without sizes", R"({"d_model": 64, "attn_layer_idx": [3]})",
+       "attn_cfg: causal: expected true"},
+      {"attention beyond the last layer", R"({"d_model": 64, "attn_layer_idx": [64]})",
+       "attn_layer_idx: expected layers below 64, found '[64]'"},
+      {"MLPs of negative width", R"({"d_model": 64, "d_intermediate": -1})",
+       "d_intermediate: expected an integer from 0"},
       {"token id is text", R"({"model_type": "mamba", "eos_token_id": ["</s>"]})",
        "eos_token_id: expected an integer"},
       {"token id beyond int32", R"({"model_type": "mamba", "bos_token_id": 5000000000})",
@@ -839,7 +841,10 @@ TEST_CASE("random damage: a config loads or ends in one line") {
           "layer_norm_epsilon": 1e-05})"s,
       R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "ssm_cfg": {"layer": "Mamba2",
           "d_state": 32, "headdim": 16, "ngroups": 2, "dt_limit": [0.0, Infinity]},
-          "attn_layer_idx": []})"s};
+          "attn_layer_idx": [], "attn_cfg": {}})"s,
+      R"({"d_model": 64, "n_layer": 3, "vocab_size": 523, "d_intermediate": 100, "rms_norm": true,
+          "attn_layer_idx": [0, 2], "attn_cfg": {"causal": true, "num_heads": 4, "head_dim": 16,
+          "num_heads_kv": 2, "rotary_emb_dim": 8, "d_conv": 4, "qkv_proj_bias": false}})"s};
   survive(seeds, "config.json", 3000, [](const std::string& folder) {
     const Config c = read_config(folder);
     REQUIRE((c.d_model > 0 && c.d_inner > 0 && c.d_state > 0 && c.d_conv > 0 && c.n_layer > 0 &&
@@ -847,5 +852,8 @@ TEST_CASE("random damage: a config loads or ends in one line") {
     REQUIRE((c.version == 1 ? c.dt_rank > 0
                             : c.n_heads * c.head_dim == c.d_inner && c.n_heads % c.n_groups == 0 &&
                                   c.chunk > 0));
+    const auto& a = c.attention;
+    REQUIRE((c.attention_layers.empty() ||
+             (a.n_heads % a.n_kv_heads == 0 && a.head_dim > 0 && a.rotary_dim <= a.head_dim)));
   });
 }

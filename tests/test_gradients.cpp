@@ -488,6 +488,84 @@ TEST_CASE("gradients: inputs that do not fit are refused with one line") {
                     "selective_scan_backward: h0: expected (4, 2), found (3, 2)");
 }
 
+// --- attention, rotary, layer_norm ---
+
+TEST_CASE(
+    "causal_attention: the backward is the finite differences, states included, cut anywhere") {
+  for (const Index kv_heads : {1, 2, 4}) {
+    Random random(9);
+    const Index L = 7, P = 3, before = 2;
+    Matrix<double> q = random.matrix<double>(L, 4 * P), k = random.matrix<double>(L, kv_heads * P);
+    Matrix<double> v = random.matrix<double>(L, kv_heads * P);
+    const Matrix<double> dout = random.matrix<double>(L, 4 * P);
+    using State = ssm::AttentionState<double>;
+    const auto random_past = [&](Index T) {
+      return State{random.matrix<double>(T, kv_heads * P), random.matrix<double>(T, kv_heads * P)};
+    };
+    State past = random_past(before);
+    const State dend = random_past(before + L);
+    const auto loss = [&] {
+      State state = past;
+      const auto out = ssm::causal_attention<double>({q, k, v, P}, state);
+      return dot(out, dout) + dot(state.keys, dend.keys) + dot(state.values, dend.values);
+    };
+    const Matrix<double> dq = differences(q, loss), dk = differences(k, loss);
+    const Matrix<double> dv = differences(v, loss), dkeys = differences(past.keys, loss);
+    for (Index cut = 0; cut <= L; ++cut) {
+      const auto piece = [&](Index first, Index count) {
+        return ssm::AttentionInputs<double>{q.middleRows(first, count), k.middleRows(first, count),
+                                            v.middleRows(first, count), P};
+      };
+      State middle = past, dstate = dend;
+      ssm::causal_attention(piece(0, cut), middle);
+      const auto late = ssm::causal_attention_backward<double>(piece(cut, L - cut), middle,
+                                                               dout.bottomRows(L - cut), dstate);
+      const auto early =
+          ssm::causal_attention_backward<double>(piece(0, cut), past, dout.topRows(cut), dstate);
+      Matrix<double> got_q(L, 4 * P), got_k(L, k.cols()), got_v(L, k.cols());
+      got_q << early.q, late.q;
+      got_k << early.k, late.k;
+      got_v << early.v, late.v;
+      CAPTURE(kv_heads, cut);
+      check_gradient("q", got_q, dq, kDifferences);
+      check_gradient("k", got_k, dk, kDifferences);
+      check_gradient("v", got_v, dv, kDifferences);
+      check_gradient("keys", dstate.keys, dkeys, kDifferences);
+    }
+  }
+}
+
+TEST_CASE("causal_attention: the backward of more queries than are taken at a time") {
+  Random random(10);
+  Matrix<double> q = random.matrix<double>(70, 2), k = random.matrix<double>(70, 2);
+  const Matrix<double> v = random.matrix<double>(70, 2), dout = random.matrix<double>(70, 2);
+  ssm::AttentionState<double> none, dstate;
+  none.keys = none.values = Matrix<double>(0, 2);
+  dstate.keys = dstate.values = Matrix<double>::Zero(70, 2);
+  const auto loss = [&] {
+    auto state = none;
+    return dot(ssm::causal_attention<double>({q, k, v, 2}, state), dout);
+  };
+  const auto got = ssm::causal_attention_backward<double>({q, k, v, 2}, none, dout, dstate);
+  check_gradient("q", got.q, differences(q, loss), kDifferences);
+  check_gradient("k", got.k, differences(k, loss), kDifferences);
+}
+
+TEST_CASE("rotary, layer_norm: the backward is the finite differences") {
+  Random random(11);
+  Matrix<double> x = random.matrix<double>(3, 10);
+  Row<double> weight = random.matrix<double>(1, 10);
+  const Row<double> bias = random.matrix<double>(1, 10);
+  const Matrix<double> dout = random.matrix<double>(3, 10);
+  const auto turned = [&] { return dot(ssm::rotary<double>(x, 5, 4, 6, 50), dout); };
+  check_gradient("rotary", ssm::rotary_backward<double>(dout, 5, 4, 6, 50), differences(x, turned),
+                 kDifferences);
+  const auto normed = [&] { return dot(ssm::layer_norm(x, weight, bias, 1e-3), dout); };
+  const auto d = ssm::layer_norm_backward(x, weight, 1e-3, dout);
+  check_gradient("x", d.x, differences(x, normed), kDifferences);
+  check_gradient("weight", d.weight, differences(weight, normed), kDifferences);
+}
+
 // --- whole models ---
 
 namespace {
@@ -499,7 +577,9 @@ struct SmallModel {
   ssm::Model<double> model;
   std::vector<Token> ids;
 
+  /// Version 3 is a hybrid: attention in the first layer, Mamba-2 in the second, MLPs in both.
   SmallModel(int version, bool options) : ids{3, 0, 6, 6, 2, 5, 1, 3, 4} {
+    if (version == 3) make_hybrid(options), version = 2;
     config.version = version, config.n_layer = 2, config.vocab_size = 7, config.d_model = 6;
     config.d_inner = 8, config.d_state = 3, config.d_conv = 4, config.dt_rank = 2;
     config.n_heads = 4, config.head_dim = 2, config.n_groups = options ? 2 : 1;
@@ -518,13 +598,22 @@ struct SmallModel {
       if (name.find("A_log") != std::string::npos) w = -w.cwiseAbs();
     });
   }
+  void make_hybrid(bool options) {
+    config.attention_layers = {0};
+    config.attention = {4, options ? 2 : 4, 4, options ? 2 : 4, options ? 3 : 0, 100};
+    config.attention_in_bias = config.attention_out_bias = options;
+    config.d_intermediate = 5, config.rms_norm = !options;
+  }
   Index length() const { return static_cast<Index>(ids.size()) - 1; }
 };
 
-ssm::State<double> random_state(const ssm::Sizes& sizes, std::uint64_t seed) {
+/// past: tokens that attention looks back to.
+ssm::State<double> random_state(const ssm::Sizes& sizes, std::uint64_t seed, Index past) {
   Random random(seed);
   ssm::State<double> state(sizes);
   for (auto& layer : state.layers) {
+    for (auto* m : {&layer.past.keys, &layer.past.values})
+      *m = random.matrix<double>(m->cols() ? past : 0, m->cols());
     layer.conv = random.matrix<double>(layer.conv.rows(), layer.conv.cols());
     layer.h = random.matrix<double>(layer.h.rows(), layer.h.cols());
   }
@@ -559,12 +648,12 @@ TEST_CASE("cross_entropy: the mean and its gradient, a target below 0 left out")
 }
 
 TEST_CASE("models: gradients of every weight and of the state are the finite differences") {
-  for (const int version : {1, 2})
+  for (const int version : {1, 2, 3})
     for (const bool options : {false, true}) {
       CAPTURE(version, options);
       SmallModel m(version, options);
-      auto start = random_state(m.config, 7);
-      const auto dend = random_state(m.config, 8);
+      auto start = random_state(m.config, 7, 3);
+      const auto dend = random_state(m.config, 8, 3 + m.length());
       ssm::Options<double> how;
       how.form = options ? Form::chunked : Form::sequential;
       how.delta_ratio = options ? 0.9 : 1;
@@ -574,9 +663,11 @@ TEST_CASE("models: gradients of every weight and of the state are the finite dif
         auto state = start;
         const Matrix<double> logits = ssm::forward(model, ids, m.length(), state, how);
         double sum = ssm::cross_entropy(logits, ids + 1, 1.0 / m.length()).loss;
-        for (std::size_t l = 0; l < 2; ++l)
-          sum += dot(state.layers[l].conv, dend.layers[l].conv) +
-                 dot(state.layers[l].h, dend.layers[l].h);
+        for (std::size_t l = 0; l < 2; ++l) {
+          const auto &layer = state.layers[l], &d = dend.layers[l];
+          sum += dot(layer.conv, d.conv) + dot(layer.h, d.h) + dot(layer.past.keys, d.past.keys) +
+                 dot(layer.past.values, d.past.values);
+        }
         return sum;
       };
       auto gradients = ssm::zeros_like(model);
@@ -595,23 +686,26 @@ TEST_CASE("models: gradients of every weight and of the state are the finite dif
         CAPTURE(l);
         check_gradient("conv", dstate.layers[l].conv, differences(layer.conv, loss), kDifferences);
         check_gradient("h", dstate.layers[l].h, differences(layer.h, loss), kDifferences);
+        const auto& dpast = dstate.layers[l].past;
+        check_gradient("keys", dpast.keys, differences(layer.past.keys, loss), kDifferences);
+        check_gradient("values", dpast.values, differences(layer.past.values, loss), kDifferences);
       }
     }
 }
 
 TEST_CASE("models: pieces of a text, last to first, add up to the gradients of the whole") {
-  for (const int version : {1, 2}) {
+  for (const int version : {1, 2, 3}) {
     SmallModel m(version, true);
     const Index L = m.length();
     const Token* ids = m.ids.data();
     const auto gradients_of = [&](const std::vector<Index>& cuts) {
-      std::vector<ssm::State<double>> starts = {random_state(m.config, 7)};
-      for (std::size_t i = 0; i + 2 < cuts.size(); ++i) {
+      std::vector<ssm::State<double>> starts = {random_state(m.config, 7, 3)};
+      for (std::size_t i = 0; i + 1 < cuts.size(); ++i) {
         starts.push_back(starts.back());
         ssm::forward(m.model, ids + cuts[i], cuts[i + 1] - cuts[i], starts.back());
       }
       auto gradients = ssm::zeros_like(m.model);
-      ssm::State<double> dstate(m.config);
+      auto dstate = ssm::zeros_like(starts.back());
       for (std::size_t i = cuts.size() - 1; i-- > 0;)
         ssm::loss_and_gradients(m.model, ids + cuts[i], ids + cuts[i] + 1, cuts[i + 1] - cuts[i],
                                 starts[i], 1.0 / L, gradients, {}, &dstate);

@@ -11,6 +11,8 @@ differentiated by torch. They share nothing with the C++ they judge. Sources:
 
   [1] Gu, Dao. Mamba: Linear-Time Sequence Modeling with Selective State Spaces. 2023.
   [2] Dao, Gu. Transformers are SSMs (Mamba-2). 2024.
+  [3] Vaswani et al. Attention Is All You Need. 2017.
+  [4] Su et al. RoFormer. 2021.
 
 Every run compares the model code with Hugging Face transformers (its plain PyTorch path).
 """
@@ -146,8 +148,43 @@ def mamba2_mixer(x, w, groups):
     return linear(gated_norm(y.flatten(-2), z, w["norm.weight"], groups), w, "out_proj")
 
 
+def layer_norm(x, weight, bias, eps=1e-5):
+    x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight + bias
+
+
+def rotary(x, dim, base):
+    """[4], the first dim numbers of each head as complex numbers. x (batch, L, heads, P)."""
+    t, i = torch.arange(x.shape[1]).double(), torch.arange(0, dim, 2).double()
+    turn = torch.polar(torch.ones(1).double(), t[:, None] * base ** (-i / dim))[:, None]
+    turned = torch.complex(*x[..., :dim].chunk(2, -1)) * turn
+    return torch.cat([turned.real, turned.imag, x[..., dim:]], -1)
+
+
+def attention_mixer(x, w, cfg):
+    """[3] section 3.2, with a convolution over q, k and v if there is one, and rotary position."""
+    H, P = cfg["num_heads"], cfg["head_dim"]
+    G = cfg.get("num_heads_kv", H)
+    qkv = linear(x, w, "in_proj")
+    if "conv1d.weight" in w:
+        qkv = causal_conv(qkv, w["conv1d.weight"], w["conv1d.bias"])
+    q, k, v = qkv.unflatten(-1, (H + 2 * G, P)).split([H, G, G], -2)
+    dim, base = cfg.get("rotary_emb_dim", 0), cfg.get("rotary_emb_base", 10000.0)
+    q, k = rotary(q, dim, base), rotary(k, dim, base)
+    k, v = (m.repeat_interleave(H // G, -2) for m in (k, v))
+    scores = torch.einsum("bthp,bshp->bhts", q, k) / P**0.5
+    later = torch.ones(x.shape[1], x.shape[1]).triu(1).bool()
+    p = scores.masked_fill(later, -torch.inf).softmax(-1)
+    return linear(torch.einsum("bhts,bshp->bthp", p, v).flatten(-2), w, "out_proj")
+
+
+def gated_mlp(x, w):
+    x, gate = linear(x, w, "fc1").chunk(2, -1)
+    return linear(x * silu(gate), w, "fc2")
+
+
 class Model:
-    """A checkpoint of either generation in either layout, in float64."""
+    """A checkpoint of either generation in either layout, in float64; also hybrids."""
 
     def __init__(self, config, tensors):
         names = [n.replace("backbone.", "").replace("embedding.", "embeddings.") for n in tensors]
@@ -155,8 +192,18 @@ class Model:
         self.vocab_size = config["vocab_size"]
         self.groups = config.get("n_groups") or config.get("ssm_cfg", {}).get("ngroups", 1)
         self.n_layer = config.get("n_layer") or config["num_hidden_layers"]
+        self.attn_cfg = config.get("attn_cfg")
+
+    def norm(self, x, name):
+        weight, bias = self.w[name + ".weight"], self.w.get(name + ".bias")
+        return rms_norm(x, weight) if bias is None else layer_norm(x, weight, bias)
+
+    def part(self, prefix):
+        return {k[len(prefix) :]: v for k, v in self.w.items() if k.startswith(prefix)}
 
     def mixer(self, x, w):
+        if "A_log" not in w:
+            return attention_mixer(x, w, self.attn_cfg)
         return mamba2_mixer(x, w, self.groups) if "dt_bias" in w else mamba1_mixer(x, w)
 
     def logits(self, ids):
@@ -164,11 +211,12 @@ class Model:
         w = self.w
         x = w["embeddings.weight"][ids]
         for layer in range(self.n_layer):
-            prefix = f"layers.{layer}.mixer."
-            mixer = {k[len(prefix) :]: v for k, v in w.items() if k.startswith(prefix)}
-            x = x + self.mixer(rms_norm(x, w[f"layers.{layer}.norm.weight"]), mixer)
+            name = f"layers.{layer}."
+            x = x + self.mixer(self.norm(x, name + "norm"), self.part(name + "mixer."))
+            if mlp := self.part(name + "mlp."):
+                x = x + gated_mlp(self.norm(x, name + "norm2"), mlp)
         head = w.get("lm_head.weight", w["embeddings.weight"])
-        return rms_norm(x, w["norm_f.weight"]) @ head[: self.vocab_size].T
+        return self.norm(x, "norm_f") @ head[: self.vocab_size].T
 
     def nll(self, ids):
         """-log p(ids[:, t+1] | ids[:, :t+1]), (batch, L - 1)."""
@@ -353,6 +401,41 @@ def mamba2_weights(rng, groups):
     yield "out_proj.weight", rng.normal(D_MODEL, D_INNER, scale=2 * D_INNER**-0.5)
 
 
+def attention_weights(rng, cfg):
+    q, kv = (cfg[n] * cfg["head_dim"] for n in ("num_heads", "num_heads_kv"))
+    yield "in_proj.weight", rng.normal(q + 2 * kv, D_MODEL, scale=D_MODEL**-0.5)
+    yield "out_proj.weight", rng.normal(D_MODEL, q, scale=2 * q**-0.5)
+    if cfg.get("qkv_proj_bias", True):
+        yield "in_proj.bias", rng.normal(q + 2 * kv, scale=0.3)
+    if cfg.get("out_proj_bias", True):
+        yield "out_proj.bias", rng.normal(D_MODEL, scale=0.3)
+    if cfg.get("d_conv"):
+        yield "conv1d.weight", rng.normal(q + 2 * kv, 1, cfg["d_conv"], scale=0.5)
+        yield "conv1d.bias", rng.normal(q + 2 * kv, scale=0.2)
+
+
+def hybrid_weights(rng, config, scan):
+    """The others by random_weights; here, as layer numbers come, scan or attention, then MLPs."""
+    w = random_weights(rng, lambda r: ())
+    norms = ["norm"] + ["norm2"] * (config["d_intermediate"] > 0)
+    width = -(-config["d_intermediate"] // 128) * 128
+    for layer in range(N_LAYER):
+        name = f"backbone.layers.{layer}."
+        attends = layer in config["attn_layer_idx"]
+        mixer = attention_weights(rng, config["attn_cfg"]) if attends else scan(rng)
+        w.update((name + "mixer." + part, tensor) for part, tensor in mixer)
+        for norm in norms:
+            w[f"{name}{norm}.weight"] = rng.normal(D_MODEL, mean=1.0, scale=0.3)
+            if not config["rms_norm"]:
+                w[f"{name}{norm}.bias"] = rng.normal(D_MODEL, scale=0.3)
+        if width:
+            w[name + "mlp.fc1.weight"] = rng.normal(2 * width, D_MODEL, scale=D_MODEL**-0.5)
+            w[name + "mlp.fc2.weight"] = rng.normal(D_MODEL, width, scale=2 * width**-0.5)
+    if not config["rms_norm"]:
+        w["backbone.norm_f.bias"] = rng.normal(D_MODEL, scale=0.3)
+    return w
+
+
 def random_weights(rng, mixer, untied=False):
     """Hugging Face names, vocabulary padded. Padding rows are large: a reader that forgets
     to cut them off picks them."""
@@ -440,6 +523,31 @@ def make_models(out):
     w = {k: v if keep_f32(k) else v.bfloat16() for k, v in w.items()}
     config = {**hf1, "use_bias": True, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
     make_hf(os.path.join(out, "mamba1-bias-bf16"), config, w, rng.ids(VOCAB, 2, 45))
+
+
+def make_hybrids(out):
+    """Attention in all, some or one of the layers: rotary over all, half or none of a head,
+    several queries a key, a convolution or none, biases or none; MLPs; LayerNorm."""
+    attn = {"causal": True, "head_dim": 16, "num_heads": 2, "num_heads_kv": 2}
+    bare = {"qkv_proj_bias": False, "out_proj_bias": False}
+    mamba2 = {"layer": "Mamba2", "d_state": D_STATE, "headdim": HEAD_DIM, "ngroups": 1}
+    models = {
+        "transformerpp": {"d_intermediate": 100, "ssm_cfg": {}, "attn_layer_idx": [0, 1, 2],
+                          "attn_cfg": {**attn, **bare, "d_conv": 0, "rotary_emb_dim": 16}},
+        "mamba2attn": {"d_intermediate": 0, "ssm_cfg": mamba2, "attn_layer_idx": [1],
+                       "attn_cfg": {**attn, **bare, "d_conv": 4, "num_heads": 6,
+                                    "rotary_emb_dim": 8}},
+        "mamba1attn-mlp": {"d_intermediate": 64, "ssm_cfg": {"dt_rank": DT_RANK},
+                           "attn_layer_idx": [0, 2], "rms_norm": False,
+                           "attn_cfg": {**attn, "head_dim": 24, "rotary_emb_dim": 0}},
+    }
+    scans = {"Mamba2": lambda r: mamba2_weights(r, groups=1)}
+    for i, (name, sizes) in enumerate(models.items()):
+        config = {**ORIGINAL, "tie_embeddings": True, **sizes}
+        rng = Random(300 + i)
+        scan = scans.get(sizes["ssm_cfg"].get("layer"), lambda r: mamba1_weights(r, False))
+        w = hybrid_weights(rng, config, scan)
+        make_original(os.path.join(out, name + "-original"), config, w, rng.ids(VOCAB, 2, 45))
 
 
 # ---------------------------------------------------------------- the shipped model
@@ -577,6 +685,7 @@ def main():
         make_scan(os.path.join(args.out, f"ssd_{name}.safetensors"), "ssd",
                   ssd_inputs(Random(200 + i), **shape), {})
     make_models(args.out)
+    make_hybrids(args.out)
     make_stories(args.out, os.path.join(HERE, "expected_stories.safetensors"))
     check(args.out)
 
