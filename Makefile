@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test mutants cuda test-cuda test-emulated debug fuzz bench evaluate notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -129,6 +129,27 @@ build/debug/tests: $(TESTS:build/%=build/debug/%)
 build/debug/mamba: mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) mamba.cpp -o $@ $(LIBS)
+
+# Lines of the headers that no test reaches: build/coverage/lines.txt names them.
+COVERED = ssm_reference|checkpoint|mamba|tokenizer|verify
+coverage: build/coverage/tests build/coverage/mamba  ## how many lines of the headers the CPU tests reach (needs gcovr)
+	find build/coverage -name '*.gcda' -delete
+	./build/coverage/tests
+	for t in command_line cases outputs training verify; do python3 tests/test_$$t.py build/coverage/mamba || exit; done
+	gcovr --root . --filter '($(COVERED))\.hpp' --exclude-throw-branches --txt build/coverage/lines.txt \
+	  --print-summary build/coverage
+	cat build/coverage/lines.txt
+
+build/coverage/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/coverage
+	$(CXX) -std=c++17 -O1 --coverage -I. -c $< -o $@ $(LIBS)
+
+build/coverage/tests: $(TESTS:build/%=build/coverage/%)
+	$(CXX) --coverage $^ -o $@ $(LIBS) $(CATCH2)
+
+build/coverage/mamba: mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/coverage
+	$(CXX) -std=c++17 -O1 --coverage mamba.cpp -o $@ $(LIBS)
 
 # Readers under random bytes, this long each: make fuzz SECONDS=600
 SECONDS ?= 60
