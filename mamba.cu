@@ -84,7 +84,6 @@
 #include <atomic>
 #include <cub/device/device_radix_sort.cuh>
 #include <future>
-#include <mutex>
 
 namespace mamba {
 
@@ -8459,7 +8458,6 @@ struct Nccl {
   int (*get_unique_id)(Id*);
   int (*comm_init_rank)(Comm*, int count, Id, int rank);
   int (*all_reduce)(const void* from, void* to, size_t n, int type, int what, Comm, cudaStream_t);
-  int (*get_async_error)(Comm, int* error);
   const char* (*error_string)(int);
 
   Nccl() {
@@ -8474,7 +8472,6 @@ struct Nccl {
     find("ncclGetUniqueId", get_unique_id);
     find("ncclCommInitRank", comm_init_rank);
     find("ncclAllReduce", all_reduce);
-    find("ncclCommGetAsyncError", get_async_error);
     find("ncclGetErrorString", error_string);
   }
   void check(int error, const char* call) const {
@@ -8500,10 +8497,6 @@ class Lifeline {
     for (const int socket : sockets_) ::send(socket, &m, sizeof m, MSG_NOSIGNAL);
   }
   Message wait_for_id() { return id_.get_future().get(); }
-  void watch_errors(std::function<std::string()> any) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    error_ = std::move(any);
-  }
 
   /// This rank ends by an error. Rank 0 says so when this returns; from others it does not.
   void failed(const char* why) {
@@ -8523,11 +8516,7 @@ class Lifeline {
     std::vector<pollfd> polls;
     for (const int socket : sockets_) polls.push_back({socket, POLLIN, 0});
     for (size_t left = polls.size(); left > 0;) {
-      ::poll(polls.data(), polls.size(), 1000);
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (const std::string error = error_ ? error_() : ""; !error.empty()) end(rank_, error);
-      }
+      ::poll(polls.data(), polls.size(), -1);
       for (size_t i = 0; i < polls.size(); ++i) {
         if (polls[i].revents == 0) continue;
         Message m;
@@ -8539,7 +8528,7 @@ class Lifeline {
         else if (m.kind == 'x')
           ::_exit(1);
         else
-          end(rank_ == 0 ? Index(i) + 1 : 0, m.kind == 'e' ? m.text : "it was lost");
+          end(rank_ == 0 ? Index(i) + 1 : 0, m.kind == 'e' ? m.text : "it ended without a word");
       }
     }
     over_.set_value();
@@ -8547,7 +8536,7 @@ class Lifeline {
   [[noreturn]] void end(Index of, const std::string& why) {
     if (ending_.exchange(true)) sleep_forever();
     const std::string line =
-        std::string(CudaEngine::kName) + ": train: rank " + std::to_string(of) + ": " + why + "\n";
+        std::string(CudaEngine::kName) + ": rank " + std::to_string(of) + ": " + why + "\n";
     if (::write(2, line.data(), line.size()) >= 0) send(rank_ == 0 ? 'x' : 'e', why);
     ::_exit(1);
   }
@@ -8560,16 +8549,13 @@ class Lifeline {
   std::atomic<bool> ending_{false};
   std::promise<Message> id_;
   std::promise<void> over_;
-  std::mutex mutex_;
-  std::function<std::string()> error_;
 };
 
 // NCCL between the ranks, on a stream of its own.
 class CudaRanks : public Ranks {
  public:
-  CudaRanks(Index rank_, Index count_, int device, Lifeline& lifeline) {
+  CudaRanks(Index rank_, Index count_, Lifeline& lifeline) {
     rank = rank_, count = count_;
-    use_device(device);
     nccl_ = std::make_unique<Nccl>();
     Nccl::Id id;
     if (rank == 0) {
@@ -8580,11 +8566,6 @@ class CudaRanks : public Ranks {
     }
     nccl_->check(nccl_->comm_init_rank(&comm_, int(count), id, int(rank)), "ncclCommInitRank");
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
-    lifeline.watch_errors([nccl = *nccl_, comm = comm_] {
-      int error = 0;
-      nccl.get_async_error(comm, &error);
-      return error == 0 ? "" : std::string("NCCL: ") + nccl.error_string(error);
-    });
   }
   void sum(std::vector<double>& numbers) override {
     sums_.grow(numbers.size());
@@ -8951,56 +8932,67 @@ inline void CudaLearner::carry(const std::vector<ssm::State<float>>& states) {
 
 // --- mamba train on several GPUs -----------------------------------------------------------------
 
-// The variable that a launcher sets.
-inline Index rank_variable(const char* name, Index least, Index most, Index otherwise) {
+// The number that a launcher set.
+inline Index rank_variable(const char* name, Index least, Index most) {
   const char* const text = std::getenv(name);
-  if (!text) return otherwise;
-  const std::vector<Token> number = parse_ids(text, name);
+  const std::vector<Token> number = parse_ids(text ? text : "", name);
   if (number.size() != 1 || number[0] < least || number[0] > most)
-    fail_usage(name, ": expected a number from ", least, " to ", most, ", found ", quote(text));
+    fail_usage(name, ": expected a number from ", least, " to ", most, ", found ",
+               quote(text ? text : ""));
   return number[0];
 }
 
-// The sockets of rank 0 to all others, or of another to rank 0, at host:port.
-inline std::vector<int> meet_ranks(Index rank, Index count, const std::string& address) {
-  const size_t colon = std::min(address.rfind(':'), address.size());
-  addrinfo hints = {}, *at = nullptr;
-  hints.ai_socktype = SOCK_STREAM;
-  if (colon + 1 >= address.size() ||
-      ::getaddrinfo(address.substr(0, colon).c_str(), &address[colon + 1], &hints, &at) != 0)
-    fail("NCCL_COMM_ID: expected the host:port of rank 0, found ", quote(address));
-  const auto open = [&] { return ::socket(at->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0); };
-  const auto refuse = [&] { fail("NCCL_COMM_ID: ", address, ": ", std::strerror(errno)); };
-  constexpr int kSeconds = 300;
-  if (rank > 0) {
-    for (int tries = 0;; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(100))) {
-      const int socket = open(), me = int(rank);
-      if (::connect(socket, at->ai_addr, at->ai_addrlen) == 0 &&
-          ::send(socket, &me, sizeof me, MSG_NOSIGNAL) == sizeof me)
-        return {socket};
-      ::close(socket);
-      if (tries > 10 * kSeconds) refuse();
-    }
+constexpr int kRankSeconds = 300;  // in which all ranks are to be there
+
+// The socket of another rank to rank 0, which says who called.
+inline int call_rank_0(const addrinfo& at, int rank) {
+  for (int tries = 0;; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(100))) {
+    const int socket = ::socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (::connect(socket, at.ai_addr, at.ai_addrlen) == 0 &&
+        ::send(socket, &rank, sizeof rank, MSG_NOSIGNAL) == sizeof rank)
+      return socket;
+    check_call(tries < 10 * kRankSeconds, "cannot reach", "rank 0 (NCCL_COMM_ID)");
+    ::close(socket);
   }
-  const int door = open(), yes = 1;
+}
+
+// The sockets of rank 0 to all others.
+inline std::vector<int> await_ranks(const addrinfo& at, Index count) {
+  const int door = ::socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0), yes = 1;
   ::setsockopt(door, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
-  if (::bind(door, at->ai_addr, at->ai_addrlen) != 0 || ::listen(door, int(count)) != 0) refuse();
+  check_call(::bind(door, at.ai_addr, at.ai_addrlen) == 0 && ::listen(door, int(count)) == 0,
+             "cannot listen", "NCCL_COMM_ID");
   std::vector<int> sockets(static_cast<size_t>(count - 1), -1);
   for (Index there = 1; there < count;) {
     pollfd wait = {door, POLLIN, 0};
-    if (::poll(&wait, 1, 1000 * kSeconds) < 1)
-      fail("NCCL_COMM_ID: ", address, ": expected ", count, " ranks within ", kSeconds,
-           " seconds, found ", there);
-    int other = 0;
+    if (::poll(&wait, 1, 1000 * kRankSeconds) < 1)
+      fail("WORLD_SIZE: expected ", count, " ranks within ", kRankSeconds, " s, found ", there);
     const int socket = ::accept4(door, nullptr, nullptr, SOCK_CLOEXEC);
-    if (::recv(socket, &other, sizeof other, MSG_WAITALL) == sizeof other && other > 0 &&
-        other < count && sockets[other - 1] < 0)
+    int other = 0;
+    const bool told = ::recv(socket, &other, sizeof other, MSG_WAITALL) == sizeof other;
+    if (told && other > 0 && other < count && sockets[other - 1] < 0)
       sockets[other - 1] = socket, ++there;
     else
       ::close(socket);
   }
   ::close(door);
   return sockets;
+}
+
+// Joins the programs that a launcher started.
+inline std::vector<int> join_ranks(Index& rank, Index count, int& device) {
+  rank = rank_variable("RANK", 0, count - 1);
+  device = int(rank_variable("LOCAL_RANK", 0, 1024));
+  const char* const variable = std::getenv("NCCL_COMM_ID");
+  const std::string address = variable ? variable : "";
+  const size_t colon = std::min(address.rfind(':'), address.size());
+  addrinfo hints = {}, *at = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  if (colon + 1 >= address.size() ||
+      ::getaddrinfo(address.substr(0, colon).c_str(), &address[colon + 1], &hints, &at) != 0)
+    fail_usage("NCCL_COMM_ID: expected host:port of rank 0, found ", quote(address));
+  ::unsetenv("NCCL_COMM_ID");  // that port is ours: NCCL finds one for itself
+  return rank == 0 ? await_ranks(*at, count) : std::vector<int>{call_rank_0(*at, int(rank))};
 }
 
 // Becomes `count` programs, of which this one is rank 0; they end when it ends.
@@ -9027,6 +9019,7 @@ inline std::vector<int> fork_ranks(Index& rank, Index count) {
 }
 
 struct CudaTrain : Train<CudaEngine> {
+  static constexpr Index kMostRanks = 1024;
   Index gpus = 1;
 
   void declare(CLI::App* sub) {
@@ -9034,32 +9027,24 @@ struct CudaTrain : Train<CudaEngine> {
     sub->add_option("--gpus", gpus,
                     "how many learn together, each from --accumulate batches a step; or RANK, "
                     "WORLD_SIZE, LOCAL_RANK and NCCL_COMM_ID=host:port are set for each of them")
-        ->check(CLI::Range(1, 1024))
+        ->check(CLI::Range(Index{1}, kMostRanks))
         ->excludes("--device");
   }
 
   void run() {
-    const Index count = gpus > 1 ? gpus : rank_variable("WORLD_SIZE", 1, 1024, 1);
+    const bool launched = gpus == 1 && std::getenv("WORLD_SIZE");
+    const Index count = launched ? rank_variable("WORLD_SIZE", 1, kMostRanks) : gpus;
     if (count == 1) return Train::run();
     if (data_options.carry_state) fail_usage("--carry-state: expected one GPU, found ", count);
     Index rank = 0;
-    std::vector<int> sockets;
-    if (gpus > 1) {
-      sockets = fork_ranks(rank, count);
-      engine_options.device = int(rank);
-    } else {
-      const char* const address = std::getenv("NCCL_COMM_ID");
-      rank = rank_variable("RANK", 0, count - 1, 0);
-      engine_options.device = int(rank_variable("LOCAL_RANK", 0, 1024, rank));
-      if (!address || !std::getenv("RANK"))
-        fail_usage("WORLD_SIZE: expected RANK and NCCL_COMM_ID=host:port beside it");
-      sockets = meet_ranks(rank, count, address);
-      ::unsetenv("NCCL_COMM_ID");  // the port is taken: NCCL is to find one of its own
-    }
+    const std::vector<int> sockets =
+        launched ? join_ranks(rank, count, engine_options.device) : fork_ranks(rank, count);
+    if (!launched) engine_options.device = int(rank);
     if (rank > 0) std::cerr.setstate(std::ios::failbit);  // rank 0 speaks
     static Lifeline* const lifeline = new Lifeline(rank, sockets);
     try {
-      options.ranks = std::make_shared<CudaRanks>(rank, count, engine_options.device, *lifeline);
+      use_device(engine_options.device);
+      options.ranks = std::make_shared<CudaRanks>(rank, count, *lifeline);
       engine_options.ranks = options.ranks.get();
       Train::run();
     } catch (const std::exception& error) {

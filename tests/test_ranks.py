@@ -19,6 +19,7 @@ import tempfile
 import time
 
 PROGRAM = os.path.abspath(sys.argv[1])
+PROGRAM_NAME = "mamba_cuda: "  # begins the line that ends a run
 passed = failed = 0
 TINY = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 16, "state_size": 16, "expand": 2,
         "conv_kernel": 4, "time_step_rank": 2, "eos_token_id": None, "bos_token_id": None, "tie_word_embeddings": False}
@@ -76,7 +77,16 @@ def wait_until(condition, seconds=120):
         time.sleep(0.02)
 
 
-def same_as_one(folder, common, **one_gpu):
+def launch(arguments, of_rank_1=()):
+    """Rank 0 and rank 1 of two, as a launcher starts them."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = "127.0.0.1:%d" % s.getsockname()[1]
+    return [start(*arguments, *more, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, NCCL_COMM_ID=address)
+            for rank, more in ((0, ()), (1, of_rank_1))]
+
+
+def same_as_one(folder, common):
     """Twice two ranks, by --gpus and by a launcher's variables, against one that accumulates twice as much."""
     out = {name: f"{folder}/{name}" for name in ("one", "two", "again", "launched")}
     r = run(*common, "--accumulate", 4, "--out", out["one"])
@@ -84,12 +94,7 @@ def same_as_one(folder, common, **one_gpu):
     for name in ("two", "again"):
         r = run(*common, "--accumulate", 2, "--gpus", 2, "--out", out[name], "--log", f"{out[name]}.csv")
         claim("train --gpus 2", r.returncode == 0 and " left" in r.stderr, r.stderr)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = "127.0.0.1:%d" % s.getsockname()[1]
-    both = [start(*common, "--accumulate", 2, "--out", out["launched"], RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2,
-                  NCCL_COMM_ID=address) for rank in (1, 0)]
-    for r in map(end, both):
+    for r in map(end, launch([*common, "--accumulate", 2, "--out", out["launched"]])):
         claim("train: as a launcher starts it", r.returncode == 0, r.stderr)
     file = "trainer.safetensors"
     far = distance(f"{out['one']}/{file}", f"{out['two']}/{file}")
@@ -99,7 +104,7 @@ def same_as_one(folder, common, **one_gpu):
               tensors(f"{out['two']}/{file}") == tensors(f"{out[name]}/{file}"))
     claim("train: the log has a row for each step", len(list(csv.reader(open(f"{out['two']}.csv")))) == 1 + 4)
     print(f"two GPUs against one that accumulates: {far:.1e}")
-    r = run(*common, "--accumulate", 4, "--out", out["two"], "--resume")
+    r = run(*common, "--accumulate", 2, "--out", out["two"], "--resume")
     claim("train: goes on with as many GPUs only", r.returncode == 1 and "gpus: expected 2" in r.stderr, r.stderr)
 
 
@@ -123,7 +128,12 @@ def ends_together(folder, common):
         claim("train: both ranks end", not os.path.exists(f"/proc/{other}"))
         if i % 2 == 0:
             claim("train: a killed rank ends all, in one line",
-                  p.returncode == 1 and "rank 1: it was lost" in p.stderr.splitlines()[-1], (p.returncode, p.stderr))
+                  p.returncode == 1 and "rank 1: it ended without a word" in p.stderr.splitlines()[-1], (p.returncode, p.stderr))
+    p = launch([*common[:-4], "--save-every", 2, "--out", f"{folder}/launched"])
+    wait_until(lambda: os.path.exists(f"{folder}/launched/trainer.safetensors"))
+    p[0].kill()
+    r = [end(each) for each in p][1]
+    claim("train: rank 0 killed, rank 1 says so", r.returncode == 1 and r.stderr.count("rank 0: it ended") == 1, r.stderr)
     r = run(*common, "--out", cut, "--resume")
     claim("train --gpus 2: six times killed and gone on with", r.returncode == 0, r.stderr)
     for file in ("trainer.safetensors", "model.safetensors"):
@@ -134,16 +144,14 @@ def ends_together(folder, common):
 def refuses(folder, common):
     def one_line(name, wanted, status, *arguments, **variables):
         r = run(*arguments, **variables)
-        claim(f"train: {name}: one line", r.returncode == status and wanted in r.stderr and r.stderr.count("\n") == 1,
+        claim(f"train: {name}: one line", r.returncode == status and wanted in r.stderr and r.stderr.count(PROGRAM_NAME) == 1,
               (r.returncode, r.stderr))
     out = ["--out", f"{folder}/none"]
     one_line("bad data on all ranks", "line 1", 1, *common[:2], "--data", write(f"{folder}/bad.jsonl", "{\n"), *out, "--gpus", 2)
     one_line("carried states", "--carry-state", 2, *common[:2], "--data", common[3], "--carry-state", *out, "--gpus", 2)
     one_line("a loss that is no number", "finite", 1, *common, "--lr", "1e30", "--clip", 0, *out, "--gpus", 2)
     one_line("WORLD_SIZE alone", "NCCL_COMM_ID", 2, *common, *out, WORLD_SIZE=2, RANK=0)
-    p = [start(*common, *more, "--out", f"{folder}/none", RANK=rank, WORLD_SIZE=2, NCCL_COMM_ID="127.0.0.1:29517")
-         for rank, more in ((0, []), (1, ["--seed", 2]))]
-    for rank, r in enumerate(map(end, p)):
+    for rank, r in enumerate(map(end, launch([*common, *out], ["--seed", 2]))):
         claim("train: other options on another rank", r.returncode == 1 and ("same options" in r.stderr) == (rank == 0), r.stderr)
     claim("train: what was refused left no model", not os.path.exists(f"{folder}/none/model.safetensors"))
 
