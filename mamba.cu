@@ -8461,7 +8461,8 @@ struct Nccl {
   const char* (*error_string)(int);
 
   Nccl() {
-    ::setenv("NCCL_ALGO", "Ring", 0);  // sums in one order, the same in every run
+    ::setenv("NCCL_ALGO", "Ring", 0);      // sums in one order, the same in every run,
+    ::setenv("NCCL_NVLS_ENABLE", "0", 0);  // and not in the switches between the GPUs
     void* const library = ::dlopen("libnccl.so.2", RTLD_NOW);
     if (!library) fail("no NCCL (NVIDIA's library for several GPUs): ", ::dlerror());
     const auto find = [&](const char* name, auto& function) {
