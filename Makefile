@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test mutants cuda test-cuda test-emulated debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated test-ranks debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -111,6 +111,16 @@ build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.h
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
 	@mkdir -p build/emulated
 	$(CXX) -std=c++17 -O2 $(WARNINGS) -isystem $(CUDA_INCLUDE) -c $< -o $@
+
+test-ranks: build/emulated/mamba_cuda build/emulated/libnccl.so.2  ## training on two emulated GPUs, with a stand-in for NCCL
+	LD_LIBRARY_PATH=build/emulated python3 tests/test_ranks.py build/emulated/mamba_cuda
+
+build/emulated/mamba_cuda: build/emulated/mamba.cu build/emulated/emulate_runtime.o tests/emulate.hpp $(HEADERS)
+	$(CXX) -std=c++17 -O0 -w -Itests -I. -isystem $(CUDA_INCLUDE) -x c++ $< -x none build/emulated/emulate_runtime.o -o $@ $(LIBS)
+
+build/emulated/libnccl.so.2: tests/fake_nccl.cpp
+	@mkdir -p build/emulated
+	$(CXX) -std=c++17 -O1 $(WARNINGS) -shared -fPIC $< -o $@
 
 SANITIZE = -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer

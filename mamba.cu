@@ -76,8 +76,16 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <netdb.h>
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
 
+#include <atomic>
 #include <cub/device/device_radix_sort.cuh>
+#include <future>
 
 namespace mamba {
 
@@ -165,6 +173,7 @@ class Event {
   ~Event() { cudaEventDestroy(event_); }
   void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
   void wait() { CUDA_CHECK(cudaEventSynchronize(event_)); }
+  void hold(cudaStream_t stream) { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
   double milliseconds_to(const Event& later) const {
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, event_, later.event_));
@@ -4790,6 +4799,25 @@ inline void use_device(int device) {
   }
 }
 
+/// FLOP/s of all matrix units at the highest clock, without sparsity; 0 if not known. Products of
+/// float32 are exact here, so no matrix unit is in them.
+inline double matrix_peak(DType dtype, int device) {
+  const auto get = [device](cudaDeviceAttr attribute) {
+    int v = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&v, attribute, device));
+    return v;
+  };
+  const int capability =
+      10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  // of a multiprocessor and a cycle, in 16 bits and in float32
+  const std::map<int, std::pair<int, int>> known = {
+      {80, {2048, 128}}, {90, {4096, 256}}, {100, {8192, 256}}};
+  const auto found = known.find(capability);
+  if (found == known.end()) return 0;
+  return 1e3 * get(cudaDevAttrClockRate) * get(cudaDevAttrMultiProcessorCount) *
+         (dtype == DType::F32 ? found->second.second : found->second.first);
+}
+
 class CudaLearner;  // below, with all that is for gradients
 
 class CudaEngine {
@@ -4802,6 +4830,9 @@ class CudaEngine {
 
   using State = DeviceState;
   using Learner = CudaLearner;
+  static double peak(const EngineOptions& o) {
+    return matrix_peak(o.dtype.value_or(DType::F32), o.device);
+  }
 
   CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
@@ -7965,6 +7996,7 @@ struct ComputeBackward {
   const Compute<T>& forward;
   const FloatModel& gradients;
   TrainingRoom& room;
+  std::function<void(const float*)> done = {};  // gradients from there on (FlatModel) are final
   using Tokens = typename Compute<T>::Tokens;
 
   const Config& config() const { return forward.config; }
@@ -8320,6 +8352,7 @@ struct ComputeBackward {
     for (Index l = config().n_layer; l-- > 0 && scale != 0.f;) {
       const DeviceLayer& w = forward.model.layers[l];
       const FloatLayer& g = gradients.layers[l];
+      if (done && l + 1 < config().n_layer) done(gradients.layers[l + 1].norm);
       if (config().d_intermediate > 0) {
         Activations<T> before = last;
         before.residual = residual(last, l, b.rows, true);
@@ -8541,6 +8574,177 @@ __global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a,
 }
 
 // ============================================================================================
+// Several GPUs
+// ============================================================================================
+//
+// Each GPU has a program of its own, a rank, that has all weights and learns from its share of a
+// step's batches. Gradients are summed by NCCL, from the last layer to the first, while the layers
+// before are still on the way back; then every rank takes the same step. Rank 0 alone writes and
+// speaks.
+
+// What NCCL's nccl.h declares of what is used here; the library is opened when it is needed.
+struct Nccl {
+  struct Id {
+    char bytes[128];
+  };
+  using Comm = struct NcclComm*;
+  static constexpr int kFloat32 = 7, kFloat64 = 8, kSum = 0;
+
+  int (*get_unique_id)(Id*);
+  int (*comm_init_rank)(Comm*, int count, Id, int rank);
+  int (*all_reduce)(const void* from, void* to, size_t n, int type, int what, Comm, cudaStream_t);
+  const char* (*error_string)(int);
+
+  Nccl() {
+    ::setenv("NCCL_ALGO", "Ring", 0);      // sums in one order, the same in every run,
+    ::setenv("NCCL_NVLS_ENABLE", "0", 0);  // and not in the switches between the GPUs
+    void* const library = ::dlopen("libnccl.so.2", RTLD_NOW);
+    if (!library) fail("no NCCL (NVIDIA's library for several GPUs): ", ::dlerror());
+    const auto find = [&](const char* name, auto& function) {
+      void* const found = ::dlsym(library, name);
+      if (!found) fail("wrong NCCL: expected ", name, " in libnccl.so.2, found none");
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(found);
+    };
+    find("ncclGetUniqueId", get_unique_id);
+    find("ncclCommInitRank", comm_init_rank);
+    find("ncclAllReduce", all_reduce);
+    find("ncclGetErrorString", error_string);
+  }
+  void check(int error, const char* call) const {
+    if (error != 0) fail("NCCL: ", error_string(error), ": ", call);
+  }
+};
+
+// Sockets between rank 0 and each other rank, watched by a thread: a rank that ends, in whatever
+// way, ends all, and rank 0 says why. It lives as long as the program.
+class Lifeline {
+ public:
+  // kind: i NCCL's id, in text; e rank ends because of text; x rank 0 said why; d all is done
+  struct Message {
+    char kind = 0, text[1023] = {};
+  };
+
+  Lifeline(Index rank, std::vector<int> sockets) : rank_(rank), sockets_(std::move(sockets)) {
+    std::thread([this] { watch(); }).detach();
+  }
+  void send(char kind, std::string_view text = {}) const {
+    Message m{kind, {}};
+    std::memcpy(m.text, text.data(), std::min(text.size(), sizeof m.text - 1));
+    for (const int socket : sockets_) ::send(socket, &m, sizeof m, MSG_NOSIGNAL);
+  }
+  Message wait_for_id() { return id_.get_future().get(); }
+
+  /// This rank ends by an error. Rank 0 says so when this returns; from others it does not.
+  void failed(const char* why) {
+    if (ending_.exchange(true)) sleep_forever();
+    send(rank_ == 0 ? 'x' : 'e', why);
+    if (rank_ > 0) ::sleep(10), ::_exit(1);  // rank 0 ends it sooner
+  }
+  /// All ranks come to this before one ends.
+  void done() {
+    if (rank_ > 0) send('d');
+    over_.get_future().wait();
+    if (rank_ == 0) send('d');
+  }
+
+ private:
+  void watch() {
+    std::vector<pollfd> polls;
+    for (const int socket : sockets_) polls.push_back({socket, POLLIN, 0});
+    for (size_t left = polls.size(); left > 0;) {
+      ::poll(polls.data(), polls.size(), -1);
+      for (size_t i = 0; i < polls.size(); ++i) {
+        if (polls[i].revents == 0) continue;
+        Message m;
+        if (::recv(polls[i].fd, &m, sizeof m, MSG_WAITALL) != sizeof m) m.kind = 0;
+        if (m.kind == 'i')
+          id_.set_value(m);
+        else if (m.kind == 'd')
+          polls[i].fd = -1, --left;
+        else if (m.kind == 'x')
+          ::_exit(1);
+        else
+          end(rank_ == 0 ? Index(i) + 1 : 0, m.kind == 'e' ? m.text : "it ended without a word");
+      }
+    }
+    over_.set_value();
+  }
+  [[noreturn]] void end(Index of, const std::string& why) {
+    if (ending_.exchange(true)) sleep_forever();
+    const std::string line =
+        std::string(CudaEngine::kName) + ": rank " + std::to_string(of) + ": " + why + "\n";
+    if (::write(2, line.data(), line.size()) >= 0) send(rank_ == 0 ? 'x' : 'e', why);
+    ::_exit(1);
+  }
+  [[noreturn]] static void sleep_forever() {
+    for (;;) ::pause();
+  }
+
+  Index rank_;
+  std::vector<int> sockets_;  // of rank 0: to 1, 2, ..; of others: to 0
+  std::atomic<bool> ending_{false};
+  std::promise<Message> id_;
+  std::promise<void> over_;
+};
+
+// NCCL between the ranks, on a stream of its own.
+class CudaRanks : public Ranks {
+ public:
+  CudaRanks(Index rank_, Index count_, Lifeline& lifeline) {
+    rank = rank_, count = count_;
+    nccl_ = std::make_unique<Nccl>();
+    Nccl::Id id;
+    if (rank == 0) {
+      nccl_->check(nccl_->get_unique_id(&id), "ncclGetUniqueId");
+      lifeline.send('i', {id.bytes, sizeof id.bytes});
+    } else {
+      std::memcpy(id.bytes, lifeline.wait_for_id().text, sizeof id.bytes);
+    }
+    nccl_->check(nccl_->comm_init_rank(&comm_, int(count), id, int(rank)), "ncclCommInitRank");
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  }
+  void sum(std::vector<double>& numbers) override {
+    sums_.grow(numbers.size());
+    CUDA_CHECK(cudaMemcpyAsync(sums_.data(), numbers.data(), numbers.size() * sizeof(double),
+                               cudaMemcpyHostToDevice, stream_));
+    all_reduce(sums_.data(), numbers.size(), Nccl::kFloat64);
+    CUDA_CHECK(cudaMemcpyAsync(numbers.data(), sums_.data(), numbers.size() * sizeof(double),
+                               cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+  }
+  /// Gradients from number `first` on are final after what `compute` was given: sums those that were
+  /// not summed before, when they are a bucket, an eighth of all.
+  void sum_bucket(const DeviceBuffer<float>& numbers, int64_t first, cudaStream_t compute) {
+    if (summed_ < 0) summed_ = int64_t(numbers.size());
+    if (summed_ == first || (first > 0 && summed_ - first < int64_t(numbers.size() / 8))) return;
+    ready_.record(compute);
+    ready_.hold(stream_);
+    all_reduce(numbers.data() + first, size_t(summed_ - first), Nccl::kFloat32);
+    summed_ = first;
+  }
+  /// And those that are left, before what `compute` is given next.
+  void sum_rest(const DeviceBuffer<float>& numbers, cudaStream_t compute) {
+    sum_bucket(numbers, 0, compute);
+    summed_ = -1;
+    ready_.record(stream_);
+    ready_.hold(compute);
+  }
+
+ private:
+  template <class Number>
+  void all_reduce(Number* numbers, size_t n, int type) const {
+    nccl_->check(nccl_->all_reduce(numbers, numbers, n, type, Nccl::kSum, comm_, stream_),
+                 "ncclAllReduce");
+  }
+  std::unique_ptr<Nccl> nccl_;
+  Nccl::Comm comm_ = nullptr;  // it, too, lives as long as the program
+  cudaStream_t stream_ = nullptr;
+  Event ready_;
+  DeviceBuffer<double> sums_;
+  int64_t summed_ = -1;  // numbers from here on were, of this step; -1: none
+};
+
+// ============================================================================================
 // The learner
 // ============================================================================================
 
@@ -8590,6 +8794,7 @@ class CudaLearner {
   DType dtype_;
   float delta_ratio_;
   Index steps_;
+  CudaRanks* ranks_;  // null: one GPU
   std::unique_ptr<Queue> queue_;
   std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters; no moments: held, for LoRA
   DeviceModel model_;                         // the copy to compute with
@@ -8607,7 +8812,8 @@ inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
     : config_(config),
       dtype_(options.dtype.value_or(DType::F32)),
       delta_ratio_(options.delta_ratio),
-      steps_(learned.steps) {
+      steps_(learned.steps),
+      ranks_(static_cast<CudaRanks*>(options.ranks)) {
   if (dtype_ == DType::F16) fail_usage("train: --dtype: expected f32 or bf16, found f16");
   use_device(options.device);
   queue_ = std::make_unique<Queue>();
@@ -8681,7 +8887,12 @@ inline std::vector<float> CudaLearner::run(TextBatch batch, float scale) {
   with_type([&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Compute<T> forward{config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
-    nll = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
+    std::function<void(const float*)> done;
+    if (ranks_ && ranks_->last && scale != 0.f)
+      done = [&](const float* from) {
+        ranks_->sum_bucket(g_->numbers, from - g_->numbers.data(), queue_->stream());
+      };
+    nll = ComputeBackward<T>{forward, g_->at, room_, done}(batch, scale);
   });
   return nll;
 }
@@ -8741,6 +8952,7 @@ inline std::vector<double> CudaLearner::losses(const Batch& batch) {
 }
 
 inline double CudaLearner::gradient_norm() {
+  if (ranks_) ranks_->sum_rest(g_->numbers, queue_->stream());
   const unsigned blocks = unsigned(std::min<size_t>(kNormBlocks, chunks_.size()));
   gradient_norm_kernel<<<blocks, kUpdateThreads, 0, queue_->stream()>>>(flat(), norm_parts_.data());
   CUDA_CHECK(cudaGetLastError());
@@ -8854,6 +9066,133 @@ inline void CudaLearner::carry(const std::vector<ssm::State<float>>& states) {
   }
 }
 
+// --- mamba train on several GPUs -----------------------------------------------------------------
+
+// The number that a launcher set.
+inline Index rank_variable(const char* name, Index least, Index most) {
+  const char* const text = std::getenv(name);
+  const std::vector<Token> number = parse_ids(text ? text : "", name);
+  if (number.size() != 1 || number[0] < least || number[0] > most)
+    fail_usage(name, ": expected a number from ", least, " to ", most, ", found ",
+               quote(text ? text : ""));
+  return number[0];
+}
+
+constexpr int kRankSeconds = 300;  // in which all ranks are to be there
+
+// The socket of another rank to rank 0, which says who called.
+inline int call_rank_0(const addrinfo& at, int rank) {
+  for (int tries = 0;; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(100))) {
+    const int socket = ::socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (::connect(socket, at.ai_addr, at.ai_addrlen) == 0 &&
+        ::send(socket, &rank, sizeof rank, MSG_NOSIGNAL) == sizeof rank)
+      return socket;
+    check_call(tries < 10 * kRankSeconds, "cannot reach", "rank 0 (NCCL_COMM_ID)");
+    ::close(socket);
+  }
+}
+
+// The sockets of rank 0 to all others.
+inline std::vector<int> await_ranks(const addrinfo& at, Index count) {
+  const int door = ::socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0), yes = 1;
+  ::setsockopt(door, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+  check_call(::bind(door, at.ai_addr, at.ai_addrlen) == 0 && ::listen(door, int(count)) == 0,
+             "cannot listen", "NCCL_COMM_ID");
+  std::vector<int> sockets(static_cast<size_t>(count - 1), -1);
+  for (Index there = 1; there < count;) {
+    pollfd wait = {door, POLLIN, 0};
+    if (::poll(&wait, 1, 1000 * kRankSeconds) < 1)
+      fail("WORLD_SIZE: expected ", count, " ranks within ", kRankSeconds, " s, found ", there);
+    const int socket = ::accept4(door, nullptr, nullptr, SOCK_CLOEXEC);
+    int other = 0;
+    const bool told = ::recv(socket, &other, sizeof other, MSG_WAITALL) == sizeof other;
+    if (told && other > 0 && other < count && sockets[other - 1] < 0)
+      sockets[other - 1] = socket, ++there;
+    else
+      ::close(socket);
+  }
+  ::close(door);
+  return sockets;
+}
+
+// Joins the programs that a launcher started.
+inline std::vector<int> join_ranks(Index& rank, Index count, int& device) {
+  rank = rank_variable("RANK", 0, count - 1);
+  device = int(rank_variable("LOCAL_RANK", 0, 1024));
+  const char* const variable = std::getenv("NCCL_COMM_ID");
+  const std::string address = variable ? variable : "";
+  const size_t colon = std::min(address.rfind(':'), address.size());
+  addrinfo hints = {}, *at = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  if (colon + 1 >= address.size() ||
+      ::getaddrinfo(address.substr(0, colon).c_str(), &address[colon + 1], &hints, &at) != 0)
+    fail_usage("NCCL_COMM_ID: expected host:port of rank 0, found ", quote(address));
+  ::unsetenv("NCCL_COMM_ID");  // that port is ours: NCCL finds one for itself
+  return rank == 0 ? await_ranks(*at, count) : std::vector<int>{call_rank_0(*at, int(rank))};
+}
+
+// Becomes `count` programs, of which this one is rank 0; they end when it ends.
+inline std::vector<int> fork_ranks(Index& rank, Index count) {
+  std::vector<int> sockets;
+  const pid_t me = ::getpid();
+  for (Index other = 1; other < count; ++other) {
+    int pair[2];
+    check_call(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0, "--gpus", "socket");
+    const pid_t child = ::fork();
+    check_call(child >= 0, "--gpus", "fork");
+    ::close(pair[child == 0 ? 0 : 1]);
+    if (child > 0) {
+      sockets.push_back(pair[0]);
+      continue;
+    }
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (::getppid() != me) ::_exit(1);
+    for (const int socket : sockets) ::close(socket);
+    rank = other;
+    return {pair[1]};
+  }
+  return sockets;
+}
+
+struct CudaTrain : Train<CudaEngine> {
+  static constexpr Index kMostRanks = 1024;
+  Index gpus = 1;
+
+  void declare(CLI::App* sub) {
+    Train::declare(sub);
+    sub->add_option("--gpus", gpus,
+                    "how many learn together, each from --accumulate batches a step; or RANK, "
+                    "WORLD_SIZE, LOCAL_RANK and NCCL_COMM_ID=host:port are set for each of them")
+        ->check(CLI::Range(Index{1}, kMostRanks))
+        ->excludes("--device");
+  }
+
+  void run() {
+    const bool launched = gpus == 1 && std::getenv("WORLD_SIZE");
+    const Index count = launched ? rank_variable("WORLD_SIZE", 1, kMostRanks) : gpus;
+    if (count == 1) return Train::run();
+    if (data_options.carry_state) fail_usage("--carry-state: expected one GPU, found ", count);
+    Index rank = 0;
+    const std::vector<int> sockets =
+        launched ? join_ranks(rank, count, engine_options.device) : fork_ranks(rank, count);
+    if (!launched) engine_options.device = int(rank);
+    if (rank > 0) std::cerr.setstate(std::ios::failbit);  // rank 0 speaks
+    static Lifeline* const lifeline = new Lifeline(rank, sockets);
+    try {
+      use_device(engine_options.device);
+      options.ranks = std::make_shared<CudaRanks>(rank, count, *lifeline);
+      engine_options.ranks = options.ranks.get();
+      Train::run();
+    } catch (const std::exception& error) {
+      lifeline->failed(error.what());
+      throw;
+    }
+    lifeline->done();
+    while (rank == 0 && ::wait(nullptr) > 0) {
+    }
+  }
+};
+
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
@@ -8871,7 +9210,7 @@ struct DeviceMemory {
 int main(int argc, char** argv) {
   using namespace mamba;
   std::vector<Command> more = verify::commands<DeviceMemory>();
-  more.push_back(command<Train<CudaEngine>>("train", "train a model, from nothing or onward"));
+  more.push_back(command<CudaTrain>("train", "train a model, from nothing or onward"));
   return run<CudaEngine>(argc, argv, more);
 }
 #endif
