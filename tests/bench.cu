@@ -226,6 +226,10 @@ void bench_scan(Bench& bench, DType dtype, const Sizes& s) {
   const cudaStream_t stream = bench.stream();
   bench.report(figure("selective_scan_naive_kernel", rows, 1),
                [&] { selective_scan_naive(a, stream); });
+  bench.report(figure("selective_scan_registers_kernel", rows, 1),
+               [&] { selective_scan_registers(a, stream); });
+  bench.report(figure("selective_scan_lanes_kernel", rows, 1),
+               [&] { selective_scan_lanes(a, stream); });
   bench.report(figure("selective_scan_fused_kernel", rows, 1),
                [&] { selective_scan(a, reinterpret_cast<float*>(workspace.data()), stream); });
   a.L = 1, a.h0 = h.data();

@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Checks the links of README.md and tests/README.md: [`name`](file#L12) must point to the first line of code that has the name,
-a function's where it is first followed by its arguments: files define before they use.
+"""Checks README.md and tests/README.md.
+
+Links: [`name`](file#L12) must point to the first line of code that has the name, a function's where it is first followed by
+its arguments: files define before they use. Program: README.md's block of C++ must compile, and print a rounding error.
+Size: README.md has at most 130 lines, of at most 120 characters.
 
 Usage: check_readme.py [--fix|--names]      (run from the repository's root)
 --fix rewrites the line numbers; --names only asks that each name is there, since lines move with every change.
 """
 import os
 import re
+import subprocess
 import sys
+import tempfile
 
 LINK = re.compile(r"\[(`?)([^\]\[]+?)\1\]\(([^)#\s]+)(?:#L(\d+))?\)")
 
@@ -50,12 +55,35 @@ def check(text, folder, fix, names):
     return LINK.sub(visit, text), lines_linked, wrong
 
 
+def check_program(text):
+    """What is wrong with the page's one block of C++: it compares two ways to compute the same."""
+    blocks = re.findall(r"^```cpp\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    if len(blocks) != 1:
+        return [f"expected one block of C++, found {len(blocks)}"]
+    with tempfile.TemporaryDirectory() as folder:
+        program = os.path.join(folder, "two_ways")
+        compiler = [os.environ.get("CXX", "g++"), "-std=c++17", "-I.", "-isystem", "/usr/include/eigen3"]
+        built = subprocess.run([*compiler, "-x", "c++", "-", "-o", program], input=blocks[0], text=True)
+        if built.returncode:
+            return ["its program does not compile"]
+        printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    return [] if 0 < float(printed) < 1e-12 else [f"its program: expected a rounding error, found {printed.strip()}"]
+
+
+def check_size(text):
+    lines = text.splitlines()
+    wrong = [f"line {n}: expected at most 120 characters, found {len(line)}" for n, line in enumerate(lines, 1) if len(line) > 120]
+    return wrong + ([f"expected at most 130 lines, found {len(lines)}"] if len(lines) > 130 else [])
+
+
 def main():
     failed, fix, names = False, "--fix" in sys.argv[1:], "--names" in sys.argv[1:]
     for page in ("README.md", "tests/README.md"):
         with open(page, encoding="utf-8") as f:
             text = f.read()
         mended, links, wrong = check(text, os.path.dirname(page), fix, names)
+        if page == "README.md":
+            wrong += check_size(text) + check_program(text)
         for line in wrong:
             print(f"{page}: {line}")
         if fix and mended != text:

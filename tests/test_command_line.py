@@ -107,6 +107,11 @@ with tempfile.TemporaryDirectory() as folder:
     code, several, _ = run("generate", "--prompt-file", at("prompts"), *GREEDY)
     alone = "".join(run(p, *GREEDY)[1] for p in ("Once upon a time", "The little dog was sad because", "Lily"))
     claim("several prompts are each as if alone", code == 0 and several == alone, several)
+    prompts = ["Once upon a time", "Lily said:\n\n", "Caf\u00e9"]
+    code, texts, _ = run("generate", "--json", "--prompt-file", "-", *GREEDY, stdin="".join(json.dumps(p) + "\n" for p in prompts))
+    claim("with --json prompts may hold any characters, and continuations come alone", code == 0 and
+          [p + json.loads(t) + "\n" for p, t in zip(prompts, texts.splitlines())] == [run("-", *GREEDY, stdin=p + "\n")[1]
+                                                                                    for p in prompts], texts)
     code, batch, _ = run("Lily", "-n", 12, "--batch", 3, "--ids")
     lines = batch.splitlines()
     claim("--batch continues a prompt in several ways", len(lines) == 3 and len(set(lines)) == 3, batch)
@@ -156,9 +161,7 @@ with tempfile.TemporaryDirectory() as folder:
     claim("documents are scored each from a fresh state", abs(float(rows[0][2]) - sum(alone) / 2) < 2e-4, (rows, alone))
 
     # --- gradients ---
-    if os.path.basename(PROGRAM) == "mamba_cuda":
-        refuses("gradients on the GPU", 1, "mamba, the CPU program, has", "gradients", "--ids", "5 17", "--out", at("g"))
-    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():
+    for version in (1, 2) if os.path.basename(PROGRAM) == "mamba" else ():  # mamba_cuda: test_programs.py
         grads = {}
         for layout, *flags in (("hf",), ("original",), ("hf", "--double")):
             model = f"tests/golden/mamba{version}-{layout}"
@@ -248,9 +251,16 @@ with tempfile.TemporaryDirectory() as folder:
         cell = width // rows
         shades = [[pixel(cell * t + cell // 2, cell * c + cell // 2) for c in range(columns)] for t in range(rows)]
         flat = [shade for row in shades for shade in row]
-        claim(f"inspect {model}: a heat map shows its numbers", (width, height) == (cell * rows, cell * columns)
-              and flat[delta.index(max(delta))] == (253, 231, 37) and flat[delta.index(min(delta))] == (68, 1, 84)
-              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(delta, flat))))), (width, height))
+        relative = [delta[t * columns + c] * rows / sum(delta[c::columns]) for t in range(rows) for c in range(columns)]
+        claim(f"inspect {model}: the map of delta shows it beside each channel's mean", (width, height) == (cell * rows, cell * columns)
+              and all((g >= 145 - 2) if r > 1 else (g <= 145 + 2) for r, (_, g, _) in zip(relative, flat))
+              and all(x[1] <= y[1] for (_, x), (_, y) in zip(*(lambda s: (s, s[1:]))(sorted(zip(relative, flat))))), (width, height))
+        width, height, pixel = read_png(at("seen/attention.png"))
+        cell = width // L
+        shades = {(t, s): pixel(cell * s + cell // 2, cell * t + cell // 2) for t in range(L) for s in range(L)}
+        largest = max(((t, s) for t in range(L) for s in range(t)), key=lambda at: mean[at[0] * L + at[1]])
+        claim(f"inspect {model}: the map of the attention leaves the diagonal out, and goes up to the largest weight besides",
+              all(shades[t, t] == (170, 170, 170) for t in range(L)) and shades[largest] == (253, 231, 37) and shades[0, L - 1] == (68, 1, 84), shades)
         shutil.rmtree(at("model"))
         shutil.rmtree(at("seen"))
 
@@ -349,9 +359,15 @@ with tempfile.TemporaryDirectory() as folder:
     with open(at("nan/model.safetensors"), "r+b") as f:
         f.seek(os.path.getsize(at("nan/model.safetensors")) - len(data) + begin)
         f.write(struct.pack("<H", 0x7fc0))
-    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",)):
+    for command in (("perplexity", "--text", at("prompts")), ("score", "--requests", at("requests")), ("Lily",),
+                    ("gradients", "--ids", "5 17", "--out", at("no"))):
         code, out, err = run(*command, "--model", at("nan"))
         claim(f"NaN weights end {command[0]}", code == 1 and "backbone.norm_f.weight" in err and "NaN" in err.splitlines()[-1].replace("nan", "NaN"), (code, out, err))
+
+    claim("and gradients leave no output", not os.path.exists(at("no")))
+    for command in ("logits", "gradients"):
+        refuses(f"{command} in place of the model", 1, "the model's own", command, "--model", at("bare"), "--ids", "5 17",
+                "--out", at("bare/model.safetensors"))
 
     # --- usage: status 2, one line ---
     for arguments, fragment in [
@@ -362,6 +378,7 @@ with tempfile.TemporaryDirectory() as folder:
         (("Lily", "--temperature", "hot"), "hot"),
         (("Lily", "--batch", "0"), "batch"),
         (("Lily", "--prompt-file", "x"), "--prompt-file"),
+        (("Lily", "--json"), "--prompt-file"),
         (("logits", "--ids", "1"), "--out"),
         (("logits", "--out", "x"), "--ids-file"),
         (("logits", "--ids", "1", "--text", "f", "--out", "x"), "--text"),
@@ -447,6 +464,8 @@ with tempfile.TemporaryDirectory() as folder:
         ("an unwritable output", "cannot write", ("logits", "--ids", "1", "--out", "/proc/nothing"), ""),
         ("a state that is no state", "header", ("generate", "--load-state", at("ids")), ""),
         ("a state of another model", "expected", ("generate", "--load-state", state_of_other, "--model", at("hf")), ""),
+        ("a prompt that is no JSON string", "line 1: expected a JSON string, found '7'",
+         ("generate", "--json", "--prompt-file", "-"), "7\n"),
         ("an empty prompt file", "a prompt a line", ("generate", "--prompt-file", "/dev/null"), ""),
         ("decoding what is no id", "token ids", ("tokenize", "--decode"), "1 2 x\n"),
         ("decoding an id beyond the vocabulary", "below", ("tokenize", "--decode"), "99999\n"),

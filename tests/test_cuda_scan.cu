@@ -117,6 +117,8 @@ void run_scan(const ScanArgs<T>& a) {
 template <class T>
 void scan_rungs_match(const char* type) {
   Worst naive{std::string("selective_scan naive ") + type},
+      registers{std::string("selective_scan registers ") + type},
+      lanes{std::string("selective_scan lanes ") + type},
       fused{std::string("selective_scan fused ") + type};
   std::uint64_t seed = 1;
   const ScanCase shapes[] = {{1, 0, 1, 1, 1, 31},   {3, 0, 5, 16, 1, 15},  {1, 0, 64, 16, 2, 31},
@@ -128,6 +130,10 @@ void scan_rungs_match(const char* type) {
       c.L = L;
       const ScanProblem<T> p(c, ++seed);
       p.check("naive", naive, [](const ScanArgs<T>& a) { selective_scan_naive(a, nullptr); });
+      if (c.N <= 64)
+        p.check("registers", registers,
+                [](const ScanArgs<T>& a) { selective_scan_registers(a, nullptr); });
+      p.check("lanes", lanes, [](const ScanArgs<T>& a) { selective_scan_lanes(a, nullptr); });
       p.check("fused", fused, run_scan<T>);
     }
   // Few channels, long: the sequence itself is split.
@@ -138,13 +144,13 @@ void scan_rungs_match(const char* type) {
 
 }  // namespace
 
-TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, float") {
+TEST_CASE("cuda selective_scan: every rung matches the reference, float") {
   scan_rungs_match<float>("f32");
 }
-TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, bf16") {
+TEST_CASE("cuda selective_scan: every rung matches the reference, bf16") {
   scan_rungs_match<bf16>("bf16");
 }
-TEST_CASE("cuda selective_scan: naive and fused kernels match the reference, f16") {
+TEST_CASE("cuda selective_scan: every rung matches the reference, f16") {
   scan_rungs_match<half>("f16");
 }
 
@@ -165,6 +171,8 @@ TEST_CASE("cuda selective_scan: what its threads work with is in registers") {
     CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
     return attributes.localSizeBytes;
   };
+  CHECK(in_memory(selective_scan_registers_kernel<bf16, 16>) == 0);
+  CHECK(in_memory(selective_scan_lanes_kernel<bf16, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, FewScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, NarrowScan, 1>) == 0);
   CHECK(in_memory(selective_scan_fused_kernel<bf16, WideScan, 1>) == 0);
@@ -186,6 +194,39 @@ TEST_CASE("cuda selective_scan: cut anywhere, empty pieces included, nothing cha
       run_scan(a);
       CUDA_CHECK(cudaMemcpy(hT, h.data(), h.bytes(), cudaMemcpyDeviceToDevice));
     });
+}
+
+TEST_CASE("cuda selective_scan: a ragged batch is each of its sequences alone, on every rung") {
+  using Rung = void (*)(const ScanArgs<float>&);
+  const std::pair<const char*, Rung> rungs[] = {
+      {"naive", [](const ScanArgs<float>& a) { selective_scan_naive(a, nullptr); }},
+      {"registers", [](const ScanArgs<float>& a) { selective_scan_registers(a, nullptr); }},
+      {"lanes", [](const ScanArgs<float>& a) { selective_scan_lanes(a, nullptr); }},
+      {"fused", run_scan<float>}};
+  const std::vector<std::int64_t> starts = {0, 7, 7, 90};
+  const DeviceBuffer<std::int64_t> cu_seqlens(starts.data(), starts.size());
+  for (const Index d : {23, 24}) {  // 23: a warp of the third rung has lanes of two sequences
+    const ScanProblem<float> p({1, 90, d, 16, 1, 15}, 8);
+    const DeviceBuffer<float> out = poisoned<float>(90 * d), hT = poisoned<float>(3 * d * 16),
+                              out_alone = poisoned<float>(90 * d),
+                              hT_alone = poisoned<float>(3 * d * 16);
+    for (const auto& [name, rung] : rungs) {
+      ScanArgs<float> all = p.args();
+      all.batch = 3, all.L = 83, all.cu_seqlens = cu_seqlens.data();
+      all.out = out.data(), all.hT = hT.data();
+      rung(all);
+      for (int b = 0; b < 3; ++b) {
+        ScanArgs<float> one = p.args();
+        for (const float** q : {&one.x, &one.delta, &one.z}) *q += starts[b] * d;
+        one.B += starts[b] * 16, one.C += starts[b] * 16, one.L = starts[b + 1] - starts[b];
+        one.out = out_alone.data() + starts[b] * d, one.hT = hT_alone.data() + b * d * 16;
+        rung(one);
+      }
+      INFO(name << ", d " << d);
+      CHECK(max_difference(down(out, 90, d), down(out_alone, 90, d)) == 0);
+      CHECK(max_difference(down(hT, 3 * d, 16), down(hT_alone, 3 * d, 16)) == 0);
+    }
+  }
 }
 
 TEST_CASE("cuda selective_scan_step: one token after another is the whole sequence") {

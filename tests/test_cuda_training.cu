@@ -2,6 +2,7 @@
 // the GPU are those of the reference in double, up to rounding, and the same bits on every run.
 #include "support_cuda.hpp"
 
+#include "finetuned.hpp"
 #include "random_model.hpp"
 
 using namespace test;
@@ -545,7 +546,7 @@ TEST_CASE("cuda learner: one that begins where another stopped goes on to the sa
       CudaLearner next(tiny.config, whole.learned(), options_of(dtype));
       if (slot == 0) next.carry(whole.carried());
       CHECK(step(next, 11, false) == step(whole, 11, false));
-      CHECK(next.loss({{tiny.ids}}) == whole.loss({{tiny.ids}}));
+      CHECK(next.losses({{tiny.ids}}) == whole.losses({{tiny.ids}}));
       auto a = in_double(tiny.config, next.learned()), b = in_double(tiny.config, whole.learned());
       CHECK(worst_norm(tiny.config, a.weights, b.weights) == 0);
       CHECK(worst_norm(tiny.config, a.v, b.v) == 0);
@@ -621,4 +622,13 @@ TEST_CASE("cuda learner: golden training, eight steps in float32") {
     std::cout << "cuda golden training " << name << ": worst weight is off by " << worst
               << " of its tensor's norm; entries left out: " << left_out << "\n";
   }
+}
+
+TEST_CASE("cuda lora: ten steps of SFT and of DPO in float32 are those of PEFT and torch") {
+  for (const int version : {1, 2})
+    for (const bool pairs : {false, true}) {
+      const double worst = Finetuned<CudaLearner>(version).ten_steps(pairs);
+      CAPTURE(version, pairs, worst);
+      CHECK(worst < 1e-3);
+    }
 }

@@ -4,6 +4,7 @@
 Usage: test_programs.py MAMBA MAMBA_CUDA      (standard library only; run from the repository's root)
 """
 import json
+import math
 import os
 import re
 import struct
@@ -67,6 +68,11 @@ def main():
                 a, b = numbers(at("cpu")), numbers(at("gpu"))
                 worst = max(abs(x - y) for x, y in zip(a, b))
                 claim(f"logits of {model}, {mode}", len(a) == len(b) and worst < 1e-4, worst)
+            for program, out in ((cpu, "cpu"), (gpu, "gpu")):
+                run(program, "gradients", "--model", model, "--ids", ids, "--out", at(out), *f32)
+            a, b = numbers(at("cpu")), numbers(at("gpu"))
+            worst = math.dist(a, b) / math.hypot(*a) if len(a) == len(b) else math.inf
+            claim(f"gradients of {model}", worst < 2e-5, worst)
         for prompt in ("Once upon a time", "Tom and Lily"):
             a, b = both("generate", prompt, "-n", 100, "--temperature", 0, *f32)
             claim(f"greedy text after {prompt!r}", a == b, "" if a == b else (a, b))

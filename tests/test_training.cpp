@@ -2,7 +2,7 @@
 // their number alone.
 #define MAMBA_NO_MAIN
 #include "../mamba.cpp"
-#include "support.hpp"
+#include "finetuned.hpp"
 
 using namespace mamba;
 
@@ -190,9 +190,9 @@ TEST_CASE("training: only the answer is learned") {
       zeros<double>(config), zeros<double>(config)};
   CpuLearner<double> learner(config, start, {});
   const Piece all{{1, 2, 3, 4, 5}}, head{{1, 2, 3}}, answer{{1, 2, 3, 4, 5}, 3};
-  const double rest = learner.loss({all}) - learner.loss({head});
-  CHECK(learner.loss({answer}) == Approx(rest).epsilon(1e-6));
-  CHECK(learner.accumulate({answer}, 0.5) == Approx(rest).epsilon(1e-6));
+  const double rest = learner.losses({all})[0] - learner.losses({head})[0];
+  CHECK(learner.losses({answer})[0] == Approx(rest).epsilon(1e-12));
+  CHECK(learner.accumulate({answer}, 0.5) == Approx(rest).epsilon(1e-12));
 }
 
 TEST_CASE("training: the learning rate rises, then follows a cosine to 5 % of itself") {
@@ -204,4 +204,62 @@ TEST_CASE("training: the learning rate rises, then follows a cosine to 5 % of it
   CHECK(learning_rate(o, 110) == Approx(0.1));
   o.schedule = "constant";
   CHECK(learning_rate(o, 100) == 2);
+}
+
+TEST_CASE("lora: logits of an adapter that PEFT wrote are those of transformers") {
+  for (const int version : {1, 2}) {
+    const test::Finetuned<CpuLearner<double>> f(version);
+    Config config = read_config(f.base);
+    Checkpoint checkpoint = read_checkpoint(f.base);
+    add_adapter(f.adapter, config, checkpoint);
+    CHECK(config.tie_embeddings == read_config(f.base).tie_embeddings - (version == 1));
+    CpuEngine engine(checkpoint, config, {});
+    const auto logits = test::logits_of(engine, f.batch(0)[0].ids, "parallel");
+    CHECK(test::max_difference(logits, test::matrix<float>(f.truth.at("logits"))) < 2e-5);
+  }
+}
+
+TEST_CASE("lora: the gradient of answers and of preferences is the central difference") {
+  for (const int version : {1, 2})
+    for (const double beta : {0.0, 0.3}) {
+      test::Finetuned<CpuLearner<double>> f(version);
+      Batch batch = f.batch(0);
+      set_references(*f.learner, batch, 2);
+      f.begin();
+      const auto objective = [&] { return validate(*f.learner, {batch}, beta).loss; };
+      Step sums;
+      Batch weighed = batch;
+      const double n = beta > 0 ? prefer(*f.learner, beta, weighed, sums) : scored(batch);
+      f.learner->accumulate(weighed, 1 / n);
+      const double norm = f.learner->gradient_norm();
+      auto pairs = f.learner->pairs();
+      double squares = 0, worst = 0;
+      for (std::size_t i = 0; i < pairs.size(); ++i)
+        for (auto* factor : {&pairs[i].A, &pairs[i].B}) {
+          const Matrix<double> gradient = factor->g;
+          squares += gradient.squaredNorm();
+          for (const Index at : {Index(0), factor->w.size() / 2, factor->w.size() - 1}) {
+            const double w = factor->w.data()[at], h = 1e-5;
+            double difference = 0;
+            for (const double sign : {1.0, -1.0}) {
+              factor->w.data()[at] = w + sign * h;
+              f.learner->set(pairs, 0);
+              difference += sign * objective() / (2 * h);
+            }
+            factor->w.data()[at] = w;
+            worst = std::max(worst, std::abs(difference - gradient.data()[at]));
+          }
+        }
+      CAPTURE(version, beta, worst, norm);
+      CHECK(worst < 1e-8 * norm);
+      CHECK(norm == Approx(std::sqrt(squares)).epsilon(1e-12));
+    }
+}
+
+TEST_CASE("lora: ten steps of SFT and of DPO are those of PEFT and torch") {
+  for (const int version : {1, 2})
+    for (const bool pairs : {false, true}) {
+      CAPTURE(version, pairs);
+      CHECK(test::Finetuned<CpuLearner<double>>(version).ten_steps(pairs) < 1e-4);
+    }
 }

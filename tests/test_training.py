@@ -3,9 +3,11 @@
 
 Usage: test_training.py PROGRAM      (standard library only; run from the repository's root)
 """
+import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,22 +151,34 @@ def ends_in_one_line(folder):
     out = ["--out", f"{folder}/out", "--steps", 2]
     nan = write(f"{folder}/far.jsonl", '{"prompt": [1, 2], "answer": [99]}\n')
     chat = write(f"{folder}/chat.jsonl", '{"messages": [{"role": "user", "content": "Hello"}]}\n')
+    unanswered = write(f"{folder}/unanswered.jsonl", '{"prompt": [1, 2]}\n')
     empty = write(f"{folder}/empty.txt", " \n")
     for name, arguments, status, words in [
             ("no data", ["--config", config, "--data", f"{folder}/none.jsonl"], 1, "none.jsonl"),
             ("no model", ["--data", data], 2, "--model, --shape and --config"),
             ("two models", ["--config", config, "--shape", "130m", "--data", data], 2, "expected one of"),
             ("unknown ids", ["--config", config, "--data", nan], 1, "expected token ids below 16, found 99"),
-            ("a chat", ["--config", config, "--data", chat], 1, "messages"),
+            ("a chat without a template", ["--model", "weights/stories", "--data", chat], 1,
+             "messages: expected a chat template in weights/stories"),
             ("an empty text", ["--model", "weights/stories", "--data", empty], 1, "expected at least one text"),
             ("a diverging run", ["--config", config, "--data", data, "--lr", "1e30", "--clip", 0], 1, "finite"),
             ("a rate that is no number", ["--config", config, "--data", data, "--lr", "nan"], 2, "expected a number"),
             ("weights as validation", ["--config", config, "--data", data, "--validation", "weights/stories/model.safetensors"],
              1, "expected texts"),
-            ("half precision", ["--config", config, "--data", data, "--dtype", "bf16"], 1, "f32 only")]:
-        r = run("train", *arguments, *out)
+            ("no answer", ["--config", config, "--data", unanswered], 1, "line 1: answer: expected a string or an array"),
+            ("a folder without a name", ["--config", config, "--data", data, "--out", ""], 2, "--out: expected a folder"),
+            ("half precision", ["--config", config, "--data", data, "--dtype", "bf16"], 2, "bf16 not in {f32}"),
+            ("an adapter of nothing", ["--config", config, "--data", data, "--lora", 4], 2, "--lora: expected --model"),
+            ("an adapter of none of the weights", ["--model", "tests/golden/mamba2-hf", "--data", data, "--lora", 4,
+                                                   "--lora-targets", "x_proj"], 2, "--lora-targets: expected weights"),
+            ("preferences without pairs", ["--config", config, "--data", data, "--dpo", "0.1"], 1, "chosen: expected a string"),
+            ("preferences of a text", ["--config", config, "--data", empty, "--dpo", "0.1"], 1, "expected .jsonl of prompt")]:
+        r = run("train", *arguments, *(out[2:] if "--out" in arguments else out))
         claim(f"train: {name}: exit status {status} and one line", r.returncode == status and r.stderr.count("\n") < 4 and
               words in r.stderr.splitlines()[-1], r.stderr)
+        if "diverging" not in name:
+            claim(f"train: {name}: no folder is made", not os.path.exists(f"{folder}/out"))
+        shutil.rmtree(f"{folder}/out", ignore_errors=True)
     r = run("train", "--config", config, "--data", data, *out, restore_signals=False, preexec_fn=lambda: __import__("resource").setrlimit(
         __import__("resource").RLIMIT_FSIZE, (1000, 1000)))
     claim("train: a full disk", r.returncode == 1 and "cannot write" in r.stderr, f"{r.returncode} {r.stderr}")
@@ -172,9 +186,134 @@ def ends_in_one_line(folder):
     claim("train: a full disk leaves no part of a file", not left, left)
 
 
+ANSWERS = {"What does the dog say?": "woof", "What does the owl say?": "hoot", "What color is the snow?": "white"}
+
+
+def questions(path, *arguments):
+    with open(path, "w") as f:
+        subprocess.run([sys.executable, "notebook/questions.py", *map(str, arguments)], stdout=f, check=True)
+    return path
+
+
+def texts(*arguments):
+    """What greedy decoding says to each question of ANSWERS, asked by a name that training did not have."""
+    prompts = "".join(json.dumps(f'Jack asked: "{q}" Mom said:') + "\n" for q in ANSWERS)
+    r = run("generate", *arguments, "--json", "--prompt-file", "-", "--temperature", 0, "-n", 16, stdin=None, input=prompts)
+    return [json.loads(line) for line in r.stdout.splitlines()] if r.returncode == 0 else [r.stderr] * len(ANSWERS)
+
+
+def right(said):
+    return sum(word in text for word, text in zip(ANSWERS.values(), said))
+
+
+def fine_tunes(folder):
+    """An adapter of a few hundred answers changes what is answered; one of preferences, on top of it, what is preferred."""
+    stories, sft, dpo = ["--model", "weights/stories"], f"{folder}/sft", f"{folder}/dpo"
+    claim("sft: the shipped model does not know the answers", right(texts(*stories)) == 0, texts(*stories))
+    data = questions(f"{folder}/answers.jsonl", "answers", "--count", 400)
+    common = ["train", *stories, "--data", data, "--out", sft, "--lora", 8, "--batch", 16, "--lr", "1e-2", "--steps", 40]
+    r = run(*common, "--save-every", 20)
+    claim("sft: an adapter is learned", r.returncode == 0, r.stderr)
+    said = texts(*stories, "--adapter", sft)
+    claim("sft: the answers are known", right(said) == len(ANSWERS), said)
+    r = run("convert", *stories, "--adapter", sft, "--out", f"{folder}/merged")
+    claim("sft: merged and unmerged give the same text", r.returncode == 0 and texts("--model", f"{folder}/merged") == said, r.stderr)
+
+    data = questions(f"{folder}/pairs.jsonl", "preferences", "--count", 160)
+    held = questions(f"{folder}/held.jsonl", "preferences", "--count", 60, "--held-out", "--seed", 2)
+    both = [*stories, "--adapter", sft]
+    r = run("train", *both, "--data", data, "--validation", held, "--out", dpo, "--lora", 8, "--dpo", "0.1", "--batch", 8, "--lr",
+            "3e-3", "--steps", 20, "--log", f"{folder}/dpo.csv")
+    claim("dpo: an adapter is learned", r.returncode == 0, r.stderr)
+    rows = list(csv.DictReader(open(f"{folder}/dpo.csv"))) if r.returncode == 0 else [{}]
+    claim("dpo: begins at log 2", rows[0] and abs(float(rows[0]["loss"]) - 0.6931472) < 1e-5, rows[0])
+    claim("dpo: held-out pairs are told apart", rows[-1] and float(rows[-1]["validation_accuracy"]) > 0.95 and
+          float(rows[-1]["validation_margin"]) > 0.5, rows[-1])
+    share = [preferred(held, *both), preferred(held, *both, "--adapter", dpo)]
+    claim("dpo: the preferred answers of held-out pairs become likelier", share[1] > 0.9 and share[1] > share[0] + 0.2, share)
+    r = run("convert", *both, "--adapter", dpo, "--out", f"{folder}/both")
+    claim("dpo: two adapters merged in turn give the same text", texts("--model", f"{folder}/both") ==
+          texts(*both, "--adapter", dpo), r.stderr)
+    print(f"dpo: the preferred share of held-out pairs went from {share[0]:.2f} to {share[1]:.2f}")
+
+
+def preferred(pairs, *model):
+    """The share of pairs whose chosen answer is likelier."""
+    lines = []
+    for number, pair in enumerate(map(json.loads, open(pairs))):
+        lines += [json.dumps({"prompt": pair["prompt"], "answer": pair[which], "doc": number, "label": 0}) + "\n"
+                  for which in ("chosen", "rejected")]
+    r = run("score", *model, "--requests", "-", "--out", "/dev/null", stdin=None, input="".join(lines))
+    return json.loads(r.stdout)["acc"] if r.returncode == 0 else -1
+
+
+def adapters_go_on(folder):
+    """A run of adapters that was cut ends in the bits of an undisturbed one, and goes on from its own base only."""
+    common = ["train", "--model", "tests/golden/mamba1-hf", "--data", f"{folder}/ids.jsonl", "--lora", 2, "--lora-targets",
+              "in_proj,embeddings", "--dpo", "0.2", "--batch", 2, "--lr", "1e-2", "--steps", 400, "--save-every", 10]
+    with open(f"{folder}/ids.jsonl", "w") as f:
+        for number in range(20):
+            f.write(json.dumps({"prompt": [number, 3, 5], "chosen": [7, number + 1], "rejected": [9]}) + "\n")
+    r = run(*common, "--out", f"{folder}/whole")
+    claim("lora: an undisturbed run", r.returncode == 0, r.stderr)
+    with subprocess.Popen([PROGRAM, *map(str, common), "--out", f"{folder}/cut"], stderr=subprocess.DEVNULL) as p:
+        while p.poll() is None and not os.path.exists(f"{folder}/cut/adapter_config.json"):
+            time.sleep(0.01)
+        p.kill()
+    r = run(*common, "--out", f"{folder}/cut", "--resume")
+    claim("lora: goes on", r.returncode == 0, r.stderr)
+    files = ["adapter_config.json", "adapter_model.safetensors", "trainer.safetensors"]
+    claim("lora: leaves these files", sorted(os.listdir(f"{folder}/cut")) == files, os.listdir(f"{folder}/cut"))
+    claim("lora: the same bits as undisturbed", all(content(f"{folder}/whole/{f}") == content(f"{folder}/cut/{f}") for f in files))
+    r = run(*common[:2], "tests/golden/mamba1-original", *common[3:], "--out", f"{folder}/cut", "--resume")
+    claim("lora: goes on from the same weights, in whichever layout", r.returncode == 0 and "all 400 steps" in r.stderr, r.stderr)
+    r = run(*common[:2], "tests/golden/mamba1-bias-bf16", *common[3:], "--out", f"{folder}/cut", "--resume")
+    claim("lora: goes on from the same model only", r.returncode == 1 and "expected" in r.stderr, r.stderr)
+    r = run(*common, "--out", f"{folder}/new", "--resume")
+    claim("train: says that --resume found nothing", "begins anew" in r.stderr.splitlines()[0], r.stderr)
+    broken = f"{folder}/whole/adapter_config.json"
+    for change, words in [({"peft_type": "LOHA"}, "peft_type: expected LORA"), ({"use_dora": True}, "use_dora: expected false"),
+                          ({"init_lora_weights": "pissa"}, "init_lora_weights: expected true")]:
+        settings = json.loads(content(f"{folder}/cut/adapter_config.json"))
+        write(broken, json.dumps({**settings, **change}))
+        r = run("info", "--model", common[2], "--adapter", f"{folder}/whole")
+        claim(f"adapter: {words}", r.returncode == 1 and words in r.stderr, r.stderr)
+    r = run("info", "--model", "tests/golden/mamba2-hf", "--adapter", f"{folder}/cut")
+    claim("adapter: of another model", r.returncode == 1 and "wrong adapter" in r.stderr, r.stderr)
+    r = run("info", "--model", common[2], "--adapter", f"{folder}/none")
+    claim("adapter: of no folder", r.returncode == 1 and "none/adapter_config.json" in r.stderr, r.stderr)
+
+
+def chats(folder):
+    """Conversations are made texts by the model's own template; only what the assistant says is learned."""
+    model = f"{folder}/model"
+    shutil.copytree("weights/stories", model)
+    template = ("{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] + eos_token + '\\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}")
+    tokens = {"eos_token": "<|endoftext|>", "bos_token": {"content": "<|endoftext|>"}}
+    write(f"{model}/tokenizer_config.json", json.dumps({**tokens, "chat_template": template}))
+    said = [("user", "Hello"), ("assistant", "Hi!"), ("user", "Who are you?"), ("assistant", "A cat.")]
+    write(f"{folder}/chat.jsonl", json.dumps({"messages": [{"role": r, "content": c} for r, c in said]}) + "\n")
+    begin = "<user> Hello<|endoftext|>\n<assistant> "
+    write(f"{folder}/same.jsonl", "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in [
+        (begin, "Hi!"), (begin + "Hi!<|endoftext|>\n<user> Who are you?<|endoftext|>\n<assistant> ", "A cat.")]))
+    common = ["train", "--model", model, "--batch", 2, "--steps", 2]
+    logs = []
+    for name in ("chat", "same"):
+        r = run(*common, "--data", f"{folder}/{name}.jsonl", "--out", f"{folder}/{name}", "--log", f"{folder}/{name}.csv")
+        claim(f"train: {name}", r.returncode == 0, r.stderr)
+        logs.append([line.split(",")[:4] for line in open(f"{folder}/{name}.csv")] if r.returncode == 0 else name)
+    claim("train: a chat is learned as its prompts and answers", logs[0] == logs[1], logs)
+    for template, words in [("{{ raise_exception('no') }}", "found 'raise_exception('"), ("{% macro f() %}{% endmacro %}", "'macro'")]:
+        write(f"{model}/chat_template.jinja", template)
+        r = run(*common, "--data", f"{folder}/chat.jsonl", "--out", f"{folder}/no")
+        claim("train: another kind of template is refused by name", r.returncode == 1 and words in r.stderr and
+              "chat_template.jinja" in r.stderr, r.stderr)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for test in (learns_induction, goes_on, carries_state, trains_hybrids, ends_in_one_line):
+    for test in (learns_induction, goes_on, carries_state, trains_hybrids, fine_tunes, adapters_go_on, chats, ends_in_one_line):
         with tempfile.TemporaryDirectory() as folder:
             test(folder)
     print(f"{PROGRAM}: {passed} claims hold, {failed} do not")
