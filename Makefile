@@ -85,7 +85,7 @@ build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.
 
 # A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
-EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*
+EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*,cuda causal_attention: *,cuda causal_attention_backward: *,cuda rotary: *,cuda layer_norm*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
 EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
 
