@@ -81,3 +81,30 @@ TEST_CASE(
       CHECK(max_difference(down(fused, rows, d), down(naive, rows, d)) <= 0x1p-20);
     }
 }
+
+TEST_CASE("cuda causal_conv1d: sequences of different lengths, end to end, are each as if alone") {
+  const std::vector<std::int64_t> starts = {0, 2, 35, 40};
+  constexpr Index d = 132, width = 4, past = width - 1;
+  Random random(5);
+  const Matrix<double> x = stored<float>(random.matrix<double>(40, d)),
+                       state = stored<float>(random.matrix<double>(3 * past, d)),
+                       w = stored<float>(random.matrix<double>(d, width));
+  Matrix<double> want(40, d), after = state;
+  for (Index b = 0; b < 3; ++b) {
+    const Index first = starts[static_cast<std::size_t>(b)],
+                count = starts[static_cast<std::size_t>(b) + 1] - first;
+    const Matrix<double> sum = ssm::causal_conv1d<double>(x.middleRows(first, count), w, {},
+                                                          after.middleRows(b * past, past));
+    want.middleRows(first, count) = ssm::silu(sum.array());
+  }
+  const DeviceBuffer<float> x_d = up<float>(x), w_d = up<float>(w), state_d = up<float>(state),
+                            out = poisoned<float>(40 * d);
+  const DeviceBuffer<std::int64_t> cu_seqlens(starts.data(), starts.size());
+  ConvArgs<float> a;
+  a.batch = 3, a.L = 33, a.d = d, a.width = width, a.x = x_d.data(), a.weight = w_d.data();
+  a.state = a.state_out = state_d.data(), a.out = out.data(), a.x_stride = a.out_stride = d;
+  a.cu_seqlens = cu_seqlens.data();
+  causal_conv1d(a, nullptr);
+  CHECK(max_difference(down(out, 40, d), want) <= 1e-5);
+  CHECK(max_difference(down(state_d, 3 * past, d), after) == 0);
+}
