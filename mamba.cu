@@ -62,6 +62,8 @@
 // layer_norm_backward_kernel         layer_norm_backward    the same               the same
 // causal_attention_backward_         causal_attention_
 //   queries_, keys_kernel            backward               a warp an owner of sums batch, t, H
+// causal_attention_backward_         the same               blocks on tensor cores batch, H, blocks
+//   fused_kernel                                                                   of t or of s
 // gated_mlp_backward_kernel          gated_mlp_backward     between its products   rows, d
 // cross_entropy_kernel               cross_entropy          logits to dlogits      rows
 // embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
@@ -3129,9 +3131,14 @@ __global__ void __launch_bounds__(128)
 // May rows be read eight numbers at a time?
 template <class T>
 bool attention_aligned(const AttentionArgs<T>& a) {
-  for (const T* p : {a.q, a.keys, a.values})
-    if (reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)) != 0) return false;
-  return a.head_dim % 8 == 0 && a.q_stride % 8 == 0 && a.kv_stride % 8 == 0;
+  const auto at = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)); };
+  return at(a.q) + at(a.keys) + at(a.values) == 0 && a.head_dim % 8 == 0 && a.q_stride % 8 == 0 &&
+         a.kv_stride % 8 == 0;
+}
+
+template <class T>
+dim3 attention_grid(const AttentionArgs<T>& in, int rows_of_block, int heads) {
+  return dim3(unsigned(ceil_div(in.L, rows_of_block)), unsigned(heads), unsigned(in.batch));
 }
 
 template <class T>
@@ -3139,8 +3146,7 @@ void causal_attention_naive(const AttentionArgs<T>& a, cudaStream_t stream) {
   if (a.head_dim > kMostHeadDim)
     fail("causal_attention: head_dim: expected at most ", kMostHeadDim, ", found ", a.head_dim);
   if (a.batch * a.L == 0) return;
-  const dim3 grid(unsigned(ceil_div(a.L, 4)), unsigned(a.n_heads), unsigned(a.batch));
-  causal_attention_naive_kernel<<<grid, 128, 0, stream>>>(a);
+  causal_attention_naive_kernel<<<attention_grid(a, 4, a.n_heads), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -3154,8 +3160,7 @@ void causal_attention(const AttentionArgs<T>& a, cudaStream_t stream) {
           narrow ? causal_attention_fused_kernel<T, 1> : causal_attention_fused_kernel<T, 2>;
       const int bytes = narrow ? AttentionTiles<1>::kBytes : AttentionTiles<2>::kBytes;
       CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      const dim3 grid(unsigned(ceil_div(a.L, 64)), unsigned(a.n_heads), unsigned(a.batch));
-      kernel<<<grid, 128, bytes, stream>>>(a);
+      kernel<<<attention_grid(a, 64, a.n_heads), 128, bytes, stream>>>(a);
       CUDA_CHECK(cudaGetLastError());
       return;
     }
@@ -4249,11 +4254,11 @@ struct DeviceState {
   bool has_room(const Config& c, int64_t tokens) const {
     return attentions(c) == 0 || longest + tokens <= capacity;
   }
-  // Makes it: twice as much as there was, so that few tokens are copied often.
-  void reserve(const Config& c, DType dtype, int64_t tokens, cudaStream_t stream) {
+  // Makes it: twice as much as there was, so that few tokens are copied often. number: bytes of one.
+  void reserve(const Config& c, size_t number, int64_t tokens, cudaStream_t stream) {
     if (has_room(c, tokens)) return;
     const int64_t more = std::max(longest + tokens, std::max<int64_t>(64, 2 * capacity));
-    const size_t row = dtype_size(dtype) * size_t(c.attention.kv_width());
+    const size_t row = number * size_t(c.attention.kv_width());
     const size_t texts = size_t(attentions(c) * batch);
     need_memory(2 * texts * size_t(more) * row, "keys and values of the past");
     for (DeviceBuffer<std::byte>* cache : {&keys, &values}) {
@@ -4637,6 +4642,7 @@ struct Compute {
   // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
   Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
+    state.reserve(config, sizeof(T), L, queue.stream());
     embed(a, ids, L);
     all_layers(a, {1, L, false, nullptr}, state, false);
     state.longest += L;
@@ -4982,9 +4988,9 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
 template <class T>
 void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) {
   float* logits = logits_.data() + row * config_.vocab_size;
-  state.reserve(config_, dtype_, L, queue_->stream());
   if (L == 1) {
     const Activations<T> a(config_, 1, activation_room_);
+    state.reserve(config_, sizeof(T), 1, queue_->stream());
     compute<T>().embed(a, upload(ids, 1), 1);
     ++state.longest;
     return compute<T>().step(a, state, nullptr, logits);
@@ -5007,7 +5013,6 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
 inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
   logits_.grow(static_cast<size_t>(std::min(L, kRows) * config_.vocab_size));
-  state.reserve(config_, dtype_, L, queue_->stream());
   with_weight_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (Index t = 0; t < L; t += kPiece) {
@@ -5029,10 +5034,10 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
 // it a few tokens ahead and only reads along: a sequence that has drawn an end token stands still
 // on the GPU.
 
-/// What is copied between the layers of one sequence's state and those of a batch: to a text of
-/// `taken` tokens, for which there is room.
+/// What is copied between the layers of one sequence's state and those of a batch; of keys and
+/// values, numbers of so many bytes, those of `taken` tokens, for which there is room.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
-                       const DeviceState& to, Index to_row, cudaStream_t stream, DType dtype = {},
+                       const DeviceState& to, Index to_row, cudaStream_t stream, size_t number = 0,
                        Index taken = 0) {
   const auto copy = [&](const auto& to_buffer, const auto& from_buffer, Index layers, size_t bytes,
                         size_t to_pitch, size_t from_pitch) {
@@ -5050,7 +5055,7 @@ inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
   };
   whole(to.conv, from.conv, scans), whole(to.h, from.h, scans);
   whole(to.attention_conv, from.attention_conv, attentions);
-  const size_t row = dtype_size(dtype) * size_t(c.attention.kv_width());
+  const size_t row = number * size_t(c.attention.kv_width());
   for (const auto cache : {&DeviceState::keys, &DeviceState::values})
     copy(to.*cache, from.*cache, attentions, size_t(taken) * row, size_t(to.capacity) * row,
          size_t(from.capacity) * row);
@@ -5119,11 +5124,12 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   State state(config_, dtype_, batch);
   Index longest = 0;
   for (const auto& s : sequences) longest = std::max(longest, Index(s.taken));
-  state.reserve(config_, dtype_, longest + std::min<Index>(options.n, 256), stream);
+  state.reserve(config_, sizeof(T), longest + std::min<Index>(options.n, 256), stream);
   state.longest = longest;
   std::vector<Sampler::Text> texts;
   for (Index i = 0; i < batch; ++i) {
-    copy_state(config_, sequences[i].state, 0, state, i, stream, dtype_, Index(sequences[i].taken));
+    copy_state(config_, sequences[i].state, 0, state, i, stream, sizeof(T),
+               Index(sequences[i].taken));
     texts.push_back({sequences[i].index, sequences[i].ids});
   }
   Sampler sampler(options, texts, config_.vocab_size, logits_.data());
@@ -5148,7 +5154,7 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   for (Index i = 0; i < options.n && !reader.all_finished(); ++i) {
     for (; launched < std::min(options.n, i + kAhead); ++launched) {
       if (launched > 0 && !state.has_room(config_, 1)) {  // the caches move: another graph
-        state.reserve(config_, dtype_, 1, stream);
+        state.reserve(config_, sizeof(T), 1, stream);
         capture();
       }
       launched == 0 ? draw() : step->launch(stream);
@@ -5163,9 +5169,9 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
     Sequence<State>& s = sequences[i];
     s.taken = s.ids.size() - 1;
     s.state.longest = std::min<Index>(s.state.longest, Index(s.taken));
-    s.state.reserve(config_, dtype_, Index(s.taken) - s.state.longest, stream);
+    s.state.reserve(config_, sizeof(T), Index(s.taken) - s.state.longest, stream);
     s.state.longest = Index(s.taken);
-    copy_state(config_, state, i, s.state, 0, stream, dtype_, Index(s.taken));
+    copy_state(config_, state, i, s.state, 0, stream, sizeof(T), Index(s.taken));
   }
   queue_->wait();
 }
@@ -7481,7 +7487,7 @@ void gated_rms_norm_backward(const GatedNormBackwardArgs<T>& a, float* workspace
   add_column_sums({workspace, grid.x, a.d, a.dweight, a.d, nullptr}, stream);
 }
 
-// --- causal attention -----------------------------------------------------------------------------
+// --- causal attention ----------------------------------------------------------------------------
 //
 //   p[t,s]   = 2^(S[t,s] - log_sums_t)            S in units of log 2, as in the forward
 //   dv_s     = sum_t p[t,s] dout_t                dp[t,s] = dout_t . v_s
@@ -7529,8 +7535,24 @@ __device__ inline void row_add(float (&sum)[kAttentionNumbers], float scale,
   for (int i = 0; i < kAttentionNumbers; ++i) sum[i] = fmaf(scale, v[i], sum[i]);
 }
 
-// A warp owns a query of a head: along_t, dq_t. Grid: x = queries, 4 a block, y = heads, z =
-// sequences.
+// along = dout . out. A warp takes a query of a head. Grid of this kernel and the next: x =
+// queries, 4 a block, y = heads, z = sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_along_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t t = int64_t{blockIdx.x} * 4 + threadIdx.x / 32, head = blockIdx.y;
+  const Rows rows = rows_of(blockIdx.z, in.L, in.cu_seqlens);
+  if (t >= rows.count) return;
+  const int64_t row = rows.first + t, column = head * in.head_dim;
+  float out[kAttentionNumbers], dout[kAttentionNumbers];
+  load_row(in.out + row * in.out_stride + column, in.head_dim, out);
+  load_row(a.dout + row * a.dout_stride + column, in.head_dim, dout);
+  const float along = row_dot(dout, out);
+  if (threadIdx.x % 32 == 0) a.along[row * in.n_heads + head] = along;
+}
+
+// A warp owns a query of a head: dq_t.
 template <class T>
 __global__ void __launch_bounds__(128)
     causal_attention_backward_queries_kernel(AttentionBackwardArgs<T> a) {
@@ -7539,21 +7561,17 @@ __global__ void __launch_bounds__(128)
   const int head = blockIdx.y, P = in.head_dim;
   const Rows rows = rows_of(b, in.L, in.cu_seqlens);
   if (t >= rows.count) return;
-  const int64_t row = rows.first + t, column = int64_t{head} * P;
+  const int64_t row = rows.first + t, column = int64_t{head} * P, i = row * in.n_heads + head;
   const int64_t first = in.first_key(b, rows, head);
-  float q[kAttentionNumbers], out[kAttentionNumbers], dout[kAttentionNumbers];
-  float dq[kAttentionNumbers] = {};
+  float q[kAttentionNumbers], dout[kAttentionNumbers], dq[kAttentionNumbers] = {};
   load_row(in.q + row * in.q_stride + column, P, q);
-  load_row(in.out + row * in.out_stride + column, P, out);
   load_row(a.dout + row * a.dout_stride + column, P, dout);
-  const float along = row_dot(dout, out), log_sum = in.log_sums[row * in.n_heads + head];
-  if (threadIdx.x % 32 == 0) a.along[row * in.n_heads + head] = along;
   for (int64_t s = 0; s <= t; ++s) {
     float k[kAttentionNumbers], v[kAttentionNumbers];
     load_row(in.keys + first + s * in.kv_stride, P, k);
     load_row(in.values + first + s * in.kv_stride, P, v);
-    const float p = exp2_approx(in.scale() * row_dot(q, k) - log_sum);
-    row_add(dq, p * (row_dot(dout, v) - along), k);
+    const float p = exp2_approx(in.scale() * row_dot(q, k) - in.log_sums[i]);
+    row_add(dq, p * (row_dot(dout, v) - a.along[i]), k);
   }
   store_row(a.dq + row * a.d_stride + column, P, rsqrtf(float(P)), dq);
 }
@@ -7586,17 +7604,134 @@ __global__ void __launch_bounds__(128)
   store_row(a.dk + to, P, rsqrtf(float(P)), dk), store_row(a.dv + to, P, 1.f, dv);
 }
 
+// Since the rung before: tensor cores, for what the forward's fused kernel takes. A block owns 64
+// rows, queries of a head or keys and values that heads share, and walks the others, 64 at a time:
+//   kOfQueries   own q, dout;  others k, v     S = q k^T,  dP = dout v^T,  dq += dS k
+//   else         own k, v;     others q, dout  the transposes of both,     dk += dS q, dv += p dout
+// Both kernels make S and dP: no sum has two owners, so no atomics. Shared and registers as in the
+// forward, with two tiles of own rows. Grid: x = blocks of rows, the longest first, y = heads, of
+// keys if not kOfQueries, z = sequences.
+template <int kColumns>
+constexpr int kAttentionBackwardBytes = 6 * AttentionTiles<kColumns>::kTile;
+
+// A warp's 16 rows times `scale` -> p, those of the rows that exist.
+template <class T, int kTiles>
+__device__ inline void store_rows(T* p, int64_t stride, int64_t left, int head_dim, float scale,
+                                  const float (&v)[kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      if (const int c = 8 * j + threadIdx.x % 4 * 2; g + 8 * h < left && c < head_dim)
+        store(p + (g + 8 * h) * stride + c,
+              pack<T>({scale * v[j][2 * h], scale * v[j][2 * h + 1]}));
+}
+
+template <class T, int kColumns, bool kOfQueries>
+__global__ void __launch_bounds__(128, kColumns == 1 ? 2 : 1)
+    causal_attention_backward_fused_kernel(AttentionBackwardArgs<T> a) {
+  extern __shared__ __align__(1024) unsigned char attention_tiles[];
+  constexpr int kTile = AttentionTiles<kColumns>::kTile;
+  const AttentionArgs<T>& in = a.in;
+  const Rows rows = rows_of(blockIdx.z, in.L, in.cu_seqlens);
+  const int64_t block = kOfQueries ? gridDim.x - 1 - blockIdx.x : blockIdx.x, first = 64 * block;
+  if (first >= rows.count) return;
+  const int P = in.head_dim, shared = kOfQueries ? 1 : in.n_heads / in.n_kv_heads;
+  const int first_head = blockIdx.y * shared;
+  const int64_t key = in.first_key(blockIdx.z, rows, first_head);
+  const uint32_t own = uint32_t(__cvta_generic_to_shared(attention_tiles));
+  const auto copy_q = [&](uint32_t to, int head, int64_t row) {  // and dout
+    const int64_t column = int64_t{head} * P;
+    copy_rows<kColumns>(to, in.q + rows.first * in.q_stride + column, in.q_stride, row, rows.count,
+                        P);
+    copy_rows<kColumns>(to + kTile, a.dout + rows.first * a.dout_stride + column, a.dout_stride,
+                        row, rows.count, P);
+  };
+  const auto copy_k = [&](uint32_t to, int64_t row) {  // and v
+    copy_rows<kColumns>(to, in.keys + key, in.kv_stride, row, rows.count, P);
+    copy_rows<kColumns>(to + kTile, in.values + key, in.kv_stride, row, rows.count, P);
+  };
+  const int64_t blocks = kOfQueries ? block + 1 : ceil_div(rows.count, 64) - block;  // of a head
+  const auto place = [&](int64_t turn) { return 64 * (turn % blocks + (kOfQueries ? 0 : block)); };
+  const auto fetch = [&](int64_t turn) {
+    const uint32_t to = own + 2 * kTile + turn % 2 * (2 * kTile);
+    kOfQueries ? copy_k(to, place(turn)) : copy_q(to, first_head + int(turn / blocks), place(turn));
+    copy_async_commit();
+  };
+  kOfQueries ? copy_q(own, first_head, first) : copy_k(own, first);
+  fetch(0);
+
+  constexpr int kTiles = 8 * kColumns;
+  float sum[kTiles][4] = {}, of_values[kOfQueries ? 1 : kTiles][4] = {};
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const float scale = in.scale();
+  for (int64_t turn = 0; turn < blocks * shared; ++turn) {
+    copy_async_wait();
+    __syncthreads();  // all copies of this turn are there; those of the turn before have been read
+    if (turn + 1 < blocks * shared) fetch(turn + 1);
+    const uint32_t other = own + 2 * kTile + turn % 2 * (2 * kTile);
+    const uint32_t mine = own + tile_offset(16 * warp, 0);
+    float p[8][4], dS[8][4];
+    multiply_keys<T, kColumns>(p, mine, other);
+    multiply_keys<T, kColumns>(dS, mine + kTile, other + kTile);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t row = first + 16 * warp + g + i / 2 * 8;
+        const int64_t column = place(turn) + 8 * j + 2 * q + i % 2;
+        const int64_t t = kOfQueries ? row : column, s = kOfQueries ? column : row;
+        const bool seen = s <= t && t < rows.count;
+        const int64_t at = (rows.first + t) * in.n_heads + first_head + turn / blocks;
+        p[j][i] = seen ? exp2_approx(fmaf(scale, p[j][i], -in.log_sums[at])) : 0.f;
+        dS[j][i] = seen ? p[j][i] * (dS[j][i] - a.along[at]) : 0.f;
+      }
+    multiply_values<T, kColumns>(sum, dS, other);
+    if constexpr (!kOfQueries) multiply_values<T, kColumns>(of_values, p, other + kTile);
+  }
+  const int64_t row = first + 16 * warp, left = rows.count - row;
+  const int64_t to = (rows.first + row) * a.d_stride + int64_t{blockIdx.y} * P;
+  store_rows((kOfQueries ? a.dq : a.dk) + to, a.d_stride, left, P, rsqrtf(float(P)), sum);
+  if constexpr (!kOfQueries) store_rows(a.dv + to, a.d_stride, left, P, 1.f, of_values);
+}
+
+template <class T>
+void causal_attention_backward_naive(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const AttentionArgs<T>& in = a.in;
+  causal_attention_backward_queries_kernel<<<attention_grid(in, 4, in.n_heads), 128, 0, stream>>>(
+      a);
+  CUDA_CHECK(cudaGetLastError());
+  causal_attention_backward_keys_kernel<<<attention_grid(in, 4, in.n_kv_heads), 128, 0, stream>>>(
+      a);
+  CUDA_CHECK(cudaGetLastError());
+}
+template <class T, int kColumns>
+void causal_attention_backward_fused(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const auto launch = [&](auto* kernel, int heads) {
+    constexpr int kBytes = kAttentionBackwardBytes<kColumns>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    kernel<<<attention_grid(a.in, 64, heads), 128, kBytes, stream>>>(a);
+    CUDA_CHECK(cudaGetLastError());
+  };
+  launch(causal_attention_backward_fused_kernel<T, kColumns, true>, a.in.n_heads);
+  launch(causal_attention_backward_fused_kernel<T, kColumns, false>, a.in.n_kv_heads);
+}
+
+// in.out and in.log_sums are those of the forward.
 template <class T>
 void causal_attention_backward(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
   const AttentionArgs<T>& in = a.in;
   if (in.batch * in.L == 0) return;
-  const auto grid = [&](int heads) {
-    return dim3(unsigned(ceil_div(in.L, 4)), unsigned(heads), unsigned(in.batch));
-  };
-  causal_attention_backward_queries_kernel<<<grid(in.n_heads), 128, 0, stream>>>(a);
+  causal_attention_backward_along_kernel<<<attention_grid(in, 4, in.n_heads), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
-  causal_attention_backward_keys_kernel<<<grid(in.n_kv_heads), 128, 0, stream>>>(a);
-  CUDA_CHECK(cudaGetLastError());
+  if constexpr (sizeof(T) == 2) {
+    const bool aligned = attention_aligned(in) && a.dout_stride % 8 == 0 && a.d_stride % 2 == 0 &&
+                         reinterpret_cast<uintptr_t>(a.dout) % 16 == 0;
+    if (aligned && in.head_dim <= 64) return causal_attention_backward_fused<T, 1>(a, stream);
+    if (aligned && in.head_dim <= 128) return causal_attention_backward_fused<T, 2>(a, stream);
+  }
+  causal_attention_backward_naive(a, stream);
 }
 
 // --- the gated MLP ---

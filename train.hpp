@@ -621,7 +621,9 @@ inline std::vector<Piece> read_chat(const Json& messages, ModelFolder& model,
       fail(where, ": messages: expected a template that begins an answer as it has it later");
     text.resize(std::max(prompt.size(), stripped_size(text)));
     Piece piece{model.tokenizer().encode(text)};
-    piece.first = std::max<Index>(1, model.tokenizer().encode(prompt).size());
+    const std::vector<Token> begin = model.tokenizer().encode(prompt);
+    const auto cut = std::mismatch(begin.begin(), begin.end(), piece.ids.begin(), piece.ids.end());
+    piece.first = std::max<Index>(1, cut.first - begin.begin());  // a blank may join the answer
     pieces.push_back(std::move(piece));
   }
   if (pieces.empty()) fail(where, ": messages: expected an answer of the assistant, found none");

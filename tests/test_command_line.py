@@ -107,6 +107,11 @@ with tempfile.TemporaryDirectory() as folder:
     code, several, _ = run("generate", "--prompt-file", at("prompts"), *GREEDY)
     alone = "".join(run(p, *GREEDY)[1] for p in ("Once upon a time", "The little dog was sad because", "Lily"))
     claim("several prompts are each as if alone", code == 0 and several == alone, several)
+    prompts = ["Once upon a time", "Lily said:\n\n", "Caf\u00e9"]
+    code, texts, _ = run("generate", "--json", "--prompt-file", "-", *GREEDY, stdin="".join(json.dumps(p) + "\n" for p in prompts))
+    claim("with --json prompts may hold any characters, and continuations come alone", code == 0 and
+          [p + json.loads(t) + "\n" for p, t in zip(prompts, texts.splitlines())] == [run("-", *GREEDY, stdin=p + "\n")[1]
+                                                                                    for p in prompts], texts)
     code, batch, _ = run("Lily", "-n", 12, "--batch", 3, "--ids")
     lines = batch.splitlines()
     claim("--batch continues a prompt in several ways", len(lines) == 3 and len(set(lines)) == 3, batch)
@@ -215,6 +220,13 @@ with tempfile.TemporaryDirectory() as folder:
     claim("choices of a question are counted, both labels once", answers(choices) == [2, 0.5, 0.5, 0.5], answers(choices))
     want = [1, float(a < b), *[float(a < b / len(long))] * 2]
     claim("acc and acc_norm choose each in its way", answers(choices[2:]) == want, (a, b, answers(choices[2:])))
+
+    # --- hybrids ---
+    hybrid = "tests/golden/mamba2attn-original"
+    code, table, err = run("info", "--model", hybrid)
+    claim("info of a hybrid", code == 0 and "1 layers: 6 heads of 16, 2 of keys and values" in table and "bytes a sequence and 256 for every token" in table, table)
+    refuses("a hybrid in the Hugging Face layout", 1, "has no attention layers", "convert", "--model", hybrid, "--out", at("hybrid"))
+    refuses("a look into attention", 1, "found one with attention: 1", "inspect", "--model", hybrid, "--prompt", "x", "--layer", 1, "--out", at("hybrid"))
 
     # --- inspect ---
     for model, heads in ((STORIES, 1), ("tests/golden/mamba2-hf", 8)):
@@ -366,6 +378,7 @@ with tempfile.TemporaryDirectory() as folder:
         (("Lily", "--temperature", "hot"), "hot"),
         (("Lily", "--batch", "0"), "batch"),
         (("Lily", "--prompt-file", "x"), "--prompt-file"),
+        (("Lily", "--json"), "--prompt-file"),
         (("logits", "--ids", "1"), "--out"),
         (("logits", "--out", "x"), "--ids-file"),
         (("logits", "--ids", "1", "--text", "f", "--out", "x"), "--text"),
@@ -451,6 +464,8 @@ with tempfile.TemporaryDirectory() as folder:
         ("an unwritable output", "cannot write", ("logits", "--ids", "1", "--out", "/proc/nothing"), ""),
         ("a state that is no state", "header", ("generate", "--load-state", at("ids")), ""),
         ("a state of another model", "expected", ("generate", "--load-state", state_of_other, "--model", at("hf")), ""),
+        ("a prompt that is no JSON string", "line 1: expected a JSON string, found '7'",
+         ("generate", "--json", "--prompt-file", "-"), "7\n"),
         ("an empty prompt file", "a prompt a line", ("generate", "--prompt-file", "/dev/null"), ""),
         ("decoding what is no id", "token ids", ("tokenize", "--decode"), "1 2 x\n"),
         ("decoding an id beyond the vocabulary", "below", ("tokenize", "--decode"), "99999\n"),

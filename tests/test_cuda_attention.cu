@@ -143,7 +143,7 @@ namespace {
 
 /// Gradients of ragged sequences without a past, q, k and v side by side.
 template <class T>
-void check_attention_backward(Problem p, double bound) {
+void check_attention_backward(Problem p, double bound, bool naive = false) {
   p.fill<T>(7);
   const auto batch = static_cast<Index>(p.lengths.size());
   std::vector<int64_t> begin = {0};
@@ -166,6 +166,7 @@ void check_attention_backward(Problem p, double bound) {
   a.dq = d.data(), a.dk = a.dq + width, a.dv = a.dk + p.kv_heads * p.P;
   mamba::causal_attention(a.in, nullptr);
   mamba::causal_attention_backward(a, nullptr);
+  if (naive) mamba::causal_attention_backward_naive(a, nullptr);
   const Matrix<double> got = down(d, rows, p.width());
   for (Index b = 0; b < batch; ++b) {
     const Index L = p.lengths[b];
@@ -190,7 +191,10 @@ TEST_CASE("cuda causal_attention_backward: agrees with the reference, every type
       check_attention_backward<float>(p, 1e-5);
       check_attention_backward<bf16>(p, 4 * kEps<bf16>);
       check_attention_backward<half>(p, 4 * kEps<half>);
+      if (P == 64) check_attention_backward<half>(p, 4 * kEps<half>, true);
     }
+  const Problem many{16, 2, 1, {200, 3}, {0, 0}, {}, {}};  // several blocks of keys
+  check_attention_backward<half>(many, 4 * kEps<half>);
 }
 
 TEST_CASE("cuda rotary: q and k turn in place, and keys and values go to the cache") {
