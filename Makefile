@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test mutants cuda test-cuda test-emulated test-ranks debug fuzz bench evaluate notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated test-ranks debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -85,7 +85,7 @@ build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.
 
 # A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
-EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*
+EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*,cuda causal_attention: *,cuda causal_attention_backward: *,cuda rotary: *,cuda layer_norm*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
 EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
 
@@ -139,6 +139,27 @@ build/debug/tests: $(TESTS:build/%=build/debug/%)
 build/debug/mamba: mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) mamba.cpp -o $@ $(LIBS)
+
+# Lines of the headers that no test reaches: build/coverage/lines.txt names them.
+COVERED = ssm_reference|checkpoint|mamba|tokenizer|verify
+coverage: build/coverage/tests build/coverage/mamba  ## how many lines of the headers the CPU tests reach (needs gcovr)
+	find build/coverage -name '*.gcda' -delete
+	./build/coverage/tests
+	for t in command_line cases outputs training verify; do python3 tests/test_$$t.py build/coverage/mamba || exit; done
+	gcovr --root . --filter '($(COVERED))\.hpp' --exclude-throw-branches --txt build/coverage/lines.txt \
+	  --print-summary build/coverage
+	cat build/coverage/lines.txt
+
+build/coverage/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/coverage
+	$(CXX) -std=c++17 -O1 --coverage -I. -c $< -o $@ $(LIBS)
+
+build/coverage/tests: $(TESTS:build/%=build/coverage/%)
+	$(CXX) --coverage $^ -o $@ $(LIBS) $(CATCH2)
+
+build/coverage/mamba: mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/coverage
+	$(CXX) -std=c++17 -O1 --coverage mamba.cpp -o $@ $(LIBS)
 
 # Readers under random bytes, this long each: make fuzz SECONDS=600
 SECONDS ?= 60

@@ -3043,6 +3043,26 @@ __device__ inline float put_together(const float* parts, int n, int head_dim, in
   return i == head_dim ? m : sum;
 }
 
+// Of head h of a block of the step, the groups' sums in one: numbers i of them -> to.
+template <int kHeads>
+__device__ inline void join_groups(const float (&out)[kHeads][8], const float (&m)[kHeads],
+                                   const float (&total)[kHeads], int h, int lanes, int head_dim,
+                                   float* to) {
+  extern __shared__ __align__(16) float attention_groups[];  // (groups, head_dim + 2)
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, width = head_dim + 2;
+  float* mine = attention_groups + group * width;
+  if (h > 0) __syncthreads();  // the head before has been read
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) {  // registers have no index
+    if (k != h) continue;
+    for (int i = 0; i < 8 && 8 * lane < head_dim; ++i) mine[8 * lane + i] = out[k][i];
+    if (lane == 0) mine[head_dim] = m[k], mine[head_dim + 1] = total[k];
+  }
+  __syncthreads();  // all groups' sums are there before they are added
+  for (int i = threadIdx.x; i < width; i += 128)
+    to[i] = put_together(attention_groups, 128 / lanes, head_dim, i);
+}
+
 // One token a sequence, L = 1: its cache is read once, some keys by each of `pieces` blocks of four
 // warps; what they find is put together by the second kernel. Keys of a block go to groups of
 // `lanes` lanes in turn, a lane having 8 numbers of each. A block takes up to kHeads heads that
@@ -3053,7 +3073,6 @@ __global__ void __launch_bounds__(128)
     causal_attention_step_kernel(AttentionArgs<T> a, int lanes, float* parts) {
   launch_next();
   wait_for_previous();
-  extern __shared__ __align__(16) float attention_groups[];  // (groups, head_dim + 2)
   const int64_t b = blockIdx.z;
   if (a.done && a.done[b]) return;
   const int shared = a.n_heads / a.n_kv_heads, of_group = ceil_div(shared, kHeads);
@@ -3096,21 +3115,10 @@ __global__ void __launch_bounds__(128)
     }
   }
 
-  const int width = a.head_dim + 2;
-  for (int h = 0; h < heads; ++h) {
-    float* mine = attention_groups + group * width;
-    if (h > 0) __syncthreads();  // the head before has been read
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {  // registers have no index
-      if (k != h) continue;
-      for (int i = 0; i < 8 && exists; ++i) mine[8 * lane + i] = out[k][i];
-      if (lane == 0) mine[a.head_dim] = m[k], mine[a.head_dim + 1] = total[k];
-    }
-    __syncthreads();  // all groups' sums are there before they are added
-    float* to = parts + ((b * a.n_heads + first_head + h) * gridDim.x + blockIdx.x) * width;
-    for (int i = threadIdx.x; i < width; i += 128)
-      to[i] = put_together(attention_groups, groups, a.head_dim, i);
-  }
+  for (int h = 0; h < heads; ++h)
+    join_groups(
+        out, m, total, h, lanes, a.head_dim,
+        parts + ((b * a.n_heads + first_head + h) * gridDim.x + blockIdx.x) * (a.head_dim + 2));
 }
 
 // Grid: x = heads, y = sequences.
@@ -4254,7 +4262,8 @@ struct DeviceState {
   bool has_room(const Config& c, int64_t tokens) const {
     return attentions(c) == 0 || longest + tokens <= capacity;
   }
-  // Makes it: twice as much as there was, so that few tokens are copied often. number: bytes of one.
+  // Makes it: twice as much as there was, so that few tokens are copied often. A number has so many
+  // bytes.
   void reserve(const Config& c, size_t number, int64_t tokens, cudaStream_t stream) {
     if (has_room(c, tokens)) return;
     const int64_t more = std::max(longest + tokens, std::max<int64_t>(64, 2 * capacity));
@@ -7628,6 +7637,27 @@ __device__ inline void store_rows(T* p, int64_t stride, int64_t left, int head_d
               pack<T>({scale * v[j][2 * h], scale * v[j][2 * h + 1]}));
 }
 
+// S -> p and dP -> dS of a warp's 16 rows from `row` on and the 64 columns from `column` on; zeros
+// where a query does not see a key.
+template <bool kOfQueries, class T>
+__device__ inline void softmax_backward(float (&p)[8][4], float (&dS)[8][4],
+                                        const AttentionBackwardArgs<T>& a, const Rows& rows,
+                                        int64_t head, int64_t row, int64_t column) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const float scale = a.in.scale();
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t own = row + g + i / 2 * 8, other = column + 8 * j + 2 * q + i % 2;
+      const int64_t t = kOfQueries ? own : other, s = kOfQueries ? other : own;
+      const bool seen = s <= t && t < rows.count;
+      const int64_t at = (rows.first + t) * a.in.n_heads + head;
+      p[j][i] = seen ? exp2_approx(fmaf(scale, p[j][i], -a.in.log_sums[at])) : 0.f;
+      dS[j][i] = seen ? p[j][i] * (dS[j][i] - a.along[at]) : 0.f;
+    }
+}
+
 template <class T, int kColumns, bool kOfQueries>
 __global__ void __launch_bounds__(128, kColumns == 1 ? 2 : 1)
     causal_attention_backward_fused_kernel(AttentionBackwardArgs<T> a) {
@@ -7664,33 +7694,20 @@ __global__ void __launch_bounds__(128, kColumns == 1 ? 2 : 1)
 
   constexpr int kTiles = 8 * kColumns;
   float sum[kTiles][4] = {}, of_values[kOfQueries ? 1 : kTiles][4] = {};
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
-  const float scale = in.scale();
+  const int64_t warp = threadIdx.x / 32, row = first + 16 * warp, left = rows.count - row;
   for (int64_t turn = 0; turn < blocks * shared; ++turn) {
     copy_async_wait();
     __syncthreads();  // all copies of this turn are there; those of the turn before have been read
     if (turn + 1 < blocks * shared) fetch(turn + 1);
     const uint32_t other = own + 2 * kTile + turn % 2 * (2 * kTile);
-    const uint32_t mine = own + tile_offset(16 * warp, 0);
+    const uint32_t mine = own + tile_offset(uint32_t(16 * warp), 0);
     float p[8][4], dS[8][4];
     multiply_keys<T, kColumns>(p, mine, other);
     multiply_keys<T, kColumns>(dS, mine + kTile, other + kTile);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int64_t row = first + 16 * warp + g + i / 2 * 8;
-        const int64_t column = place(turn) + 8 * j + 2 * q + i % 2;
-        const int64_t t = kOfQueries ? row : column, s = kOfQueries ? column : row;
-        const bool seen = s <= t && t < rows.count;
-        const int64_t at = (rows.first + t) * in.n_heads + first_head + turn / blocks;
-        p[j][i] = seen ? exp2_approx(fmaf(scale, p[j][i], -in.log_sums[at])) : 0.f;
-        dS[j][i] = seen ? p[j][i] * (dS[j][i] - a.along[at]) : 0.f;
-      }
+    softmax_backward<kOfQueries>(p, dS, a, rows, first_head + turn / blocks, row, place(turn));
     multiply_values<T, kColumns>(sum, dS, other);
     if constexpr (!kOfQueries) multiply_values<T, kColumns>(of_values, p, other + kTile);
   }
-  const int64_t row = first + 16 * warp, left = rows.count - row;
   const int64_t to = (rows.first + row) * a.d_stride + int64_t{blockIdx.y} * P;
   store_rows((kOfQueries ? a.dq : a.dk) + to, a.d_stride, left, P, rsqrtf(float(P)), sum);
   if constexpr (!kOfQueries) store_rows(a.dv + to, a.d_stride, left, P, 1.f, of_values);

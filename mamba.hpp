@@ -1058,7 +1058,8 @@ inline ssm::State<float> read_state(const Checkpoint& file, const std::string& p
       fill(name + (m == &layer.past.keys ? "keys" : "values"), *m);
     }
   }
-  if (file.find(prefix + "layers." + std::to_string(config.n_layer) + ".conv"))
+  const std::string next = prefix + "layers." + std::to_string(config.n_layer);
+  if (file.find(next + ".h") || file.find(next + ".keys"))
     fail("wrong state: ", file.where, ": expected ", config.n_layer, " layers, found more");
   return state;
 }

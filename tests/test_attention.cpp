@@ -220,7 +220,7 @@ TEST_CASE("hybrids: a saved state is read back, and one that does not fit ends i
   auto wrong = state_of(3);
   wrong.layers[1].past.values.conservativeResize(2, Eigen::NoChange);
   CHECK_THROWS_WITH(load(wrong, {1, 2, 3, 4}),
-                    Catch::Contains("layers.1.values: expected [3, 32] for this model"));
+                    Catch::Contains("layers.1.values: expected (3, 32) for this model"));
   wrong.layers[1].past = {Matrix<float>(3, 7), Matrix<float>(3, 7)};
   CHECK_THROWS_WITH(load(wrong, {1, 2, 3, 4}), Catch::Contains("layers.1.keys: expected"));
 }
