@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test cuda test-cuda test-emulated debug fuzz bench evaluate notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda test-emulated test-ranks debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -33,6 +33,12 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 	python3 tests/test_verify.py ./mamba
 	./build/tests
 	@if command -v $(NVCC) >/dev/null; then $(MAKE) test-cuda; else echo "GPU tests: skipped, no nvcc here"; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py --seconds 180
+
+# Those in kernels need the emulated GPU, and so nvcc's headers.
+mutants: build/tests  ## real bugs of the field, planted one by one: the tests have to notice each
+	@if command -v $(NVCC) >/dev/null && [ "$$(uname -m)" = x86_64 ]; then $(MAKE) build/emulated/tests; fi
+	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py $(ARGS)
 
 mamba: mamba.cpp $(HEADERS) | setup
 	$(CXX) $(CXXFLAGS) mamba.cpp -o mamba $(LIBS)
@@ -55,11 +61,10 @@ cuda: mamba_cuda  ## build the GPU program (needs the CUDA Toolkit)
 mamba_cuda: mamba.cu $(HEADERS) | setup
 	$(NVCC) $(NVCCFLAGS) mamba.cu -o mamba_cuda $(LIBS) -lcublas
 
-test-cuda: build/tests_cuda  ## GPU tests; where there is no GPU they say that they were skipped
-	./build/tests_cuda
-	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) mamba mamba_cuda && \
+test-cuda:      ## GPU tests; where there is no GPU its program is compiled and the emulator runs the quick ones
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) build/tests_cuda mamba mamba_cuda && ./build/tests_cuda && \
 	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
-	else echo "GPU program against CPU program: skipped, no GPU here"; \
+	else echo "GPU tests: skipped, no GPU here" && $(MAKE) mamba_cuda && \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
 # Three compilations, not one for each file: each compiles the kernels of mamba.cu again.
@@ -80,7 +85,7 @@ build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.
 
 # A GPU of fibers (tests/emulate.hpp) runs GPU tests slowly. Others than the quick ones:
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
-EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*
+EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*,cuda causal_attention: *,cuda causal_attention_backward: *,cuda rotary: *,cuda layer_norm*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
 EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
 
@@ -107,6 +112,16 @@ build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
 	@mkdir -p build/emulated
 	$(CXX) -std=c++17 -O2 $(WARNINGS) -isystem $(CUDA_INCLUDE) -c $< -o $@
 
+test-ranks: build/emulated/mamba_cuda build/emulated/libnccl.so.2  ## training on two emulated GPUs, with a stand-in for NCCL
+	LD_LIBRARY_PATH=build/emulated python3 tests/test_ranks.py build/emulated/mamba_cuda
+
+build/emulated/mamba_cuda: build/emulated/mamba.cu build/emulated/emulate_runtime.o tests/emulate.hpp $(HEADERS)
+	$(CXX) -std=c++17 -O0 -w -Itests -I. -isystem $(CUDA_INCLUDE) -x c++ $< -x none build/emulated/emulate_runtime.o -o $@ $(LIBS)
+
+build/emulated/libnccl.so.2: tests/fake_nccl.cpp
+	@mkdir -p build/emulated
+	$(CXX) -std=c++17 -O1 $(WARNINGS) -shared -fPIC $< -o $@
+
 SANITIZE = -std=c++17 -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all
 debug: build/debug/tests build/debug/mamba  ## all tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	./build/debug/tests
@@ -124,6 +139,27 @@ build/debug/tests: $(TESTS:build/%=build/debug/%)
 build/debug/mamba: mamba.cpp $(HEADERS) | setup
 	@mkdir -p build/debug
 	$(CXX) $(SANITIZE) mamba.cpp -o $@ $(LIBS)
+
+# Lines of the headers that no test reaches: build/coverage/lines.txt names them.
+COVERED = ssm_reference|checkpoint|mamba|tokenizer|verify
+coverage: build/coverage/tests build/coverage/mamba  ## how many lines of the headers the CPU tests reach (needs gcovr)
+	find build/coverage -name '*.gcda' -delete
+	./build/coverage/tests
+	for t in command_line cases outputs training verify; do python3 tests/test_$$t.py build/coverage/mamba || exit; done
+	gcovr --root . --filter '($(COVERED))\.hpp' --exclude-throw-branches --txt build/coverage/lines.txt \
+	  --print-summary build/coverage
+	cat build/coverage/lines.txt
+
+build/coverage/%.o: tests/%.cpp tests/support.hpp tests/catch.hpp mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/coverage
+	$(CXX) -std=c++17 -O1 --coverage -I. -c $< -o $@ $(LIBS)
+
+build/coverage/tests: $(TESTS:build/%=build/coverage/%)
+	$(CXX) --coverage $^ -o $@ $(LIBS) $(CATCH2)
+
+build/coverage/mamba: mamba.cpp $(HEADERS) | setup
+	@mkdir -p build/coverage
+	$(CXX) -std=c++17 -O1 --coverage mamba.cpp -o $@ $(LIBS)
 
 # Readers under random bytes, this long each: make fuzz SECONDS=600
 SECONDS ?= 60

@@ -62,6 +62,8 @@
 // layer_norm_backward_kernel         layer_norm_backward    the same               the same
 // causal_attention_backward_         causal_attention_
 //   queries_, keys_kernel            backward               a warp an owner of sums batch, t, H
+// causal_attention_backward_         the same               blocks on tensor cores batch, H, blocks
+//   fused_kernel                                                                   of t or of s
 // gated_mlp_backward_kernel          gated_mlp_backward     between its products   rows, d
 // cross_entropy_kernel               cross_entropy          logits to dlogits      rows
 // embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
@@ -74,8 +76,16 @@
 #include <cuda_fp16.h>
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <netdb.h>
+#include <poll.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
 
+#include <atomic>
 #include <cub/device/device_radix_sort.cuh>
+#include <future>
 
 namespace mamba {
 
@@ -163,6 +173,7 @@ class Event {
   ~Event() { cudaEventDestroy(event_); }
   void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
   void wait() { CUDA_CHECK(cudaEventSynchronize(event_)); }
+  void hold(cudaStream_t stream) { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
   double milliseconds_to(const Event& later) const {
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, event_, later.event_));
@@ -3032,6 +3043,26 @@ __device__ inline float put_together(const float* parts, int n, int head_dim, in
   return i == head_dim ? m : sum;
 }
 
+// Of head h of a block of the step, the groups' sums in one: numbers i of them -> to.
+template <int kHeads>
+__device__ inline void join_groups(const float (&out)[kHeads][8], const float (&m)[kHeads],
+                                   const float (&total)[kHeads], int h, int lanes, int head_dim,
+                                   float* to) {
+  extern __shared__ __align__(16) float attention_groups[];  // (groups, head_dim + 2)
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes, width = head_dim + 2;
+  float* mine = attention_groups + group * width;
+  if (h > 0) __syncthreads();  // the head before has been read
+#pragma unroll
+  for (int k = 0; k < kHeads; ++k) {  // registers have no index
+    if (k != h) continue;
+    for (int i = 0; i < 8 && 8 * lane < head_dim; ++i) mine[8 * lane + i] = out[k][i];
+    if (lane == 0) mine[head_dim] = m[k], mine[head_dim + 1] = total[k];
+  }
+  __syncthreads();  // all groups' sums are there before they are added
+  for (int i = threadIdx.x; i < width; i += 128)
+    to[i] = put_together(attention_groups, 128 / lanes, head_dim, i);
+}
+
 // One token a sequence, L = 1: its cache is read once, some keys by each of `pieces` blocks of four
 // warps; what they find is put together by the second kernel. Keys of a block go to groups of
 // `lanes` lanes in turn, a lane having 8 numbers of each. A block takes up to kHeads heads that
@@ -3042,7 +3073,6 @@ __global__ void __launch_bounds__(128)
     causal_attention_step_kernel(AttentionArgs<T> a, int lanes, float* parts) {
   launch_next();
   wait_for_previous();
-  extern __shared__ __align__(16) float attention_groups[];  // (groups, head_dim + 2)
   const int64_t b = blockIdx.z;
   if (a.done && a.done[b]) return;
   const int shared = a.n_heads / a.n_kv_heads, of_group = ceil_div(shared, kHeads);
@@ -3085,21 +3115,10 @@ __global__ void __launch_bounds__(128)
     }
   }
 
-  const int width = a.head_dim + 2;
-  for (int h = 0; h < heads; ++h) {
-    float* mine = attention_groups + group * width;
-    if (h > 0) __syncthreads();  // the head before has been read
-#pragma unroll
-    for (int k = 0; k < kHeads; ++k) {  // registers have no index
-      if (k != h) continue;
-      for (int i = 0; i < 8 && exists; ++i) mine[8 * lane + i] = out[k][i];
-      if (lane == 0) mine[a.head_dim] = m[k], mine[a.head_dim + 1] = total[k];
-    }
-    __syncthreads();  // all groups' sums are there before they are added
-    float* to = parts + ((b * a.n_heads + first_head + h) * gridDim.x + blockIdx.x) * width;
-    for (int i = threadIdx.x; i < width; i += 128)
-      to[i] = put_together(attention_groups, groups, a.head_dim, i);
-  }
+  for (int h = 0; h < heads; ++h)
+    join_groups(
+        out, m, total, h, lanes, a.head_dim,
+        parts + ((b * a.n_heads + first_head + h) * gridDim.x + blockIdx.x) * (a.head_dim + 2));
 }
 
 // Grid: x = heads, y = sequences.
@@ -3120,9 +3139,14 @@ __global__ void __launch_bounds__(128)
 // May rows be read eight numbers at a time?
 template <class T>
 bool attention_aligned(const AttentionArgs<T>& a) {
-  for (const T* p : {a.q, a.keys, a.values})
-    if (reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)) != 0) return false;
-  return a.head_dim % 8 == 0 && a.q_stride % 8 == 0 && a.kv_stride % 8 == 0;
+  const auto at = [](const T* p) { return reinterpret_cast<uintptr_t>(p) % (8 * sizeof(T)); };
+  return at(a.q) + at(a.keys) + at(a.values) == 0 && a.head_dim % 8 == 0 && a.q_stride % 8 == 0 &&
+         a.kv_stride % 8 == 0;
+}
+
+template <class T>
+dim3 attention_grid(const AttentionArgs<T>& in, int rows_of_block, int heads) {
+  return dim3(unsigned(ceil_div(in.L, rows_of_block)), unsigned(heads), unsigned(in.batch));
 }
 
 template <class T>
@@ -3130,8 +3154,7 @@ void causal_attention_naive(const AttentionArgs<T>& a, cudaStream_t stream) {
   if (a.head_dim > kMostHeadDim)
     fail("causal_attention: head_dim: expected at most ", kMostHeadDim, ", found ", a.head_dim);
   if (a.batch * a.L == 0) return;
-  const dim3 grid(unsigned(ceil_div(a.L, 4)), unsigned(a.n_heads), unsigned(a.batch));
-  causal_attention_naive_kernel<<<grid, 128, 0, stream>>>(a);
+  causal_attention_naive_kernel<<<attention_grid(a, 4, a.n_heads), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
 }
 
@@ -3145,8 +3168,7 @@ void causal_attention(const AttentionArgs<T>& a, cudaStream_t stream) {
           narrow ? causal_attention_fused_kernel<T, 1> : causal_attention_fused_kernel<T, 2>;
       const int bytes = narrow ? AttentionTiles<1>::kBytes : AttentionTiles<2>::kBytes;
       CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-      const dim3 grid(unsigned(ceil_div(a.L, 64)), unsigned(a.n_heads), unsigned(a.batch));
-      kernel<<<grid, 128, bytes, stream>>>(a);
+      kernel<<<attention_grid(a, 64, a.n_heads), 128, bytes, stream>>>(a);
       CUDA_CHECK(cudaGetLastError());
       return;
     }
@@ -4240,11 +4262,12 @@ struct DeviceState {
   bool has_room(const Config& c, int64_t tokens) const {
     return attentions(c) == 0 || longest + tokens <= capacity;
   }
-  // Makes it: twice as much as there was, so that few tokens are copied often.
-  void reserve(const Config& c, DType dtype, int64_t tokens, cudaStream_t stream) {
+  // Makes it: twice as much as there was, so that few tokens are copied often. A number has so many
+  // bytes.
+  void reserve(const Config& c, size_t number, int64_t tokens, cudaStream_t stream) {
     if (has_room(c, tokens)) return;
     const int64_t more = std::max(longest + tokens, std::max<int64_t>(64, 2 * capacity));
-    const size_t row = dtype_size(dtype) * size_t(c.attention.kv_width());
+    const size_t row = number * size_t(c.attention.kv_width());
     const size_t texts = size_t(attentions(c) * batch);
     need_memory(2 * texts * size_t(more) * row, "keys and values of the past");
     for (DeviceBuffer<std::byte>* cache : {&keys, &values}) {
@@ -4628,6 +4651,7 @@ struct Compute {
   // ids (L), on the GPU -> a.residual after all layers; `state` advances by L tokens.
   Activations<T> backbone(const Token* ids, int64_t L, DeviceState& state) const {
     const Activations<T> a(config, L, activation_room);
+    state.reserve(config, sizeof(T), L, queue.stream());
     embed(a, ids, L);
     all_layers(a, {1, L, false, nullptr}, state, false);
     state.longest += L;
@@ -4784,6 +4808,25 @@ inline void use_device(int device) {
   }
 }
 
+/// FLOP/s of all matrix units at the highest clock, without sparsity; 0 if not known. Products of
+/// float32 are exact here, so no matrix unit is in them.
+inline double matrix_peak(DType dtype, int device) {
+  const auto get = [device](cudaDeviceAttr attribute) {
+    int v = 0;
+    CUDA_CHECK(cudaDeviceGetAttribute(&v, attribute, device));
+    return v;
+  };
+  const int capability =
+      10 * get(cudaDevAttrComputeCapabilityMajor) + get(cudaDevAttrComputeCapabilityMinor);
+  // of a multiprocessor and a cycle, in 16 bits and in float32
+  const std::map<int, std::pair<int, int>> known = {
+      {80, {2048, 128}}, {90, {4096, 256}}, {100, {8192, 256}}};
+  const auto found = known.find(capability);
+  if (found == known.end()) return 0;
+  return 1e3 * get(cudaDevAttrClockRate) * get(cudaDevAttrMultiProcessorCount) *
+         (dtype == DType::F32 ? found->second.second : found->second.first);
+}
+
 class CudaLearner;  // below, with all that is for gradients
 
 class CudaEngine {
@@ -4796,6 +4839,9 @@ class CudaEngine {
 
   using State = DeviceState;
   using Learner = CudaLearner;
+  static double peak(const EngineOptions& o) {
+    return matrix_peak(o.dtype.value_or(DType::F32), o.device);
+  }
 
   CudaEngine(const Checkpoint& checkpoint, const Config& config, const EngineOptions& options)
       : CudaEngine(config, options, storage(checkpoint, config, options)) {
@@ -4951,9 +4997,9 @@ inline ssm::State<float> CudaEngine::to_host(const State& state) const {
 template <class T>
 void CudaEngine::prefill_as(State& state, const Token* ids, Index L, Index row) {
   float* logits = logits_.data() + row * config_.vocab_size;
-  state.reserve(config_, dtype_, L, queue_->stream());
   if (L == 1) {
     const Activations<T> a(config_, 1, activation_room_);
+    state.reserve(config_, sizeof(T), 1, queue_->stream());
     compute<T>().embed(a, upload(ids, 1), 1);
     ++state.longest;
     return compute<T>().step(a, state, nullptr, logits);
@@ -4976,7 +5022,6 @@ inline Matrix<float> CudaEngine::prefill(State& state, const Token* ids, Index L
 inline void CudaEngine::forward(State& state, const Token* ids, Index L, const LogitsSink& sink) {
   const Index kRows = 256;  // logits are wide: some rows at a time
   logits_.grow(static_cast<size_t>(std::min(L, kRows) * config_.vocab_size));
-  state.reserve(config_, dtype_, L, queue_->stream());
   with_weight_type(dtype_, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (Index t = 0; t < L; t += kPiece) {
@@ -4998,10 +5043,10 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
 // it a few tokens ahead and only reads along: a sequence that has drawn an end token stands still
 // on the GPU.
 
-/// What is copied between the layers of one sequence's state and those of a batch: to a text of
-/// `taken` tokens, for which there is room.
+/// What is copied between the layers of one sequence's state and those of a batch; of keys and
+/// values, numbers of so many bytes, those of `taken` tokens, for which there is room.
 inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
-                       const DeviceState& to, Index to_row, cudaStream_t stream, DType dtype = {},
+                       const DeviceState& to, Index to_row, cudaStream_t stream, size_t number = 0,
                        Index taken = 0) {
   const auto copy = [&](const auto& to_buffer, const auto& from_buffer, Index layers, size_t bytes,
                         size_t to_pitch, size_t from_pitch) {
@@ -5019,7 +5064,7 @@ inline void copy_state(const Config& c, const DeviceState& from, Index from_row,
   };
   whole(to.conv, from.conv, scans), whole(to.h, from.h, scans);
   whole(to.attention_conv, from.attention_conv, attentions);
-  const size_t row = dtype_size(dtype) * size_t(c.attention.kv_width());
+  const size_t row = number * size_t(c.attention.kv_width());
   for (const auto cache : {&DeviceState::keys, &DeviceState::values})
     copy(to.*cache, from.*cache, attentions, size_t(taken) * row, size_t(to.capacity) * row,
          size_t(from.capacity) * row);
@@ -5088,11 +5133,12 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   State state(config_, dtype_, batch);
   Index longest = 0;
   for (const auto& s : sequences) longest = std::max(longest, Index(s.taken));
-  state.reserve(config_, dtype_, longest + std::min<Index>(options.n, 256), stream);
+  state.reserve(config_, sizeof(T), longest + std::min<Index>(options.n, 256), stream);
   state.longest = longest;
   std::vector<Sampler::Text> texts;
   for (Index i = 0; i < batch; ++i) {
-    copy_state(config_, sequences[i].state, 0, state, i, stream, dtype_, Index(sequences[i].taken));
+    copy_state(config_, sequences[i].state, 0, state, i, stream, sizeof(T),
+               Index(sequences[i].taken));
     texts.push_back({sequences[i].index, sequences[i].ids});
   }
   Sampler sampler(options, texts, config_.vocab_size, logits_.data());
@@ -5117,7 +5163,7 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
   for (Index i = 0; i < options.n && !reader.all_finished(); ++i) {
     for (; launched < std::min(options.n, i + kAhead); ++launched) {
       if (launched > 0 && !state.has_room(config_, 1)) {  // the caches move: another graph
-        state.reserve(config_, dtype_, 1, stream);
+        state.reserve(config_, sizeof(T), 1, stream);
         capture();
       }
       launched == 0 ? draw() : step->launch(stream);
@@ -5132,9 +5178,9 @@ void CudaEngine::generate_as(std::vector<Sequence<State>>& sequences,
     Sequence<State>& s = sequences[i];
     s.taken = s.ids.size() - 1;
     s.state.longest = std::min<Index>(s.state.longest, Index(s.taken));
-    s.state.reserve(config_, dtype_, Index(s.taken) - s.state.longest, stream);
+    s.state.reserve(config_, sizeof(T), Index(s.taken) - s.state.longest, stream);
     s.state.longest = Index(s.taken);
-    copy_state(config_, state, i, s.state, 0, stream, dtype_, Index(s.taken));
+    copy_state(config_, state, i, s.state, 0, stream, sizeof(T), Index(s.taken));
   }
   queue_->wait();
 }
@@ -7450,7 +7496,7 @@ void gated_rms_norm_backward(const GatedNormBackwardArgs<T>& a, float* workspace
   add_column_sums({workspace, grid.x, a.d, a.dweight, a.d, nullptr}, stream);
 }
 
-// --- causal attention -----------------------------------------------------------------------------
+// --- causal attention ----------------------------------------------------------------------------
 //
 //   p[t,s]   = 2^(S[t,s] - log_sums_t)            S in units of log 2, as in the forward
 //   dv_s     = sum_t p[t,s] dout_t                dp[t,s] = dout_t . v_s
@@ -7498,8 +7544,24 @@ __device__ inline void row_add(float (&sum)[kAttentionNumbers], float scale,
   for (int i = 0; i < kAttentionNumbers; ++i) sum[i] = fmaf(scale, v[i], sum[i]);
 }
 
-// A warp owns a query of a head: along_t, dq_t. Grid: x = queries, 4 a block, y = heads, z =
-// sequences.
+// along = dout . out. A warp takes a query of a head. Grid of this kernel and the next: x =
+// queries, 4 a block, y = heads, z = sequences.
+template <class T>
+__global__ void __launch_bounds__(128)
+    causal_attention_backward_along_kernel(AttentionBackwardArgs<T> a) {
+  const AttentionArgs<T>& in = a.in;
+  const int64_t t = int64_t{blockIdx.x} * 4 + threadIdx.x / 32, head = blockIdx.y;
+  const Rows rows = rows_of(blockIdx.z, in.L, in.cu_seqlens);
+  if (t >= rows.count) return;
+  const int64_t row = rows.first + t, column = head * in.head_dim;
+  float out[kAttentionNumbers], dout[kAttentionNumbers];
+  load_row(in.out + row * in.out_stride + column, in.head_dim, out);
+  load_row(a.dout + row * a.dout_stride + column, in.head_dim, dout);
+  const float along = row_dot(dout, out);
+  if (threadIdx.x % 32 == 0) a.along[row * in.n_heads + head] = along;
+}
+
+// A warp owns a query of a head: dq_t.
 template <class T>
 __global__ void __launch_bounds__(128)
     causal_attention_backward_queries_kernel(AttentionBackwardArgs<T> a) {
@@ -7508,21 +7570,17 @@ __global__ void __launch_bounds__(128)
   const int head = blockIdx.y, P = in.head_dim;
   const Rows rows = rows_of(b, in.L, in.cu_seqlens);
   if (t >= rows.count) return;
-  const int64_t row = rows.first + t, column = int64_t{head} * P;
+  const int64_t row = rows.first + t, column = int64_t{head} * P, i = row * in.n_heads + head;
   const int64_t first = in.first_key(b, rows, head);
-  float q[kAttentionNumbers], out[kAttentionNumbers], dout[kAttentionNumbers];
-  float dq[kAttentionNumbers] = {};
+  float q[kAttentionNumbers], dout[kAttentionNumbers], dq[kAttentionNumbers] = {};
   load_row(in.q + row * in.q_stride + column, P, q);
-  load_row(in.out + row * in.out_stride + column, P, out);
   load_row(a.dout + row * a.dout_stride + column, P, dout);
-  const float along = row_dot(dout, out), log_sum = in.log_sums[row * in.n_heads + head];
-  if (threadIdx.x % 32 == 0) a.along[row * in.n_heads + head] = along;
   for (int64_t s = 0; s <= t; ++s) {
     float k[kAttentionNumbers], v[kAttentionNumbers];
     load_row(in.keys + first + s * in.kv_stride, P, k);
     load_row(in.values + first + s * in.kv_stride, P, v);
-    const float p = exp2_approx(in.scale() * row_dot(q, k) - log_sum);
-    row_add(dq, p * (row_dot(dout, v) - along), k);
+    const float p = exp2_approx(in.scale() * row_dot(q, k) - in.log_sums[i]);
+    row_add(dq, p * (row_dot(dout, v) - a.along[i]), k);
   }
   store_row(a.dq + row * a.d_stride + column, P, rsqrtf(float(P)), dq);
 }
@@ -7555,17 +7613,142 @@ __global__ void __launch_bounds__(128)
   store_row(a.dk + to, P, rsqrtf(float(P)), dk), store_row(a.dv + to, P, 1.f, dv);
 }
 
+// Since the rung before: tensor cores, for what the forward's fused kernel takes. A block owns 64
+// rows, queries of a head or keys and values that heads share, and walks the others, 64 at a time:
+//   kOfQueries   own q, dout;  others k, v     S = q k^T,  dP = dout v^T,  dq += dS k
+//   else         own k, v;     others q, dout  the transposes of both,     dk += dS q, dv += p dout
+// Both kernels make S and dP: no sum has two owners, so no atomics. Shared and registers as in the
+// forward, with two tiles of own rows. Grid: x = blocks of rows, the longest first, y = heads, of
+// keys if not kOfQueries, z = sequences.
+template <int kColumns>
+constexpr int kAttentionBackwardBytes = 6 * AttentionTiles<kColumns>::kTile;
+
+// A warp's 16 rows times `scale` -> p, those of the rows that exist.
+template <class T, int kTiles>
+__device__ inline void store_rows(T* p, int64_t stride, int64_t left, int head_dim, float scale,
+                                  const float (&v)[kTiles][4]) {
+  const int g = threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      if (const int c = 8 * j + threadIdx.x % 4 * 2; g + 8 * h < left && c < head_dim)
+        store(p + (g + 8 * h) * stride + c,
+              pack<T>({scale * v[j][2 * h], scale * v[j][2 * h + 1]}));
+}
+
+// S -> p and dP -> dS of a warp's 16 rows from `row` on and the 64 columns from `column` on; zeros
+// where a query does not see a key.
+template <bool kOfQueries, class T>
+__device__ inline void softmax_backward(float (&p)[8][4], float (&dS)[8][4],
+                                        const AttentionBackwardArgs<T>& a, const Rows& rows,
+                                        int64_t head, int64_t row, int64_t column) {
+  const int g = threadIdx.x % 32 / 4, q = threadIdx.x % 4;
+  const float scale = a.in.scale();
+#pragma unroll
+  for (int j = 0; j < 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t own = row + g + i / 2 * 8, other = column + 8 * j + 2 * q + i % 2;
+      const int64_t t = kOfQueries ? own : other, s = kOfQueries ? other : own;
+      const bool seen = s <= t && t < rows.count;
+      const int64_t at = (rows.first + t) * a.in.n_heads + head;
+      p[j][i] = seen ? exp2_approx(fmaf(scale, p[j][i], -a.in.log_sums[at])) : 0.f;
+      dS[j][i] = seen ? p[j][i] * (dS[j][i] - a.along[at]) : 0.f;
+    }
+}
+
+template <class T, int kColumns, bool kOfQueries>
+__global__ void __launch_bounds__(128, kColumns == 1 ? 2 : 1)
+    causal_attention_backward_fused_kernel(AttentionBackwardArgs<T> a) {
+  extern __shared__ __align__(1024) unsigned char attention_tiles[];
+  constexpr int kTile = AttentionTiles<kColumns>::kTile;
+  const AttentionArgs<T>& in = a.in;
+  const Rows rows = rows_of(blockIdx.z, in.L, in.cu_seqlens);
+  const int64_t block = kOfQueries ? gridDim.x - 1 - blockIdx.x : blockIdx.x, first = 64 * block;
+  if (first >= rows.count) return;
+  const int P = in.head_dim, shared = kOfQueries ? 1 : in.n_heads / in.n_kv_heads;
+  const int first_head = blockIdx.y * shared;
+  const int64_t key = in.first_key(blockIdx.z, rows, first_head);
+  const uint32_t own = uint32_t(__cvta_generic_to_shared(attention_tiles));
+  const auto copy_q = [&](uint32_t to, int head, int64_t row) {  // and dout
+    const int64_t column = int64_t{head} * P;
+    copy_rows<kColumns>(to, in.q + rows.first * in.q_stride + column, in.q_stride, row, rows.count,
+                        P);
+    copy_rows<kColumns>(to + kTile, a.dout + rows.first * a.dout_stride + column, a.dout_stride,
+                        row, rows.count, P);
+  };
+  const auto copy_k = [&](uint32_t to, int64_t row) {  // and v
+    copy_rows<kColumns>(to, in.keys + key, in.kv_stride, row, rows.count, P);
+    copy_rows<kColumns>(to + kTile, in.values + key, in.kv_stride, row, rows.count, P);
+  };
+  const int64_t blocks = kOfQueries ? block + 1 : ceil_div(rows.count, 64) - block;  // of a head
+  const auto place = [&](int64_t turn) { return 64 * (turn % blocks + (kOfQueries ? 0 : block)); };
+  const auto fetch = [&](int64_t turn) {
+    const uint32_t to = own + 2 * kTile + turn % 2 * (2 * kTile);
+    kOfQueries ? copy_k(to, place(turn)) : copy_q(to, first_head + int(turn / blocks), place(turn));
+    copy_async_commit();
+  };
+  kOfQueries ? copy_q(own, first_head, first) : copy_k(own, first);
+  fetch(0);
+
+  constexpr int kTiles = 8 * kColumns;
+  float sum[kTiles][4] = {}, of_values[kOfQueries ? 1 : kTiles][4] = {};
+  const int64_t warp = threadIdx.x / 32, row = first + 16 * warp, left = rows.count - row;
+  for (int64_t turn = 0; turn < blocks * shared; ++turn) {
+    copy_async_wait();
+    __syncthreads();  // all copies of this turn are there; those of the turn before have been read
+    if (turn + 1 < blocks * shared) fetch(turn + 1);
+    const uint32_t other = own + 2 * kTile + turn % 2 * (2 * kTile);
+    const uint32_t mine = own + tile_offset(uint32_t(16 * warp), 0);
+    float p[8][4], dS[8][4];
+    multiply_keys<T, kColumns>(p, mine, other);
+    multiply_keys<T, kColumns>(dS, mine + kTile, other + kTile);
+    softmax_backward<kOfQueries>(p, dS, a, rows, first_head + turn / blocks, row, place(turn));
+    multiply_values<T, kColumns>(sum, dS, other);
+    if constexpr (!kOfQueries) multiply_values<T, kColumns>(of_values, p, other + kTile);
+  }
+  const int64_t to = (rows.first + row) * a.d_stride + int64_t{blockIdx.y} * P;
+  store_rows((kOfQueries ? a.dq : a.dk) + to, a.d_stride, left, P, rsqrtf(float(P)), sum);
+  if constexpr (!kOfQueries) store_rows(a.dv + to, a.d_stride, left, P, 1.f, of_values);
+}
+
+template <class T>
+void causal_attention_backward_naive(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const AttentionArgs<T>& in = a.in;
+  causal_attention_backward_queries_kernel<<<attention_grid(in, 4, in.n_heads), 128, 0, stream>>>(
+      a);
+  CUDA_CHECK(cudaGetLastError());
+  causal_attention_backward_keys_kernel<<<attention_grid(in, 4, in.n_kv_heads), 128, 0, stream>>>(
+      a);
+  CUDA_CHECK(cudaGetLastError());
+}
+template <class T, int kColumns>
+void causal_attention_backward_fused(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
+  const auto launch = [&](auto* kernel, int heads) {
+    constexpr int kBytes = kAttentionBackwardBytes<kColumns>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+    kernel<<<attention_grid(a.in, 64, heads), 128, kBytes, stream>>>(a);
+    CUDA_CHECK(cudaGetLastError());
+  };
+  launch(causal_attention_backward_fused_kernel<T, kColumns, true>, a.in.n_heads);
+  launch(causal_attention_backward_fused_kernel<T, kColumns, false>, a.in.n_kv_heads);
+}
+
+// in.out and in.log_sums are those of the forward.
 template <class T>
 void causal_attention_backward(const AttentionBackwardArgs<T>& a, cudaStream_t stream) {
   const AttentionArgs<T>& in = a.in;
   if (in.batch * in.L == 0) return;
-  const auto grid = [&](int heads) {
-    return dim3(unsigned(ceil_div(in.L, 4)), unsigned(heads), unsigned(in.batch));
-  };
-  causal_attention_backward_queries_kernel<<<grid(in.n_heads), 128, 0, stream>>>(a);
+  causal_attention_backward_along_kernel<<<attention_grid(in, 4, in.n_heads), 128, 0, stream>>>(a);
   CUDA_CHECK(cudaGetLastError());
-  causal_attention_backward_keys_kernel<<<grid(in.n_kv_heads), 128, 0, stream>>>(a);
-  CUDA_CHECK(cudaGetLastError());
+  if constexpr (sizeof(T) == 2) {
+    const bool aligned = attention_aligned(in) && a.dout_stride % 8 == 0 && a.d_stride % 2 == 0 &&
+                         reinterpret_cast<uintptr_t>(a.dout) % 16 == 0;
+    if (aligned && in.head_dim <= 64) return causal_attention_backward_fused<T, 1>(a, stream);
+    if (aligned && in.head_dim <= 128) return causal_attention_backward_fused<T, 2>(a, stream);
+  }
+  causal_attention_backward_naive(a, stream);
 }
 
 // --- the gated MLP ---
@@ -7830,6 +8013,7 @@ struct ComputeBackward {
   const Compute<T>& forward;
   const FloatModel& gradients;
   TrainingRoom& room;
+  std::function<void(const float*)> done = {};  // gradients from there on (FlatModel) are final
   using Tokens = typename Compute<T>::Tokens;
 
   const Config& config() const { return forward.config; }
@@ -8185,6 +8369,7 @@ struct ComputeBackward {
     for (Index l = config().n_layer; l-- > 0 && scale != 0.f;) {
       const DeviceLayer& w = forward.model.layers[l];
       const FloatLayer& g = gradients.layers[l];
+      if (done && l + 1 < config().n_layer) done(gradients.layers[l + 1].norm);
       if (config().d_intermediate > 0) {
         Activations<T> before = last;
         before.residual = residual(last, l, b.rows, true);
@@ -8406,6 +8591,177 @@ __global__ void __launch_bounds__(kUpdateThreads) adamw_kernel(FlatParameters a,
 }
 
 // ============================================================================================
+// Several GPUs
+// ============================================================================================
+//
+// Each GPU has a program of its own, a rank, that has all weights and learns from its share of a
+// step's batches. Gradients are summed by NCCL, from the last layer to the first, while the layers
+// before are still on the way back; then every rank takes the same step. Rank 0 alone writes and
+// speaks.
+
+// What NCCL's nccl.h declares of what is used here; the library is opened when it is needed.
+struct Nccl {
+  struct Id {
+    char bytes[128];
+  };
+  using Comm = struct NcclComm*;
+  static constexpr int kFloat32 = 7, kFloat64 = 8, kSum = 0;
+
+  int (*get_unique_id)(Id*);
+  int (*comm_init_rank)(Comm*, int count, Id, int rank);
+  int (*all_reduce)(const void* from, void* to, size_t n, int type, int what, Comm, cudaStream_t);
+  const char* (*error_string)(int);
+
+  Nccl() {
+    ::setenv("NCCL_ALGO", "Ring", 0);      // sums in one order, the same in every run,
+    ::setenv("NCCL_NVLS_ENABLE", "0", 0);  // and not in the switches between the GPUs
+    void* const library = ::dlopen("libnccl.so.2", RTLD_NOW);
+    if (!library) fail("no NCCL (NVIDIA's library for several GPUs): ", ::dlerror());
+    const auto find = [&](const char* name, auto& function) {
+      void* const found = ::dlsym(library, name);
+      if (!found) fail("wrong NCCL: expected ", name, " in libnccl.so.2, found none");
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(found);
+    };
+    find("ncclGetUniqueId", get_unique_id);
+    find("ncclCommInitRank", comm_init_rank);
+    find("ncclAllReduce", all_reduce);
+    find("ncclGetErrorString", error_string);
+  }
+  void check(int error, const char* call) const {
+    if (error != 0) fail("NCCL: ", error_string(error), ": ", call);
+  }
+};
+
+// Sockets between rank 0 and each other rank, watched by a thread: a rank that ends, in whatever
+// way, ends all, and rank 0 says why. It lives as long as the program.
+class Lifeline {
+ public:
+  // kind: i NCCL's id, in text; e rank ends because of text; x rank 0 said why; d all is done
+  struct Message {
+    char kind = 0, text[1023] = {};
+  };
+
+  Lifeline(Index rank, std::vector<int> sockets) : rank_(rank), sockets_(std::move(sockets)) {
+    std::thread([this] { watch(); }).detach();
+  }
+  void send(char kind, std::string_view text = {}) const {
+    Message m{kind, {}};
+    std::memcpy(m.text, text.data(), std::min(text.size(), sizeof m.text - 1));
+    for (const int socket : sockets_) ::send(socket, &m, sizeof m, MSG_NOSIGNAL);
+  }
+  Message wait_for_id() { return id_.get_future().get(); }
+
+  /// This rank ends by an error. Rank 0 says so when this returns; from others it does not.
+  void failed(const char* why) {
+    if (ending_.exchange(true)) sleep_forever();
+    send(rank_ == 0 ? 'x' : 'e', why);
+    if (rank_ > 0) ::sleep(10), ::_exit(1);  // rank 0 ends it sooner
+  }
+  /// All ranks come to this before one ends.
+  void done() {
+    if (rank_ > 0) send('d');
+    over_.get_future().wait();
+    if (rank_ == 0) send('d');
+  }
+
+ private:
+  void watch() {
+    std::vector<pollfd> polls;
+    for (const int socket : sockets_) polls.push_back({socket, POLLIN, 0});
+    for (size_t left = polls.size(); left > 0;) {
+      ::poll(polls.data(), polls.size(), -1);
+      for (size_t i = 0; i < polls.size(); ++i) {
+        if (polls[i].revents == 0) continue;
+        Message m;
+        if (::recv(polls[i].fd, &m, sizeof m, MSG_WAITALL) != sizeof m) m.kind = 0;
+        if (m.kind == 'i')
+          id_.set_value(m);
+        else if (m.kind == 'd')
+          polls[i].fd = -1, --left;
+        else if (m.kind == 'x')
+          ::_exit(1);
+        else
+          end(rank_ == 0 ? Index(i) + 1 : 0, m.kind == 'e' ? m.text : "it ended without a word");
+      }
+    }
+    over_.set_value();
+  }
+  [[noreturn]] void end(Index of, const std::string& why) {
+    if (ending_.exchange(true)) sleep_forever();
+    const std::string line =
+        std::string(CudaEngine::kName) + ": rank " + std::to_string(of) + ": " + why + "\n";
+    if (::write(2, line.data(), line.size()) >= 0) send(rank_ == 0 ? 'x' : 'e', why);
+    ::_exit(1);
+  }
+  [[noreturn]] static void sleep_forever() {
+    for (;;) ::pause();
+  }
+
+  Index rank_;
+  std::vector<int> sockets_;  // of rank 0: to 1, 2, ..; of others: to 0
+  std::atomic<bool> ending_{false};
+  std::promise<Message> id_;
+  std::promise<void> over_;
+};
+
+// NCCL between the ranks, on a stream of its own.
+class CudaRanks : public Ranks {
+ public:
+  CudaRanks(Index rank_, Index count_, Lifeline& lifeline) {
+    rank = rank_, count = count_;
+    nccl_ = std::make_unique<Nccl>();
+    Nccl::Id id;
+    if (rank == 0) {
+      nccl_->check(nccl_->get_unique_id(&id), "ncclGetUniqueId");
+      lifeline.send('i', {id.bytes, sizeof id.bytes});
+    } else {
+      std::memcpy(id.bytes, lifeline.wait_for_id().text, sizeof id.bytes);
+    }
+    nccl_->check(nccl_->comm_init_rank(&comm_, int(count), id, int(rank)), "ncclCommInitRank");
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  }
+  void sum(std::vector<double>& numbers) override {
+    sums_.grow(numbers.size());
+    CUDA_CHECK(cudaMemcpyAsync(sums_.data(), numbers.data(), numbers.size() * sizeof(double),
+                               cudaMemcpyHostToDevice, stream_));
+    all_reduce(sums_.data(), numbers.size(), Nccl::kFloat64);
+    CUDA_CHECK(cudaMemcpyAsync(numbers.data(), sums_.data(), numbers.size() * sizeof(double),
+                               cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+  }
+  /// Gradients from number `first` on are final after what `compute` was given: sums those that were
+  /// not summed before, when they are a bucket, an eighth of all.
+  void sum_bucket(const DeviceBuffer<float>& numbers, int64_t first, cudaStream_t compute) {
+    if (summed_ < 0) summed_ = int64_t(numbers.size());
+    if (summed_ == first || (first > 0 && summed_ - first < int64_t(numbers.size() / 8))) return;
+    ready_.record(compute);
+    ready_.hold(stream_);
+    all_reduce(numbers.data() + first, size_t(summed_ - first), Nccl::kFloat32);
+    summed_ = first;
+  }
+  /// And those that are left, before what `compute` is given next.
+  void sum_rest(const DeviceBuffer<float>& numbers, cudaStream_t compute) {
+    sum_bucket(numbers, 0, compute);
+    summed_ = -1;
+    ready_.record(stream_);
+    ready_.hold(compute);
+  }
+
+ private:
+  template <class Number>
+  void all_reduce(Number* numbers, size_t n, int type) const {
+    nccl_->check(nccl_->all_reduce(numbers, numbers, n, type, Nccl::kSum, comm_, stream_),
+                 "ncclAllReduce");
+  }
+  std::unique_ptr<Nccl> nccl_;
+  Nccl::Comm comm_ = nullptr;  // it, too, lives as long as the program
+  cudaStream_t stream_ = nullptr;
+  Event ready_;
+  DeviceBuffer<double> sums_;
+  int64_t summed_ = -1;  // numbers from here on were, of this step; -1: none
+};
+
+// ============================================================================================
 // The learner
 // ============================================================================================
 
@@ -8455,6 +8811,7 @@ class CudaLearner {
   DType dtype_;
   float delta_ratio_;
   Index steps_;
+  CudaRanks* ranks_;  // null: one GPU
   std::unique_ptr<Queue> queue_;
   std::unique_ptr<FlatModel> w_, g_, m_, v_;  // as in FlatParameters; no moments: held, for LoRA
   DeviceModel model_;                         // the copy to compute with
@@ -8472,7 +8829,8 @@ inline CudaLearner::CudaLearner(const Config& config, Learned<float> learned,
     : config_(config),
       dtype_(options.dtype.value_or(DType::F32)),
       delta_ratio_(options.delta_ratio),
-      steps_(learned.steps) {
+      steps_(learned.steps),
+      ranks_(static_cast<CudaRanks*>(options.ranks)) {
   if (dtype_ == DType::F16) fail_usage("train: --dtype: expected f32 or bf16, found f16");
   use_device(options.device);
   queue_ = std::make_unique<Queue>();
@@ -8546,7 +8904,12 @@ inline std::vector<float> CudaLearner::run(TextBatch batch, float scale) {
   with_type([&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const Compute<T> forward{config_, model_, *queue_, activation_room_, scan_room_, delta_ratio_};
-    nll = ComputeBackward<T>{forward, g_->at, room_}(batch, scale);
+    std::function<void(const float*)> done;
+    if (ranks_ && ranks_->last && scale != 0.f)
+      done = [&](const float* from) {
+        ranks_->sum_bucket(g_->numbers, from - g_->numbers.data(), queue_->stream());
+      };
+    nll = ComputeBackward<T>{forward, g_->at, room_, done}(batch, scale);
   });
   return nll;
 }
@@ -8606,6 +8969,7 @@ inline std::vector<double> CudaLearner::losses(const Batch& batch) {
 }
 
 inline double CudaLearner::gradient_norm() {
+  if (ranks_) ranks_->sum_rest(g_->numbers, queue_->stream());
   const unsigned blocks = unsigned(std::min<size_t>(kNormBlocks, chunks_.size()));
   gradient_norm_kernel<<<blocks, kUpdateThreads, 0, queue_->stream()>>>(flat(), norm_parts_.data());
   CUDA_CHECK(cudaGetLastError());
@@ -8719,6 +9083,133 @@ inline void CudaLearner::carry(const std::vector<ssm::State<float>>& states) {
   }
 }
 
+// --- mamba train on several GPUs -----------------------------------------------------------------
+
+// The number that a launcher set.
+inline Index rank_variable(const char* name, Index least, Index most) {
+  const char* const text = std::getenv(name);
+  const std::vector<Token> number = parse_ids(text ? text : "", name);
+  if (number.size() != 1 || number[0] < least || number[0] > most)
+    fail_usage(name, ": expected a number from ", least, " to ", most, ", found ",
+               quote(text ? text : ""));
+  return number[0];
+}
+
+constexpr int kRankSeconds = 300;  // in which all ranks are to be there
+
+// The socket of another rank to rank 0, which says who called.
+inline int call_rank_0(const addrinfo& at, int rank) {
+  for (int tries = 0;; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(100))) {
+    const int socket = ::socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (::connect(socket, at.ai_addr, at.ai_addrlen) == 0 &&
+        ::send(socket, &rank, sizeof rank, MSG_NOSIGNAL) == sizeof rank)
+      return socket;
+    check_call(tries < 10 * kRankSeconds, "cannot reach", "rank 0 (NCCL_COMM_ID)");
+    ::close(socket);
+  }
+}
+
+// The sockets of rank 0 to all others.
+inline std::vector<int> await_ranks(const addrinfo& at, Index count) {
+  const int door = ::socket(at.ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0), yes = 1;
+  ::setsockopt(door, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
+  check_call(::bind(door, at.ai_addr, at.ai_addrlen) == 0 && ::listen(door, int(count)) == 0,
+             "cannot listen", "NCCL_COMM_ID");
+  std::vector<int> sockets(static_cast<size_t>(count - 1), -1);
+  for (Index there = 1; there < count;) {
+    pollfd wait = {door, POLLIN, 0};
+    if (::poll(&wait, 1, 1000 * kRankSeconds) < 1)
+      fail("WORLD_SIZE: expected ", count, " ranks within ", kRankSeconds, " s, found ", there);
+    const int socket = ::accept4(door, nullptr, nullptr, SOCK_CLOEXEC);
+    int other = 0;
+    const bool told = ::recv(socket, &other, sizeof other, MSG_WAITALL) == sizeof other;
+    if (told && other > 0 && other < count && sockets[other - 1] < 0)
+      sockets[other - 1] = socket, ++there;
+    else
+      ::close(socket);
+  }
+  ::close(door);
+  return sockets;
+}
+
+// Joins the programs that a launcher started.
+inline std::vector<int> join_ranks(Index& rank, Index count, int& device) {
+  rank = rank_variable("RANK", 0, count - 1);
+  device = int(rank_variable("LOCAL_RANK", 0, 1024));
+  const char* const variable = std::getenv("NCCL_COMM_ID");
+  const std::string address = variable ? variable : "";
+  const size_t colon = std::min(address.rfind(':'), address.size());
+  addrinfo hints = {}, *at = nullptr;
+  hints.ai_socktype = SOCK_STREAM;
+  if (colon + 1 >= address.size() ||
+      ::getaddrinfo(address.substr(0, colon).c_str(), &address[colon + 1], &hints, &at) != 0)
+    fail_usage("NCCL_COMM_ID: expected host:port of rank 0, found ", quote(address));
+  ::unsetenv("NCCL_COMM_ID");  // that port is ours: NCCL finds one for itself
+  return rank == 0 ? await_ranks(*at, count) : std::vector<int>{call_rank_0(*at, int(rank))};
+}
+
+// Becomes `count` programs, of which this one is rank 0; they end when it ends.
+inline std::vector<int> fork_ranks(Index& rank, Index count) {
+  std::vector<int> sockets;
+  const pid_t me = ::getpid();
+  for (Index other = 1; other < count; ++other) {
+    int pair[2];
+    check_call(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0, "--gpus", "socket");
+    const pid_t child = ::fork();
+    check_call(child >= 0, "--gpus", "fork");
+    ::close(pair[child == 0 ? 0 : 1]);
+    if (child > 0) {
+      sockets.push_back(pair[0]);
+      continue;
+    }
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (::getppid() != me) ::_exit(1);
+    for (const int socket : sockets) ::close(socket);
+    rank = other;
+    return {pair[1]};
+  }
+  return sockets;
+}
+
+struct CudaTrain : Train<CudaEngine> {
+  static constexpr Index kMostRanks = 1024;
+  Index gpus = 1;
+
+  void declare(CLI::App* sub) {
+    Train::declare(sub);
+    sub->add_option("--gpus", gpus,
+                    "how many learn together, each from --accumulate batches a step; or RANK, "
+                    "WORLD_SIZE, LOCAL_RANK and NCCL_COMM_ID=host:port are set for each of them")
+        ->check(CLI::Range(Index{1}, kMostRanks))
+        ->excludes("--device");
+  }
+
+  void run() {
+    const bool launched = gpus == 1 && std::getenv("WORLD_SIZE");
+    const Index count = launched ? rank_variable("WORLD_SIZE", 1, kMostRanks) : gpus;
+    if (count == 1) return Train::run();
+    if (data_options.carry_state) fail_usage("--carry-state: expected one GPU, found ", count);
+    Index rank = 0;
+    const std::vector<int> sockets =
+        launched ? join_ranks(rank, count, engine_options.device) : fork_ranks(rank, count);
+    if (!launched) engine_options.device = int(rank);
+    if (rank > 0) std::cerr.setstate(std::ios::failbit);  // rank 0 speaks
+    static Lifeline* const lifeline = new Lifeline(rank, sockets);
+    try {
+      use_device(engine_options.device);
+      options.ranks = std::make_shared<CudaRanks>(rank, count, *lifeline);
+      engine_options.ranks = options.ranks.get();
+      Train::run();
+    } catch (const std::exception& error) {
+      lifeline->failed(error.what());
+      throw;
+    }
+    lifeline->done();
+    while (rank == 0 && ::wait(nullptr) > 0) {
+    }
+  }
+};
+
 }  // namespace mamba
 
 #ifndef MAMBA_NO_MAIN
@@ -8736,7 +9227,7 @@ struct DeviceMemory {
 int main(int argc, char** argv) {
   using namespace mamba;
   std::vector<Command> more = verify::commands<DeviceMemory>();
-  more.push_back(command<Train<CudaEngine>>("train", "train a model, from nothing or onward"));
+  more.push_back(command<CudaTrain>("train", "train a model, from nothing or onward"));
   return run<CudaEngine>(argc, argv, more);
 }
 #endif

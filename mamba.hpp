@@ -888,8 +888,9 @@ inline Token sample(const float* logits, std::size_t vocab_size, const std::vect
 struct EngineOptions {
   std::optional<DType> dtype;  // storage of matrices; as in the file if not given
   float delta_ratio = 1;
-  int device = 0;   // mamba_cuda: which GPU
-  int threads = 0;  // of the CPU; all cores if 0
+  int device = 0;                 // mamba_cuda: which GPU
+  int threads = 0;                // of the CPU; all cores if 0
+  struct Ranks* ranks = nullptr;  // mamba_cuda train: several GPUs, see train.hpp
 };
 
 /// How a text is walked. All ways give the same logits up to rounding; that is the point.
@@ -1057,7 +1058,8 @@ inline ssm::State<float> read_state(const Checkpoint& file, const std::string& p
       fill(name + (m == &layer.past.keys ? "keys" : "values"), *m);
     }
   }
-  if (file.find(prefix + "layers." + std::to_string(config.n_layer) + ".conv"))
+  const std::string next = prefix + "layers." + std::to_string(config.n_layer);
+  if (file.find(next + ".h") || file.find(next + ".keys"))
     fail("wrong state: ", file.where, ": expected ", config.n_layer, " layers, found more");
   return state;
 }

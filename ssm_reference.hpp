@@ -11,9 +11,9 @@
 //   Gu et al. 2021     Efficiently Modeling Long Sequences with Structured State Spaces  2111.00396
 //   Smith et al. 2022  S5: the associative scan for state spaces                         2208.04933
 //   Blelloch 1990      Prefix Sums and Their Applications                            CMU-CS-90-190
-//   Vaswani et al. 2017  Attention Is All You Need                                       1706.03762
-//   Su et al. 2021     RoFormer: rotary position embedding                               2104.09864
-//   Dao et al. 2022    FlashAttention: attention by blocks                               2205.14135
+//   Vaswani et al.     Attention Is All You Need, 2017                                   1706.03762
+//   Su et al. 2021     RoFormer: Enhanced Transformer with Rotary Position Embedding     2104.09864
+//   Dao et al. 2022    FlashAttention: exact attention by blocks                         2205.14135
 //
 // Glossary: name here = symbol in the papers, shape
 //   L            length of the sequence

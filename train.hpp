@@ -1001,9 +1001,9 @@ inline Checkpoint open_trainer(const std::string& path, const Config& config, co
   if (!steps.is_number_unsigned() || steps > (std::uint64_t{1} << 53))
     fail("wrong trainer: ", path, ": steps: expected a number, found ", quote(text("steps")));
   for (const auto& [name, value] : options.items())
-    if (saved.value(name, Json()) != value)
-      fail("--resume: ", path, ": ", name, ": expected ", saved.value(name, Json()).dump(),
-           " as at the start, found ", value.dump());
+    if (const Json old = saved.value(name, name == "gpus" ? Json(1) : Json()); old != value)
+      fail("--resume: ", path, ": ", name, ": expected ", old.dump(), " as at the start, found ",
+           value.dump());
   taken = steps.get<Index>();
   for (std::size_t slot = 0; file.find(slot_prefix(slot) + "layers.0.conv"); ++slot)
     carried.push_back(read_state(file, slot_prefix(slot), config));
@@ -1039,11 +1039,24 @@ void load_lora_trainer(const std::string& path, const Config& config, const Json
 // 5. The loop
 // =======================================================================================
 
+/// Programs that learn together, each with every count-th batch of a step. This one alone, unless a
+/// program brings others.
+struct Ranks {
+  Index rank = 0, count = 1;
+  bool last = false;  // the next batch is this rank's last of a step
+  virtual ~Ranks() = default;
+  /// The sum of each number over all ranks, the same bits on all.
+  virtual void sum(std::vector<double>&) {}
+};
+
 struct TrainOptions {
   Index steps = 0, accumulate = 1, warmup = 0, validate_every = 0, save_every = 0;
+  std::shared_ptr<Ranks> ranks = std::make_shared<Ranks>();  // each accumulates so many batches
   double lr = 1e-3, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.1, clip = 1;
   double dpo = 0;  // beta; 0: answers are learned by their likelihood
   std::string schedule = "cosine";
+
+  Index batches() const { return accumulate * ranks->count; }  // in a step
 };
 
 /// Rises over --warmup steps; then constant, or a cosine down to 5 % at the last step.
@@ -1114,24 +1127,29 @@ void set_references(Learner& learner, Batch& pieces, Index at_a_time) {
   }
 }
 
-/// One step: gradients of the mean over all targets, or pairs, of `accumulate` batches, clipped,
-/// and AdamW.
+/// One step: gradients of the mean over all targets, or pairs, of `accumulate` batches of each rank,
+/// clipped, and AdamW.
 template <class Learner>
 Step train_step(Learner& learner, const Source& source, const TrainOptions& o, Index number) {
-  std::vector<Batch> batches;
+  Ranks& ranks = *o.ranks;
+  std::vector<Batch> batches;  // of all ranks
   Step step{number + 1, 0, 0, 0, learning_rate(o, number)};
-  Index pairs = 0;
-  for (Index i = 0; i < o.accumulate; ++i) {
-    batches.push_back(source.batch(static_cast<std::uint64_t>(number * o.accumulate + i)));
+  std::size_t pairs = 0;
+  for (Index i = 0; i < o.batches(); ++i) {
+    batches.push_back(source.batch(static_cast<std::uint64_t>(number * o.batches() + i)));
     step.tokens += scored(batches.back());
-    if (o.dpo > 0) pairs += prefer(learner, o.dpo, batches.back(), step);
+    pairs += batches.back().size() / 2;
+    if (o.dpo > 0 && i % ranks.count == ranks.rank) prefer(learner, o.dpo, batches.back(), step);
   }
   const double n = o.dpo > 0 ? pairs : step.tokens;
-  for (const Batch& batch : batches) {
-    const double sum = learner.accumulate(batch, 1 / n);
+  for (Index i = ranks.rank; i < o.batches(); i += ranks.count) {
+    ranks.last = i + ranks.count >= o.batches();
+    const double sum = learner.accumulate(batches[i], 1 / n);
     if (o.dpo == 0) step.loss += sum;
   }
-  step.loss /= n, step.margin /= n, step.accuracy /= n;
+  std::vector<double> sums = {step.loss, step.margin, step.accuracy};
+  ranks.sum(sums);
+  step.loss = sums[0] / n, step.margin = sums[1] / n, step.accuracy = sums[2] / n;
   step.gradient_norm = learner.gradient_norm();
   if (!std::isfinite(step.loss) || !std::isfinite(step.gradient_norm))
     fail("train: step ", step.number, ": expected a finite loss and gradient, found ", step.loss,
@@ -1310,12 +1328,12 @@ struct Train : ModelFolder {
   }
 
   void set_steps() {
-    const double all = epochs * source.batches / options.accumulate;
+    const double all = epochs * source.batches / options.batches();
     if (options.steps == 0 && !(all >= 0.5 && all < 1e12))
       fail_usage("--epochs: expected one step or more, found ", all, " steps");
     if (options.steps == 0) options.steps = std::llround(all);
-    if (source.most / options.accumulate < static_cast<std::uint64_t>(options.steps))
-      fail("--data: expected ", options.steps, " steps of ", options.accumulate,
+    if (source.most / options.batches() < static_cast<std::uint64_t>(options.steps))
+      fail("--data: expected ", options.steps, " steps of ", options.batches(),
            " batches in it, found ", source.most, " batches");
     if (options.warmup < 0)
       options.warmup = lora.rank > 0 || options.dpo > 0 ? options.steps / 10 : 0;
@@ -1416,6 +1434,7 @@ struct Train : ModelFolder {
             {"end-tokens", config.eos_token_ids},
             {"length", d.length},
             {"batch", d.batch},
+            {"gpus", o.ranks->count},
             {"accumulate", o.accumulate},
             {"seed", d.seed},
             {"packed", d.packed},
@@ -1437,8 +1456,10 @@ struct Train : ModelFolder {
   template <class Any, class Save>
   void loop(Any& learner, const Save& save) {
     const Index begun = learner.steps();
-    copy_small_files(make_folder(out));
-    Log log(log_file, begun, options.dpo > 0);
+    const bool writes = options.ranks->rank == 0;
+    check_ranks(plain_settings().dump() + std::to_string(begun));
+    if (writes) copy_small_files(make_folder(out));
+    Log log(writes ? log_file : "", begun, options.dpo > 0);
     const auto due = [&](Index every, Index step) {
       return step == options.steps || (every > 0 && step % every == 0);
     };
@@ -1446,6 +1467,7 @@ struct Train : ModelFolder {
     double tokens = 0;
     for (Index number = begun; number < options.steps; ++number) {
       const Step step = train_step(learner, source, options, number);
+      if (!writes) continue;
       tokens += step.tokens;
       const double seconds = now() - start;
       std::optional<Step> score;
@@ -1455,9 +1477,29 @@ struct Train : ModelFolder {
       report(step, tokens / seconds, seconds / (step.number - begun), score);
       if (due(options.save_every, step.number)) save();
     }
-    if (begun < options.steps) return;
+    if (begun < options.steps || !writes) return;
     save();  // the model may not have been written
     warn(out + ": all " + std::to_string(begun) + " steps were taken");
+  }
+
+  /// Of the products with weights: forward, and backward to x and to W.
+  double flops_per_token() const {
+    double numbers = 0;
+    for_each_shape(config, [&](const std::string& name, const Shape& shape) {
+      const bool table = name.find(".embeddings.") != std::string::npos && !config.tie_embeddings;
+      if (shape.size() == 2 && !table && name.find("A_log") == std::string::npos)
+        numbers += double(shape[0]) * double(shape[1]);
+    });
+    return 6 * numbers;
+  }
+
+  /// All ranks do the same: what they were told has the same hash on all.
+  void check_ranks(const std::string& told) const {
+    const double hash = static_cast<double>(std::hash<std::string>()(told) >> 24);
+    std::vector<double> sums = {hash};
+    options.ranks->sum(sums);
+    if (sums[0] != hash * static_cast<double>(options.ranks->count))
+      fail("expected the same options, data and steps on all ranks, found others");
   }
 
   void report(const Step& step, double tokens_per_s, double seconds_a_step,
@@ -1478,8 +1520,12 @@ struct Train : ModelFolder {
     if (validation && options.dpo > 0)
       line << " margin " << validation->margin << " accuracy " << validation->accuracy;
     line << "  gradient " << std::setprecision(3) << step.gradient_norm << "  "
-         << std::llround(tokens_per_s) << " tokens/s  " << left / 60 << ":" << std::setw(2)
-         << std::setfill('0') << left % 60 << " left";
+         << std::llround(tokens_per_s) << " tokens/s  ";
+    if constexpr (Engine::kHasDevice)
+      if (const double peak = Engine::peak(engine_options) * double(options.ranks->count); peak > 0)
+        line << std::setprecision(1) << 100 * tokens_per_s * flops_per_token() / peak
+             << " % of the matrix peak  ";
+    line << left / 60 << ":" << std::setw(2) << std::setfill('0') << left % 60 << " left";
     std::cerr << line.str() << (terminal && !validation ? "\033[K\r" : "\n") << std::flush;
   }
 };

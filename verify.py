@@ -8,8 +8,8 @@ tensors where torch has been imported (`device="cuda"` puts them there). It retu
 the last state. Gradients: of torch tensors by backward(); a numpy callable that has some takes
 `dout` (and `dhT`) and returns them in a dict, by the inputs' names, as its last value. An initial
 state is the argument `initial_states`. Cases that need an argument which the callable lacks are
-skipped. Besides, a call is repeated and its bits compared, and a callable that takes a state gets
-each sequence in two pieces.
+skipped, and named. Besides, a call is repeated, where the same bits are expected, and a callable
+that takes a state gets each sequence in two pieces.
 
 The truth is the program's: this file needs `mamba` (beside it, in the path, or `program=...`).
 """
@@ -92,9 +92,9 @@ class Runner:
     def takes(self, name):
         return self.any or name in self.names
 
-    def accepts(self, tensors, options):
+    def lacks(self, tensors, options):
         given, _ = arguments(self.op, tensors, options)
-        return all(self.takes(n) or v is None or v is False for n, v in given.items())
+        return [n for n, v in given.items() if not (self.takes(n) or v is None or v is False)]
 
     def to_torch(self, array, kind):
         types = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -170,13 +170,22 @@ def find_program(program):
     return program
 
 
+def run_program(program, *arguments):
+    """its output; what it refuses is one line, not a traceback"""
+    r = subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    if r.returncode not in (0, 1) or (r.returncode == 1 and not r.stdout):
+        sys.exit(r.stderr.decode().strip().replace("mamba: ", "verify: ", 1))
+    return r.stdout, r.returncode == 0
+
+
 def show_rows(rows, most, show):
     """what is wrong, whole sequences first; the worst of each tensor; how many are wrong"""
     number = lambda value: "NaN" if value is None else f"{value:.6g}"
     wrong = sorted((row for row in rows if not row["ok"]), key=lambda row: "in_two_pieces" in row["file"])
     for row in wrong[:most]:
-        show(f"{row['file']:44} {row['tensor']:12} {row['worst']:10.3g}  WRONG at {row['index']}: "
-             f"got {number(row['got'])}, expected {number(row['expected'])}; {row['hint']}")
+        place = (f" at {row['index']}: got {number(row['got'])}, expected {number(row['expected'])};"
+                 if row["index"] else ":")
+        show(f"{row['file']:44} {row['tensor']:12} {row['worst']:10.3g}  WRONG{place} {row['hint']}")
     if len(wrong) > most:
         show(f"and {len(wrong) - most} more")
     worst = {}
@@ -188,27 +197,30 @@ def show_rows(rows, most, show):
 
 def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="cpu", use_torch=None,
            only=("",), program=None, show=print, most=20):
-    """True if all that fn returns is right. use_torch: tensors instead of arrays (None: if torch has
-    been imported); only: cases with one of these in their names; most: rows of wrong tensors to show"""
+    """True if all that fn returns is right, and the same bits on every call. use_torch: tensors instead of
+    arrays (None: if torch has been imported); only: cases with one of these in their names; most: rows of
+    wrong tensors to show"""
     program, torch = find_program(program), sys.modules.get("torch") if use_torch in (None, True) else None
     if use_torch and not torch:
         import torch
     runner = Runner(fn, op, device, torch)
     takes_state = runner.takes("initial_states")
-    skipped = unequal = 0
+    judged, skipped, unequal, lacking = 0, 0, 0, {}
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([program, "vectors", folder, "--op", op, "--dtype", dtype, "--size", size,
-                        "--seed", str(seed)], check=True)
+        run_program(program, "vectors", folder, "--op", op, "--dtype", dtype, "--size", size, "--seed", str(seed))
         for name in sorted(os.listdir(folder)):
             path = os.path.join(folder, name)
             if not any(part in name for part in only):
                 os.remove(path)
                 continue
             tensors, dtypes, options = read_safetensors(path)
-            if not runner.accepts(tensors, options):
+            lacks = runner.lacks(tensors, options)
+            if lacks:
                 skipped += 1
+                lacking.update((n, lacking.get(n, 0) + 1) for n in lacks)
                 os.remove(path)
                 continue
+            judged += 1
             found = runner.run(tensors, dtypes, options)
             inputs = {n: t for n, t in tensors.items() if "no_" + n not in found}
             found = {n: runner.to_numpy(v) for n, v in found.items() if v is not None}
@@ -222,12 +234,13 @@ def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="c
             if pieces and found["out"].shape[1 if op == "ssd" else 2] > 1:
                 path = path.replace(".safetensors", ".in_two_pieces.safetensors")
                 write_safetensors(path, {**inputs, **runner.cut(tensors, dtypes, options)}, dtypes, options)
-        answer = subprocess.run([program, "verify", folder, "--json"], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
-    if answer.returncode not in (0, 1) or not answer.stdout:
-        raise RuntimeError(answer.stderr.decode())
-    rows = [json.loads(line) for line in answer.stdout.splitlines()]
+        if not judged:
+            sys.exit(f"verify: no case fits the callable: it lacks {', '.join(lacking) or only}")
+        answer, ok = run_program(program, "verify", folder, "--json")
+    rows = [json.loads(line) for line in answer.splitlines()]
     wrong = show_rows(rows, most, show)
-    show(f"{op}, {dtype}: {wrong} of {len(rows)} tensors wrong, {skipped} cases skipped, "
-         f"{unequal} outputs not the same on every call")
-    return answer.returncode == 0
+    lack = ", ".join(f"{n} ({count})" for n, count in lacking.items())
+    show(f"{op}, {dtype}: {wrong} of {len(rows)} tensors wrong, {judged} cases judged, {skipped} skipped"
+         + (f", for want of the arguments {lack}" if lack else "")
+         + f"; {unequal} outputs not the same on every call")
+    return ok and unequal == 0

@@ -449,12 +449,24 @@ struct ModelBench {
   }
   double weight_bytes() const { return matrices * double(dtype_size(dtype)) + rest * 4; }
 
-  /// A greedy token of every sequence.
+  /// A state after so many tokens (zeros, for time does not depend on them), and room for more.
+  DeviceState state_after(int64_t batch, int64_t context, int64_t more) const {
+    DeviceState state(config, dtype, batch);
+    const cudaStream_t stream = engine->queue_->stream();
+    state.reserve(config, dtype_size(dtype), context + more, stream);
+    if (state.past.size() == 0) return state;
+    state.keys.zero(), state.values.zero();
+    state.past.copy_from(std::vector<int64_t>(size_t(batch), context).data());
+    state.longest = context;
+    return state;
+  }
+
+  /// A greedy token of every sequence, each after a text of so many tokens.
   template <class T>
-  void decode(int64_t batch) {
+  void decode(int64_t batch, int64_t context = 0) {
     constexpr Index kSteps = 20, kRepeat = 20;
     const cudaStream_t stream = engine->queue_->stream();
-    DeviceState state(config, dtype, batch);
+    DeviceState state = state_after(batch, context, kSteps * (kRepeat + 3));
     engine->logits_.grow(static_cast<size_t>(batch * config.vocab_size));
     const Activations<T> a(config, batch, engine->activation_room_);
     const std::vector<Token> prompt = {0};
@@ -474,9 +486,14 @@ struct ModelBench {
                                   for (Index i = 0; i < kSteps; ++i) graph.launch(stream);
                                 }) /
                       kSteps;
-    const double bytes = weight_bytes() + 2. * double(state.h.bytes() + state.conv.bytes());
-    bench.print({"decode", "step", name + ", batch " + std::to_string(batch), dtype, bytes,
-                 2 * matrices * double(batch)},
+    const double keys =
+        double(DeviceState::attentions(config) * batch * context * config.attention.kv_width()) *
+        double(dtype_size(dtype));
+    const double bytes =
+        weight_bytes() + 2. * double(state.h.bytes() + state.conv.bytes()) + 2. * keys;
+    bench.print({"decode", "step",
+                 name + ", batch " + std::to_string(batch) + ", after " + std::to_string(context),
+                 dtype, bytes, 2 * matrices * double(batch)},
                 ms, bytes / bench.bandwidth() * 1e3);
   }
 
@@ -486,8 +503,12 @@ struct ModelBench {
     engine->logits_.grow(static_cast<size_t>(config.vocab_size));
     std::vector<Token> ids;
     for (Index t = 0; t < L; ++t) ids.push_back(static_cast<Token>(t * 7919 % config.vocab_size));
-    const double ms = median_ms(engine->queue_->stream(), 20,
-                                [&] { engine->prefill_as<T>(state, ids.data(), L, 0); });
+    const double ms = median_ms(engine->queue_->stream(), 20, [&] {
+      state.longest = 0;  // each time from the start of a text
+      CUDA_CHECK(
+          cudaMemsetAsync(state.past.data(), 0, state.past.bytes(), engine->queue_->stream()));
+      engine->prefill_as<T>(state, ids.data(), L, 0);
+    });
     const double head = double(config.vocab_size * config.d_model);
     const double flops = 2 * ((matrices - head) * double(L) + head);
     bench.print(
@@ -499,11 +520,15 @@ struct ModelBench {
 void bench_models(const Bench& bench, bool decode, bool prefill) {
   if (!decode && !prefill) return;
   const double peak = matmul_peak<__nv_bfloat16>(bench.queue());
-  for (const char* name : {"130m", "2.8b", "mamba2-130m", "mamba2-2.7b"}) {
+  for (const char* name :
+       {"130m", "2.8b", "mamba2-130m", "mamba2-2.7b", "mamba2attn-2.7b", "transformerpp-2.7b"}) {
     if (!bench.wants(name)) continue;
     ModelBench model(bench, name, DType::BF16);
     if (decode)
       for (const int64_t batch : {1, 4, 64}) model.decode<__nv_bfloat16>(batch);
+    if (decode && std::string(name).find("2.7b") !=
+                      std::string::npos)  // against length: where a scan overtakes attention
+      for (const int64_t context : {2048, 8192, 32768}) model.decode<__nv_bfloat16>(1, context);
     if (prefill)
       for (const int64_t L : {2048, 16384}) model.prefill<__nv_bfloat16>(L, peak);
   }

@@ -75,6 +75,7 @@ inline long progress = 0;
 #endif
 extern "C" void emulated_switch(void** save, void* to);
 asm(R"(
+.pushsection .text
 .weak emulated_switch
 emulated_switch:
   push %rbx; push %rbp; push %r12; push %r13; push %r14; push %r15
@@ -82,6 +83,7 @@ emulated_switch:
   mov %rsi, %rsp
   pop %r15; pop %r14; pop %r13; pop %r12; pop %rbp; pop %rbx
   ret
+.popsection
 )");
 
 inline void yield() { emulated_switch(&fibers[current].stack_pointer, scheduler); }

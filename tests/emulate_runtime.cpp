@@ -66,8 +66,8 @@ cudaError_t cudaMemsetAsync(void* to, int v, size_t n, cudaStream_t) {
   return kDone;
 }
 
-// devices: one, like an A100 with few multiprocessors, so that small shapes take all ways
-cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return kDone; }
+// devices: like an A100 with few multiprocessors, so that small shapes take all ways
+cudaError_t cudaGetDeviceCount(int* n) { *n = 8; return kDone; }
 cudaError_t cudaGetDevice(int* n) { *n = 0; return kDone; }
 cudaError_t cudaSetDevice(int) { return kDone; }
 cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr attribute, int) {
@@ -92,6 +92,7 @@ const char* cudaGetErrorString(cudaError_t) { return "error of the emulated GPU"
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* s, unsigned) { *s = nullptr; return kDone; }
 cudaError_t cudaStreamDestroy(cudaStream_t) { return kDone; }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return kDone; }
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return kDone; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { *e = nullptr; return kDone; }
 cudaError_t cudaEventDestroy(cudaEvent_t) { return kDone; }
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return kDone; }

@@ -194,3 +194,33 @@ TEST_CASE("hybrids: what is not computed is refused by name") {
   far["attn_layer_idx"] = {2};
   CHECK_THROWS_WITH(config_of(far), Catch::Contains("attn_layer_idx: expected layers below 2"));
 }
+
+TEST_CASE("hybrids: a saved state is read back, and one that does not fit ends in one line") {
+  const mamba::Config config = mamba::read_config(root("tests/golden/mamba2attn-original"));
+  const TempFolder folder;
+  Random random(6);
+  const auto state_of = [&](Index past) {
+    ssm::State<float> state(config);
+    for (auto& layer : state.layers)
+      for (auto* m : {&layer.past.keys, &layer.past.values})
+        *m = random.matrix<float>(m->cols() > 0 ? past : 0, m->cols());
+    return state;
+  };
+  const auto load = [&](const ssm::State<float>& state, std::vector<Token> ids) {
+    mamba::save_state(folder / "state", ids, state);
+    return mamba::load_state(folder / "state", config, ids = {});
+  };
+  for (const Index past : {0, 1, 5}) {
+    const auto state = state_of(past);
+    const auto again = load(state, std::vector<Token>(static_cast<std::size_t>(past + 1)));
+    CHECK(max_difference(again.layers[1].past.values, state.layers[1].past.values) == 0);
+  }
+  CHECK_THROWS_WITH(load(state_of(3), {1, 2, 3}),
+                    Catch::Contains("ids: expected 4, one more than keys, found 3"));
+  auto wrong = state_of(3);
+  wrong.layers[1].past.values.conservativeResize(2, Eigen::NoChange);
+  CHECK_THROWS_WITH(load(wrong, {1, 2, 3, 4}),
+                    Catch::Contains("layers.1.values: expected (3, 32) for this model"));
+  wrong.layers[1].past = {Matrix<float>(3, 7), Matrix<float>(3, 7)};
+  CHECK_THROWS_WITH(load(wrong, {1, 2, 3, 4}), Catch::Contains("layers.1.keys: expected"));
+}

@@ -221,6 +221,13 @@ with tempfile.TemporaryDirectory() as folder:
     want = [1, float(a < b), *[float(a < b / len(long))] * 2]
     claim("acc and acc_norm choose each in its way", answers(choices[2:]) == want, (a, b, answers(choices[2:])))
 
+    # --- hybrids ---
+    hybrid = "tests/golden/mamba2attn-original"
+    code, table, err = run("info", "--model", hybrid)
+    claim("info of a hybrid", code == 0 and "1 layers: 6 heads of 16, 2 of keys and values" in table and "bytes a sequence and 256 for every token" in table, table)
+    refuses("a hybrid in the Hugging Face layout", 1, "has no attention layers", "convert", "--model", hybrid, "--out", at("hybrid"))
+    refuses("a look into attention", 1, "found one with attention: 1", "inspect", "--model", hybrid, "--prompt", "x", "--layer", 1, "--out", at("hybrid"))
+
     # --- inspect ---
     for model, heads in ((STORIES, 1), ("tests/golden/mamba2-hf", 8)):
         shutil.copytree(model, at("model"))

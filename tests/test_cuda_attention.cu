@@ -9,7 +9,7 @@ using mamba::AttentionArgs;
 namespace {
 
 /// q, k and v side by side for sequences of some lengths, each with a past in a cache.
-struct Problem {
+struct AttentionProblem {
   Index P, heads, kv_heads;
   std::vector<Index> lengths, pasts;
   std::vector<Matrix<double>> qkv;                // (L, (heads + 2 kv_heads) P) each
@@ -50,7 +50,7 @@ struct Problem {
 };
 
 template <class Parts>
-Matrix<double> stacked(const std::vector<Parts>& parts, Index cols) {
+Matrix<double> rows_of_all(const std::vector<Parts>& parts, Index cols) {
   Index rows = 0;
   for (const auto& part : parts) rows += part.rows();
   Matrix<double> all(rows, cols);
@@ -59,14 +59,14 @@ Matrix<double> stacked(const std::vector<Parts>& parts, Index cols) {
   return all;
 }
 
-double worst_seen = 0;
+double worst_attention = 0;
 
-enum class Kernel { naive, best, step };
+enum class AttentionKernel { naive, best, step };
 
 /// Keys and values in a cache of `capacity` rows a sequence; with `cached` false there is no past
 /// and they lie beside the queries.
 template <class T>
-void check_attention(Problem p, Kernel kernel, bool cached) {
+void check_attention(AttentionProblem p, AttentionKernel kernel, bool cached) {
   p.fill<T>(static_cast<std::uint64_t>(p.P + 10 * p.heads));
   const auto batch = static_cast<Index>(p.lengths.size());
   const Index kv = p.kv_heads * p.P,
@@ -81,12 +81,13 @@ void check_attention(Problem p, Kernel kernel, bool cached) {
     values.middleRows(b * capacity, state.keys.rows()) = state.values;
     begin.push_back(begin.back() + p.lengths[b]);
   }
-  const auto qkv = up<T>(stacked(p.qkv, p.width()));
+  const auto qkv = up<T>(rows_of_all(p.qkv, p.width()));
   const auto k = up<T>(keys), v = up<T>(values);
   const DeviceBuffer<int64_t> past(before.data(), before.size()), cu(begin.data(), begin.size());
   auto out = poisoned<T>(begin.back() * p.heads * p.P);
   AttentionArgs<T> a;
-  a.batch = batch, a.L = longest, a.cu_seqlens = kernel == Kernel::step ? nullptr : cu.data();
+  a.batch = batch, a.L = longest,
+  a.cu_seqlens = kernel == AttentionKernel::step ? nullptr : cu.data();
   a.n_heads = int(p.heads), a.n_kv_heads = int(p.kv_heads), a.head_dim = int(p.P);
   a.q = qkv.data(), a.q_stride = p.width(), a.out = out.data(), a.out_stride = p.heads * p.P;
   if (cached) {
@@ -97,9 +98,9 @@ void check_attention(Problem p, Kernel kernel, bool cached) {
   }
   DeviceBuffer<float> parts(
       size_t(mamba::attention_parts(batch, a.n_heads, a.n_kv_heads, a.head_dim)));
-  if (kernel == Kernel::naive) mamba::causal_attention_naive(a, nullptr);
-  if (kernel == Kernel::best) mamba::causal_attention(a, nullptr);
-  if (kernel == Kernel::step) mamba::causal_attention_step(a, parts.data(), nullptr);
+  if (kernel == AttentionKernel::naive) mamba::causal_attention_naive(a, nullptr);
+  if (kernel == AttentionKernel::best) mamba::causal_attention(a, nullptr);
+  if (kernel == AttentionKernel::step) mamba::causal_attention_step(a, parts.data(), nullptr);
   const Matrix<double> got = down(out, begin.back(), p.heads * p.P);
   for (Index b = 0; b < batch; ++b) {
     CAPTURE(b, p.P, p.heads, p.kv_heads, int(kernel), cached);
@@ -107,43 +108,44 @@ void check_attention(Problem p, Kernel kernel, bool cached) {
     const Matrix<double> m = p.magnitude(b, sizeof(T) == 4);
     const double worst = check_close("out", got.middleRows(begin[b], p.lengths[b]), p.want(b), m,
                                      sizeof(T) == 4 ? 8 : kBound<T>, kEps<T>);
-    worst_seen = std::max(worst_seen, worst);
+    worst_attention = std::max(worst_attention, worst);
   }
 }
 
 template <class T>
-void check_all() {
-  worst_seen = 0;
+void check_attention_kernels() {
+  worst_attention = 0;
   for (const Index P : {8, 12, 24, 64, 72, 128})
     for (const auto& [heads, kv_heads] : {std::pair<Index, Index>{2, 2}, {6, 2}, {5, 1}}) {
-      const Problem ragged{P, heads, kv_heads, {1, 70, 0, 64, 33}, {5, 0, 2, 61, 130}, {}, {}};
-      check_attention<T>(ragged, Kernel::best, true);
-      if (P <= 24) check_attention<T>(ragged, Kernel::naive, true);
-      const Problem alone{P, heads, kv_heads, {65, 3}, {0, 0}, {}, {}};
-      check_attention<T>(alone, Kernel::best, false);
-      const Problem tokens{P, heads, kv_heads, {1, 1, 1}, {0, 300, 7}, {}, {}};
-      check_attention<T>(tokens, Kernel::step, true);
+      const AttentionProblem ragged{P,  heads, kv_heads, {1, 70, 0, 64, 33}, {5, 0, 2, 61, 130},
+                                    {}, {}};
+      check_attention<T>(ragged, AttentionKernel::best, true);
+      if (P <= 24) check_attention<T>(ragged, AttentionKernel::naive, true);
+      const AttentionProblem alone{P, heads, kv_heads, {65, 3}, {0, 0}, {}, {}};
+      check_attention<T>(alone, AttentionKernel::best, false);
+      const AttentionProblem tokens{P, heads, kv_heads, {1, 1, 1}, {0, 300, 7}, {}, {}};
+      check_attention<T>(tokens, AttentionKernel::step, true);
     }
-  std::cout << "cuda causal_attention: worst output " << worst_seen << " roundings\n";
+  std::cout << "cuda causal_attention: worst output " << worst_attention << " roundings\n";
 }
 
 }  // namespace
 
 TEST_CASE("cuda causal_attention: every kernel agrees with the reference, float") {
-  check_all<float>();
+  check_attention_kernels<float>();
 }
 TEST_CASE("cuda causal_attention: every kernel agrees with the reference, bfloat16") {
-  check_all<bf16>();
+  check_attention_kernels<bf16>();
 }
 TEST_CASE("cuda causal_attention: every kernel agrees with the reference, float16") {
-  check_all<half>();
+  check_attention_kernels<half>();
 }
 
 namespace {
 
 /// Gradients of ragged sequences without a past, q, k and v side by side.
 template <class T>
-void check_attention_backward(Problem p, double bound) {
+void check_attention_backward(AttentionProblem p, double bound, bool naive = false) {
   p.fill<T>(7);
   const auto batch = static_cast<Index>(p.lengths.size());
   std::vector<int64_t> begin = {0};
@@ -151,7 +153,7 @@ void check_attention_backward(Problem p, double bound) {
   const Index rows = begin.back(), width = p.heads * p.P;
   Random random(8);
   const Matrix<double> dout = stored<T>(random.matrix<double>(rows, width));
-  const auto qkv = up<T>(stacked(p.qkv, p.width())), dout_ = up<T>(dout);
+  const auto qkv = up<T>(rows_of_all(p.qkv, p.width())), dout_ = up<T>(dout);
   const DeviceBuffer<int64_t> cu(begin.data(), begin.size());
   auto out = poisoned<T>(rows * width), d = poisoned<T>(rows * p.width());
   auto sums = poisoned<float>(2 * rows * p.heads);
@@ -166,6 +168,7 @@ void check_attention_backward(Problem p, double bound) {
   a.dq = d.data(), a.dk = a.dq + width, a.dv = a.dk + p.kv_heads * p.P;
   mamba::causal_attention(a.in, nullptr);
   mamba::causal_attention_backward(a, nullptr);
+  if (naive) mamba::causal_attention_backward_naive(a, nullptr);
   const Matrix<double> got = down(d, rows, p.width());
   for (Index b = 0; b < batch; ++b) {
     const Index L = p.lengths[b];
@@ -186,11 +189,14 @@ void check_attention_backward(Problem p, double bound) {
 TEST_CASE("cuda causal_attention_backward: agrees with the reference, every type") {
   for (const Index P : {8, 12, 64, 128})
     for (const auto& [heads, kv_heads] : {std::pair<Index, Index>{2, 2}, {6, 2}}) {
-      const Problem p{P, heads, kv_heads, {1, 70, 0, 65}, {0, 0, 0, 0}, {}, {}};
+      const AttentionProblem p{P, heads, kv_heads, {1, 70, 0, 65}, {0, 0, 0, 0}, {}, {}};
       check_attention_backward<float>(p, 1e-5);
       check_attention_backward<bf16>(p, 4 * kEps<bf16>);
       check_attention_backward<half>(p, 4 * kEps<half>);
+      if (P == 64) check_attention_backward<half>(p, 4 * kEps<half>, true);
     }
+  const AttentionProblem many{16, 2, 1, {200, 3}, {0, 0}, {}, {}};  // several blocks of keys
+  check_attention_backward<half>(many, 4 * kEps<half>);
 }
 
 TEST_CASE("cuda rotary: q and k turn in place, and keys and values go to the cache") {

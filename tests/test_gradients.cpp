@@ -262,6 +262,8 @@ TEST_CASE("selective_scan: the backward is the finite difference in every input 
     ScanProblem p(5, 6, 2, 3, options);
     check_differences(p);
   }
+  ScanProblem many_states(2, 2, 130, 1, 15);
+  check_differences(many_states);
   ScanProblem stretched(5, 3, 2, 1, 15);
   stretched.in.delta_ratio = 0.7;
   check_differences(stretched);

@@ -206,17 +206,20 @@ TEST_CASE(
 TEST_CASE("selective_scan: groups repeat B and C interleaved, neighbouring channels together") {
   ScanData<double> s;
   fill(s, {9, 6, 2, 3, false, false, false, true}, 4);
-  StateMatrix<double> h = s.h0;
-  const Matrix<double> out = ssm::selective_scan<double>(s.in, h);
-  for (Index c = 0; c < 6; ++c) {  // each channel alone, with the B and C of its group
-    const Index g = c / 2;
-    const Matrix<double> x = s.x.col(c), delta = s.delta.col(c), B = s.B.middleCols(2 * g, 2),
-                         C = s.C.middleCols(2 * g, 2);
-    const StateMatrix<double> A = s.A.row(c);
-    StateMatrix<double> h_c = s.h0.row(c);
-    ssm::ScanInputs<double> in;
-    in.x = x, in.delta = delta, in.A = A, in.B = B, in.C = C;
-    CHECK(max_difference(ssm::selective_scan<double>(in, h_c), out.col(c)) <= 1e-14);
+  for (const Form form : kForms) {
+    StateMatrix<double> h = s.h0;
+    const Matrix<double> out = ssm::selective_scan<double>(s.in, h, form, 4);
+    for (Index c = 0; c < 6; ++c) {  // each channel alone, with the B and C of its group
+      const Index g = c / 2;
+      const Matrix<double> x = s.x.col(c), delta = s.delta.col(c), B = s.B.middleCols(2 * g, 2),
+                           C = s.C.middleCols(2 * g, 2);
+      const StateMatrix<double> A = s.A.row(c);
+      StateMatrix<double> h_c = s.h0.row(c);
+      ssm::ScanInputs<double> in;
+      in.x = x, in.delta = delta, in.A = A, in.B = B, in.C = C;
+      CAPTURE(name(form), c);
+      CHECK(max_difference(ssm::selective_scan<double>(in, h_c), out.col(c)) <= 1e-13);
+    }
   }
 }
 
@@ -356,6 +359,19 @@ TEST_CASE("ssd: is the selective scan with one decay per head") {
                        out = ssm::selective_scan<double>(scan.in, h_scan);
   CHECK(max_difference(y, out) <= 1e-13);
   CHECK(max_difference(h_ssd, h_scan) <= 1e-13);
+}
+
+TEST_CASE("ssd: extreme steps neither overflow nor divide by an underflowed decay") {
+  SsdData<float> s;
+  fill(s, 50, 4, 3, 5, 2, 5);
+  s.dt.topRows(20).array() += 1000;     // decay is exactly zero
+  s.dt.bottomRows(20).array() -= 1000;  // nothing moves
+  for (const Form form : kForms) {
+    CAPTURE(name(form));
+    StateMatrix<float> h = s.h0;
+    CHECK(ssm::ssd<float>(s.in, h, form).allFinite());
+    CHECK(h.allFinite());
+  }
 }
 
 TEST_CASE("ssd: delta is clamped to its limits") {

@@ -77,6 +77,12 @@ TEST_CASE("score: a continuation's log-probability is the sum over its tokens, g
     }
 }
 
+TEST_CASE("score: perplexity is e to the mean loss: a fair die of six sides has six") {
+  const mamba::Score die{10, 9, 9 * std::log(6.)};
+  CHECK(die.mean() == Approx(std::log(6.)));
+  CHECK(die.perplexity() == Approx(6));
+}
+
 TEST_CASE("score: logits that are no numbers end in one line") {
   Knower knower;
   knower.text = {5, 9};

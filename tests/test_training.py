@@ -105,11 +105,11 @@ def goes_on(folder):
     claim("train: a model that is there is not replaced", r.returncode == 1 and "model.safetensors is there" in r.stderr, r.stderr)
 
 
-def carries_state(folder):
+def carries_state(folder, model=("--model", "weights/stories")):
     """--carry-state: cut at a save and gone on with, states included."""
     text = " ".join(str(i * i) for i in range(400))
     data = write(f"{folder}/text.txt", "<|endoftext|>".join([text[:900], text[900:1500], text[1500:]]))
-    common = ["train", "--model", "weights/stories", "--data", data, "--length", 32, "--batch", 2, "--carry-state", "--steps",
+    common = ["train", *model, "--data", data, "--length", 32, "--batch", 2, "--carry-state", "--steps",
               6, "--save-every", 4, "--validation", data]
     r = run(*common, "--out", f"{folder}/whole")
     claim("train: with carried states", r.returncode == 0 and "validation" in r.stderr, r.stderr)
@@ -123,6 +123,26 @@ def carries_state(folder):
     claim("train: goes on with carried states", r.returncode == 0, r.stderr)
     claim("train: carried states make the same bits",
           content(f"{folder}/whole/trainer.safetensors") == content(f"{folder}/cut/trainer.safetensors"))
+
+
+def trains_hybrids(folder):
+    """Attention, MLPs and LayerNorm: what was trained is read again, its carried states grow with the text."""
+    attn = {"causal": True, "num_heads": 2, "num_heads_kv": 1, "head_dim": 16, "rotary_emb_dim": 8, "d_conv": 3}
+    hybrid = {"d_model": 32, "n_layer": 2, "vocab_size": 4096, "d_intermediate": 40, "attn_layer_idx": [1], "attn_cfg": attn,
+              "rms_norm": False, "ssm_cfg": {"layer": "Mamba2", "headdim": 16, "d_state": 8}}
+    config = write(f"{folder}/config.json", json.dumps(hybrid))
+    carries_state(folder, ("--config", config, "--tokenizer", "weights/stories"))
+    r = run("info", "--model", f"{folder}/whole")
+    claim("train: a trained hybrid is read", "1 layers: 2 heads of 16, 1 of keys and values" in r.stdout, r.stdout + r.stderr)
+    r = run("generate", "--model", f"{folder}/whole", "--prompt", "1 4 9", "-n", 8, "--ids")
+    claim("train: a trained hybrid goes on with a text", r.returncode == 0 and len(r.stdout.split()) >= 11, r.stderr)
+    r = run("train", "--model", f"{folder}/whole", "--tokenizer", "weights/stories", "--data", f"{folder}/text.txt", "--length", 32,
+            "--batch", 2, "--steps", 2, "--out", f"{folder}/more")
+    claim("train: a trained hybrid is trained on", r.returncode == 0, r.stderr)
+    other = write(f"{folder}/other.json", json.dumps({**hybrid, "attn_cfg": {**attn, "rotary_emb_dim": 4}}))
+    r = run("train", "--config", other, "--tokenizer", "weights/stories", "--data", f"{folder}/text.txt", "--length", 32, "--batch",
+            2, "--carry-state", "--steps", 6, "--out", f"{folder}/whole", "--resume")
+    claim("train: goes on with the same attention only", r.returncode == 1 and "sizes: expected" in r.stderr, r.stderr)
 
 
 def ends_in_one_line(folder):
@@ -293,7 +313,7 @@ def chats(folder):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for test in (learns_induction, goes_on, carries_state, fine_tunes, adapters_go_on, chats, ends_in_one_line):
+    for test in (learns_induction, goes_on, carries_state, trains_hybrids, fine_tunes, adapters_go_on, chats, ends_in_one_line):
         with tempfile.TemporaryDirectory() as folder:
             test(folder)
     print(f"{PROGRAM}: {passed} claims hold, {failed} do not")

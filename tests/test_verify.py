@@ -61,6 +61,10 @@ def pieces(u, delta, A, B, C, delta_bias, delta_softplus, bug):
     B, C = B[:, group], C[:, group]  # (batch, d, N, L)
     if bug == "B late":
         B = np.concatenate([0 * B[..., :1], B[..., :-1]], -1)
+    if bug == "B late, the first one twice":
+        B = np.concatenate([B[..., :1], B[..., :-1]], -1)
+    if bug == "B rolled":
+        B = np.roll(B, 1, -1)
     if bug == "C early":
         C = np.concatenate([C[..., 1:], 0 * C[..., :1]], -1)
     return raw, step, A, B, C, group
@@ -75,7 +79,7 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
         h = initial_states.astype(np.float32).copy()
     y = np.empty((batch, d, L), np.float32)
     for t in range(L):
-        if bug == "chunk" and t > 0 and t % 32 == 0:
+        if t > 0 and (bug == "chunk" and t % 32 == 0 or bug == "chunk of 64" and t % 64 == 0):
             h = np.zeros_like(h)
         a = np.exp(step[:, :, t, None] * A)
         b = step[:, :, t, None] * B[..., t]
@@ -89,7 +93,7 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
         for _ in range(-L % 16):
             h = np.exp(softplus(delta_bias)[:, None] * A) * h
     skip = 0 if D is None else D[:, None] * u
-    gate = 1 if z is None else z * sigmoid(z)
+    gate = 1 if z is None else z if bug == "gate without sigmoid" else z * sigmoid(z)
     out = y * gate + skip if bug == "gate first" else (y + skip) * gate
     if bug == "one channel":
         out[:, min(3, d - 1)] *= 1.01
@@ -97,6 +101,8 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
         out[:, 20:] *= 1.001
     if bug == "one entry":
         out[-1, -1, L // 2] *= 1.003
+    if bug == "hT scaled":
+        h = h * np.float32(0.5)
     return out, h
 
 
@@ -169,18 +175,40 @@ for name, fn in (("forward", scan), ("with gradients", scan_with_gradients)):
     claim(f"a right numpy scan passes, {name}", ok, "\n".join(lines[-8:]))
     print(f"a right numpy scan, {name}: {lines[-2]}", flush=True)
 
-check("groups", "groups of B and C are repeated")
-check("h0", "h0 is ignored")
+# --- ten bugs that a newcomer would make: each is found, at least eight are named right ---
+
+TEN = {"groups": "groups of B and C are repeated", "h0": "h0 is ignored", "no bias": "delta_bias is ignored",
+       "no softplus": "softplus is not applied", "A_log": "A_log is used as A", "gate first": "the gate comes before D",
+       "chunk of 64": "the state is lost at every boundary of chunks of 64",
+       "gate without sigmoid": "the gate has no sigmoid", "B late, the first one twice": "B is one token late",
+       "hT scaled": "all of it is 0.5 times what is right"}
+
+
+def hints(bug, fn=scan):
+    """whether the verdict is no, and the hints of the wrong tensors"""
+    ok, lines = rows_of(functools.partial(fn, bug=bug), only=SOME, most=1000)
+    whole = [line for line in lines if "WRONG" in line and "in_two_pieces" not in line]
+    return not ok, [line.split("; ", 1)[-1] for line in whole]
+
+
+named = 0
+for bug, hint in TEN.items():
+    found, given = hints(bug)
+    claim(f"{bug}: found", found and given)
+    right = sum(hint in each for each in given)
+    named += 2 * right > len(given)
+    print(f"planted: {bug}: {right} of {len(given)} wrong tensors named", flush=True)
+claim("of ten bugs at least eight are named", named >= 8, named)
+
+# --- others, by their hints ---
+
 check("chunk", "the state is lost at every boundary of chunks of 32")
 check("tail", "is not masked")
-check("no bias", "delta_bias is ignored")
 check("bias twice", "delta_bias is added twice")
-check("no softplus", "softplus is not applied")
 check("softplus twice", "softplus is applied twice")
 check("B late", "B is one token late")
+check("B rolled", "B is one token late")
 check("C early", "C is one token early")
-check("A_log", "A_log is used as A")
-check("gate first", "the gate comes before D")
 check("zoh", "exact zero-order hold")
 check("bf16 state", "stored in bfloat16")
 check("one channel", "only d")
@@ -189,6 +217,34 @@ check("one entry", "only t")
 check("dhT", "dhT is ignored", scan_with_gradients)
 check("gradient chunk", "the gradient of the state is lost at every boundary of chunks of 16", scan_with_gradients)
 check("one dA", "only n", scan_with_gradients)
+
+# --- the door itself ---
+
+def refused(**options):
+    try:
+        door.verify(scan, program=PROGRAM, show=lambda line: None, **options)
+    except SystemExit as end:
+        return str(end)
+    return ""
+
+
+claim("an unknown operation is one line", refused(op="attention").startswith("verify: --op: "), refused(op="attention"))
+claim("an unknown dtype is one line", refused(dtype="int4").startswith("verify: --dtype: "), refused(dtype="int4"))
+claim("a callable that fits no case is one line", "it lacks" in refused(op="rms_norm"), refused(op="rms_norm"))
+
+calls = 0
+
+
+def restless(u, delta, A, B, C):
+    global calls
+    calls += 1
+    out, h = scan(u, delta, A, B, C)
+    return out * np.float32(1 + calls % 2 * 1e-7)
+
+
+ok, lines = rows_of(restless)
+claim("other bits on the second call are no success", ok is False and " 0 of " in lines[-1], lines[-1])
+claim("what a callable lacks is said", "for want of the arguments " in lines[-1] and " z (" in lines[-1], lines[-1])
 
 # --- a kernel in a shared object; raw files ---
 
@@ -236,6 +292,25 @@ with tempfile.TemporaryDirectory() as folder:
           and code == 1 and row["ok"] is False and row["index"] == [0, 3, 5] and row["got"] is None
           and row["file"] == os.path.basename(path)[:-12] and "only t 3" in row["hint"], row)
     claim("one line says how many are wrong", err == "mamba: 1 of 4 tensors are beyond the bound\n", err)
+    code, out, err = run("verify", cases, "--op", "gated_rms_norm")
+    claim("--op chooses from a folder", code == 1 and "causal_conv1d" not in out and "gated_rms_norm" in out, out[:200])
+    code, out, err = run("verify", cases, "--dtype", "bf16")
+    claim("--dtype, too", code == 1 and not out and err.startswith("mamba: no cases: expected some of --op"), err)
+    code, out, err = run("vectors", cases, "--op", "gated_rms_norm,causal_conv1d")
+    claim("outputs are not written over", code == 1 and err.startswith("mamba: outputs in the way: "), err)
+    inputs = {n: t for n, t in tensors.items() if n != "x"}
+    door.write_safetensors(path, {**inputs, "x": np.full_like(tensors["x"], np.inf)}, dtypes, options)
+    code, out, err = run("verify", path)
+    claim("inputs that are no numbers are one line with their name",
+          code == 1 and "'x': expected finite inputs" in err and err.count("\n") == 1 and not out, err)
+    code, out, err = run("verify", cases)
+    claim("a broken file does not hide the others", code == 1 and "'x': expected finite inputs" in err
+          and err.endswith("are broken; 0 of %d tensors are beyond the bound\n" % out.count("\n")) and out.count("\n") > 50, err)
+    wide = dict(tensors, out=np.zeros((1, 2), np.float32))
+    door.write_safetensors(path, wide, {n: k for n, k in dtypes.items() if n != "out"}, options)
+    code, out, err = run("verify", path)
+    row = [line for line in out.splitlines() if " out " in line][0]
+    claim("a wrong shape has no place", " at " not in row and "expected real numbers of shape" in row, row)
     code, out, err = run("vectors", os.path.join(folder, "fresh"), "--op", "rms_norm")
     code, out, err = run("verify", os.path.join(folder, "fresh"))
     claim("without outputs there is nothing to judge", code == 1 and err.startswith("mamba: nothing to judge") and not out, err)
