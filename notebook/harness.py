@@ -9,6 +9,7 @@ model_args: model (a folder), program (./mamba_cuda on a GPU), flags (more for i
 import json
 import subprocess
 
+import lm_eval.models  # its own classes stay known
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 

@@ -57,15 +57,23 @@ def hellaswag(folder):
     lines = [line for line, _ in zip(evaluate.requests("hellaswag/rc_0shot", None, None), range(1000))]
     for model in (STORIES, "tests/golden/mamba1-hf", "tests/golden/mamba2-hf"):
         peer = load(model).eval()
-        rows, worst = [], 0
+        rows, all_ids, worst = [], [], 0
         for line in lines:
             whole = tokenizer.encode(line["context"] + line["continuation"]).ids
             cut = len(tokenizer.encode(line["context"]).ids)
             ids = [i % peer.config.vocab_size for i in whole]
             rows.append({**line, "context": ids[:cut], "continuation": ids[cut:]} if model != STORIES else line)
+            all_ids.append((ids, cut, line))
+        all_ids.sort(key=lambda each: len(each[0]))
+        for first in range(0, len(all_ids), 50):  # what comes after a text does not change what it was
+            batch = all_ids[first:first + 50]
+            ids = torch.zeros(len(batch), len(batch[-1][0]), dtype=torch.long)
+            for row, (text, _, _) in enumerate(batch):
+                ids[row, :len(text)] = torch.tensor(text)
             with torch.no_grad():
-                p = peer(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
-            line["want"] = sum(p[t - 1, ids[t]].item() for t in range(cut, len(ids)))
+                p = peer(ids).logits.double().log_softmax(-1)
+            for row, (text, cut, line) in enumerate(batch):
+                line["want"] = sum(p[row, t - 1, text[t]].item() for t in range(cut, len(text)))
         with open(f"{folder}/requests.jsonl", "w") as f:
             f.writelines(json.dumps({k: v for k, v in row.items() if k != "want"}) + "\n" for row in rows)
         summary = json.loads(run("score", "--model", model, "--requests", f"{folder}/requests.jsonl", "--out", f"{folder}/answers"))
@@ -108,8 +116,8 @@ def harness(folder):
         with open(f"{folder}/{name}.yaml", "w") as f:
             f.write(TASK % (name, f"{folder}/choices.jsonl") + text)
     tables = []
-    for kind, arguments in (("mamba", f"model={STORIES},program={PROGRAM}"), ("hf", f"pretrained={STORIES},dtype=float32,device=cpu")):
-        found = simple_evaluate(kind, model_args=arguments, tasks=[f"local_{name}" for name in more], limit=100, device="cpu",
+    for kind, arguments in (("mamba", f"model={STORIES},program={PROGRAM}"), ("hf", f"pretrained={STORIES},dtype=float32")):
+        found = simple_evaluate(kind, model_args=arguments, tasks=[f"local_{name}" for name in more], limit=50, batch_size=50, device="cpu",
                                 task_manager=TaskManager(include_path=folder, include_defaults=False), log_samples=True, bootstrap_iters=0)
         tables.append({(task, metric): value for task, row in sorted(found["results"].items()) for metric, value in row.items()
                        if isinstance(value, float)})
