@@ -150,7 +150,7 @@ def refuses(folder, common):
     one_line("bad data on all ranks", "line 1", 1, *common[:2], "--data", write(f"{folder}/bad.jsonl", "{\n"), *out, "--gpus", 2)
     one_line("carried states", "--carry-state", 2, *common[:2], "--data", common[3], "--carry-state", *out, "--gpus", 2)
     one_line("a loss that is no number", "finite", 1, *common, "--lr", "1e30", "--clip", 0, *out, "--gpus", 2)
-    one_line("WORLD_SIZE alone", "NCCL_COMM_ID", 2, *common, *out, WORLD_SIZE=2, RANK=0)
+    one_line("WORLD_SIZE alone", "NCCL_COMM_ID", 2, *common, *out, WORLD_SIZE=2, RANK=0, LOCAL_RANK=0)
     for rank, r in enumerate(map(end, launch([*common, *out], ["--seed", 2]))):
         claim("train: other options on another rank", r.returncode == 1 and ("same options" in r.stderr) == (rank == 0), r.stderr)
     claim("train: what was refused left no model", not os.path.exists(f"{folder}/none/model.safetensors"))
