@@ -1485,7 +1485,8 @@ struct Vectors : SuiteFlags {
     const std::string file = path + ".safetensors";
     const bool exists = std::filesystem::exists(file);
     const Checkpoint found = exists ? read_safetensors(file) : Checkpoint{};
-    for (const auto& [name, part] : all_parts(op)) {
+    for (const auto& part : all_parts(op)) {
+      const std::string& name = part.first;
       const bool is_input = std::any_of(op.inputs.begin(), op.inputs.end(),
                                         [&](const Part& input) { return input.name == name; });
       const bool is_cotangent = name == gradient(op.out) || (op.end && name == gradient(*op.end));
