@@ -713,7 +713,7 @@ __global__ void __launch_bounds__(128) selective_scan_registers_kernel(ScanArgs<
     if (n < N && a.hT) a.hT[i * N + n] = h[n];
 }
 
-constexpr int kScanLanes = 16;
+[[maybe_unused]] constexpr int kScanLanes = 16;  // only tests and the benchmark run this rung
 
 // Since the rung before: 16 lanes share a channel, lane j with the states n = j, j + 16, .. So a
 // channel's exponentials are 16 threads' work, there are 16 times as many threads to hide the
