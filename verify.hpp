@@ -657,8 +657,7 @@ class Judge {
         compare(v, got(r, c).value, want(r, c), block.index(r, c));
   }
   void compare(Verdict& v, double got, const Bounded& want, Index at) const {
-    const bool overflows =
-        case_.is_guess && !std::isfinite(got) && !(want.size < v.rule.largest);
+    const bool overflows = case_.is_guess && !std::isfinite(got) && !(want.size < v.rule.largest);
     const double units = overflows ? 0 : distance(got, want, v.rule), most = std::min(units, 1e100);
     if (units > v.worst || (units == v.worst && at <= v.at))
       v.worst = units, v.at = at, v.got = got, v.expected = want.value;

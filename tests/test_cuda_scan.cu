@@ -12,7 +12,7 @@ namespace {
 
 struct ScanCase {
   Index batch, L, d, N, groups;
-  int options;  // bits: D, z, bias, softplus, h0
+  int options;  // bits: D, z, bias, softplus, h0, and with softplus: tiny and huge steps
 };
 
 template <class T>
@@ -35,6 +35,9 @@ struct ScanProblem {
     x = make(rows, c.d), delta = make(rows, c.d), B = make(rows, c.groups * c.N),
     C = make(rows, c.groups * c.N);
     if (!(c.options & 8)) delta = delta.cwiseAbs();
+    for (Index d = 0; d < c.d && c.options & 32; ++d)  // softplus: 1e-13, around 1, 100
+      delta.col(d).array() += d % 3 == 0 ? -30 : d % 3 == 1 ? 0 : 100;
+    delta = stored<T>(delta);
     A = -2 * make_float(c.d, c.N).cwiseAbs();
     if (c.options & 1) D = make_float(1, c.d);
     if (c.options & 2) z = make(rows, c.d);
@@ -124,7 +127,8 @@ void scan_rungs_match(const char* type) {
   const ScanCase shapes[] = {{1, 0, 1, 1, 1, 31},   {3, 0, 5, 16, 1, 15},  {1, 0, 64, 16, 2, 31},
                              {3, 0, 40, 16, 1, 8},  {1, 0, 33, 17, 3, 24}, {2, 0, 12, 64, 1, 28},
                              {1, 0, 8, 256, 2, 26}, {1, 0, 36, 5, 1, 0},   {1, 0, 130, 16, 1, 29},
-                             {1, 0, 516, 2, 1, 23}, {1, 0, 36, 12, 1, 29}, {2, 0, 8, 20, 1, 31}};
+                             {1, 0, 516, 2, 1, 23}, {1, 0, 36, 12, 1, 29}, {2, 0, 8, 20, 1, 31},
+                             {1, 0, 64, 16, 2, 63}, {3, 0, 40, 16, 1, 40}};
   for (ScanCase c : shapes)
     for (const Index L : kLengths) {
       c.L = L;
