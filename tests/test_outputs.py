@@ -15,9 +15,10 @@ import tempfile
 import threading
 import time
 
+from claims import claim, end
+
 PROGRAM = os.path.abspath(sys.argv[1])
 STORIES = os.path.abspath("weights/stories")
-passed = failed = 0
 
 # A system without O_TMPFILE, for programs that are not sanitized: open() refuses it.
 NO_TMPFILE = """
@@ -42,13 +43,6 @@ int open64(const char* path, int flags, ...) {
   return refuse("open64", path, flags, rest);
 }
 """
-
-
-def claim(name, ok, detail=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"FAILED: {name}\n  {str(detail)[:600]}")
 
 
 def run(*arguments, **more):
@@ -179,5 +173,4 @@ with tempfile.TemporaryDirectory() as folder:
             shutil.rmtree(at("model"))
     one_line("a pipe as a saved state", run("generate", "--load-state", at("pipe")), "found a pipe")
 
-print(f"{passed} passed, {failed} failed")
-sys.exit(failed > 0)
+end(PROGRAM)

@@ -18,18 +18,13 @@ import sys
 import tempfile
 import time
 
+import claims
+from claims import claim, content
+
 PROGRAM = os.path.abspath(sys.argv[1])
 PROGRAM_NAME = "mamba_cuda: "  # begins the line that ends a run
-passed = failed = 0
 TINY = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 16, "state_size": 16, "expand": 2,
         "conv_kernel": 4, "time_step_rank": 2, "eos_token_id": None, "bos_token_id": None, "tie_word_embeddings": False}
-
-
-def claim(name, ok, detail=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"FAILED: {name}\n  {str(detail)[:600]}")
 
 
 def start(*arguments, **variables):
@@ -44,11 +39,6 @@ def end(process):
 
 def run(*arguments, **variables):
     return end(start(*arguments, **variables))
-
-
-def content(path):
-    with open(path, "rb") as f:
-        return f.read()
 
 
 def tensors(path):
@@ -212,5 +202,4 @@ if __name__ == "__main__":
             print(f"{check.__name__}: {time.time() - begun:.0f} s", flush=True)
         if sys.argv[2:] == ["--speed"]:
             speed(root)
-    print(f"ranks: {passed} claims hold, {failed} failed")
-    sys.exit(failed > 0)
+    claims.end("ranks")

@@ -14,27 +14,16 @@ import sys
 import tempfile
 import time
 
+from claims import claim, content, end
+
 PROGRAM = os.path.abspath(sys.argv[1])
-passed = failed = 0
 TINY = {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 16, "state_size": 16, "expand": 2,
         "conv_kernel": 4, "time_step_rank": 2, "eos_token_id": None, "bos_token_id": None, "tie_word_embeddings": True}
-
-
-def claim(name, ok, detail=""):
-    global passed, failed
-    passed, failed = passed + bool(ok), failed + (not ok)
-    if not ok:
-        print(f"FAILED: {name}\n  {str(detail)[:600]}")
 
 
 def run(*arguments, **more):
     options = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "timeout": 300}
     return subprocess.run([PROGRAM, *map(str, arguments)], **{**options, **more})
-
-
-def content(path):
-    with open(path, "rb") as f:
-        return f.read()
 
 
 def write(path, text):
@@ -316,5 +305,4 @@ if __name__ == "__main__":
     for test in (learns_induction, goes_on, carries_state, trains_hybrids, fine_tunes, adapters_go_on, chats, ends_in_one_line):
         with tempfile.TemporaryDirectory() as folder:
             test(folder)
-    print(f"{PROGRAM}: {passed} claims hold, {failed} do not")
-    sys.exit(1 if failed else 0)
+    end(PROGRAM)
