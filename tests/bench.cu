@@ -4,11 +4,11 @@
 //   build/bench_cuda [OP ...] [--cold] [--skip-naive] [--only TEXT]
 //
 // Without OP: all of bandwidth, matmul, selective_scan, selective_scan_backward, causal_conv1d,
-// causal_conv1d_backward, ssd, ssd_backward, rms_norm, gated_rms_norm, their backwards as
-// norm_backward, sampler, decode, prefill, train. A kernel runs in a CUDA graph of up to ten
-// calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB of other
-// writes. --only: the rows whose "shape" contains TEXT. All data and weights are random. The floor
-// is the time to move each input and output once; of prefill, to multiply.
+// causal_conv1d_backward, ssd, ssd_backward, causal_attention, rms_norm, gated_rms_norm, their
+// backwards as norm_backward, sampler, decode, prefill, train. A kernel runs in a CUDA graph of up
+// to ten calls, its data in the L2 cache as far as they fit, or, with --cold, alone after 256 MiB
+// of other writes. --only: the rows whose "shape" contains TEXT. All data and weights are random.
+// The floor is the time to move each input and output once; of attention and prefill, to multiply.
 #define MAMBA_NO_MAIN
 #include "../mamba.cu"
 
@@ -101,9 +101,10 @@ class Bench {
               << std::endl;
   }
 
-  /// Times a kernel, or several in a row. Slow ones are repeated less often.
+  /// Times a kernel, or several in a row. Slow ones are repeated less often. The floor is the time
+  /// to move the bytes, or `multiply` seconds if those are more.
   template <class Launch>
-  void report(const Figure& f, const Launch& launch) const {
+  void report(const Figure& f, const Launch& launch, double multiply = 0) const {
     if (flags_.skip_naive && f.kernel.find("naive") != std::string::npos) return;
     const double once = median_ms(stream(), 1, launch);
     const Index repeat = once > 20 ? 3 : 20, calls = std::clamp<Index>(Index(10 / once), 1, 10);
@@ -119,7 +120,7 @@ class Bench {
       });
       ms = median_ms(stream(), repeat, [&] { graph.launch(stream()); }) / double(calls);
     }
-    print(f, ms, f.bytes / bandwidth_ * 1e3);
+    print(f, ms, 1e3 * std::max(f.bytes / bandwidth_, multiply));
   }
 
  private:
@@ -343,6 +344,39 @@ void bench_ssd_backward(Bench& bench, DType dtype, const Sizes& s) {
                   14. * double(d * N * rows)},  // of the recurrence, the states made again
                  [&] { ssd_backward(a, rung, bench.stream()); });
   }
+}
+
+/// Causal attention of 16 heads (width head_dim) over a text, its gradients, and one token after it.
+template <class T>
+void bench_attention(Bench& bench, DType dtype, const Sizes& s, double peak) {
+  const std::string shape =
+      shape_of({{"batch", s.batch}, {"heads", 16}, {"head_dim", s.width}, {"L", s.L}});
+  if (!bench.wants(shape)) return;
+  const int64_t P = s.width, d = 16 * P, rows = s.batch * s.L;
+  const auto qkv = bench.random<T>(rows * 3 * d), dout = bench.random<T>(rows * d);
+  const DeviceBuffer<T> out(dout.size()), dqkv(qkv.size());
+  const DeviceBuffer<float> sums(size_t(2 * rows * 16));
+  AttentionBackwardArgs<T> a;
+  a.in.batch = s.batch, a.in.L = s.L, a.in.n_heads = a.in.n_kv_heads = 16, a.in.head_dim = int(P);
+  a.in.q = qkv.data(), a.in.keys = a.in.q + d, a.in.values = a.in.keys + d;
+  a.in.q_stride = a.in.kv_stride = a.d_stride = 3 * d, a.in.out_stride = a.dout_stride = d;
+  a.in.out = out.data(), a.in.log_sums = sums.data(), a.along = sums.data() + rows * 16;
+  a.dout = dout.data(), a.dq = dqkv.data(), a.dk = a.dq + d, a.dv = a.dk + d;
+  const double pairs = double(rows) * double(s.L + 1) / 2 * double(d);  // multiply-adds of q k
+  bench.report({"causal_attention", "causal_attention_fused_kernel", shape, dtype,
+                double(4 * rows * d) * sizeof(T), 4 * pairs},
+               [&] { causal_attention(a.in, bench.stream()); }, 4 * pairs / peak);
+  bench.report({"causal_attention_backward", "causal_attention_backward_fused_kernel", shape, dtype,
+                double(8 * rows * d) * sizeof(T), 10 * pairs},
+               [&] { causal_attention_backward(a, bench.stream()); }, 10 * pairs / peak);
+  AttentionArgs<T> step = a.in;
+  DeviceBuffer<int64_t> past(static_cast<size_t>(s.batch));
+  past.copy_from(std::vector<int64_t>(past.size(), s.L - 1).data());
+  const DeviceBuffer<float> parts(size_t(attention_parts(s.batch, 16, 16, int(P))));
+  step.L = 1, step.log_sums = nullptr, step.capacity = s.L, step.past = past.data();
+  bench.report({"causal_attention", "causal_attention_step_kernel", shape, dtype,
+                double(2 * rows * d) * sizeof(T), 4 * double(rows * d)},
+               [&] { causal_attention_step(step, parts.data(), bench.stream()); });
 }
 
 template <class T>
@@ -585,6 +619,8 @@ constexpr Sizes kSsdShapes[] = {{8, 24, 2048},  {1, 80, 2048},   {8, 80, 2048},
                                 {1, 128, 2048}, {1, 128, 16384}, {1, 128, 65536}};
 constexpr Sizes kSsdBackwardShapes[] = {
     {8, 24, 2048}, {1, 80, 2048}, {8, 80, 2048}, {1, 80, 16384}};
+constexpr Sizes kAttentionShapes[] = {
+    {8, 64, 2048}, {8, 128, 2048}, {1, 64, 16384}, {1, 128, 16384}};
 constexpr Sizes kNormShapes[] = {{1, 768, 2048}, {1, 5120, 2048}, {8, 5120, 2048}};
 
 void run_bench(const Flags& flags) {
@@ -621,6 +657,10 @@ void run_bench(const Flags& flags) {
     for (const Sizes& s : kSsdShapes) bench_ssd<bf16>(bench, DType::BF16, s);
   if (asked("ssd_backward"))
     for (const Sizes& s : kSsdBackwardShapes) bench_ssd_backward<bf16>(bench, DType::BF16, s);
+  if (asked("causal_attention")) {
+    const double peak = matmul_peak<bf16>(bench.queue());
+    for (const Sizes& s : kAttentionShapes) bench_attention<bf16>(bench, DType::BF16, s, peak);
+  }
   for (const bool gated : {false, true})
     if (asked(gated ? "gated_rms_norm" : "rms_norm"))
       for (const Sizes& s : kNormShapes) bench_norms<bf16>(bench, DType::BF16, s, gated);
@@ -640,8 +680,8 @@ int main(int argc, char** argv) {
   app.add_option("op", flags.ops, "what to measure; all without")
       ->check(CLI::IsMember({"bandwidth", "matmul", "selective_scan", "selective_scan_backward",
                              "causal_conv1d", "causal_conv1d_backward", "ssd", "ssd_backward",
-                             "rms_norm", "gated_rms_norm", "norm_backward", "sampler", "decode",
-                             "prefill", "train"}));
+                             "causal_attention", "rms_norm", "gated_rms_norm", "norm_backward",
+                             "sampler", "decode", "prefill", "train"}));
   app.add_flag("--cold", flags.cold, "with a cold L2 cache, one call at a time");
   app.add_flag("--skip-naive", flags.skip_naive, "leave out the naive rungs");
   app.add_option("--only", flags.only, "shapes that contain this text");

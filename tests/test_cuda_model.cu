@@ -36,7 +36,8 @@ template <class Scalar>
 double state_difference(const ssm::State<float>& a, const ssm::State<Scalar>& b) {
   double worst = 0;
   for (std::size_t l = 0; l < b.layers.size(); ++l) {
-    const auto &x = a.layers[l], &y = b.layers[l];
+    const auto& x = a.layers[l];
+    const auto& y = b.layers[l];
     worst = std::max({worst, max_difference(x.h, y.h), max_difference(x.conv, y.conv),
                       max_difference(x.past.keys, y.past.keys),
                       max_difference(x.past.values, y.past.values)});
