@@ -401,6 +401,11 @@ class CpuEngine {
       sink(t, ssm::lm_head<float>(model_, hidden.middleRows(t, std::min(kRows, L - t))));
   }
 
+  /// Of the first request: the threads share the work of one.
+  std::vector<Likelihood> likelihoods(const Request* requests, std::size_t) {
+    return {likelihood(*this, *requests)};
+  }
+
   double gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients) {
     gradients = zeros_like(model_);
     return loss_of_text(model_, ids, options_, gradients);

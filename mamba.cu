@@ -51,6 +51,7 @@
 // embedding_kernel                   backbone               a row of the table     tokens
 // best_kernel, weight_kernel,        sample (mamba.hpp)     CUB's radix sort, sums batch,
 //   sample_kernel                                           of 32 stretches        vocabulary
+// cross_entropy_kernel               cross_entropy          logits to dlogits      rows
 // selective_scan_backward_           selective_scan_backward
 //   naive_kernel                                            state by state back    batch, d
 //   summary_, link_, fused_kernel                           pieces linked, then    pieces of t,
@@ -65,7 +66,6 @@
 // causal_attention_backward_         the same               blocks on tensor cores batch, H, blocks
 //   fused_kernel                                                                   of t or of s
 // gated_mlp_backward_kernel          gated_mlp_backward     between its products   rows, d
-// cross_entropy_kernel               cross_entropy          logits to dlogits      rows
 // embedding_backward_kernel          backbone_backward      rows sorted by id      ids, d
 // gradient_norm_kernel, adamw_kernel adamw_step             all weights at once    pieces of them
 #include "train.hpp"
@@ -4623,21 +4623,24 @@ struct Compute {
     if (config.version == 1) return fused ? &Compute::fused_mamba_block : &Compute::mamba_block;
     return fused ? &Compute::fused_mamba2_block : &Compute::mamba2_block;
   }
-  void all_layers(const Activations<T>& a, const Tokens& tokens, DeviceState& state,
+  // state: null for texts from their beginning, of which nothing is kept.
+  void all_layers(const Activations<T>& a, const Tokens& tokens, DeviceState* state,
                   bool fused) const {
     const Block block = scan_block(fused);
     for (Index l = 0; l < config.n_layer; ++l) {
       const DeviceLayer& w = model.layers[l];
-      if (!config.attends(l))
-        (this->*block)(w, a, tokens, state.layer_conv<T>(config, l), state.layer_h(config, l));
-      else
-        fused ? fused_attention_block(w, a, tokens, state.layer_cache<T>(config, l))
-              : attention_block(w, a, tokens, state.layer_cache<T>(config, l));
+      if (config.attends(l)) {
+        const auto cache = state ? state->layer_cache<T>(config, l) : AttentionCache<T>{};
+        fused ? fused_attention_block(w, a, tokens, cache) : attention_block(w, a, tokens, cache);
+      } else {
+        (this->*block)(w, a, tokens, state ? state->layer_conv<T>(config, l) : nullptr,
+                       state ? state->layer_h(config, l) : nullptr);
+      }
       if (config.d_intermediate > 0) fused ? fused_mlp(w, a, tokens) : mlp(w, a, tokens.rows());
     }
-    if (state.past.size() == 0) return;
+    if (!state || state->past.size() == 0) return;
     advance_past_kernel<<<unsigned(ceil_div(tokens.batch, 128)), 128, 0, queue.stream()>>>(
-        state.past.data(), tokens.batch, tokens.L, tokens.cu_seqlens, tokens.done);
+        state->past.data(), tokens.batch, tokens.L, tokens.cu_seqlens, tokens.done);
     CUDA_CHECK(cudaGetLastError());
   }
 
@@ -4653,7 +4656,7 @@ struct Compute {
     const Activations<T> a(config, L, activation_room);
     state.reserve(config, sizeof(T), L, queue.stream());
     embed(a, ids, L);
-    all_layers(a, {1, L, false, nullptr}, state, false);
+    all_layers(a, {1, L, false, nullptr}, &state, false);
     state.longest += L;
     return a;
   }
@@ -4685,7 +4688,7 @@ struct Compute {
   void step(const Activations<T>& a, DeviceState& state, const int* done, float* logits) const {
     const Tokens tokens{state.batch, 1, true, done};
     const bool fused = can_fuse(state.batch);
-    all_layers(a, tokens, state, fused);
+    all_layers(a, tokens, &state, fused);
     if (!fused) return lm_head(a, 0, state.batch, logits);
     LinearStep<T, Norm::rms, Store::plain> last{
         head(),     config.vocab_size, config.d_model, int(state.batch),
@@ -4778,6 +4781,95 @@ struct Compute {
 };
 
 // ============================================================================================
+// Cross-entropy
+// ============================================================================================
+//
+//   nll_t = log(sum_v exp(logits_t[v])) - logits_t[target_t]
+//   dlogits_t[v] = scale (exp(logits_t[v]) / sum - (v = target_t))      target -1: both are zero
+//
+// One block takes a row: it reads the logits once for their maximum and the sum of exponentials,
+// each thread for its own and then all for the block, and a second time to put dlogits, as T, into
+// their place.  Grid: rows, `stride` floats apart; row t of dlogits begins where that of logits
+// did.
+
+constexpr int kEntropyThreads = 512;
+
+// A sum of exp(v - max).
+struct ExpSum {
+  float max, sum;
+  __device__ void add(float other_max, float other_sum) {
+    const float m = fmaxf(max, other_max);
+    if (m == -INFINITY) return;
+    sum = sum * exp2_approx(kLog2e * (max - m)) + other_sum * exp2_approx(kLog2e * (other_max - m));
+    max = m;
+  }
+};
+
+// The same over a row, the same bits in all threads.
+__device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size) {
+  __shared__ ExpSum of_warp[kEntropyThreads / 32];
+  ExpSum own{-INFINITY, 0.f};
+  for (int64_t i = 4 * threadIdx.x; i < vocab_size; i += 4 * kEntropyThreads) {
+    float v[4];
+    load4(v, logits + i);
+    float max = -INFINITY, sum = 0.f;
+    for (int k = 0; k < 4; ++k)
+      v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
+    for (int k = 0; k < 4; ++k) sum += exp2_approx(kLog2e * (v[k] - max));
+    own.add(max, sum);
+  }
+  for (int d = 16; d > 0; d /= 2) {
+    const float max = __shfl_xor_sync(~0u, own.max, d), sum = __shfl_xor_sync(~0u, own.sum, d);
+    own.add(max, sum);
+  }
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
+  __syncthreads();  // the warps' sums are written before they are added
+  own = of_warp[0];
+  for (int i = 1; i < kEntropyThreads / 32; ++i) own.add(of_warp[i].max, of_warp[i].sum);
+  return own;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kEntropyThreads)
+    cross_entropy_kernel(float* logits, int64_t stride, int64_t vocab_size, const Token* targets,
+                         float scale, const float* weights, float* nll, bool* likeliest) {
+  float* const row = logits + blockIdx.x * stride;
+  T* const dlogits = reinterpret_cast<T*>(row);
+  const int64_t target = targets[blockIdx.x];
+  const ExpSum all = exp_sum_of_row(row, vocab_size);
+  if (threadIdx.x == 0) nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
+  if (threadIdx.x == 0 && likeliest) likeliest[blockIdx.x] = target >= 0 && row[target] == all.max;
+  if (scale == 0.f) return;  // the loss alone is wanted
+  if (weights) scale *= weights[blockIdx.x];
+  const float factor = target < 0 ? 0.f : scale / all.sum;
+  for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
+    const int64_t i = first + 4 * threadIdx.x;
+    float v[4] = {};
+    if (i < vocab_size) load4(v, row + i);
+    for (int k = 0; k < 4; ++k)
+      v[k] = target < 0 ? 0.f
+                        : factor * exp2_approx(kLog2e * (v[k] - all.max)) -
+                              (i + k == target ? scale : 0.f);
+    __syncthreads();  // logits have been read, also the target's, before they are overwritten
+    if (i < vocab_size) store(dlogits + i, pack<T>(v));
+  }
+}
+
+// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16
+// bytes. weights (rows), if given, are of each row's loss; likeliest (rows), if given: is the
+// target the likeliest?
+template <class T>
+void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
+                   const Token* targets, float scale, float* nll, cudaStream_t stream,
+                   const float* weights = nullptr, bool* likeliest = nullptr) {
+  if (rows == 0) return;
+  const auto kernel = cross_entropy_kernel<T>;
+  kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
+                                                         weights, nll, likeliest);
+  CUDA_CHECK(cudaGetLastError());
+}
+
+// ============================================================================================
 // The engine
 // ============================================================================================
 
@@ -4829,6 +4921,24 @@ inline double matrix_peak(DType dtype, int device) {
 
 class CudaLearner;  // below, with all that is for gradients
 
+/// Texts side by side, text i at ids [begin[i], begin[i + 1]). After ids[rows[j]] comes targets[j].
+struct ScoredTexts {
+  std::vector<Token> ids, rows, targets;
+  std::vector<int64_t> begin = {0};
+  int64_t longest = 0;
+
+  void add(const std::vector<Token>& context, const std::vector<Token>& continuation) {
+    for (size_t t = 0; t < continuation.size(); ++t)
+      rows.push_back(Token(begin.back() + int64_t(context.size() - 1 + t)));
+    targets.insert(targets.end(), continuation.begin(), continuation.end());
+    ids.insert(ids.end(), context.begin(), context.end());
+    ids.insert(ids.end(), continuation.begin(), continuation.end());
+    ids.pop_back();  // nothing is asked of what comes after the last
+    longest = std::max(longest, int64_t(ids.size()) - begin.back());
+    begin.push_back(int64_t(ids.size()));
+  }
+};
+
 class CudaEngine {
  public:
   static constexpr const char* kName = "mamba_cuda";
@@ -4864,6 +4974,8 @@ class CudaEngine {
   void forward(State& state, const Token* ids, Index L, const LogitsSink& sink);
   void generate(std::vector<Sequence<State>>& sequences, const GenerateOptions& options,
                 const OnToken& on_token);
+  /// Of the first of these requests, as many as are worth taking together.
+  std::vector<Likelihood> likelihoods(const Request* requests, size_t count);
   /// The mean nll of ids 2 to n, and its gradient for every weight, A_log's in the place of A.
   double gradients(const std::vector<Token>& ids, ssm::Model<float>& gradients);
 
@@ -4906,6 +5018,8 @@ class CudaEngine {
   /// After this, row `row` of logits_ holds the logits after the last of L > 0 tokens.
   template <class T>
   void prefill_as(State& state, const Token* ids, Index L, Index row);
+  template <class T>
+  void score_as(const ScoredTexts& texts, std::vector<float>& nll, bool* likeliest);
   template <class T>
   void take_prompts(std::vector<Sequence<State>>& sequences, Index left_out);
   template <class T>
@@ -5034,6 +5148,69 @@ inline void CudaEngine::forward(State& state, const Token* ids, Index L, const L
       }
     }
   });
+}
+
+// --- score: requests side by side, each from the beginning of a text ---
+
+template <class T>
+void CudaEngine::score_as(const ScoredTexts& texts, std::vector<float>& nll, bool* likeliest) {
+  const auto count = int64_t(texts.rows.size()), total = texts.begin.back();
+  const int64_t piece = std::min<int64_t>(count, 1024);  // logits are wide: some rows at a time
+  const int64_t stride = ceil_div(config_.vocab_size, 8) * 8;
+  const auto up = [](const auto& v) {
+    return DeviceBuffer<std::decay_t<decltype(v[0])>>(v.data(), v.size());
+  };
+  const auto begin = up(texts.begin);
+  const auto rows = up(texts.rows), targets = up(texts.targets);
+  const DeviceBuffer<float> nll_out(nll.size()), chosen(size_t(piece * config_.d_model));
+  const DeviceBuffer<bool> likeliest_out(nll.size());
+  logits_.grow(size_t(piece * stride));
+  const Compute<T> model = compute<T>();
+  Activations<T> a(config_, total, activation_room_);
+  model.embed(a, upload(texts.ids.data(), total), total);
+  model.all_layers(
+      a, {int64_t(texts.begin.size()) - 1, texts.longest, false, nullptr, begin.data(), total},
+      nullptr, false);
+  const float* const residual = a.residual;
+  a.residual = chosen.data();
+  for (int64_t first = 0; first < count; first += piece) {
+    const int64_t n = std::min(piece, count - first);
+    embedding_kernel<<<unsigned(n), 256, 0, queue_->stream()>>>(residual, rows.data() + first,
+                                                                config_.d_model, chosen.data());
+    CUDA_CHECK(cudaGetLastError());
+    model.norm(a, model_.norm_f, model_.norm_f_bias, n);
+    queue_->linear(a.u, n, config_.d_model, model.head(), config_.vocab_size, config_.d_model,
+                   logits_.data(), stride);
+    cross_entropy<T>(logits_.data(), stride, n, config_.vocab_size, targets.data() + first, 0,
+                     nll_out.data() + first, queue_->stream(), nullptr,
+                     likeliest_out.data() + first);
+  }
+  queue_->wait();
+  nll_out.copy_to(nll.data()), likeliest_out.copy_to(likeliest);
+}
+
+inline std::vector<Likelihood> CudaEngine::likelihoods(const Request* requests, size_t count) {
+  ScoredTexts texts;
+  size_t taken = 0;
+  for (; taken < count; ++taken) {
+    const Request& r = requests[taken];
+    if (taken == kBatch || texts.ids.size() + r.context.size() + r.continuation.size() > kPiece)
+      break;
+    texts.add(r.context, r.continuation);
+  }
+  if (taken == 0) return {likelihood(*this, requests[0])};  // alone, piece by piece
+  std::vector<float> nll(texts.rows.size());
+  const auto likeliest = std::make_unique<bool[]>(nll.size());
+  with_weight_type(dtype_, [&](auto* type) {
+    if (!nll.empty()) score_as<std::remove_pointer_t<decltype(type)>>(texts, nll, likeliest.get());
+  });
+  std::vector<Likelihood> found(taken);
+  for (size_t i = 0, row = 0; i < taken; ++i)
+    for (size_t t = 0; t < requests[i].continuation.size(); ++t, ++row) {
+      if (!std::isfinite(nll[row])) fail("logits: expected numbers, found NaN or infinity");
+      found[i].logprob -= nll[row], found[i].greedy = found[i].greedy && likeliest[row];
+    }
+  return found;
 }
 
 // --- generation ---
@@ -7843,91 +8020,6 @@ class EmbeddingBackward {
   DeviceBuffer<Token> positions_;
   DeviceBuffer<std::byte> room_;
 };
-
-// --- cross-entropy -------------------------------------------------------------------------------
-//
-//   nll_t = log(sum_v exp(logits_t[v])) - logits_t[target_t]
-//   dlogits_t[v] = scale (exp(logits_t[v]) / sum - (v = target_t))      target -1: both are zero
-//
-// One block takes a row: it reads the logits once for their maximum and the sum of exponentials,
-// each thread for its own and then all for the block, and a second time to put dlogits, as T, into
-// their place.  Grid: rows, `stride` floats apart; row t of dlogits begins where that of logits
-// did.
-
-constexpr int kEntropyThreads = 512;
-
-// A sum of exp(v - max).
-struct ExpSum {
-  float max, sum;
-  __device__ void add(float other_max, float other_sum) {
-    const float m = fmaxf(max, other_max);
-    if (m == -INFINITY) return;
-    sum = sum * exp2_approx(kLog2e * (max - m)) + other_sum * exp2_approx(kLog2e * (other_max - m));
-    max = m;
-  }
-};
-
-// The same over a row, the same bits in all threads.
-__device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size) {
-  __shared__ ExpSum of_warp[kEntropyThreads / 32];
-  ExpSum own{-INFINITY, 0.f};
-  for (int64_t i = 4 * threadIdx.x; i < vocab_size; i += 4 * kEntropyThreads) {
-    float v[4];
-    load4(v, logits + i);
-    float max = -INFINITY, sum = 0.f;
-    for (int k = 0; k < 4; ++k)
-      v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
-    for (int k = 0; k < 4; ++k) sum += exp2_approx(kLog2e * (v[k] - max));
-    own.add(max, sum);
-  }
-  for (int d = 16; d > 0; d /= 2) {
-    const float max = __shfl_xor_sync(~0u, own.max, d), sum = __shfl_xor_sync(~0u, own.sum, d);
-    own.add(max, sum);
-  }
-  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
-  __syncthreads();  // the warps' sums are written before they are added
-  own = of_warp[0];
-  for (int i = 1; i < kEntropyThreads / 32; ++i) own.add(of_warp[i].max, of_warp[i].sum);
-  return own;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kEntropyThreads)
-    cross_entropy_kernel(float* logits, int64_t stride, int64_t vocab_size, const Token* targets,
-                         float scale, const float* weights, float* nll) {
-  float* const row = logits + blockIdx.x * stride;
-  T* const dlogits = reinterpret_cast<T*>(row);
-  const int64_t target = targets[blockIdx.x];
-  const ExpSum all = exp_sum_of_row(row, vocab_size);
-  if (threadIdx.x == 0) nll[blockIdx.x] = target < 0 ? 0.f : logf(all.sum) + all.max - row[target];
-  if (scale == 0.f) return;  // the loss alone is wanted
-  if (weights) scale *= weights[blockIdx.x];
-  const float factor = target < 0 ? 0.f : scale / all.sum;
-  for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
-    const int64_t i = first + 4 * threadIdx.x;
-    float v[4] = {};
-    if (i < vocab_size) load4(v, row + i);
-    for (int k = 0; k < 4; ++k)
-      v[k] = target < 0 ? 0.f
-                        : factor * exp2_approx(kLog2e * (v[k] - all.max)) -
-                              (i + k == target ? scale : 0.f);
-    __syncthreads();  // logits have been read, also the target's, before they are overwritten
-    if (i < vocab_size) store(dlogits + i, pack<T>(v));
-  }
-}
-
-// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16
-// bytes. weights (rows), if given, are of each row's loss.
-template <class T>
-void cross_entropy(float* logits, int64_t stride, int64_t rows, int64_t vocab_size,
-                   const Token* targets, float scale, float* nll, cudaStream_t stream,
-                   const float* weights = nullptr) {
-  if (rows == 0) return;
-  const auto kernel = cross_entropy_kernel<T>;
-  kernel<<<unsigned(rows), kEntropyThreads, 0, stream>>>(logits, stride, vocab_size, targets, scale,
-                                                         weights, nll);
-  CUDA_CHECK(cudaGetLastError());
-}
 
 // ============================================================================================
 // The model's backward

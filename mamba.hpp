@@ -1194,6 +1194,7 @@ Likelihood likelihood(Engine& engine, const Request& request) {
   const auto& context = request.context;
   const auto& continuation = request.continuation;
   Likelihood found;
+  if (continuation.empty()) return found;
   const auto judge = [&](Index first, const Matrix<float>& logits) {
     for (Index i = 0; i < logits.rows(); ++i) {
       const Token target = continuation[first + i];
@@ -2014,13 +2015,15 @@ struct ScoreRequests : ModelFolder {
     if (!out_file.empty()) out.emplace(out_file);
     Engine engine(checkpoint, config, engine_options);
     std::vector<Likelihood> found;
-    for (const Request& request : requests) {
-      const Likelihood one = likelihood(engine, request);
-      found.push_back(one);
-      const nlohmann::ordered_json answer = {{"logprob", one.logprob},
-                                             {"tokens", request.continuation.size()},
-                                             {"greedy", one.greedy}};
-      out ? out->write(answer.dump() + "\n") : void(std::cout << answer << std::endl);
+    while (found.size() < requests.size()) {
+      const Request* next = requests.data() + found.size();
+      for (const Likelihood& one : engine.likelihoods(next, requests.size() - found.size())) {
+        const nlohmann::ordered_json answer = {{"logprob", one.logprob},
+                                               {"tokens", next++->continuation.size()},
+                                               {"greedy", one.greedy}};
+        out ? out->write(answer.dump() + "\n") : void(std::cout << answer << std::endl);
+        found.push_back(one);
+      }
       show_progress(found.size(), requests.size());
     }
     if (out) out->commit();
