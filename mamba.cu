@@ -134,7 +134,9 @@ class DeviceBuffer {
     std::swap(size_, other.size_);
     return *this;
   }
-  ~DeviceBuffer() { cudaFree(data_); }
+  ~DeviceBuffer() {  // to free nothing, too, would end the capture of a graph
+    if (data_) cudaFree(data_);
+  }
 
   T* data() const { return data_; }
   size_t size() const { return size_; }
