@@ -46,27 +46,21 @@ def total(base):
 OPERATORS = [max, min, lambda v: int(statistics.median(v)), lambda v: sum(v) % 10]
 
 
-def tree(r, room, depth):
-    """Ids of an expression of at most `room` ids, and its value."""
-    if depth == 0 or room < 4 or r.random() < 0.25:
+def tree(r, depth):
+    """Ids of an expression, and its value: a digit in three of four cases, and at the depth's end."""
+    if depth == 0 or r.random() < 0.75:
         digit = r.randrange(10)
         return [digit], digit
     operator = r.randrange(4)
-    ids, values = [10 + operator], []
-    for _ in range(r.randint(2, 10)):
-        left = room - len(ids) - 1
-        if left < 1:
-            break
-        member, value = tree(r, left, depth - 1)
-        ids += member
-        values.append(value)
-    return ids + [14], OPERATORS[operator](values)
+    members = [tree(r, depth - 1) for _ in range(r.randint(2, 10))]
+    ids = [10 + operator] + [i for member, _ in members for i in member] + [14]
+    return ids, OPERATORS[operator]([value for _, value in members])
 
 
 def listops(r, length):
     while True:
-        ids, value = tree(r, length - 1, 10)
-        if len(ids) >= length // 4:
+        ids, value = tree(r, 10)
+        if length // 4 <= len(ids) < length:
             return ids + [15], [value]
 
 
