@@ -363,12 +363,14 @@ void bench_attention(Bench& bench, DType dtype, const Sizes& s, double peak) {
   a.in.out = out.data(), a.in.log_sums = sums.data(), a.along = sums.data() + rows * 16;
   a.dout = dout.data(), a.dq = dqkv.data(), a.dk = a.dq + d, a.dv = a.dk + d;
   const double pairs = double(rows) * double(s.L + 1) / 2 * double(d);  // multiply-adds of q k
-  bench.report({"causal_attention", "causal_attention_fused_kernel", shape, dtype,
-                double(4 * rows * d) * sizeof(T), 4 * pairs},
-               [&] { causal_attention(a.in, bench.stream()); }, 4 * pairs / peak);
-  bench.report({"causal_attention_backward", "causal_attention_backward_fused_kernel", shape, dtype,
-                double(8 * rows * d) * sizeof(T), 10 * pairs},
-               [&] { causal_attention_backward(a, bench.stream()); }, 10 * pairs / peak);
+  bench.report(
+      {"causal_attention", "causal_attention_fused_kernel", shape, dtype,
+       double(4 * rows * d) * sizeof(T), 4 * pairs},
+      [&] { causal_attention(a.in, bench.stream()); }, 4 * pairs / peak);
+  bench.report(
+      {"causal_attention_backward", "causal_attention_backward_fused_kernel", shape, dtype,
+       double(8 * rows * d) * sizeof(T), 10 * pairs},
+      [&] { causal_attention_backward(a, bench.stream()); }, 10 * pairs / peak);
   AttentionArgs<T> step = a.in;
   DeviceBuffer<int64_t> past(static_cast<size_t>(s.batch));
   past.copy_from(std::vector<int64_t>(past.size(), s.L - 1).data());
@@ -558,13 +560,17 @@ void bench_models(const Bench& bench, bool decode, bool prefill) {
        {"130m", "2.8b", "mamba2-130m", "mamba2-2.7b", "mamba2attn-2.7b", "transformerpp-2.7b"}) {
     if (!bench.wants(name)) continue;
     ModelBench model(bench, name, DType::BF16);
+    const bool large = std::string(name).find("130m") == std::string::npos;
     if (decode)
       for (const int64_t batch : {1, 4, 64}) model.decode<__nv_bfloat16>(batch);
-    if (decode && std::string(name).find("2.7b") !=
-                      std::string::npos)  // against length: where a scan overtakes attention
-      for (const int64_t context : {2048, 8192, 32768}) model.decode<__nv_bfloat16>(1, context);
+    if (decode && large) {  // against length: where a scan overtakes attention
+      for (const int64_t context : {512, 2048, 8192, 32768, 131072})
+        model.decode<__nv_bfloat16>(1, context);
+      model.decode<__nv_bfloat16>(64, 2048);
+    }
     if (prefill)
-      for (const int64_t L : {2048, 16384}) model.prefill<__nv_bfloat16>(L, peak);
+      for (const int64_t L : {512, 1024, 2048, 4096, 8192, 16384, 32768})
+        if (large || L == 2048 || L == 16384) model.prefill<__nv_bfloat16>(L, peak);
   }
 }
 
