@@ -23,6 +23,9 @@
 //   forget_gradients()         makes it zero
 #pragma once
 
+#include <tbb/blocked_range.h>
+#include <tbb/parallel_for.h>
+
 #include "mamba.hpp"
 
 namespace mamba {
@@ -122,8 +125,10 @@ inline void initialize(const Config& config, ssm::Model<float>& model, std::uint
     const auto within = [&](double bound) {
       return [&draw, bound](Index i) { return bound * (2 * draw(i) - 1); };
     };
-    const auto fill = [&](const auto& f) {
-      for (Index i = 0; i < p.size; ++i) p.data[i] = static_cast<float>(f(i));
+    const auto fill = [&](const auto& f) {  // each number is drawn by its place
+      tbb::parallel_for(tbb::blocked_range<Index>(0, p.size, 1 << 14), [&](const auto& range) {
+        for (Index i = range.begin(); i < range.end(); ++i) p.data[i] = static_cast<float>(f(i));
+      });
     };
     if (is("conv1d.weight")) width = p.shape.back();
     const auto fan_in = static_cast<double>(is("conv1d") ? width : p.shape.back());
