@@ -63,7 +63,8 @@ mamba_cuda: mamba.cu $(HEADERS) | setup
 
 test-cuda:      ## GPU tests; where there is no GPU its program is compiled and the emulator runs the quick ones
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) build/tests_cuda mamba mamba_cuda && ./build/tests_cuda && \
-	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_programs.py ./mamba ./mamba_cuda; \
+	  python3 tests/test_command_line.py ./mamba_cuda && python3 tests/test_training.py ./mamba_cuda && \
+	  python3 tests/test_programs.py ./mamba ./mamba_cuda; \
 	else echo "GPU tests: skipped, no GPU here" && $(MAKE) mamba_cuda && \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
