@@ -4807,16 +4807,21 @@ struct ExpSum {
   }
 };
 
+// Logits i to i + 3 of a row; what lies between its end and the next row is not read.
+__device__ inline void load_logits(float (&v)[4], const float* row, int64_t i, int64_t vocab_size) {
+  if (i + 4 <= vocab_size) return load4(v, row + i);
+  for (int k = 0; k < 4; ++k) v[k] = i + k < vocab_size ? row[i + k] : -INFINITY;
+}
+
 // The same over a row, the same bits in all threads.
 __device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size) {
   __shared__ ExpSum of_warp[kEntropyThreads / 32];
   ExpSum own{-INFINITY, 0.f};
   for (int64_t i = 4 * threadIdx.x; i < vocab_size; i += 4 * kEntropyThreads) {
     float v[4];
-    load4(v, logits + i);
+    load_logits(v, logits, i, vocab_size);
     float max = -INFINITY, sum = 0.f;
-    for (int k = 0; k < 4; ++k)
-      v[k] = i + k < vocab_size ? v[k] : -INFINITY, max = fmaxf(max, v[k]);
+    for (int k = 0; k < 4; ++k) max = fmaxf(max, v[k]);
     for (int k = 0; k < 4; ++k) sum += exp2_approx(kLog2e * (v[k] - max));
     own.add(max, sum);
   }
@@ -4847,7 +4852,7 @@ __global__ void __launch_bounds__(kEntropyThreads)
   for (int64_t first = 0; first < vocab_size; first += 4 * kEntropyThreads) {
     const int64_t i = first + 4 * threadIdx.x;
     float v[4] = {};
-    if (i < vocab_size) load4(v, row + i);
+    if (i < vocab_size) load_logits(v, row, i, vocab_size);
     for (int k = 0; k < 4; ++k)
       v[k] = target < 0 ? 0.f
                         : factor * exp2_approx(kLog2e * (v[k] - all.max)) -
@@ -7201,6 +7206,7 @@ struct ColumnSums {
 // Each of the 8 warps of a block takes every eighth row of 32 columns. Grid: columns.
 static __global__ void __launch_bounds__(256) add_column_sums_kernel(ColumnSums a) {
   __shared__ float of_warp[8][32];
+  wait_for_previous();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t c = int64_t(blockIdx.x) * 32 + lane;
   float sum = 0.f;
@@ -7216,8 +7222,7 @@ static __global__ void __launch_bounds__(256) add_column_sums_kernel(ColumnSums 
 }
 inline void add_column_sums(const ColumnSums& a, cudaStream_t stream) {
   if (a.rows * a.columns == 0) return;
-  add_column_sums_kernel<<<unsigned(ceil_div(a.columns, 32)), 256, 0, stream>>>(a);
-  CUDA_CHECK(cudaGetLastError());
+  launch_early(add_column_sums_kernel, dim3(unsigned(ceil_div(a.columns, 32))), 256, 0, stream, a);
 }
 
 // Rows that a block sums up where its grid is one of pieces of rows: all blocks together fill a GPU
@@ -7287,17 +7292,14 @@ struct ConvBackwardArgs {
   int64_t dout_stride = 0, dx_stride = 0;
 };
 
-// A warp owns 32 kVector neighbouring channels and kRows rows of them. It walks them forwards, a
+// A warp owns 32 kVector neighbouring channels and some rows of them. It walks them forwards, a
 // window of x and one of ds sliding through registers: s[t] needs the last width inputs, dx[t] is
 // complete when ds[t + width - 1] is there. So a warp begins with the width - 1 inputs before its
-// rows and goes on for width - 1 steps after them, kRows being such that these are whole tiles of
-// kTile rows, whose x and dout are asked for together. dweight and dbias stay in registers; a block
-// adds up those of its warps, which are neighbours in time. Grid as in the forward kernel.
-template <class T, int kWidth>
-struct ConvWalk {
-  static constexpr int kTile = sizeof(T) == 4 ? 4 : 8;
-  static constexpr int kRows = 32 - (kWidth - 1);
-};
+// rows and goes on for width - 1 steps after them. x and dout are asked for some rows before
+// their step. dweight and dbias stay in registers; a block adds up those of its warps, which are
+// neighbours in time. Grid as in the forward kernel.
+template <class T>
+constexpr int kConvAhead = sizeof(T) == 4 ? 2 : 4;
 
 // dx of row p of x, p >= -(width - 1): before the sequence it is that of the state.
 template <int kVector, class T>
@@ -7317,17 +7319,18 @@ struct ConvWindows {
   float x[kWidth][kVector], ds[kWidth][kVector];  // of the last kWidth steps
   float dweight[kVector][kWidth] = {}, dbias[kVector] = {};
 
-  // One step: x[kWidth - 1] and dout have arrived -> dx of kWidth - 1 steps before. `own`: the step
+  // One step: x[kWidth - 1] and dout have arrived -> dx of kWidth - 1 steps before. `activate` is 1
+  // or 0: a branch would keep the channels' exponentials from running side by side. `own`: the step
   // is one of the warp's rows.
-  __device__ void step(const float (&dout)[kVector], bool activate, bool own,
+  __device__ void step(const float (&dout)[kVector], float activate, bool own,
                        float (&dx)[kVector]) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       float s = bias[i], sum = 0.f;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) s = fmaf(weight[i][k], x[k][i], s);
-      const float now = activate ? dout[i] * silu_point(s).slope : dout[i],
-                  of_own = own ? now : 0.f;
+      const float now = dout[i] * fmaf(activate, silu_point(s).slope, 1.f - activate);
+      const float of_own = own ? now : 0.f;
       ds[kWidth - 1][i] = now, dbias[i] += of_own;
 #pragma unroll
       for (int k = 0; k < kWidth; ++k) {
@@ -7372,13 +7375,12 @@ __device__ inline void store_conv_part(const ConvBackwardArgs<T>& a,
 template <class T, int kWidth, int kVector>
 __global__ void __launch_bounds__(32 * kConvWarps, 4)
     causal_conv1d_backward_kernel(ConvBackwardArgs<T> a, unsigned blocks, unsigned pieces,
-                                  float* parts) {
-  using Walk = ConvWalk<T, kWidth>;
+                                  int rows_of_warp, float* parts) {
   const int64_t part = blockIdx.x / blocks, b = part / pieces;
   const int64_t d = kVector * (blockIdx.x % blocks * 32 + threadIdx.x % 32);
-  const int64_t begin = (part % pieces * kConvWarps + threadIdx.x / 32) * Walk::kRows;
+  const int64_t begin = (part % pieces * kConvWarps + threadIdx.x / 32) * rows_of_warp;
   const Rows rows = rows_of(b, a.in.L, a.in.cu_seqlens);
-  const int64_t end = min(begin + Walk::kRows, rows.count);
+  const int64_t end = min(begin + rows_of_warp, rows.count);
   ConvWindows<kWidth, kVector> w;
   const bool exists = d < a.in.d && (begin < rows.count || begin == 0);
   if (exists) {
@@ -7391,42 +7393,64 @@ __global__ void __launch_bounds__(32 * kConvWarps, 4)
       for (int i = 0; i < kVector; ++i) w.ds[k][i] = 0.f;
     }
   }
-  const int64_t stop = min(end + kWidth - 1, rows.count);  // rows to read
-  const T* const x = a.in.x + rows.first * a.in.x_stride + d;
-  const T* const dout = a.dout + rows.first * a.dout_stride + d;
-#pragma unroll 1
-  for (int64_t tile = begin; exists && tile < end + kWidth - 1; tile += Walk::kTile) {
-    Vector<T, kVector> x_rows[Walk::kTile], dout_rows[Walk::kTile];
+  // From here on rows count from `begin`: n of its own, of which and of the next it reads `stop`.
+  const int n = int(end - begin), stop = int(min(end + kWidth - 1, rows.count) - begin);
+  const T* x = a.in.x + (rows.first + begin) * a.in.x_stride + d;  // the next row to ask for
+  const T* dout = a.dout + (rows.first + begin) * a.dout_stride + d;
+  T* to = a.dx + (rows.first + begin - (kWidth - 1)) * a.dx_stride + d;  // of the next dx
+  const bool with_state = a.dstate_out || (a.dstate && begin == 0);
+  const float activate = a.in.activate ? 1.f : 0.f;
+  constexpr int kAhead = kConvAhead<T>;
+  Vector<T, kVector> x_ahead[kAhead], dout_ahead[kAhead];
+  const auto fetch = [&](int r, int t) {
+    x_ahead[r] = load<kVector>(x, exists && t < stop);
+    dout_ahead[r] = load<kVector>(dout, exists && t < stop);
+    x += a.in.x_stride, dout += a.dout_stride;
+  };
 #pragma unroll
-    for (int r = 0; r < Walk::kTile; ++r) {
-      x_rows[r] = load<kVector>(x + (tile + r) * a.in.x_stride, tile + r < stop);
-      dout_rows[r] = load<kVector>(dout + (tile + r) * a.dout_stride, tile + r < stop);
-    }
+  for (int r = 0; r < kAhead; ++r) fetch(r, r);
+  for (int first = 0; exists && first < n + kWidth - 1; first += kWidth)
 #pragma unroll
-    for (int r = 0; r < Walk::kTile; ++r) {
-      const int64_t p = tile + r - (kWidth - 1);
+    for (int r = 0; r < kWidth; ++r) {
+      const int t = first + r, p = t - (kWidth - 1);
       float dout_t[kVector], dx[kVector];
-      unpack(x_rows[r], w.x[kWidth - 1]), unpack(dout_rows[r], dout_t);
-      w.step(dout_t, a.in.activate, tile + r < end, dx);
-      if ((p >= begin || begin == 0) && p < end) store_conv_dx<kVector>(a, b, rows, d, p, dx);
+      unpack(x_ahead[r % kAhead], w.x[kWidth - 1]), unpack(dout_ahead[r % kAhead], dout_t);
+      fetch(r % kAhead, t + kAhead);
+      w.step(dout_t, activate, t < n, dx);
+      if (with_state && (p >= 0 || begin == 0) && p < n)
+        store_conv_dx<kVector>(a, b, rows, d, begin + p, dx);
+      else if (p >= 0 && p < n)
+        store(to, pack<T>(dx));
+      to += a.dx_stride;
     }
-  }
   store_conv_part(a, w, part, d, parts);
 }
 
-template <class T, int kWidth>
-int64_t conv_backward_pieces(const ConvBackwardArgs<T>& a) {  // of a sequence
-  return std::max<int64_t>(1, ceil_div(a.in.L, kConvWarps * ConvWalk<T, kWidth>::kRows));
-}
+// How many rows a warp takes: the more, the fewer are read twice and the fewer parts are added up,
+// as long as there are blocks for the whole GPU.
+struct ConvBackwardGrid {
+  int64_t blocks, pieces;  // of channels; of a sequence
+  int rows_of_warp;
+};
 template <class T>
-int64_t conv_backward_parts(const ConvBackwardArgs<T>& a) {
-  return a.in.batch *
-         (a.in.width <= 4 ? conv_backward_pieces<T, 4>(a) : conv_backward_pieces<T, 8>(a));
+ConvBackwardGrid conv_backward_grid(const ConvBackwardArgs<T>& a) {
+  const ConvArgs<T>& in = a.in;
+  const bool aligned = in.width == 4 && aligned4(in.x, in.x_stride) && aligned4(in.state, in.d) &&
+                       aligned4(in.weight, 4) && aligned4(in.bias, 4) &&
+                       aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
+                       aligned4(a.dstate, in.d);
+  ConvBackwardGrid grid{ceil_div(in.d, (aligned ? 4 : 1) * 32), 0, 0};
+  for (int steps = 64; steps >= 16; steps /= 2) {
+    grid.rows_of_warp = steps - 3;
+    grid.pieces = std::max<int64_t>(1, ceil_div(in.L, kConvWarps * grid.rows_of_warp));
+    if (grid.blocks * grid.pieces * in.batch >= 16 * multiprocessors()) break;
+  }
+  return grid;
 }
 // Bytes of workspace that causal_conv1d_backward needs.
 template <class T>
 size_t causal_conv1d_backward_workspace(const ConvBackwardArgs<T>& a) {
-  return sizeof(float) * conv_backward_parts(a) * a.in.d * (a.in.width + 1);
+  return sizeof(float) * a.in.batch * conv_backward_grid(a).pieces * a.in.d * (a.in.width + 1);
 }
 
 template <class T>
@@ -7435,16 +7459,13 @@ void causal_conv1d_backward(const ConvBackwardArgs<T>& a, float* workspace, cuda
   if (in.width < 2 || in.width > 8)
     fail("causal_conv1d_backward: width: expected 2 to 8, found ", in.width);
   if (in.batch * in.d == 0) return;
-  const bool aligned = in.width == 4 && aligned4(in.x, in.x_stride) && aligned4(in.state, in.d) &&
-                       aligned4(in.weight, 4) && aligned4(in.bias, 4) &&
-                       aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
-                       aligned4(a.dstate, in.d);
-  const int64_t blocks = ceil_div(in.d, (aligned ? 4 : 1) * 32), parts = conv_backward_parts(a);
-  const auto kernel = aligned         ? causal_conv1d_backward_kernel<T, 4, 4>
-                      : in.width <= 4 ? causal_conv1d_backward_kernel<T, 4, 1>
-                                      : causal_conv1d_backward_kernel<T, 8, 1>;
-  kernel<<<unsigned(parts * blocks), 32 * kConvWarps, 0, stream>>>(
-      a, unsigned(blocks), unsigned(parts / in.batch), workspace);
+  const ConvBackwardGrid grid = conv_backward_grid(a);
+  const int64_t parts = in.batch * grid.pieces;
+  const auto kernel = grid.blocks < ceil_div(in.d, 32) ? causal_conv1d_backward_kernel<T, 4, 4>
+                      : in.width <= 4                  ? causal_conv1d_backward_kernel<T, 4, 1>
+                                                       : causal_conv1d_backward_kernel<T, 8, 1>;
+  kernel<<<unsigned(parts * grid.blocks), 32 * kConvWarps, 0, stream>>>(
+      a, unsigned(grid.blocks), unsigned(grid.pieces), grid.rows_of_warp, workspace);
   CUDA_CHECK(cudaGetLastError());
   const int64_t weights = in.d * in.width;
   add_column_sums({workspace, parts, weights + in.d, a.dweight, weights, a.dbias}, stream);
