@@ -8,8 +8,9 @@ tensors where torch has been imported (`device="cuda"` puts them there). It retu
 the last state. Gradients: of torch tensors by backward(); a numpy callable that has some takes
 `dout` (and `dhT`) and returns them in a dict, by the inputs' names, as its last value. An initial
 state is the argument `initial_states`. What is optional and the callable lacks is left out of the
-cases; those of options (and all that need softplus or silu) are skipped then, and named. Besides, a call is repeated, where the same bits are expected, and a callable
-that takes a state gets each sequence in two pieces.
+cases; those of options (and all that need softplus or silu) are skipped then, and named. Besides,
+a call is repeated, where the same bits are expected, and a callable that takes a state gets each
+sequence in two pieces.
 
 The truth is the program's: this file needs `mamba` (beside it, in the path, or `program=...`).
 """
