@@ -162,7 +162,7 @@ class Runner:
             part = {n: t.take(piece, axis) if n in timed else t for n, t in tensors.items()}
             if state is not None:
                 part[self.start] = state
-                kinds.setdefault(self.start, "F32")
+                kinds.setdefault(self.start, dtypes["x"] if self.op == "causal_conv1d" else "F32")
             found = self.run(part, kinds, options, False)
             outs.append(self.to_numpy(found["out"]))
             state = self.to_numpy(found[self.state])
