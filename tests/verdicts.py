@@ -9,6 +9,7 @@ Every part of a row runs in a process of its own, so that no crash and no endles
 """
 import argparse
 import collections
+import concurrent.futures
 import datetime
 import hashlib
 import importlib
@@ -18,6 +19,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -233,6 +235,7 @@ def one_configuration():
 
 
 def part(connection, peer, dtype, group, flags):
+    os.setsid()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)  # the processes are what runs side by side
     try:
@@ -245,18 +248,6 @@ def part(connection, peer, dtype, group, flags):
         connection.send(("not found", f"{error}", None))
     except BaseException as error:
         connection.send(("stopped", f"{type(error).__name__}: {error}".split("\n")[0][:200], None))
-
-
-def kernels(flags, rung, op, dtype):
-    """rows of a shared object (verify_kernels.cu), twice"""
-    command = [flags.program, "verify", "--so", flags.so, "--json", "--op", op, "--dtype", dtype, "--seed", str(flags.seed)]
-    runs = [subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, VERIFY_RUNG=rung)) for _ in "12"]
-    rows = [json.loads(line) for line in runs[0].stdout.splitlines()]
-    if not rows:
-        raise RuntimeError(runs[0].stderr.decode().strip())
-    seen = {"judged": sorted({r["file"] for r in rows}), "lacks": {}, "refused": {}, "inputs": set(), "ignored": set(),
-            "unequal": [] if runs[0].stdout == runs[1].stdout else [("some case", "some verdict")]}
-    return rows, seen
 
 
 class Row:
@@ -321,7 +312,7 @@ def schedule(parts, flags, done):
             running[ours] = key, process
         if time.time() >= end:
             for connection, (key, process) in running.items():
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
                 done(key, ("stopped", "out of time", None))
             for key, _ in parts:
                 done(key, ("stopped", "out of time", None))
@@ -342,7 +333,7 @@ def main():
     for name, default, text in (("device", "cpu", "cpu or cuda"), ("peer", "", "only modules or functions with this in their names"),
                                 ("op", "", "only this operation"), ("dtype", "f32,bf16,f16", "of inputs and outputs"),
                                 ("case", "", "only cases with this in their names"), ("program", None, "the program mamba"),
-                                ("so", "", "judge the rungs of this build of verify_kernels.cu, too")):
+                                ("so", "", "judge the rungs of this build of verify_kernels.cu instead")):
         parser.add_argument("--" + name, default=default, help=text)
     for name, default, text in (("seed", 1, "of the cases"), ("jobs", os.cpu_count(), "processes at a time"),
                                 ("seconds", 3600, "after which what has not ended is left out")):
@@ -376,21 +367,30 @@ def main():
 
     show_machine(flags)
     print("| what | operation | dtype | device | forward | backward | same bits | not taken |\n|" + " --- |" * 8, flush=True)
-    schedule(parts, flags, done)
-    for op, rungs in RUNGS.items() if flags.so else ():
-        for rung in rungs:
-            for dtype in flags.dtype.split(","):
-                row = rows[op, rung, dtype] = Row(f"this project, {rung}", op, dtype)
-                if flags.op in ("", op):
-                    try:
-                        row.add(*kernels(flags, rung, op, dtype))
-                    except RuntimeError as error:
-                        row.notes.append(str(error))
-                    print(row.text(flags.device), flush=True)
+    if not flags.so:
+        schedule(parts, flags, done)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for row in pool.map(lambda key: judge_rung(flags, *key), [
+                (op, rung, dtype) for op, rungs in RUNGS.items() for rung in rungs for dtype in flags.dtype.split(",")
+                if flags.so and flags.op in ("", op)]):
+            rows[row.name, row.op, row.dtype] = row
+            print(row.text(flags.device), flush=True)
     print("".join(f"\nnot found: {name}: {why}" for name, why in missing.items()))
     for row in rows.values():
         for line in row.wrong():
             print("- " + line)
+
+
+def judge_rung(flags, op, rung, dtype):
+    """the row of a shared object (verify_kernels.cu); same bits: of two runs' verdicts"""
+    row = Row(f"this project, {rung}", op, dtype)
+    command = [flags.program, "verify", "--so", flags.so, "--json", "--op", op, "--dtype", dtype, "--seed", str(flags.seed)]
+    runs = [subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, VERIFY_RUNG=rung)) for _ in "12"]
+    row.rows = [json.loads(line) for line in runs[0].stdout.splitlines()]
+    row.judged = sorted({r["file"] for r in row.rows})
+    row.unequal = [] if runs[0].stdout == runs[1].stdout else [("some case", "verdicts")]
+    row.notes = [] if row.rows else [runs[0].stderr.decode().strip()]
+    return row
 
 
 RUNGS = {"selective_scan": ("naive", "registers", "lanes", "fused"), "ssd": ("naive", "fused", "warpgroup"),
