@@ -30,8 +30,9 @@ import torch
 import verify
 from torch.nn import functional as F
 
-GROUPS = (("_options",), ("_length_b3",), ("_length_b1",), ("_state", "_head"),
-          ("_scales", "_width", "_taps", "_groups", "_no_decay", "_positive", "_weak", "_total", "_tiny", "_huge"))
+# of Triton's ssd, which is compiled for each shape; other rows are one part
+GROUPS = (("_options",), ("_length_b3",), ("_length_b1",), ("_state",), ("_head",),
+          ("_scales", "_groups", "_no_decay", "_positive", "_weak", "_total", "_tiny", "_huge"))
 
 
 def load(name):
@@ -340,11 +341,11 @@ def main():
         parser.add_argument("--" + name, default=default, type=int, help=text)
     parser.add_argument("--loud", action="store_true", help="an exception of a peer stops its row")
     flags = parser.parse_args()
-    groups = [(flags.case,)] if flags.case else GROUPS
     rows, parts, missing = {}, [], {}
     for index, peer in enumerate(PEERS):
         if (peer[3] and flags.device == "cpu") or flags.op not in ("", peer[2]) or flags.peer not in f"{peer[0]} {peer[1]}":
             continue
+        groups = [(flags.case,)] if flags.case or not (peer[3] and peer[2] == "ssd") else GROUPS
         for dtype in flags.dtype.split(","):
             row = rows[index, dtype] = Row(f"{NAMES.get(peer[0], peer[0])} `{peer[1]}`", peer[2], dtype)
             row.waits = len(groups)
@@ -358,7 +359,7 @@ def main():
         if found == "not found":
             missing[PEERS[key[0]][0]] = result
         elif found == "stopped":
-            row.notes.append(f"{' '.join(key[2])}: {result}")
+            row.notes.append(f"{' '.join(key[2]) or 'all'}: {result}")
         else:
             row.version = found
             row.add(result, seen)
