@@ -9,10 +9,9 @@ Every part of a row runs in a process of its own, so that no crash and no endles
 """
 import argparse
 import collections
-import concurrent.futures
 import datetime
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import multiprocessing
@@ -47,10 +46,6 @@ def plain(name):
     return inspect.unwrap(getattr(load("transformers.models." + module), function))
 
 
-def gradient_free_state(result):
-    return result[0], result[1].detach()
-
-
 # --- adapters: a function of the peer's module gives a callable with the official arguments ---
 
 def official_scan(name):
@@ -58,8 +53,8 @@ def official_scan(name):
         fn = getattr(load("mamba_ssm.ops.selective_scan_interface"), name)
 
         def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
-            result = fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
-            return gradient_free_state(result) if name == "selective_scan_fn" else result  # as its documentation says
+            y, h = fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, True)
+            return y, h.detach() if name == "selective_scan_fn" else h  # it has no gradient, as its documentation says
         return scan
     return make
 
@@ -209,6 +204,10 @@ PEERS = (  # module whose version counts, what is judged, operation, needs a GPU
 NAMES = {"model": "mamba-minimal", "mambapy": "mamba.py", "fla": "flash-linear-attention"}
 
 
+def name(peer):
+    return f"{NAMES.get(peer[0], peer[0])} `{peer[1]}`"
+
+
 def version(name):
     module = load(name)
     if hasattr(module, "__version__"):
@@ -243,174 +242,135 @@ def part(connection, peer, dtype, group, flags):
         if flags.device == "cuda":
             one_configuration()
         rows, seen = verify.judge(peer[4](), peer[2], dtype, device=flags.device, use_torch=True, only=group, program=flags.program,
-                                  seed=flags.seed, show=lambda line: None, refuses=() if flags.loud else Exception)
+                                  seed=flags.seed, show=lambda line: None, refuses=Exception)
         connection.send((version(peer[0]), rows, seen))
-    except ImportError as error:
-        connection.send(("not found", f"{error}", None))
     except BaseException as error:
-        connection.send(("stopped", f"{type(error).__name__}: {error}".split("\n")[0][:200], None))
+        what = "not found" if isinstance(error, ImportError) else type(error).__name__
+        connection.send(("", [], {"refused": {f"{' '.join(group)}: {what}: {error}".split("\n")[0][:200]: "all"}}))
 
 
-class Row:
-    def __init__(self, name, op, dtype):
-        self.name, self.op, self.dtype, self.version, self.waits = name, op, dtype, "", 0
-        self.rows, self.judged, self.unequal, self.inputs, self.ignored = [], [], [], set(), set()
-        self.lacks, self.notes = collections.Counter(), []
-
-    def add(self, rows, seen):
-        self.rows += rows
-        self.judged += seen["judged"]
-        self.unequal += seen["unequal"]
-        self.inputs |= seen["inputs"]
-        self.ignored |= seen["ignored"]
-        self.lacks.update({f"no `{n}`": count for n, count in seen["lacks"].items()})
-        self.lacks.update(seen["refused"])
-
-    def cell(self, rows):
-        """cases right of those judged, the worst error in bounds"""
-        if not rows:
-            return "none"
-        case = lambda row: row["file"].replace(".in_two_pieces", "")
-        wrong = {case(row) for row in rows if not row["ok"]}
-        worst = max(row["worst"] for row in rows)
-        return f"{len({case(row) for row in rows} - wrong)} of {len({case(row) for row in rows})}, {worst:.2g}".replace("1.8e+308", "NaN")
-
-    def text(self, device):
-        forward = [row for row in self.rows if row["tensor"][0] != "d"]
-        backward = [row for row in self.rows if row["tensor"][0] == "d" and row["tensor"] not in ("delta", "dt")]
-        missing = sorted({"d" + n for n in self.inputs} - {row["tensor"] for row in self.rows}) if backward else []
-        back = self.cell(backward) + "".join(f"; no `{n}`" for n in missing) + "".join(f"; ignores `{n}`" for n in sorted(self.ignored))
-        cases = len({case for case, _ in self.unequal})
-        same = f"no: {', '.join(sorted({n for _, n in self.unequal}))} in {cases}" if cases else "yes" if self.judged else ""
-        lacks = "; ".join([f"{n.replace('|', '/')[:120]} ({count})" for n, count in self.lacks.items()] + self.notes)
-        return f"| {self.name} {self.version} | {self.op} | {self.dtype} | {device} | {self.cell(forward)} | {back} | {same} | {lacks} |"
-
-    def wrong(self):
-        """for each wrong tensor: in how many cases, and the worst one"""
-        tensors = collections.defaultdict(list)
-        for row in self.rows:
-            if not row["ok"]:
-                tensors[row["tensor"]].append(row)
-        for name, rows in tensors.items():
-            worst = max(rows, key=lambda row: row["worst"])
-            of = sum(row["tensor"] == name for row in self.rows)
-            yield (f"{self.name}, {self.op}, {self.dtype}: {name}: {len(rows)} of {of} wrong; {worst['worst']:.3g} bounds in "
-                   f"{worst['file']} at {worst['index']}: got {worst['got']}, expected {worst['expected']}; {worst['hint']}")
-        for case, name in self.unequal[:2]:
-            yield f"{self.name}, {self.op}, {self.dtype}: {name}: other bits on the second call in {case}"
+def judged_so(connection, rung, op, dtype, flags):
+    """a rung of verify_kernels.cu; its bits count as the same where the verdicts of two runs are"""
+    command = [flags.program, "verify", "--so", flags.so, "--json", "--op", op, "--dtype", dtype, "--seed", str(flags.seed)]
+    runs = [subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, VERIFY_RUNG=rung)) for _ in "12"]
+    rows = [json.loads(line) for line in runs[0].stdout.splitlines()]
+    seen = {"unequal": [("some case", "verdicts")]} if runs[0].stdout != runs[1].stdout else {}
+    connection.send(("", rows, seen if rows else {"refused": {runs[0].stderr.decode().strip(): "all"}}))
 
 
-def schedule(parts, flags, done):
-    """run each of (key, target, arguments) in its own process, some at a time, until the time is up"""
+def in_processes(parts, flags):
+    """Runs each of (key, function, arguments) in a process of its own, some at a time, until the time is up; yields key and answer."""
     context, running, end = multiprocessing.get_context("fork"), {}, time.time() + flags.seconds
-    while parts or running:
-        while parts and len(running) < flags.jobs and time.time() < end:
-            key, arguments = parts.pop(0)
+    lost = lambda why: ("", [], {"refused": {why: "all"}})
+    while (parts or running) and time.time() < end:
+        while parts and len(running) < flags.jobs:
+            key, function, arguments = parts.pop(0)
             ours, theirs = context.Pipe(False)
-            process = context.Process(target=part, args=(theirs, *arguments, flags))
+            process = context.Process(target=function, args=(theirs, *arguments, flags))
             process.start()
             theirs.close()
             running[ours] = key, process
-        if time.time() >= end:
-            for connection, (key, process) in running.items():
-                os.killpg(process.pid, signal.SIGKILL)
-                done(key, ("stopped", "out of time", None))
-            for key, _ in parts:
-                done(key, ("stopped", "out of time", None))
-            return
         for connection in multiprocessing.connection.wait(list(running), 1):
             key, process = running.pop(connection)
             try:
                 answer = connection.recv()
             except EOFError:
                 process.join()
-                answer = "stopped", f"the process ended with {process.exitcode}", None
+                answer = lost(f"the process ended with {process.exitcode}")
             process.join()
-            done(key, answer)
+            yield key, answer
+    for key, process in running.values():
+        os.killpg(process.pid, signal.SIGKILL)
+    for key in [key for key, _ in running.values()] + [part[0] for part in parts]:
+        yield key, lost(f"{' '.join(key[3])}: out of time")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default, text in (("device", "cpu", "cpu or cuda"), ("peer", "", "only modules or functions with this in their names"),
-                                ("op", "", "only this operation"), ("dtype", "f32,bf16,f16", "of inputs and outputs"),
-                                ("case", "", "only cases with this in their names"), ("program", None, "the program mamba"),
-                                ("so", "", "judge the rungs of this build of verify_kernels.cu instead")):
-        parser.add_argument("--" + name, default=default, help=text)
-    for name, default, text in (("seed", 1, "of the cases"), ("jobs", os.cpu_count(), "processes at a time"),
-                                ("seconds", 3600, "after which what has not ended is left out")):
-        parser.add_argument("--" + name, default=default, type=int, help=text)
-    parser.add_argument("--loud", action="store_true", help="an exception of a peer stops its row")
-    flags = parser.parse_args()
-    rows, parts, missing = {}, [], {}
-    for index, peer in enumerate(PEERS):
-        if (peer[3] and flags.device == "cpu") or flags.op not in ("", peer[2]) or flags.peer not in f"{peer[0]} {peer[1]}":
-            continue
-        groups = [(flags.case,)] if flags.case or not (peer[3] and peer[2] == "ssd") else GROUPS
-        for dtype in flags.dtype.split(","):
-            row = rows[index, dtype] = Row(f"{NAMES.get(peer[0], peer[0])} `{peer[1]}`", peer[2], dtype)
-            row.waits = len(groups)
-            parts += [((index, dtype, group), (peer, dtype, group)) for group in groups]
-    parts.sort(key=lambda p: (not PEERS[p[0][0]][3], flags.dtype.index(p[0][1])))  # what has to be compiled first
+# --- a row, and what is wrong in it ---
 
-    def done(key, answer):
-        row = rows[key[:2]]
-        found, result, seen = answer
-        row.waits -= 1
-        if found == "not found":
-            missing[PEERS[key[0]][0]] = result
-        elif found == "stopped":
-            row.notes.append(f"{' '.join(key[2]) or 'all'}: {result}")
-        else:
-            row.version = found
-            row.add(result, seen)
-        if row.waits == 0 and PEERS[key[0]][0] not in missing:
-            print(row.text(flags.device), flush=True)
-
-    show_machine(flags)
-    print("| what | operation | dtype | device | forward | backward | same bits | not taken |\n|" + " --- |" * 8, flush=True)
-    if not flags.so:
-        schedule(parts, flags, done)
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        for row in pool.map(lambda key: judge_rung(flags, *key), [
-                (op, rung, dtype) for op, rungs in RUNGS.items() for rung in rungs for dtype in flags.dtype.split(",")
-                if flags.so and flags.op in ("", op)]):
-            rows[row.name, row.op, row.dtype] = row
-            print(row.text(flags.device), flush=True)
-    print("".join(f"\nnot found: {name}: {why}" for name, why in missing.items()))
-    for row in rows.values():
-        for line in row.wrong():
-            print("- " + line)
+def cell(rows):
+    """cases right of those judged, the worst error in bounds"""
+    case = lambda row: row["file"].replace(".in_two_pieces", "")
+    cases, wrong = {case(row) for row in rows}, {case(row) for row in rows if not row["ok"]}
+    worst = max([row["worst"] for row in rows], default=0)
+    return f"{len(cases - wrong)} of {len(cases)}, {worst:.2g}".replace("1.8e+308", "not finite") if rows else "none"
 
 
-def judge_rung(flags, op, rung, dtype):
-    """the row of a shared object (verify_kernels.cu); same bits: of two runs' verdicts"""
-    row = Row(f"this project, {rung}", op, dtype)
-    command = [flags.program, "verify", "--so", flags.so, "--json", "--op", op, "--dtype", dtype, "--seed", str(flags.seed)]
-    runs = [subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=dict(os.environ, VERIFY_RUNG=rung)) for _ in "12"]
-    row.rows = [json.loads(line) for line in runs[0].stdout.splitlines()]
-    row.judged = sorted({r["file"] for r in row.rows})
-    row.unequal = [] if runs[0].stdout == runs[1].stdout else [("some case", "verdicts")]
-    row.notes = [] if row.rows else [runs[0].stderr.decode().strip()]
-    return row
+def text(key, answers, flags):
+    found = collections.defaultdict(list)
+    rows, counts = [row for _, rows, _ in answers for row in rows], collections.Counter()
+    for _, _, seen in answers:
+        for name in ("unequal", "inputs", "ignored"):
+            found[name] += seen.get(name, [])
+        counts.update({f"no `{n}`": count for n, count in seen.get("lacks", {}).items()})
+        for why, count in seen.get("refused", {}).items():
+            counts[why] = count if count == "all" else counts[why] + count
+    backward = [row for row in rows if row["tensor"][0] == "d"]
+    missing = sorted({"d" + n for n in found["inputs"]} - {row["tensor"] for row in rows}) if backward else []
+    back = "".join(f"; no `{n}`" for n in missing) + "".join(f"; ignores `{n}`" for n in sorted(set(found["ignored"])))
+    same = ", ".join(sorted({name for _, name in found["unequal"]}))
+    same = f"no: {same} in {len({case for case, _ in found['unequal']})}" if same else "yes" if rows else ""
+    lacks = "; ".join(f"{n.replace('|', '/')[:120]} ({count})" for n, count in counts.items())
+    forward = cell([row for row in rows if row["tensor"][0] != "d"])
+    name = " ".join([key[0], *{version for version, _, _ in answers if version}])
+    return f"| {name} | {key[1]} | {key[2]} | {flags.device} | {forward} | {cell(backward)}{back} | {same} | {lacks} |"
+
+
+def wrong(key, answers):
+    """for each wrong tensor: in how many cases, and the worst one"""
+    tensors = collections.defaultdict(list)
+    for row in (row for _, rows, _ in answers for row in rows):
+        tensors[row["tensor"]].append(row)
+    for name, rows in tensors.items():
+        worst, count = max(rows, key=lambda row: row["worst"]), sum(not row["ok"] for row in rows)
+        if count:
+            yield (f"- {', '.join(key)}: {name}: {count} of {len(rows)} wrong; {worst['worst']:.3g} bounds in {worst['file']} at "
+                   f"{worst['index']}: got {worst['got']}, expected {worst['expected']}; {worst['hint']}")
 
 
 RUNGS = {"selective_scan": ("naive", "registers", "lanes", "fused"), "ssd": ("naive", "fused", "warpgroup"),
          "causal_conv1d": ("naive", "fused"), "rms_norm": ("fused",), "gated_rms_norm": ("fused",)}
 
 
-def show_machine(flags):
-    of = lambda name: getattr(importlib.import_module(name), "__version__", "")
-    versions = [f"Python {platform.python_version()}", f"torch {of('torch')}", f"numpy {of('numpy')}"]
-    for name in ("triton", "einops"):
-        try:
-            versions.append(f"{name} {of(name)}")
-        except ImportError:
-            pass
-    device = "a CPU"
-    if flags.device == "cuda":
-        device = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"], stdout=subprocess.PIPE,
-                                text=True).stdout.strip()
-    print(f"{datetime.date.today()}; {device}; {', '.join(versions)}\n\n    {' '.join(sys.argv)}\n", flush=True)
+def wanted(flags):
+    """what in_processes runs"""
+    for dtype in flags.dtype.split(","):
+        for op, rung in [(op, rung) for op, rungs in RUNGS.items() for rung in rungs if flags.so and flags.op in ("", op)]:
+            yield (f"this project, {rung}", op, dtype, ("",)), judged_so, (rung, op, dtype)
+        for peer in sorted(PEERS, key=lambda peer: not peer[3]):  # first what has to be compiled
+            if flags.so or flags.op not in ("", peer[2]) or flags.peer not in name(peer) or (peer[3] and flags.device == "cpu"):
+                continue
+            for group in [(flags.case,)] if flags.case or not (peer[3] and peer[2] == "ssd") else GROUPS:
+                yield (name(peer), peer[2], dtype, group), part, (peer, dtype, group)
+
+
+def machine(flags):
+    versions = [f"Python {platform.python_version()}"]
+    for name in ("torch", "numpy", "triton", "einops"):
+        if importlib.util.find_spec(name):
+            versions.append(f"{name} {importlib.import_module(name).__version__}")
+    asked = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())"]  # here a fork would lose the device
+    device = subprocess.run(asked, stdout=subprocess.PIPE, text=True).stdout.strip() if flags.device == "cuda" else "CPU"
+    return f"{datetime.date.today()}; {device}; {', '.join(versions)}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, default, about in (("device", "cpu", "cpu or cuda"), ("peer", "", "only modules or functions with this in their names"),
+                                 ("op", "", "only this operation"), ("dtype", "f32,bf16,f16", "of inputs and outputs"),
+                                 ("case", "", "only cases with this in their names"), ("program", None, "the program mamba"),
+                                 ("so", "", "judge the rungs of this build of verify_kernels.cu instead"), ("seed", 1, "of the cases"),
+                                 ("jobs", os.cpu_count(), "processes at a time"), ("seconds", 3600, "what has not ended then is left out")):
+        parser.add_argument("--" + name, default=default, type=type(default) if isinstance(default, int) else str, help=about)
+    flags, answers = parser.parse_args(), collections.defaultdict(list)
+    print(f"{machine(flags)}\n\n    {' '.join(sys.argv)}\n", flush=True)
+    print("| what | operation | dtype | device | forward | backward | same bits | not taken |\n|" + " --- |" * 8, flush=True)
+    parts = list(wanted(flags))
+    left = collections.Counter(key[:3] for key, _, _ in parts)
+    for key, answer in in_processes(parts, flags):
+        answers[key[:3]].append(answer)
+        if len(answers[key[:3]]) == left[key[:3]]:
+            print(text(key, answers[key[:3]], flags), flush=True)
+    print("\n" + "\n".join(line for key in left for line in wrong(key, answers[key])))
 
 
 if __name__ == "__main__":
