@@ -165,7 +165,7 @@ int judged_ssd(Problem& p) {
   a.h0 = p.in<float>("h0", state);
   a.x_stride = a.out_stride = a.dout_stride = a.dx_stride = H * P, a.dt_stride = a.ddt_stride = H;
   a.B_stride = a.C_stride = a.dB_stride = a.dC_stride = G * N;
-  if (tiles && sizeof(T) != 2) return VERIFY_UNSUPPORTED;
+  if (!(p.is("") || p.is("naive") || (tiles && sizeof(T) == 2))) return VERIFY_UNSUPPORTED;
   if (p.call.backward) {
     a.dout = p.in<T>("dout", rows), a.dhT = p.in<float>("dhT", state);
     a.dx = p.out<T>("dx", rows), a.ddt = p.out<T>("ddt", steps), a.dB = p.out<T>("dB", BC);
