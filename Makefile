@@ -15,7 +15,7 @@ CATCH2   := $(if $(wildcard /usr/include/catch2/catch_all.hpp),-lCatch2Main -lCa
 
 MAKEFLAGS += -j$(shell nproc)
 
-.PHONY: help run test mutants cuda test-cuda test-emulated test-ranks debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
+.PHONY: help run test mutants cuda test-cuda verify-kernels test-emulated test-ranks debug coverage fuzz bench evaluate notebook check-readme format lint clean setup
 
 help:           ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -68,6 +68,17 @@ test-cuda:      ## GPU tests; where there is no GPU its program is compiled and 
 	else echo "GPU tests: skipped, no GPU here" && $(MAKE) mamba_cuda && \
 	  if [ "$$(uname -m)" = x86_64 ]; then $(MAKE) test-emulated; else echo "emulated GPU: skipped, it is x86-64 only"; fi; fi
 
+RUNGS = naive registers lanes fused warpgroup
+verify-kernels: build/verify_kernels.so mamba_cuda  ## the kernel checker's verdict on every rung of the project's own kernels (needs a GPU)
+	@for rung in "" $(RUNGS); do for dtype in f32 bf16 f16; do \
+	  if [ $$rung$$dtype = warpgroupf32 ]; then continue; fi; echo "$$rung $$dtype:"; \
+	  VERIFY_RUNG=$$rung ./mamba_cuda verify --so $< --dtype $$dtype >build/verdict.txt || { grep WRONG build/verdict.txt; exit 1; }; \
+	  tail -n 1 build/verdict.txt; done; done
+
+build/verify_kernels.so: tests/verify_kernels.cu mamba.cu $(HEADERS) | setup
+	@mkdir -p build
+	$(NVCC) $(NVCCFLAGS) -I. -Xcompiler -fPIC -shared $< -o $@ $(LIBS) -lcublas
+
 # Three compilations, not one for each file: each compiles the kernels of mamba.cu again.
 CUDA_TESTS = $(wildcard tests/test_cuda_*.cu)
 GRADIENTS  = $(wildcard tests/test_cuda_*backward.cu) tests/test_cuda_training.cu
@@ -118,6 +129,14 @@ test-ranks: build/emulated/mamba_cuda build/emulated/libnccl.so.2  ## training o
 
 build/emulated/mamba_cuda: build/emulated/mamba.cu build/emulated/emulate_runtime.o tests/emulate.hpp $(HEADERS)
 	$(CXX) -std=c++17 -O0 -w -Itests -I. -isystem $(CUDA_INCLUDE) -x c++ $< -x none build/emulated/emulate_runtime.o -o $@ $(LIBS)
+
+# For mamba verify --so: the emulated GPU's memory is the CPU's.
+build/emulated/verify_kernels.so: build/emulated/verify_kernels.cpp build/emulated/mamba.cu tests/emulate_runtime.cpp tests/emulate.hpp $(HEADERS)
+	$(CXX) -std=c++17 -O1 -w -fPIC -shared -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) $< tests/emulate_runtime.cpp -o $@ $(LIBS)
+
+build/emulated/verify_kernels.cpp: tests/verify_kernels.cu tests/emulate.py
+	@mkdir -p build/emulated
+	python3 tests/emulate.py $< $@
 
 build/emulated/libnccl.so.2: tests/fake_nccl.cpp
 	@mkdir -p build/emulated

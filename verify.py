@@ -7,12 +7,14 @@ The callable gets the official arguments by name, as far as it has them: numpy a
 tensors where torch has been imported (`device="cuda"` puts them there). It returns out, or out and
 the last state. Gradients: of torch tensors by backward(); a numpy callable that has some takes
 `dout` (and `dhT`) and returns them in a dict, by the inputs' names, as its last value. An initial
-state is the argument `initial_states`. Cases that need an argument which the callable lacks are
-skipped, and named. Besides, a call is repeated, where the same bits are expected, and a callable
-that takes a state gets each sequence in two pieces.
+state is the argument `initial_states`. What is optional and the callable lacks is left out of the
+cases; those of options (and all that need softplus or silu) are skipped then, and named. Besides,
+a call is repeated, where the same bits are expected, and a callable that takes a state gets each
+sequence in two pieces.
 
 The truth is the program's: this file needs `mamba` (beside it, in the path, or `program=...`).
 """
+import collections
 import inspect
 import json
 import os
@@ -96,6 +98,11 @@ class Runner:
         given, _ = arguments(self.op, tensors, options)
         return [n for n, v in given.items() if not (self.takes(n) or v is None or v is False)]
 
+    def leaves_out(self, name):
+        """an optional input that it has no argument for"""
+        return (self.op not in NORMS and name in ("D", "z", "bias", "delta_bias", "dt_bias", self.start)
+                and not self.takes("initial_states" if name == self.start else name))
+
     def to_torch(self, array, kind):
         types = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         return self.torch.tensor(array, device=self.device).to(getattr(self.torch, types[kind]))
@@ -141,8 +148,8 @@ class Runner:
             outs, cotangents = zip(*[(o, c.to(o.dtype)) for o, c in pairs])
             got = self.torch.autograd.grad(outs, list(inputs.values()), cotangents, allow_unused=True)
             found.update({"d" + n: g for n, g in zip(inputs, got) if g is not None})
-            if self.state in found and not found[self.state].requires_grad:
-                found["no_d" + self.state] = None
+            if "d" + self.state in there and not any(c is there["d" + self.state] for _, c in pairs):
+                found["no_d" + self.state] = None  # no last state, or none with a gradient
         return found
 
     def cut(self, tensors, dtypes, options):
@@ -155,7 +162,7 @@ class Runner:
             part = {n: t.take(piece, axis) if n in timed else t for n, t in tensors.items()}
             if state is not None:
                 part[self.start] = state
-                kinds.setdefault(self.start, "F32")
+                kinds.setdefault(self.start, dtypes["x"] if self.op == "causal_conv1d" else "F32")
             found = self.run(part, kinds, options, False)
             outs.append(self.to_numpy(found["out"]))
             state = self.to_numpy(found[self.state])
@@ -195,17 +202,17 @@ def show_rows(rows, most, show):
     return len(wrong)
 
 
-def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="cpu", use_torch=None,
-           only=("",), program=None, show=print, most=20):
-    """True if all that fn returns is right, and the same bits on every call. use_torch: tensors instead of
-    arrays (None: if torch has been imported); only: cases with one of these in their names; most: rows of
-    wrong tensors to show"""
+def judge(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="cpu", use_torch=None,
+          only=("",), program=None, show=print, refuses=()):
+    """The verdict's rows (none: no case fits the callable), and what else was seen. refuses: exceptions by which the
+    callable says that it does not take a case"""
     program, torch = find_program(program), sys.modules.get("torch") if use_torch in (None, True) else None
     if use_torch and not torch:
         import torch
     runner = Runner(fn, op, device, torch)
     takes_state = runner.takes("initial_states")
-    judged, skipped, unequal, lacking = 0, 0, 0, {}
+    seen = {"judged": [], "lacks": collections.Counter(), "refused": collections.Counter(), "skipped": 0,
+            "unequal": [], "inputs": set(), "ignored": set()}
     with tempfile.TemporaryDirectory() as folder:
         run_program(program, "vectors", folder, "--op", op, "--dtype", dtype, "--size", size, "--seed", str(seed))
         for name in sorted(os.listdir(folder)):
@@ -214,33 +221,48 @@ def verify(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="c
                 os.remove(path)
                 continue
             tensors, dtypes, options = read_safetensors(path)
-            lacks = runner.lacks(tensors, options)
-            if lacks:
-                skipped += 1
-                lacking.update((n, lacking.get(n, 0) + 1) for n in lacks)
+            if "_options" not in name:
+                tensors = {n: t for n, t in tensors.items() if not runner.leaves_out(n)}
+            lacks, found = runner.lacks(tensors, options), None
+            seen["lacks"].update(lacks)
+            if not lacks:
+                try:
+                    found = runner.run(tensors, dtypes, options)
+                except refuses as refusal:
+                    seen["refused"][f"{type(refusal).__name__}: {str(refusal).strip()}".split("\n")[0]] += 1
+            if found is None:
+                seen["skipped"] += 1
                 os.remove(path)
                 continue
-            judged += 1
-            found = runner.run(tensors, dtypes, options)
+            seen["judged"].append(name[:-12])
+            seen["inputs"].update(n for n in tensors if n not in ("dout", "dhT", "dfinal_states"))
+            seen["ignored"].update(n[3:] for n in found if n.startswith("no_"))
             inputs = {n: t for n, t in tensors.items() if "no_" + n not in found}
             found = {n: runner.to_numpy(v) for n, v in found.items() if v is not None}
             again = {n: runner.to_numpy(v) for n, v in runner.run(tensors, dtypes, options).items() if v is not None}
             for n, value in found.items():
                 if value.tobytes() != again[n].tobytes():
-                    unequal += 1
+                    seen["unequal"].append((name[:-12], n))
                     show(f"{name[:-12]:44} {n:12} bits differ from one call to the next")
             write_safetensors(path, {**inputs, **found}, dtypes, options)
             pieces = takes_state and op not in NORMS and runner.state in found
             if pieces and found["out"].shape[1 if op == "ssd" else 2] > 1:
                 path = path.replace(".safetensors", ".in_two_pieces.safetensors")
                 write_safetensors(path, {**inputs, **runner.cut(tensors, dtypes, options)}, dtypes, options)
-        if not judged:
-            sys.exit(f"verify: no case fits the callable: it lacks {', '.join(lacking) or only}")
-        answer, ok = run_program(program, "verify", folder, "--json")
-    rows = [json.loads(line) for line in answer.splitlines()]
+        answer = run_program(program, "verify", folder, "--json")[0] if seen["judged"] else b""
+    return [json.loads(line) for line in answer.splitlines()], seen
+
+
+def verify(fn, op="selective_scan", dtype="f32", *, only=("",), show=print, most=20, **more):
+    """True if all that fn returns is right, and the same bits on every call. use_torch: tensors instead of
+    arrays (None: if torch has been imported); only: cases with one of these in their names; most: rows of
+    wrong tensors to show; others: size, seed, device, program, refuses (see judge)"""
+    rows, seen = judge(fn, op, dtype, only=only, show=show, **more)
+    if not seen["judged"]:
+        sys.exit(f"verify: no case fits the callable: it lacks {', '.join(seen['lacks']) or only}")
     wrong = show_rows(rows, most, show)
-    lack = ", ".join(f"{n} ({count})" for n, count in lacking.items())
-    show(f"{op}, {dtype}: {wrong} of {len(rows)} tensors wrong, {judged} cases judged, {skipped} skipped"
-         + (f", for want of the arguments {lack}" if lack else "")
-         + f"; {unequal} outputs not the same on every call")
-    return ok and unequal == 0
+    lack, refused = (", ".join(f"{n} ({count})" for n, count in seen[key].items()) for key in ("lacks", "refused"))
+    show(f"{op}, {dtype}: {wrong} of {len(rows)} tensors wrong, {len(seen['judged'])} cases judged, {seen['skipped']} skipped"
+         + (f", for want of the arguments {lack}" if lack else "") + (f", refused with {refused}" if refused else "")
+         + f"; {len(seen['unequal'])} outputs not the same on every call")
+    return wrong == 0 and not seen["unequal"]

@@ -246,6 +246,40 @@ ok, lines = rows_of(restless)
 claim("other bits on the second call are no success", ok is False and " 0 of " in lines[-1], lines[-1])
 claim("what a callable lacks is said", "for want of the arguments " in lines[-1] and " z (" in lines[-1], lines[-1])
 
+
+def plain(u, delta, A, B, C, delta_softplus=False):
+    if B.shape[1] > 1:
+        raise NotImplementedError("one group only")
+    return scan(u, delta, A, B, C, delta_softplus=delta_softplus)[0]
+
+
+SWEPT = dict(only=("length_b3_t65", "groups_g2"), use_torch=False)
+ok, lines = rows_of(plain, refuses=NotImplementedError, **SWEPT)
+claim("what is optional and lacking is left out of lengths and sizes", ok and "0 of 1 tensors wrong, 1 cases judged" in lines[-1], lines)
+claim("a refusal is counted by its words", "1 skipped, refused with NotImplementedError: one group only (1)" in lines[-1], lines[-1])
+try:
+    claim("without a word an exception goes through", not rows_of(plain, **SWEPT))
+except NotImplementedError:
+    claim("without a word an exception goes through", True)
+
+try:
+    import torch
+except ImportError:
+    print("kernel checker, torch's gradients: skipped, needs torch")
+else:
+    def torch_scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        delta = delta if delta_bias is None else delta + delta_bias[:, None]
+        delta, h, y = torch.nn.functional.softplus(delta) if delta_softplus else delta, 0, []
+        B, C = (v.repeat_interleave(u.shape[1] // v.shape[1], 1) for v in (B, C))
+        for t in range(u.shape[2]):
+            h = torch.exp(delta[:, :, t, None] * A) * h + (delta * u)[:, :, t, None] * B[..., t]
+            y.append((h * C[..., t]).sum(-1))
+        y = torch.stack(y, -1) + (0 if D is None else D[:, None] * u)
+        return y if z is None else y * torch.nn.functional.silu(z)
+
+    ok, lines = rows_of(torch_scan, only=("options23", "length_b3_t65"))
+    claim("torch without a last state is judged without its gradient", ok and "dh0" not in lines[-2] and "dz" in lines[-2], lines)
+
 # --- a kernel in a shared object; raw files ---
 
 with tempfile.TemporaryDirectory() as folder:
