@@ -1194,7 +1194,6 @@ Likelihood likelihood(Engine& engine, const Request& request) {
   const auto& context = request.context;
   const auto& continuation = request.continuation;
   Likelihood found;
-  if (continuation.empty()) return found;
   const auto judge = [&](Index first, const Matrix<float>& logits) {
     for (Index i = 0; i < logits.rows(); ++i) {
       const Token target = continuation[first + i];
@@ -1469,6 +1468,18 @@ inline std::string not_nan(const std::string& word) {
   return is_nan ? "expected a number, found " + word : "";
 }
 
+/// For CLI11, whose ranges are written out to 300 digits.
+inline CLI::Validator checked_number(const char* type, const char* wanted, bool zero_too) {
+  return {[=](const std::string& word) {
+            const double v = std::strtod(word.c_str(), nullptr);
+            const bool right = v > 0 || (zero_too && v == 0);
+            return right ? std::string() : std::string("expected ") + wanted + ", found " + word;
+          },
+          type};
+}
+inline const CLI::Validator kNonNegative = checked_number("NONNEGATIVE", "0 or more", true);
+inline const CLI::Validator kPositive = checked_number("POSITIVE", "more than 0", false);
+
 /// What lies in the folder --model. The tokenizer is read when it is needed.
 struct ModelFolder {
   std::string folder = "weights/stories", tokenizer_flag;
@@ -1505,7 +1516,7 @@ struct ModelFolder {
     const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
     sub->add_option("--threads", engine_options.threads, "CPU threads (default: all cores)")
         ->transform(CLI::Bound(1, cores))
-        ->transform(CLI::PositiveNumber)  // comes before Bound
+        ->transform(kPositive)  // comes before Bound
         ->default_str("");
     if (Engine::kHasDevice) sub->add_option("--device", engine_options.device, "which GPU");
   }
@@ -1639,13 +1650,13 @@ struct Generate : ModelFolder {
     sub->add_option("--prompt-ids", prompt_ids, "token ids to continue")
         ->excludes("--prompt")
         ->excludes("--prompt-file");
-    sub->add_option("-n", options.n, "tokens to add at most")->check(CLI::NonNegativeNumber);
+    sub->add_option("-n", options.n, "tokens to add at most")->check(kNonNegative);
     sub->add_option("--temperature", sampler.temperature, "0 is greedy");
     sub->add_option("--top-k", sampler.top_k, "keep the k likeliest tokens, 0: all");
     sub->add_option("--top-p", sampler.top_p, "keep the likeliest tokens that make up p");
     sub->add_option("--min-p", sampler.min_p, "keep tokens p times as likely as the likeliest");
     sub->add_option("--repetition-penalty", sampler.repetition_penalty, "above 1: less repetition");
-    sub->add_option("--seed", sampler.seed, "same seed, same text")->check(CLI::NonNegativeNumber);
+    sub->add_option("--seed", sampler.seed, "same seed, same text")->check(kNonNegative);
     sub->add_option("--batch", batch, "so many continuations of each prompt")
         ->check(CLI::Range(1, 1 << 16));
     sub->add_option("--save-state", state_to, "where to leave the state, to go on later");
@@ -1887,11 +1898,11 @@ struct Perplexity : ModelFolder, TextFlags {
     sub->add_option("--lengths", lengths,
                     "context lengths, comma-separated (default: the whole text)")
         ->delimiter(',')
-        ->check(CLI::PositiveNumber);
+        ->check(kPositive);
     sub->add_option("--stride", options.stride,
                     "tokens from window to window (default: no overlap; each token is then read "
                     "length / stride times)")
-        ->check(CLI::PositiveNumber);
+        ->check(kPositive);
     sub->add_flag("--carry-state", options.carry_state, "windows go on from the one before");
     sub->add_flag("--truncate", truncate, "of each document only one window of each length")
         ->needs("--lengths")
@@ -1976,6 +1987,10 @@ inline Request parse_request(const Json& json, const std::string& where, ModelFo
   request.is_text = context.is_string();
   begin_text(request, model.config, where + ": " + names[0]);
   check_ids(request.context, model.config.vocab_size, where + ": " + names[0]);
+  if (request.continuation.empty() && !continuation.empty() && request.is_text)
+    fail(where, ": ", names[1],
+         ": expected a text of its own, found one that only lengthens the last token of ",
+         names[0]);
   check_ids(request.continuation, model.config.vocab_size, where + ": " + names[1]);
   if (json.contains("doc") != json.contains("label"))
     fail(where, ": expected doc and label, found only one of them");
@@ -2054,7 +2069,7 @@ struct Inspect : ModelFolder {
     add_model(sub);
     add_delta_ratio(sub, engine_options.delta_ratio);
     sub->add_option("prompt,--prompt", prompt, "the text, - for standard input")->required();
-    sub->add_option("--layer", layer, "which layer, from 0")->check(CLI::NonNegativeNumber);
+    sub->add_option("--layer", layer, "which layer, from 0")->check(kNonNegative);
     sub->add_option(
            "--out", out,
            "the folder to write into: safetensors files of delta, memory, the state's "
@@ -2232,6 +2247,7 @@ struct Convert : ModelFolder {
       tensors.push_back(tensor);
     });
     const std::string to = make_folder(out);
+    check_output(to + "model.safetensors");
     write_safetensors(to + "model.safetensors", tensors, {{"format", "pt"}}, engine_options.dtype);
     write_config(out, config);
     copy_small_files(to);

@@ -1257,7 +1257,7 @@ struct Train : ModelFolder {
         sub->add_option("--lora", lora.rank, "learn an adapter of this rank, not the weights");
     rank->check(CLI::Range(1, 1 << 16))->default_str("");
     sub->add_option("--lora-alpha", lora.alpha, "its weight is alpha / rank (default: 1)")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->check(not_nan)
         ->needs(rank)
         ->default_str("");
@@ -1266,16 +1266,15 @@ struct Train : ModelFolder {
         ->check(CLI::IsMember({"in_proj", "x_proj", "dt_proj", "out_proj", "embeddings"}))
         ->needs(rank);
     sub->add_option("--dpo", options.dpo, "learn preferences, with this beta (usual: 0.1)")
-        ->check(CLI::PositiveNumber)
+        ->check(kPositive)
         ->check(not_nan)
         ->default_str("");
   }
   void declare_data(CLI::App* sub) {
     DataOptions& d = data_options;
-    sub->add_option("--length", d.length, "tokens a piece")->check(CLI::PositiveNumber);
-    sub->add_option("--batch", d.batch, "pieces at a time")->check(CLI::PositiveNumber);
-    sub->add_option("--seed", d.seed, "of the start and of the order")
-        ->check(CLI::NonNegativeNumber);
+    sub->add_option("--length", d.length, "tokens a piece")->check(kPositive);
+    sub->add_option("--batch", d.batch, "pieces at a time")->check(kPositive);
+    sub->add_option("--seed", d.seed, "of the start and of the order")->check(kNonNegative);
     auto* packed = sub->add_flag("--packed", d.packed, "whole texts instead of random windows");
     sub->add_flag("--carry-state", d.carry_state, "texts piece by piece, from state to state")
         ->excludes(packed);
@@ -1286,7 +1285,7 @@ struct Train : ModelFolder {
     TrainOptions& o = options;
     o.warmup = -1;
     const auto add = [&](const char* name, auto& value, const char* what) {
-      return sub->add_option(name, value, what)->check(CLI::NonNegativeNumber)->check(not_nan);
+      return sub->add_option(name, value, what)->check(kNonNegative)->check(not_nan);
     };
     add("--accumulate", o.accumulate, "batches a step")->check(CLI::Range(1, 1 << 16));
     auto* steps = add("--steps", o.steps, "how many (default: by --epochs)");

@@ -89,7 +89,7 @@ def main():
         claim("score", close(a, b, 1e-3), "" if close(a, b, 1e-3) else (a, b))
         with open(at("requests"), "w") as f:  # the GPU takes them together, in batches
             for i in range(300):
-                f.write(json.dumps({"context": [1 + (i + k * k) % 99 for k in range(1 + i % 40)], "continuation": [i % 99] * (i % 7)}) + "\n")
+                f.write(json.dumps({"context": [1 + (i + k * k) % 99 for k in range(1 + i % 40)], "continuation": [i % 99] * (1 + i % 7)}) + "\n")
         for model in ("mamba1-hf", "mamba2-hf", "mamba2attn-original", "transformerpp-original"):
             a, b = both("score", "--requests", at("requests"), "--model", "tests/golden/" + model, *f32)
             claim(f"score of 300 requests by {model}", a.count("\n") == 300 and close(a, b, 1e-4), "" if close(a, b, 1e-4) else (a, b))
