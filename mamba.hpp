@@ -1987,7 +1987,7 @@ inline Request parse_request(const Json& json, const std::string& where, ModelFo
   request.is_text = context.is_string();
   begin_text(request, model.config, where + ": " + names[0]);
   check_ids(request.context, model.config.vocab_size, where + ": " + names[0]);
-  if (request.continuation.empty() && !continuation.empty() && request.is_text)
+  if (request.continuation.empty() && request.is_text && continuation != "")
     fail(where, ": ", names[1],
          ": expected a text of its own, found one that only lengthens the last token of ",
          names[0]);

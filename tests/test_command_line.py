@@ -268,6 +268,7 @@ with tempfile.TemporaryDirectory() as folder:
     claim("info counts the parameters", code == 0 and "4552960" in info and "BF16" in info, info)
     code, _, err = run("convert", "--out", at("copy"))
     claim("convert writes a model that runs", code == 0 and run("Lily", *GREEDY, "--model", at("copy"))[1] == run("Lily", *GREEDY)[1], err)
+    refuses("to convert a model onto itself", 1, "another file than the model's own", "convert", "--model", at("copy"), "--out", at("copy"))
     code, _, err = run("convert", "--model", "tests/golden/mamba1-original", "--out", at("hf"))
     same = lambda model: run("logits", "--model", model, "--ids", "1 2 3", "--out", at("l")) and read_safetensors(at("l"))[1]
     claim("convert keeps the logits of an original checkpoint", code == 0 and same(at("hf")) == same("tests/golden/mamba1-original"), err)
@@ -408,7 +409,7 @@ with tempfile.TemporaryDirectory() as folder:
         ("a chunk of zero", "--mode", ("logits", "--ids", "1", "--mode", "chunked=0", "--out", at("x")), ""),
         ("a chunk that is no number", "--mode", ("logits", "--ids", "1", "--mode", "chunked=7x", "--out", at("x")), ""),
         ("states of several prompts", "one prompt", ("generate", "--prompt-file", at("prompts"), "--save-state", at("x")), ""),
-        ("a seed below zero", "--seed", ("Lily", "--seed", "-1"), ""),
+        ("a seed below zero", "--seed: expected 0 or more, found -1", ("Lily", "--seed", "-1"), ""),
     ]:
         refuses(name, 2, fragment, *arguments, stdin=stdin)
     code, out, _ = run("--help")
@@ -446,6 +447,7 @@ with tempfile.TemporaryDirectory() as folder:
         ("a request without continuation", "line 1: continuation: expected a string", ("score", "--requests", "-"), '{"context": "a b"}\n'),
         ("a request that is no object", "expected an object", ("score", "--requests", "-"), "[1]\n"),
         ("a continuation of nothing", "continuation: expected at least one token", ("score", "--requests", "-"), '{"context": "a", "continuation": ""}\n'),
+        ("a continuation that only ends a word", "only lengthens the last token", ("score", "--requests", "-"), '{"context": "The cat sat on the m", "continuation": "at"}\n'),
         ("a text and ids", "one of each", ("score", "--requests", "-"), '{"context": "a", "continuation": [5]}\n'),
         ("ids that are none", "expected token ids, found '1.5'", ("score", "--requests", "-"), '{"context": [1.5], "continuation": [5]}\n'),
         ("ids beyond the vocabulary", "below 4096", ("score", "--requests", "-"), '{"context": [1], "continuation": [4096]}\n'),
