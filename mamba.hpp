@@ -1472,8 +1472,8 @@ inline std::string not_nan(const std::string& word) {
 inline CLI::Validator checked_number(const char* type, const char* wanted, bool zero_too) {
   return {[=](const std::string& word) {
             const double v = std::strtod(word.c_str(), nullptr);
-            const bool right = v > 0 || (zero_too && v == 0);
-            return right ? std::string() : std::string("expected ") + wanted + ", found " + word;
+            if (v > 0 || (zero_too && v == 0) || std::isnan(v)) return not_nan(word);
+            return std::string("expected ") + wanted + ", found " + word;
           },
           type};
 }
