@@ -4796,6 +4796,15 @@ struct Compute {
 
 constexpr int kEntropyThreads = 512;
 
+// Floats from row to row: a multiple of 8.
+inline int64_t logits_stride(int64_t vocab_size) { return ceil_div(vocab_size, int64_t{8}) * 8; }
+
+// Logits i to i + 3 of a row; what lies between its end and the next row is not read.
+__device__ inline void load_logits(float (&v)[4], const float* row, int64_t i, int64_t vocab_size) {
+  if (i + 4 <= vocab_size) return load4(v, row + i);
+  for (int k = 0; k < 4; ++k) v[k] = i + k < vocab_size ? row[i + k] : -INFINITY;
+}
+
 // A sum of exp(v - max).
 struct ExpSum {
   float max, sum;
@@ -4806,12 +4815,6 @@ struct ExpSum {
     max = m;
   }
 };
-
-// Logits i to i + 3 of a row; what lies between its end and the next row is not read.
-__device__ inline void load_logits(float (&v)[4], const float* row, int64_t i, int64_t vocab_size) {
-  if (i + 4 <= vocab_size) return load4(v, row + i);
-  for (int k = 0; k < 4; ++k) v[k] = i + k < vocab_size ? row[i + k] : -INFINITY;
-}
 
 // The same over a row, the same bits in all threads.
 __device__ inline ExpSum exp_sum_of_row(const float* logits, int64_t vocab_size) {
@@ -4862,7 +4865,7 @@ __global__ void __launch_bounds__(kEntropyThreads)
   }
 }
 
-// logits (rows, vocab_size), rows `stride` floats apart, a multiple of 8, from a multiple of 16
+// logits (rows, vocab_size), rows `stride` floats apart, see logits_stride, from a multiple of 16
 // bytes. weights (rows), if given, are of each row's loss; likeliest (rows), if given: is the
 // target the likeliest?
 template <class T>
@@ -5163,7 +5166,7 @@ template <class T>
 void CudaEngine::score_as(const ScoredTexts& texts, std::vector<float>& nll, bool* likeliest) {
   const auto count = int64_t(texts.rows.size()), total = texts.begin.back();
   const int64_t piece = std::min<int64_t>(count, 1024);  // logits are wide: some rows at a time
-  const int64_t stride = ceil_div(config_.vocab_size, 8) * 8;
+  const int64_t stride = logits_stride(config_.vocab_size);
   const auto up = [](const auto& v) {
     return DeviceBuffer<std::decay_t<decltype(v[0])>>(v.data(), v.size());
   };
@@ -7429,6 +7432,7 @@ __global__ void __launch_bounds__(32 * kConvWarps, 4)
 // How many rows a warp takes: the more, the fewer are read twice and the fewer parts are added up,
 // as long as there are blocks for the whole GPU.
 struct ConvBackwardGrid {
+  bool aligned;            // four channels can be read at a time
   int64_t blocks, pieces;  // of channels; of a sequence
   int rows_of_warp;
 };
@@ -7439,7 +7443,7 @@ ConvBackwardGrid conv_backward_grid(const ConvBackwardArgs<T>& a) {
                        aligned4(in.weight, 4) && aligned4(in.bias, 4) &&
                        aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
                        aligned4(a.dstate, in.d);
-  ConvBackwardGrid grid{ceil_div(in.d, (aligned ? 4 : 1) * 32), 0, 0};
+  ConvBackwardGrid grid{aligned, ceil_div(in.d, (aligned ? 4 : 1) * 32), 0, 0};
   for (int steps = 64; steps >= 16; steps /= 2) {
     grid.rows_of_warp = steps - 3;
     grid.pieces = std::max<int64_t>(1, ceil_div(in.L, kConvWarps * grid.rows_of_warp));
@@ -7461,9 +7465,9 @@ void causal_conv1d_backward(const ConvBackwardArgs<T>& a, float* workspace, cuda
   if (in.batch * in.d == 0) return;
   const ConvBackwardGrid grid = conv_backward_grid(a);
   const int64_t parts = in.batch * grid.pieces;
-  const auto kernel = grid.blocks < ceil_div(in.d, 32) ? causal_conv1d_backward_kernel<T, 4, 4>
-                      : in.width <= 4                  ? causal_conv1d_backward_kernel<T, 4, 1>
-                                                       : causal_conv1d_backward_kernel<T, 8, 1>;
+  const auto kernel = grid.aligned    ? causal_conv1d_backward_kernel<T, 4, 4>
+                      : in.width <= 4 ? causal_conv1d_backward_kernel<T, 4, 1>
+                                      : causal_conv1d_backward_kernel<T, 8, 1>;
   kernel<<<unsigned(parts * grid.blocks), 32 * kConvWarps, 0, stream>>>(
       a, unsigned(grid.blocks), unsigned(grid.pieces), grid.rows_of_warp, workspace);
   CUDA_CHECK(cudaGetLastError());
@@ -8342,7 +8346,7 @@ struct ComputeBackward {
   }
 
   // Rows of logits at a time: at most 256 MiB of them. A row is a multiple of 8 numbers long.
-  int64_t logits_stride() const { return ceil_div(config().vocab_size, Index{8}) * 8; }
+  int64_t logits_stride() const { return mamba::logits_stride(config().vocab_size); }
   int64_t logits_rows(int64_t rows) const {
     return std::min(rows, std::max<int64_t>(128, (int64_t{1} << 26) / logits_stride() / 128 * 128));
   }

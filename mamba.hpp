@@ -1468,7 +1468,7 @@ inline std::string not_nan(const std::string& word) {
   return is_nan ? "expected a number, found " + word : "";
 }
 
-/// For CLI11, whose ranges are written out to 300 digits.
+/// For CLI11, whose own messages write ranges out to 300 digits. NaN does not pass.
 inline CLI::Validator checked_number(const char* type, const char* wanted, bool zero_too) {
   return {[=](const std::string& word) {
             const double v = std::strtod(word.c_str(), nullptr);

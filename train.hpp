@@ -1258,7 +1258,6 @@ struct Train : ModelFolder {
     rank->check(CLI::Range(1, 1 << 16))->default_str("");
     sub->add_option("--lora-alpha", lora.alpha, "its weight is alpha / rank (default: 1)")
         ->check(kPositive)
-        ->check(not_nan)
         ->needs(rank)
         ->default_str("");
     sub->add_option("--lora-targets", lora.targets, "the weights that it is for")
@@ -1267,7 +1266,6 @@ struct Train : ModelFolder {
         ->needs(rank);
     sub->add_option("--dpo", options.dpo, "learn preferences, with this beta (usual: 0.1)")
         ->check(kPositive)
-        ->check(not_nan)
         ->default_str("");
   }
   void declare_data(CLI::App* sub) {
@@ -1285,7 +1283,7 @@ struct Train : ModelFolder {
     TrainOptions& o = options;
     o.warmup = -1;
     const auto add = [&](const char* name, auto& value, const char* what) {
-      return sub->add_option(name, value, what)->check(kNonNegative)->check(not_nan);
+      return sub->add_option(name, value, what)->check(kNonNegative);
     };
     add("--accumulate", o.accumulate, "batches a step")->check(CLI::Range(1, 1 << 16));
     auto* steps = add("--steps", o.steps, "how many (default: by --epochs)");

@@ -35,7 +35,7 @@ GROUPS = (("_options",), ("_length_b3",), ("_length_b1",), ("_state",), ("_head"
 
 
 def load(name):
-    if torch.cuda.is_available() is False:  # its package imports the extension, its reference needs none
+    if not torch.cuda.is_available():  # its package imports the extension, its reference needs none
         sys.modules.setdefault("causal_conv1d_cuda", types.ModuleType("causal_conv1d_cuda"))
     return importlib.import_module(name)
 
