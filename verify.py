@@ -15,6 +15,7 @@ sequence in two pieces.
 The truth is the program's: this file needs `mamba` (beside it, in the path, or `program=...`).
 """
 import collections
+import contextlib
 import inspect
 import json
 import os
@@ -202,6 +203,16 @@ def show_rows(rows, most, show):
     return len(wrong)
 
 
+@contextlib.contextmanager
+def naming(case, show):
+    """what the callable throws goes through, after a line with the case's name"""
+    try:
+        yield
+    except Exception as error:
+        show(f"{case}: {type(error).__name__}: {error}")
+        raise
+
+
 def judge(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="cpu", use_torch=None,
           only=("",), program=None, show=print, refuses=()):
     """The verdict's rows (none: no case fits the callable), and what else was seen. refuses: exceptions by which the
@@ -223,32 +234,32 @@ def judge(fn, op="selective_scan", dtype="f32", size="small", seed=1, device="cp
             tensors, dtypes, options = read_safetensors(path)
             if "_options" not in name:
                 tensors = {n: t for n, t in tensors.items() if not runner.leaves_out(n)}
-            lacks, found = runner.lacks(tensors, options), None
+            lacks, found, case = runner.lacks(tensors, options), None, name[:-12]
             seen["lacks"].update(lacks)
-            if not lacks:
+            with naming(case, show):
                 try:
-                    found = runner.run(tensors, dtypes, options)
+                    found = None if lacks else runner.run(tensors, dtypes, options)
                 except refuses as refusal:
                     seen["refused"][f"{type(refusal).__name__}: {str(refusal).strip()}".split("\n")[0]] += 1
-            if found is None:
-                seen["skipped"] += 1
-                os.remove(path)
-                continue
-            seen["judged"].append(name[:-12])
-            seen["inputs"].update(n for n in tensors if n not in ("dout", "dhT", "dfinal_states"))
-            seen["ignored"].update(n[3:] for n in found if n.startswith("no_"))
-            inputs = {n: t for n, t in tensors.items() if "no_" + n not in found}
-            found = {n: runner.to_numpy(v) for n, v in found.items() if v is not None}
-            again = {n: runner.to_numpy(v) for n, v in runner.run(tensors, dtypes, options).items() if v is not None}
-            for n, value in found.items():
-                if value.tobytes() != again[n].tobytes():
-                    seen["unequal"].append((name[:-12], n))
-                    show(f"{name[:-12]:44} {n:12} bits differ from one call to the next")
-            write_safetensors(path, {**inputs, **found}, dtypes, options)
-            pieces = takes_state and op not in NORMS and runner.state in found
-            if pieces and found["out"].shape[1 if op == "ssd" else 2] > 1:
-                path = path.replace(".safetensors", ".in_two_pieces.safetensors")
-                write_safetensors(path, {**inputs, **runner.cut(tensors, dtypes, options)}, dtypes, options)
+                if found is None:
+                    seen["skipped"] += 1
+                    os.remove(path)
+                    continue
+                seen["judged"].append(case)
+                seen["inputs"].update(n for n in tensors if n not in ("dout", "dhT", "dfinal_states"))
+                seen["ignored"].update(n[3:] for n in found if n.startswith("no_"))
+                inputs = {n: t for n, t in tensors.items() if "no_" + n not in found}
+                again = runner.run(tensors, dtypes, options)
+                found, again = ({n: runner.to_numpy(v) for n, v in of.items() if v is not None} for of in (found, again))
+                for n, value in found.items():
+                    if value.tobytes() != again[n].tobytes():
+                        seen["unequal"].append((case, n))
+                        show(f"{case:44} {n:12} bits differ from one call to the next")
+                write_safetensors(path, {**inputs, **found}, dtypes, options)
+                pieces = takes_state and op not in NORMS and runner.state in found
+                if pieces and found["out"].shape[1 if op == "ssd" else 2] > 1:
+                    path = path.replace(".safetensors", ".in_two_pieces.safetensors")
+                    write_safetensors(path, {**inputs, **runner.cut(tensors, dtypes, options)}, dtypes, options)
         answer = run_program(program, "verify", folder, "--json")[0] if seen["judged"] else b""
     return [json.loads(line) for line in answer.splitlines()], seen
 

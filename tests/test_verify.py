@@ -257,10 +257,13 @@ SWEPT = dict(only=("length_b3_t65", "groups_g2"), use_torch=False)
 ok, lines = rows_of(plain, refuses=NotImplementedError, **SWEPT)
 claim("what is optional and lacking is left out of lengths and sizes", ok and "0 of 1 tensors wrong, 1 cases judged" in lines[-1], lines)
 claim("a refusal is counted by its words", "1 skipped, refused with NotImplementedError: one group only (1)" in lines[-1], lines[-1])
+lines, thrown = [], None
 try:
-    claim("without a word an exception goes through", not rows_of(plain, **SWEPT))
-except NotImplementedError:
-    claim("without a word an exception goes through", True)
+    door.verify(plain, program=PROGRAM, show=lines.append, **SWEPT)
+except NotImplementedError as error:
+    thrown = error
+claim("without a word an exception goes through, after the name of its case",
+      thrown and "groups_g2" in lines[-1] and lines[-1].endswith(": NotImplementedError: one group only"), lines)
 
 try:
     import torch
