@@ -738,7 +738,8 @@ inline double draw(Random& random, const Recipe& r, const std::string& name, boo
   }
   if (name == "delta" || name == "dt") {
     if (r.style == Style::tiny_delta) return raw ? v - 14 : 1e-6 * std::abs(v);
-    if (r.style == Style::huge_delta) return raw ? 5 * v + 20 : 30 * std::abs(v);
+    if (r.style == Style::huge_delta)  // beyond 89 exp overflows in float
+      return raw ? 5 * v + (v > 1.5 ? 85 : 20) : 30 * std::abs(v);
     if (r.style == Style::positive || r.style == Style::no_decay)
       return raw ? v / 4 - 6 : 3e-3 * std::abs(v);
     return raw ? v - 1 : 0.3 * std::abs(v);
@@ -986,6 +987,18 @@ inline Numbers used_step(Case& c) {
 }
 inline bool softplus_twice(Case& c) { return c.softplus && used_step(c).size() > 0; }
 
+/// log(1 + exp(v)) as it stands, in float: infinite where exp is.
+inline bool softplus_overflows(Case& c) {
+  const double most = std::log(rule(DType::F32).largest);
+  Case plain = c;
+  plain.softplus = false;
+  const Numbers raw = used_step(plain);
+  if (!c.softplus || raw.maxCoeff() <= most) return false;
+  Numbers delta = numbers(c, c.op->inputs[1].name);
+  delta = (raw > most).select(std::numeric_limits<double>::infinity(), delta);
+  return true;
+}
+
 /// B_bar = expm1(delta A) / A B, which depends on the channel: each becomes a group of its own.
 inline bool exact_zoh(Case& c) {
   const Index S = c.splits(), G = c.groups(), N = c.extent.at('n'), L = c.judged;
@@ -1052,6 +1065,7 @@ inline const std::vector<Bug> kBugs = {
     {kScans, "softplus is not applied", set(&Case::softplus, false)},
     {kScans, "softplus is applied where it is not asked for", set(&Case::softplus, true)},
     {kScans, "softplus is applied twice", softplus_twice},
+    {kScans, "softplus is log(1 + exp(v)), and exp overflows", softplus_overflows},
     {kScans, "A_log is used as A", values_are("A", [](double a) { return std::log(-a); })},
     {kScans, "A is used as A_log", values_are("A", [](double a) { return -std::exp(a); })},
     {kScans, "A has lost its sign", times("A", -1)},

@@ -55,6 +55,9 @@ def pieces(u, delta, A, B, C, delta_bias, delta_softplus, bug):
     if delta_bias is not None and bug != "no bias":
         raw = raw + delta_bias[:, None] * (2 if bug == "bias twice" else 1)
     step = softplus(raw) if delta_softplus and bug != "no softplus" else raw
+    if bug == "softplus overflows" and delta_softplus:
+        with np.errstate(over="ignore"):
+            step = np.log(1 + np.exp(raw))
     if bug == "softplus twice" and delta_softplus:
         step = softplus(step)
     group = [c % G if bug == "groups" else c * G // d for c in range(d)]
@@ -162,8 +165,8 @@ def rows_of(fn, **options):
     return ok, lines
 
 
-def check(bug, hint, fn=scan):
-    ok, lines = rows_of(functools.partial(fn, bug=bug), only=SOME)
+def check(bug, hint, fn=scan, only=SOME):
+    ok, lines = rows_of(functools.partial(fn, bug=bug), only=only)
     wrong = [line for line in lines if "WRONG" in line]
     named = [line for line in wrong if hint in line]
     claim(f"{bug}: found", not ok and wrong, lines[-3:])
@@ -206,6 +209,8 @@ check("chunk", "the state is lost at every boundary of chunks of 32")
 check("tail", "is not masked")
 check("bias twice", "delta_bias is added twice")
 check("softplus twice", "softplus is applied twice")
+with np.errstate(invalid="ignore"):
+    check("softplus overflows", "softplus is log(1 + exp(v)), and exp overflows", only=("huge_delta",))
 check("B late", "B is one token late")
 check("B rolled", "B is one token late")
 check("C early", "C is one token early")
