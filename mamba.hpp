@@ -42,6 +42,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <optional>
+#include <random>
 #include <set>
 #include <sstream>
 #include <string>
@@ -786,6 +787,25 @@ inline double uniform(std::uint64_t seed, std::uint64_t sequence, std::uint64_t 
                                {low(seed), high(seed)});
   return static_cast<double>((std::uint64_t{word[1]} << 32 | word[0]) >> 11) * 0x1p-53;
 }
+
+/// Normal random numbers, the same on every platform's std::mt19937_64 (Box-Muller by hand).
+class Random {
+ public:
+  explicit Random(std::uint64_t seed) : bits_(seed) {}
+  double uniform() { return static_cast<double>(bits_() >> 11) * 0x1p-53; }
+  double normal() {
+    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
+  }
+  template <class Scalar>
+  Matrix<Scalar> matrix(Index rows, Index cols, double scale = 1) {
+    Matrix<Scalar> m(rows, cols);
+    for (Index i = 0; i < m.size(); ++i) m.data()[i] = static_cast<Scalar>(scale * normal());
+    return m;
+  }
+
+ private:
+  std::mt19937_64 bits_;
+};
 
 // Scores below the k-th largest become -inf.
 inline void keep_top_k(std::vector<double>& scores, std::size_t k) {

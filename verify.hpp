@@ -15,8 +15,6 @@
 #include <dlfcn.h>
 #include <tbb/parallel_for.h>
 
-#include <mutex>
-
 #include "mamba.hpp"
 #include "verify.h"
 
@@ -111,7 +109,7 @@ struct Rule {
   }
 };
 
-inline Rule rule(DType dtype) {
+constexpr Rule rule(DType dtype) {
   constexpr double kLargest = 3.4028234663852886e38;
   if (dtype == DType::F64) return {256, 0x1p-53, 0, 0x1p-53, 1.7976931348623157e308};
   if (dtype == DType::F16) return {4, 0x1p-11, 0x1p-14, 0x1p-24, 65504};
@@ -121,23 +119,50 @@ inline Rule rule(DType dtype) {
 
 // ================================ 2. Operations and cases ========================================
 
+enum class Role { input, cotangent, output, gradient };
+
 /// A tensor of an operation. A letter is an extent: b batch, t time, d channel, g group, n state,
 /// h head, p channel of a head, w tap, v tap before the last.
 struct Part {
-  const char *name, *file;   // the letters in the file's order, that of the official interface
-  const char *rows, *cols;   // the letters as rows and columns of a matrix of ssm_reference.hpp
+  std::string name;
+  const char* file;          // the letters in the order of the official interface
+  const char *rows, *cols;   // and as a matrix of ssm_reference.hpp
   bool optional = false;     // may be left out
   bool stays_float = false;  // parameters and states are float32 in 16-bit cases, too
+  Role role = Role::input;
   bool has(char letter) const { return std::strchr(file, letter); }
+  bool is_given() const { return role == Role::input || role == Role::cotangent; }
+  DType dtype(DType of_case) const {
+    return stays_float && of_case != DType::F64 ? DType::F32 : of_case;
+  }
 };
 
-/// The values of the letter `split` go their own way, but for sums over the values of a group.
+/// Inputs and, by the official names, what is made of them. The values of the letter `split` go
+/// their own way, but for sums over the values of a group.
 struct Operation {
   const char* name;
   char split;  // or 0
-  std::vector<Part> inputs;
-  Part out;
-  std::optional<Part> start, end;  // the state; start is one of the inputs
+  std::vector<Part> parts;
+  std::string start = {}, end = {};  // the state, if there is one
+
+  Operation(const char* name, char split, const std::vector<Part>& inputs, Part out,
+            const std::string& last = "")
+      : name(name), split(split), parts(inputs), end(last) {
+    const auto add = [&](Part part, const std::string& as, Role role) {
+      part.name = as, part.role = role, parts.push_back(part);
+    };
+    add(out, "out", Role::output), add(out, "dout", Role::cotangent);
+    for (const Part& part : inputs) add(part, "d" + part.name, Role::gradient);
+    if (end.empty()) return;
+    start = inputs.back().name;
+    add(inputs.back(), end, Role::output), add(inputs.back(), "d" + end, Role::cotangent);
+  }
+  const std::string& step() const { return parts[1].name; }  // of a scan
+  const Part* find(const std::string& name) const {
+    for (const Part& part : parts)
+      if (part.name == name) return &part;
+    return nullptr;
+  }
 };
 
 // clang-format off
@@ -147,24 +172,21 @@ inline const std::vector<Operation> kOperations = {
       {"B", "bgnt", "t", "gn"}, {"C", "bgnt", "t", "gn"}, {"D", "d", "", "d", true, true},
       {"z", "bdt", "t", "d", true}, {"delta_bias", "d", "", "d", true, true},
       {"h0", "bdn", "d", "n", true, true}},
-     {"out", "bdt", "t", "d"},
-     Part{"h0", "bdn", "d", "n", true, true}, Part{"hT", "bdn", "d", "n", false, true}},
+     {"out", "bdt", "t", "d"}, "hT"},
     {"ssd", 'h',
      {{"x", "bthp", "t", "hp"}, {"dt", "bth", "t", "h"}, {"A", "h", "h", "", false, true},
       {"B", "btgn", "t", "gn"}, {"C", "btgn", "t", "gn"}, {"D", "h", "", "h", true, true},
       {"dt_bias", "h", "", "h", true, true}, {"h0", "bhpn", "hp", "n", true, true}},
-     {"out", "bthp", "t", "hp"},
-     Part{"h0", "bhpn", "hp", "n", true, true}, Part{"hT", "bhpn", "hp", "n", false, true}},
+     {"out", "bthp", "t", "hp"}, "hT"},
     {"causal_conv1d", 'd',
      {{"x", "bdt", "t", "d"}, {"weight", "dw", "d", "w"}, {"bias", "d", "", "d", true},
       {"initial_states", "bdv", "v", "d", true}},
-     {"out", "bdt", "t", "d"},
-     Part{"initial_states", "bdv", "v", "d", true}, Part{"final_states", "bdv", "v", "d"}},
+     {"out", "bdt", "t", "d"}, "final_states"},
     {"rms_norm", 0,
-     {{"x", "btd", "t", "d"}, {"weight", "d", "", "d"}}, {"out", "btd", "t", "d"}, {}, {}},
+     {{"x", "btd", "t", "d"}, {"weight", "d", "", "d"}}, {"out", "btd", "t", "d"}},
     {"gated_rms_norm", 0,
      {{"x", "btd", "t", "d"}, {"z", "btd", "t", "d"}, {"weight", "d", "", "d"}},
-     {"out", "btd", "t", "d"}, {}, {}}};
+     {"out", "btd", "t", "d"}}};
 // clang-format on
 inline constexpr const char *kScans = "selective_scan ssd", *kNorms = "rms_norm gated_rms_norm",
                             *kStates = "selective_scan ssd causal_conv1d",
@@ -175,8 +197,6 @@ inline bool is_of(const std::string& list, const Operation& op) {
   return (" " + list + " ").find(std::string(" ") + op.name + " ") != std::string::npos;
 }
 
-inline std::string gradient(const Part& part) { return std::string("d") + part.name; }
-
 /// Part of a case: of sequence b, tokens from t on, values of the split letter from s on.
 struct Slice {
   Index b = 0, t = 0, t_count = 0, s = 0, s_count = 0;
@@ -184,17 +204,16 @@ struct Slice {
 
 /// A block of a tensor in a file as the matrix of the reference that it stands for.
 struct Block {
-  Index at = 0, row_stride = 0, col_stride = 0, row = 0, rows = 1, col = 0, cols = 1;
-  Index index(Index r, Index c) const {
-    return at + (row + r) * row_stride + (col + c) * col_stride;
-  }
+  Index at = 0, rows = 1, row_step = 0, cols = 1, col_step = 0;
+  Index index(Index r, Index c) const { return at + r * row_step + c * col_step; }
 };
 
 /// Ways in which a kernel may go wrong between its inputs and its outputs, for hints.
 struct Flaws {
-  bool loses_state = false, loses_gradient = false;  // at every boundary of chunks
   Index chunk = 0;
-  std::optional<DType> state_dtype = {};  // 16 bits
+  bool loses_state = false, loses_gradient = false;  // at every boundary of chunks
+  std::optional<DType> state_dtype = {};             // 16 bits
+  bool has_linear_decay = false;                     // 1 + delta A, not exp(delta A); chunk = 1
 };
 
 struct Case {
@@ -210,140 +229,111 @@ struct Case {
   Flaws flaws;
   bool is_guess = false;  // changed by a bug that is tried: what overflows may be anything
 
-  Case(std::string name, Checkpoint from);
-  Index all(const char* letters) const {
-    Index n = 1;
-    for (; *letters; ++letters) n *= extent.at(*letters);
-    return n;
+  Case(std::string name, Checkpoint from) : name(std::move(name)), file(std::move(from)) {
+    const std::string kind = file.metadata.count("kind") ? file.metadata.at("kind") : "";
+    for (const Operation& each : kOperations)
+      if (each.name == kind) op = &each;
+    if (!op)
+      fail("bad option: ", file.where, ": kind: expected one of ", kAll, " in the metadata, found ",
+           quote(kind));
+    softplus = number("softplus", kind == "ssd") != 0, silu = number("silu", 0) != 0;
+    eps = number("eps", 1e-5);
+    for (const Role role : {Role::input, Role::cotangent})
+      for (const Part& part : op->parts) {
+        if (part.role != role) continue;
+        const bool needed = role == Role::input && !part.optional;
+        if (const Tensor* tensor = needed ? &file.at(part.name) : file.find(part.name))
+          bind(part, *tensor);
+        if (extent.count('w')) extent['v'] = extent['w'] - 1;
+      }
+    dtype = file.at(op->parts[0].name).dtype, judged = extent.at('t');
+    if (splits() % groups())
+      fail("bad shape: ", file.where, ": 'B': expected a divisor of ", splits(), " groups, found ",
+           groups());
+    if (kind != "gated_rms_norm") return;
+    const auto d = static_cast<double>(extent.at('d')), group = number("group_size", d);
+    norm_groups = group >= 1 ? static_cast<Index>(d / group) : 0;
+    if (norm_groups < 1 || static_cast<double>(norm_groups) * group != d)
+      fail("bad option: ", file.where, ": group_size: expected a divisor of ", d, ", found ",
+           group);
   }
-  Index splits() const { return op->split ? extent.at(op->split) : 1; }
-  Index groups() const { return extent.count('g') ? extent.at('g') : 1; }
+  Index size(char letter) const { return extent.count(letter) ? extent.at(letter) : 1; }
+  Index splits() const { return size(op->split); }
+  Index groups() const { return size('g'); }
   Shape shape(const Part& part) const {
     Shape shape;
     for (const char* c = part.file; *c; ++c) shape.push_back(extent.at(*c));
     return shape;
   }
-  Block block(const Part& part, const Slice& slice) const;
-  std::map<std::string, Part> outputs() const;
+  Block block(const Part& part, const Slice& slice) const {
+    std::map<char, Index> step;
+    Index inner = 1;
+    for (std::size_t i = std::strlen(part.file); i-- > 0; inner *= extent.at(part.file[i]))
+      step[part.file[i]] = inner;
+    Block block;
+    block.at = part.has('b') ? slice.b * step['b'] : 0;
+    const auto place = [&](const char* letters, Index& count, Index& by) {
+      if (!*letters) return;
+      by = step[letters[std::strlen(letters) - 1]];
+      Index each = 1, first = 0;  // columns for each value of the first letter
+      for (const char* c = letters + 1; *c; ++c) each *= extent.at(*c);
+      count = extent.at(*letters);
+      if (*letters == 't') first = slice.t, count = slice.t_count;
+      if (*letters == op->split) first = slice.s, count = slice.s_count;
+      if (*letters == 'g' && slice.s_count < splits())
+        first = slice.s * groups() / splits(), count = 1;
+      count *= each, block.at += first * each * by;
+    };
+    place(part.rows, block.rows, block.row_step);
+    place(part.cols, block.cols, block.col_step);
+    return block;
+  }
+  /// All that a kernel may give back: forward, and the gradient of every input there is.
+  std::vector<Part> outputs() const {
+    std::vector<Part> all;
+    for (const Part& part : op->parts)
+      if (part.role == Role::output ||
+          (part.role == Role::gradient && file.find(part.name.substr(1))))
+        all.push_back(part);
+    return all;
+  }
 
  private:
-  double number(const std::string& key, double otherwise) const;
-  void bind(const Part& part, const std::string& name, const Tensor& tensor);
-  void set_norm_groups();
+  /// An option in the metadata.
+  double number(const std::string& key, double otherwise) const {
+    const auto found = file.metadata.find(key);
+    if (found == file.metadata.end()) return otherwise;
+    char* end = nullptr;
+    const double value = std::strtod(found->second.c_str(), &end);
+    if (found->second.empty() || *end)
+      fail("bad option: ", file.where, ": ", key, ": expected a number, found ",
+           quote(found->second));
+    return value;
+  }
+  /// The extents that a tensor gives; those already known must be the same, and its values numbers.
+  void bind(const Part& part, const Tensor& tensor) {
+    const std::string where = file.where + ": " + quote(part.name);
+    if (tensor.dtype > DType::BF16)
+      fail("wrong dtype: ", where, ": expected F64, F32, F16 or BF16, found ",
+           dtype_name(tensor.dtype));
+    const std::size_t n = std::strlen(part.file);
+    std::string expected;
+    bool fits = tensor.shape.size() == n;
+    for (std::size_t i = 0; i < n; ++i) {
+      const Index found = i < tensor.shape.size() ? tensor.shape[i] : -1;
+      const auto [known, is_new] = extent.emplace(part.file[i], found);
+      fits = fits && known->second == found && (found > 0 || part.file[i] == 'v');
+      expected += i ? ", " : "";
+      expected += is_new ? std::string(1, part.file[i]) : std::to_string(known->second);
+    }
+    if (!fits)
+      fail("bad shape: ", where, ": expected (", expected, "), found ", shape_text(tensor.shape));
+    if (const auto bad =
+            count_values(tensor, [](auto v, std::size_t) { return !isfinite(double(v)); }))
+      fail("not a number: ", where, ": expected finite inputs, found ", bad, " of ", tensor.size(),
+           " values NaN or infinite");
+  }
 };
-
-/// An option in the metadata.
-inline double Case::number(const std::string& key, double otherwise) const {
-  const auto found = file.metadata.find(key);
-  if (found == file.metadata.end()) return otherwise;
-  char* end = nullptr;
-  const double value = std::strtod(found->second.c_str(), &end);
-  if (found->second.empty() || *end)
-    fail("bad option: ", file.where, ": ", key, ": expected a number, found ",
-         quote(found->second));
-  return value;
-}
-
-/// The extents that an input gives; those already known must be the same, and its values numbers.
-inline void Case::bind(const Part& part, const std::string& name, const Tensor& tensor) {
-  const std::string where = file.where + ": " + quote(name);
-  if (tensor.dtype > DType::BF16)
-    fail("wrong dtype: ", where, ": expected F64, F32, F16 or BF16, found ",
-         dtype_name(tensor.dtype));
-  const std::size_t n = std::strlen(part.file);
-  std::string expected;
-  for (std::size_t i = 0; i < n; ++i) {
-    const auto known = extent.find(part.file[i]);
-    expected += (i ? ", " : "") + (known == extent.end() ? std::string(1, part.file[i])
-                                                         : std::to_string(known->second));
-  }
-  bool fits = tensor.shape.size() == n;
-  for (std::size_t i = 0; fits && i < n; ++i) {
-    const Index found = extent.emplace(part.file[i], tensor.shape[i]).first->second;
-    fits = found == tensor.shape[i] && (found > 0 || part.file[i] == 'v');
-  }
-  if (!fits)
-    fail("bad shape: ", where, ": expected (", expected, "), found ", shape_text(tensor.shape));
-  const std::size_t bad = count_values(
-      tensor, [](auto v, std::size_t) { return !std::isfinite(static_cast<double>(v)); });
-  if (bad > 0)
-    fail("not a number: ", where, ": expected finite inputs, found ", bad, " of ", tensor.size(),
-         " values NaN or infinite");
-}
-
-inline void Case::set_norm_groups() {
-  const auto d = static_cast<double>(extent.at('d'));
-  const double size = number("group_size", d);
-  norm_groups = size >= 1 ? static_cast<Index>(d / size) : 0;
-  if (norm_groups < 1 || static_cast<double>(norm_groups) * size != d)
-    fail("bad option: ", file.where, ": group_size: expected a divisor of ", d, ", found ", size);
-}
-
-inline Case::Case(std::string name, Checkpoint from)
-    : name(std::move(name)), file(std::move(from)) {
-  const std::string kind = file.metadata.count("kind") ? file.metadata.at("kind") : "";
-  for (const Operation& each : kOperations)
-    if (each.name == kind) op = &each;
-  if (!op)
-    fail("bad option: ", file.where, ": kind: expected one of ", kAll, " in the metadata, found ",
-         quote(kind));
-  softplus = number("softplus", kind == "ssd") != 0, silu = number("silu", 0) != 0;
-  eps = number("eps", 1e-5);
-  for (const Part& part : op->inputs) {
-    const Tensor* tensor = part.optional ? file.find(part.name) : &file.at(part.name);
-    if (tensor) bind(part, part.name, *tensor);
-    if (extent.count('w')) extent['v'] = extent['w'] - 1;
-  }
-  dtype = file.at(op->inputs[0].name).dtype, judged = extent.at('t');
-  for (const Part* part : {&op->out, op->end ? &*op->end : nullptr})  // cotangents
-    if (const Tensor* tensor = part ? file.find(gradient(*part)) : nullptr)
-      bind(*part, gradient(*part), *tensor);
-  if (splits() % groups())
-    fail("bad shape: ", file.where, ": 'B': expected a divisor of ", splits(), " groups, found ",
-         groups());
-  if (kind == "gated_rms_norm") set_norm_groups();
-}
-
-inline Block Case::block(const Part& part, const Slice& slice) const {
-  std::map<char, Index> stride;
-  Index step = 1;
-  for (std::size_t i = std::strlen(part.file); i-- > 0; step *= extent.at(part.file[i]))
-    stride[part.file[i]] = step;
-  const auto range = [&](const char* letters, Index& first, Index& count, Index& by) {
-    first = 0, count = all(letters);
-    if (!*letters) return;
-    by = stride[letters[std::strlen(letters) - 1]];
-    const Index inner = all(letters + 1);
-    if (*letters == 't') first = slice.t, count = slice.t_count;
-    if (*letters == op->split) first = slice.s * inner, count = slice.s_count * inner;
-    if (*letters != 'g' || slice.s_count == splits()) return;
-    first = slice.s * groups() / splits() * inner, count = inner;
-  };
-  Block b;
-  b.at = part.has('b') ? slice.b * stride['b'] : 0;
-  range(part.rows, b.row, b.rows, b.row_stride);
-  range(part.cols, b.col, b.cols, b.col_stride);
-  return b;
-}
-
-/// Every tensor that a file of the operation may hold: inputs, outputs, and d of either.
-inline std::map<std::string, Part> all_parts(const Operation& op) {
-  std::map<std::string, Part> all;
-  const auto add = [&](const Part& part) { all[part.name] = all[gradient(part)] = part; };
-  for (const Part& part : op.inputs) add(part);
-  add(op.out);
-  if (op.end) add(*op.end);
-  return all;
-}
-
-/// All that a kernel may give back, by name: forward, and the gradient of every input there is.
-inline std::map<std::string, Part> Case::outputs() const {
-  std::map<std::string, Part> all = {{op->out.name, op->out}};
-  if (op->end) all.emplace(op->end->name, *op->end);
-  for (const Part& part : op->inputs)
-    if (file.find(part.name)) all.emplace(gradient(part), part);
-  return all;
-}
 
 inline Matrix<Bounded> read(const Tensor& tensor, const Block& block) {
   Matrix<Bounded> m(block.rows, block.cols);
@@ -359,7 +349,7 @@ inline Matrix<Bounded> read(const Tensor& tensor, const Block& block) {
   return m;
 }
 
-/// A value of a tensor's dtype for each element, all NaN, to be filled by somebody.
+/// A tensor that is all NaN, to be filled by somebody.
 inline Tensor empty_tensor(const std::string& name, DType dtype, Shape shape) {
   Tensor tensor{name, dtype, std::move(shape), nullptr, nullptr};
   const auto bytes = std::make_shared<std::vector<unsigned char>>(tensor.byte_size(), 0xff);
@@ -367,109 +357,125 @@ inline Tensor empty_tensor(const std::string& name, DType dtype, Shape shape) {
   return tensor;
 }
 
-/// The numbers of a tensor of a case, in double and its own, to be changed; none: not there.
+/// The numbers of a tensor in double, of one of a case its own, to be changed; none: not there.
 using Numbers = Eigen::Map<Eigen::ArrayXd>;
+inline Numbers numbers(const Tensor& tensor) {
+  return {static_cast<double*>(const_cast<void*>(tensor.data)), static_cast<Index>(tensor.size())};
+}
 inline Numbers numbers(Case& c, const std::string& name) {
   const auto found = c.file.tensors.find(name);
   if (found == c.file.tensors.end()) return {nullptr, 0};
   found->second = to_dtype(found->second, DType::F64);
-  return {static_cast<double*>(const_cast<void*>(found->second.data)),
-          static_cast<Index>(found->second.size())};
+  return numbers(found->second);
 }
 
 // ================================ 3. The reference by name =======================================
 
 using Named = std::map<std::string, Matrix<Bounded>>;
+using State = ssm::StateMatrix<Bounded>;
 
-inline ssm::View<Bounded> view(const Named& in, const char* name) {
+inline ssm::View<Bounded> view(const Named& in, const std::string& name) {
   const auto found = in.find(name);
   return found == in.end() ? ssm::View<Bounded>() : ssm::View<Bounded>(found->second);
 }
 
-inline ssm::ScanInputs<Bounded> scan_inputs(const Case& c, const Named& in,
-                                            const ssm::StateMatrix<Bounded>& A) {
-  ssm::ScanInputs<Bounded> s;
-  s.x = view(in, "u"), s.delta = view(in, "delta"), s.A = A, s.B = view(in, "B");
-  s.C = view(in, "C"), s.D = view(in, "D"), s.z = view(in, "z");
-  s.delta_bias = view(in, "delta_bias"), s.delta_softplus = c.softplus;
-  return s;
+/// Calls use with the inputs of a scan as the reference has them.
+template <class Use>
+void with_scan(const Case& c, const Named& in, const Use& use) {
+  const State A = in.at("A");
+  const std::string &x = c.op->parts[0].name, &step = c.op->step();
+  const auto fill = [&](auto& to, auto& delta, auto& bias, bool& softplus) {
+    to.x = view(in, x), delta = view(in, step), bias = view(in, step + "_bias"), to.A = A;
+    to.B = view(in, "B"), to.C = view(in, "C"), to.D = view(in, "D"), softplus = c.softplus;
+    use(to);
+  };
+  ssm::ScanInputs<Bounded> scan;
+  ssm::SsdInputs<Bounded> ssd;
+  scan.z = view(in, "z");
+  if (c.op->split == 'h') return fill(ssd, ssd.dt, ssd.dt_bias, ssd.dt_softplus);
+  fill(scan, scan.delta, scan.delta_bias, scan.delta_softplus);
 }
 
-inline ssm::SsdInputs<Bounded> ssd_inputs(const Case& c, const Named& in,
-                                          const ssm::StateMatrix<Bounded>& A) {
-  ssm::SsdInputs<Bounded> s;
-  s.x = view(in, "x"), s.dt = view(in, "dt"), s.A = A, s.B = view(in, "B"), s.C = view(in, "C");
-  s.D = view(in, "D"), s.dt_bias = view(in, "dt_bias"), s.dt_softplus = c.softplus;
-  return s;
+// The forms are the sequential ones: rounding is bounded along the recurrence itself.
+
+inline Matrix<Bounded> run(const ssm::ScanInputs<Bounded>& in, State& h) {
+  return ssm::selective_scan_sequential<Bounded>(in, h);
+}
+inline Matrix<Bounded> run(const ssm::SsdInputs<Bounded>& in, State& h) {
+  return ssm::ssd_sequential<Bounded>(in, h);
+}
+inline Named run_back(const ssm::ScanInputs<Bounded>& in, const State& h0,
+                      const Matrix<Bounded>& dout, State& dh) {
+  const auto g = ssm::selective_scan_backward<Bounded>(in, h0, dout, dh);
+  return {{"u", g.x}, {"delta", g.delta}, {"A", g.A}, {"B", g.B},
+          {"C", g.C}, {"D", g.D},         {"z", g.z}, {"delta_bias", g.delta_bias}};
+}
+inline Named run_back(const ssm::SsdInputs<Bounded>& in, const State& h0,
+                      const Matrix<Bounded>& dout, State& dh) {
+  const auto g = ssm::ssd_sequential_backward<Bounded>(in, h0, dout, dh);
+  return {{"x", g.x}, {"dt", g.dt},          {"A", g.A}, {"B", g.B}, {"C", g.C},
+          {"D", g.D}, {"dt_bias", g.dt_bias}};
 }
 
-/// The operation on the inputs, by name. `state` advances. The forms are the sequential ones:
-/// rounding is bounded along the recurrence itself.
+inline Matrix<Bounded> convolve(const Named& in, Matrix<Bounded>& state) {
+  return ssm::causal_conv1d<Bounded>(view(in, "x"), view(in, "weight"), view(in, "bias"), state);
+}
+
+/// The operation on the inputs, by name. `state` advances.
 inline Matrix<Bounded> forward(const Case& c, const Named& in, Matrix<Bounded>& state) {
-  const std::string op = c.op->name;
-  if (op == "causal_conv1d") {
-    const Matrix<Bounded> y =
-        ssm::causal_conv1d<Bounded>(view(in, "x"), view(in, "weight"), view(in, "bias"), state);
+  if (is_of("rms_norm", *c.op))
+    return ssm::rms_norm<Bounded>(in.at("x"), in.at("weight").row(0), c.eps);
+  if (is_of("gated_rms_norm", *c.op))
+    return ssm::gated_rms_norm<Bounded>(in.at("x"), view(in, "z"), in.at("weight").row(0), c.eps,
+                                        c.norm_groups);
+  Matrix<Bounded> y;
+  if (is_of("causal_conv1d", *c.op)) {
+    y = convolve(in, state);
     return c.silu ? Matrix<Bounded>(ssm::silu(y.array())) : y;
   }
-  if (!c.op->split) {
-    const ssm::Row<Bounded> weight = in.at("weight").row(0);
-    if (op == "rms_norm") return ssm::rms_norm<Bounded>(in.at("x"), weight, c.eps);
-    return ssm::gated_rms_norm<Bounded>(in.at("x"), view(in, "z"), weight, c.eps, c.norm_groups);
-  }
-  const ssm::StateMatrix<Bounded> A = in.at("A");
-  ssm::StateMatrix<Bounded> h = state;
-  const Matrix<Bounded> y = op == "ssd"
-                                ? ssm::ssd_sequential<Bounded>(ssd_inputs(c, in, A), h)
-                                : ssm::selective_scan_sequential<Bounded>(scan_inputs(c, in, A), h);
+  State h = state;
+  with_scan(c, in, [&](const auto& scan) { y = run(scan, h); });
   state = h;
   return y;
-}
-
-inline Named conv_backward(const Case& c, const Named& in, const Matrix<Bounded>& state,
-                           Matrix<Bounded> dy, Matrix<Bounded>& dstate) {
-  if (c.silu) {
-    Matrix<Bounded> end = state;
-    const Matrix<Bounded> y =
-        ssm::causal_conv1d<Bounded>(view(in, "x"), view(in, "weight"), view(in, "bias"), end);
-    dy.array() *= ssm::silu_derivative(y.array());
-  }
-  const auto g = ssm::causal_conv1d_backward<Bounded>(view(in, "x"), view(in, "weight"),
-                                                      view(in, "bias"), state, dy, dstate);
-  return {{"x", g.x}, {"weight", g.weight}, {"bias", g.bias}};
-}
-
-inline Named norm_backward(const Case& c, const Named& in, const Matrix<Bounded>& dout) {
-  const ssm::Row<Bounded> weight = in.at("weight").row(0);
-  if (c.op->name == std::string("rms_norm")) {
-    const auto g = ssm::rms_norm_backward<Bounded>(in.at("x"), weight, c.eps, dout);
-    return {{"x", g.x}, {"weight", g.weight}};
-  }
-  const auto g = ssm::gated_rms_norm_backward<Bounded>(in.at("x"), view(in, "z"), weight, c.eps,
-                                                       c.norm_groups, dout);
-  return {{"x", g.y}, {"z", g.z}, {"weight", g.weight}};
 }
 
 /// The gradient of every input, by the input's name. `dstate` goes from the end to the start.
 inline Named backward(const Case& c, const Named& in, const Matrix<Bounded>& state,
                       Matrix<Bounded>& dstate) {
-  const Matrix<Bounded>& dout = in.at(gradient(c.op->out));
-  if (!c.op->split) return norm_backward(c, in, dout);
-  if (c.op->name == std::string("causal_conv1d")) return conv_backward(c, in, state, dout, dstate);
-  const ssm::StateMatrix<Bounded> A = in.at("A"), h0 = state;
-  ssm::StateMatrix<Bounded> dh = dstate;
-  Named all;
-  if (c.op->split == 'h') {
-    const auto g = ssm::ssd_sequential_backward<Bounded>(ssd_inputs(c, in, A), h0, dout, dh);
-    all = {{"x", g.x}, {"dt", g.dt},          {"A", g.A}, {"B", g.B}, {"C", g.C},
-           {"D", g.D}, {"dt_bias", g.dt_bias}};
-  } else {
-    const auto g = ssm::selective_scan_backward<Bounded>(scan_inputs(c, in, A), h0, dout, dh);
-    all = {{"u", g.x}, {"delta", g.delta}, {"A", g.A}, {"B", g.B},
-           {"C", g.C}, {"D", g.D},         {"z", g.z}, {"delta_bias", g.delta_bias}};
+  Matrix<Bounded> dout = in.at("dout");
+  if (is_of("rms_norm", *c.op)) {
+    const auto g = ssm::rms_norm_backward<Bounded>(in.at("x"), in.at("weight").row(0), c.eps, dout);
+    return {{"x", g.x}, {"weight", g.weight}};
   }
+  if (is_of("gated_rms_norm", *c.op)) {
+    const auto g = ssm::gated_rms_norm_backward<Bounded>(
+        in.at("x"), view(in, "z"), in.at("weight").row(0), c.eps, c.norm_groups, dout);
+    return {{"x", g.y}, {"z", g.z}, {"weight", g.weight}};
+  }
+  if (is_of("causal_conv1d", *c.op)) {
+    Matrix<Bounded> end = state;
+    if (c.silu) dout.array() *= ssm::silu_derivative(convolve(in, end).array());
+    const auto g = ssm::causal_conv1d_backward<Bounded>(view(in, "x"), view(in, "weight"),
+                                                        view(in, "bias"), state, dout, dstate);
+    return {{"x", g.x}, {"weight", g.weight}, {"bias", g.bias}};
+  }
+  Named all;
+  const State h0 = state;
+  State dh = dstate;
+  with_scan(c, in, [&](const auto& scan) { all = run_back(scan, h0, dout, dh); });
   dstate = dh;
   return all;
+}
+
+/// 1 + delta A where exp(delta A) belongs, for every state, which a token of A = 0 then leaves alone.
+inline Matrix<Bounded> linear_decay(const Case& c, Named& in, const Matrix<Bounded>& state) {
+  Matrix<Bounded> a;
+  with_scan(c, in, [&](const auto& scan) {
+    a = ssm::step_size(scan).transpose().asDiagonal() * in.at("A");
+  });
+  in.at("A").setZero();
+  a.array() += 1;
+  return a.replicate(state.rows() / a.rows(), state.cols() / a.cols());
 }
 
 // ================================ 4. The verdict =================================================
@@ -489,7 +495,6 @@ struct Verdict {
   double rms() const { return std::sqrt(squares / static_cast<double>(entries)); }
   double scale() const { return got_want / want_want; }  // got is this times what is right
 };
-
 using Verdicts = std::map<std::string, Verdict>;
 
 inline std::vector<Index> unravel(Index at, const Shape& shape) {
@@ -511,30 +516,30 @@ inline double distance(double got, const Bounded& want, const Rule& rule) {
 }
 
 /// Compares what a file holds with the reference, piece by piece: memory does not grow with the
-/// length but for the states in which pieces begin. Or fills the outputs of the file with it.
+/// length but for the states in which pieces begin. Or fills the outputs of the file with it. Units
+/// are computed side by side, added up and compared one by one: the same bits every time.
 class Judge {
  public:
   explicit Judge(const Case& c, bool fills = false)
       : case_(c), fills_(fills), length_(c.extent.at('t')), piece_(piece()) {
-    for (const auto& [name, part] : c.outputs())
-      if (const Tensor* tensor = c.file.find(name)) open(part, name, *tensor);
-    if (gradients_) c.file.at(gradient(c.op->out));
+    for (const Part& part : c.outputs())
+      if (const Tensor* tensor = c.file.find(part.name)) open(part, *tensor);
+    if (gradients_) c.file.at("dout");
   }
 
   Verdicts run() {
-    const bool any = std::any_of(verdicts_.begin(), verdicts_.end(),
-                                 [](const auto& named) { return named.second.is_shaped; });
-    for (Index b = 0; any && b < case_.extent.at('b'); ++b) run_sequence(b);
-    for (const auto& [name, sum] : sums_) compare(name, {0, 0, length_, 0, case_.splits()}, sum);
+    for (Index b = 0; any_ && b < case_.extent.at('b'); ++b) run_sequence(b);
+    for (const auto& [name, sum] : sums_)
+      compare(verdicts_.at(name), {0, sum.rows(), 1}, sum, sum.rows());
     return std::move(verdicts_);
   }
 
  private:
-  void open(const Part& part, const std::string& name, const Tensor& tensor) {
+  void open(const Part& part, const Tensor& tensor) {
     Verdict v{part, rule(case_.dtype)};
     // A state of the scan that is stored as float was never anything else; that of an ssd may have
     // been summed from factors rounded for a matrix unit.
-    const bool is_scans_state = case_.op->name == std::string("selective_scan") && name == "hT";
+    const bool is_scans_state = case_.op->split == 'd' && part.name == "hT";
     if (is_scans_state && tensor.dtype <= DType::F32 && case_.dtype > DType::F32)
       v.rule = rule(DType::F32);
     v.is_shaped = tensor.shape == case_.shape(part) && tensor.dtype <= DType::BF16;
@@ -544,117 +549,132 @@ class Judge {
                dtype_name(tensor.dtype) + " " + shape_text(tensor.shape);
     }
     for (const char* c = part.file; *c; ++c) v.wrong_at[*c].resize(case_.extent.at(*c));
-    gradients_ |= name[0] == 'd';
-    verdicts_.emplace(name, std::move(v));
+    any_ |= v.is_shaped, gradients_ |= part.role == Role::gradient;
+    verdicts_.emplace(part.name, std::move(v));
   }
 
-  /// Some channels of a group, or a head, or all.
-  std::vector<Slice> units(Index b) const {
-    constexpr Index kChannels = 16;
-    const Index all = case_.splits(), group = all / case_.groups();
+  /// Tokens that are walked at once: their states stay in the cache.
+  Index piece() const {
+    if (case_.flaws.chunk > 0) return case_.flaws.chunk;
+    const Index channels = case_.op->split == 'd' ? kChannels : case_.size('p');
+    const Index state = case_.extent.count('n') ? channels * case_.extent.at('n') : 64;
+    return std::clamp<Index>((1 << 18) / state, 32, 2048);
+  }
+  /// Of piece i: some channels of a group, or a head, or all.
+  std::vector<Slice> units(Index b, Index i) const {
+    const Index all = case_.op->split ? case_.splits() : 1, group = all / case_.groups();
     const Index width = case_.op->split == 'd' ? std::min(kChannels, group) : 1;
     std::vector<Slice> units;
     for (Index g = 0; g < all; g += group)
       for (Index s = 0; s < group; s += width)
-        units.push_back({b, 0, 0, g + s, std::min(width, group - s)});
+        units.push_back({b, i * piece_, std::min(piece_, length_ - i * piece_), g + s,
+                         std::min(width, group - s)});
     return units;
   }
-  /// Tokens that are walked at once: their states stay in the cache.
-  Index piece() const {
-    if (case_.flaws.chunk > 0) return case_.flaws.chunk;
-    Index state = 64;
-    if (case_.op->split == 'd' && case_.extent.count('n')) state = 16 * case_.extent.at('n');
-    if (case_.op->split == 'h') state = case_.extent.at('p') * case_.extent.at('n');
-    return std::clamp<Index>((1 << 18) / state, 32, 2048);
-  }
 
-  /// Inputs and cotangents of a slice, states included: those that are not there are zero.
+  /// An input or cotangent of a slice; zero if it is not there.
+  Matrix<Bounded> get(const std::string& name, const Slice& slice) const {
+    const Block block = case_.block(*case_.op->find(name), slice);
+    const Tensor* tensor = case_.file.find(name);
+    return tensor ? read(*tensor, block) : Matrix<Bounded>::Zero(block.rows, block.cols);
+  }
   Named source(const Slice& slice) const {
     Named in;
-    const auto add = [&](const Part& part, const std::string& name) {
-      const Block block = case_.block(part, slice);
-      if (const Tensor* tensor = case_.file.find(name)) in[name] = read(*tensor, block);
-      const bool is_state = case_.op->end && !part.has('t') && part.has('b');
-      if (is_state && !in.count(name)) in[name] = Matrix<Bounded>::Zero(block.rows, block.cols);
-    };
-    for (const Part& part : case_.op->inputs) add(part, part.name);
-    add(case_.op->out, gradient(case_.op->out));
-    if (case_.op->end) add(*case_.op->end, gradient(*case_.op->end));
+    for (const Part& part : case_.op->parts)
+      if (part.is_given() && case_.file.find(part.name)) in[part.name] = get(part.name, slice);
     return in;
   }
 
-  /// Forward through all pieces and, for gradients, back; each unit for itself.
+  /// Calls make(unit, its inputs) for the units of piece i side by side, and takes what they give.
+  template <class Make>
+  void each_unit(Index b, Index i, const Make& make) {
+    const std::vector<Slice> all = units(b, i);
+    std::vector<Named> made(all.size());
+    tbb::parallel_for(std::size_t{0}, all.size(),
+                      [&](std::size_t u) { made[u] = make(u, source(all[u])); });
+    take(all, made);
+  }
+
+  /// Forward through all pieces and, for gradients, back.
   void run_sequence(Index b) {
     const Operation& op = *case_.op;
-    const std::vector<Slice> all = units(b);
-    const Index n = static_cast<Index>(all.size()), pieces = (length_ + piece_ - 1) / piece_;
-    std::vector<std::vector<Matrix<Bounded>>> starts(n);  // of unit, of piece: the state before it
-    std::vector<Matrix<Bounded>> dh(n);
-    const auto at = [&](Index unit, Index i) {
-      Slice slice = all[unit];
-      slice.t = i * piece_, slice.t_count = std::min(piece_, length_ - slice.t);
-      return slice;
-    };
-    tbb::parallel_for(Index{0}, n, [&](Index u) {
-      Matrix<Bounded> h;
-      if (op.end) h = source(at(u, 0)).at(op.start->name);
-      if (op.end) dh[u] = source(at(u, 0)).at(gradient(*op.end));
-      for (Index i = 0; i < pieces; ++i) {
-        if (case_.flaws.loses_state && i > 0) h.setZero();
-        if (gradients_) starts[u].push_back(h);
-        take(op.out.name, at(u, i), forward(case_, source(at(u, i)), h));
-        if (case_.flaws.state_dtype) round_to(*case_.flaws.state_dtype, h);
-      }
-      if (op.end) take(op.end->name, at(u, 0), h);
-    });
-    for (Index i = gradients_ ? pieces : 0; i-- > 0;) {
-      tbb::parallel_for(Index{0}, n, [&](Index u) {
-        const bool loses = case_.flaws.loses_state || case_.flaws.loses_gradient;
-        if (loses && i + 1 < pieces) dh[u].setZero();
-        for (const auto& [name, d] : backward(case_, source(at(u, i)), starts[u][i], dh[u]))
-          if (d.size() > 0) take("d" + name, at(u, i), d);
-        starts[u].pop_back();
-        if (i == 0 && op.start) take(gradient(*op.start), at(u, 0), dh[u]);
-      });
-      Slice whole = at(0, i);  // dB and dC are sums over the units of a group
-      whole.s = 0, whole.s_count = case_.splits();
-      for (const auto& [name, sum] : group_sums_) compare(name, whole, sum);
-      group_sums_.clear();
+    const Flaws& flaws = case_.flaws;
+    const Index pieces = (length_ + piece_ - 1) / piece_;
+    std::vector<Matrix<Bounded>> h, dh;                // of units
+    std::vector<std::vector<Matrix<Bounded>>> starts;  // of pieces: h before them
+    for (const Slice& unit : units(b, 0)) {
+      h.push_back(op.end.empty() ? Matrix<Bounded>() : get(op.start, unit));
+      dh.push_back(op.end.empty() ? Matrix<Bounded>() : get("d" + op.end, unit));
     }
+    for (Index i = 0; i < pieces; ++i) {
+      for (Matrix<Bounded>& state : h)
+        if (flaws.loses_state && i > 0) state.setZero();
+      if (gradients_) starts.push_back(h);
+      each_unit(b, i, [&](std::size_t u, Named in) {
+        if (flaws.has_linear_decay) h[u] = h[u].cwiseProduct(linear_decay(case_, in, h[u]));
+        Named made = {{"out", forward(case_, in, h[u])}};
+        if (flaws.state_dtype)
+          for (Bounded& v : h[u].reshaped())
+            with_type(*flaws.state_dtype, [&](auto t) { v.value = double(decltype(t)(v.value)); });
+        if (i + 1 == pieces) made[op.end] = h[u];
+        return made;
+      });
+    }
+    for (Index i = gradients_ ? pieces : 0; i-- > 0; starts.pop_back())
+      each_unit(b, i, [&](std::size_t u, Named in) {
+        if ((flaws.loses_state || flaws.loses_gradient) && i + 1 < pieces) dh[u].setZero();
+        Matrix<Bounded>& start = starts[i][u];
+        Matrix<Bounded> decay;
+        if (flaws.has_linear_decay)
+          decay = linear_decay(case_, in, start), start = start.cwiseProduct(decay);
+        Named made;
+        for (auto& [name, d] : backward(case_, in, start, dh[u])) made["d" + name] = d;
+        if (flaws.has_linear_decay) {  // it may be differentiated as what it is or as exp
+          dh[u] = dh[u].cwiseProduct(decay);
+          for (const std::string& name : {op.step(), op.step() + "_bias", std::string("A")})
+            made.erase("d" + name);
+        }
+        if (i == 0) made["d" + op.start] = dh[u];
+        return made;
+      });
   }
 
-  static void round_to(DType dtype, Matrix<Bounded>& m) {
-    for (Bounded& v : m.reshaped())
-      v.value =
-          dtype == DType::F16 ? double(Eigen::half(v.value)) : double(Eigen::bfloat16(v.value));
+  /// What the units have made. What several of a group, or several sequences, give to one output
+  /// is added up first.
+  void take(const std::vector<Slice>& units, std::vector<Named>& made) {
+    const auto group = [&](std::size_t u) { return units[u].s * case_.groups() / case_.splits(); };
+    for (std::size_t u = 0; u < units.size(); ++u)
+      for (const auto& [name, m] : made[u]) {
+        const auto found = verdicts_.find(name);
+        if (found == verdicts_.end() || !found->second.is_shaped) continue;
+        const Part& part = found->second.part;
+        const Block block = case_.block(part, units[u]);
+        if (!part.has('b')) {
+          Matrix<Bounded>& sum = sums_[name];
+          if (sum.size() == 0) sum.setZero(static_cast<Index>(case_.file.at(name).size()), 1);
+          for (Index r = 0; r < m.rows(); ++r)
+            for (Index c = 0; c < m.cols(); ++c) sum(block.index(r, c)) += m(r, c);
+        } else if (part.has('g') && u + 1 < units.size() && group(u + 1) == group(u)) {
+          made[u + 1].at(name) += m;
+        } else {
+          const Index padding = units[u].t + units[u].t_count - case_.judged;
+          compare(found->second, block, m,
+                  m.rows() - (*part.rows == 't' ? std::max<Index>(padding, 0) : 0));
+        }
+      }
   }
 
-  /// An output of a slice. What several units or sequences give to one output is added up first.
-  void take(const std::string& name, const Slice& slice, const Matrix<Bounded>& m) {
-    const auto found = verdicts_.find(name);
-    if (found == verdicts_.end() || !found->second.is_shaped) return;
-    const Part& part = found->second.part;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (part.has('b') && !part.has('g')) return compare(name, slice, m);
-    const Block block = case_.block(part, slice);
-    Matrix<Bounded>& sum = (part.has('b') ? group_sums_ : sums_)[name];
-    if (sum.size() == 0)
-      sum = Matrix<Bounded>::Zero(part.has('b') ? m.rows() : case_.all(part.rows),
-                                  case_.all(part.cols));
-    sum.block(part.has('b') ? 0 : block.row, block.col, m.rows(), m.cols()) += m;
-  }
-
-  void compare(const std::string& name, const Slice& slice, const Matrix<Bounded>& want) {
-    Verdict& v = verdicts_.at(name);
-    const Tensor& tensor = case_.file.at(name);
-    const Block block = case_.block(v.part, slice);
-    const Index padding = std::max<Index>(0, slice.t + slice.t_count - case_.judged);
-    const Index rows = want.rows() - (*v.part.rows == 't' ? padding : 0);
-    if (fills_) return fill(tensor, block, want);
+  void compare(Verdict& v, const Block& block, const Matrix<Bounded>& want, Index rows) const {
+    const Tensor& tensor = case_.file.at(v.part.name);
     const Matrix<Bounded> got = read(tensor, block);
     for (Index r = 0; r < rows; ++r)
-      for (Index c = 0; c < want.cols(); ++c)
-        compare(v, got(r, c).value, want(r, c), block.index(r, c));
+      for (Index c = 0; c < want.cols(); ++c) {
+        const Index at = block.index(r, c);
+        if (fills_)
+          numbers(tensor)[at] = want(r, c).value;
+        else
+          compare(v, got(r, c).value, want(r, c), at);
+      }
   }
   void compare(Verdict& v, double got, const Bounded& want, Index at) const {
     const bool overflows = case_.is_guess && !std::isfinite(got) && !(want.size < v.rule.largest);
@@ -667,54 +687,44 @@ class Judge {
     const std::vector<Index> index = unravel(at, case_.shape(v.part));
     for (std::size_t i = 0; i < index.size(); ++i) ++v.wrong_at[v.part.file[i]][index[i]];
   }
-  static void fill(const Tensor& tensor, const Block& block, const Matrix<Bounded>& want) {
-    auto* values = static_cast<double*>(const_cast<void*>(tensor.data));
-    for (Index r = 0; r < want.rows(); ++r)
-      for (Index c = 0; c < want.cols(); ++c) values[block.index(r, c)] = want(r, c).value;
-  }
 
+  static constexpr Index kChannels = 16;
   const Case& case_;
   const bool fills_;
   const Index length_, piece_;
-  bool gradients_ = false;
+  bool any_ = false, gradients_ = false;  // there is something to compare; a gradient
   Verdicts verdicts_;
-  Named group_sums_, sums_;  // over the units of a group, in a piece; over all sequences
-  std::mutex mutex_;
+  Named sums_;  // over all sequences
 };
 
 /// Adds the outputs themselves to a case, in double.
 inline void add_expected(Case& c) {
-  for (const auto& [name, part] : c.outputs())
-    c.file.tensors[name] = empty_tensor(name, DType::F64, c.shape(part));
+  for (const Part& part : c.outputs())
+    c.file.tensors[part.name] = empty_tensor(part.name, DType::F64, c.shape(part));
   Judge(c, true).run();
 }
 
 // ================================ 5. The suite ===================================================
 
-/// Normal random numbers, the same on every platform's std::mt19937_64 (Box-Muller by hand).
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : bits_(seed) {}
-  double uniform() { return static_cast<double>(bits_() >> 11) * 0x1p-53; }
-  double normal() {
-    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
-  }
-
- private:
-  std::mt19937_64 bits_;
+/// What the numbers of a case are like: of normal v, with a = |v|,
+///   A = -decay (a + least), delta = spread v + middle before a softplus, else step a
+struct Style {
+  double decay, least, spread, middle, step, bias = 0.1;  // bias a, or before a softplus v / 2
+  double jump = 0;  // where v > 1.5: of delta beyond 89, exp is no float
+  bool has_scales = false, is_positive = false;  // each channel its order of magnitude; all else a
+  static const Style usual, no_decay, weak_decay, total_decay, tiny_delta, huge_delta, scales,
+      positive;
 };
-
-/// What the numbers of a case are like.
-enum class Style {
-  usual,
-  no_decay,
-  weak_decay,
-  total_decay,
-  tiny_delta,
-  huge_delta,
-  scales,
-  positive
-};
+// clang-format off
+inline constexpr Style Style::usual       = {2,    0.01, 1,    -1,  0.3},
+                       Style::no_decay    = {1e-9, 0,    0.25, -6,  3e-3},
+                       Style::weak_decay  = {1e-3, 0,    1,    -1,  0.3},
+                       Style::total_decay = {1e4,  0.01, 1,    -1,  0.3},
+                       Style::tiny_delta  = {2,    0.01, 1,    -14, 1e-6, 1e-6},
+                       Style::huge_delta  = {2,    0.01, 5,    20,  30,   0.1, 65},
+                       Style::scales      = {2,    0.01, 1,    -1,  0.3,  0.1, 0, true},
+                       Style::positive    = {1e-9, 0,    0.25, -6,  3e-3, 0.1, 0, false, true};
+// clang-format on
 
 struct Recipe {
   const Operation* op;
@@ -727,70 +737,50 @@ struct Recipe {
 };
 
 /// One value of an input; channel: the index in the split letter.
-inline double draw(Random& random, const Recipe& r, const std::string& name, bool softplus,
+inline double draw(Random& random, const Style& style, const std::string& name, bool softplus,
                    Index channel) {
-  const double v = random.normal();
-  const bool raw = softplus;
-  if (name == "A") {
-    if (r.style == Style::no_decay || r.style == Style::positive) return -1e-9 * std::abs(v);
-    if (r.style == Style::weak_decay) return -1e-3 * std::abs(v);
-    return (r.style == Style::total_decay ? -1e4 : -2) * (std::abs(v) + 0.01);
-  }
-  if (name == "delta" || name == "dt") {
-    if (r.style == Style::tiny_delta) return raw ? v - 14 : 1e-6 * std::abs(v);
-    if (r.style == Style::huge_delta)  // beyond 89 exp overflows in float
-      return raw ? 5 * v + (v > 1.5 ? 85 : 20) : 30 * std::abs(v);
-    if (r.style == Style::positive || r.style == Style::no_decay)
-      return raw ? v / 4 - 6 : 3e-3 * std::abs(v);
-    return raw ? v - 1 : 0.3 * std::abs(v);
-  }
-  if (name == "delta_bias" || name == "dt_bias")
-    return raw ? v / 2 : r.style == Style::tiny_delta ? 1e-6 * std::abs(v) : 0.1 * std::abs(v);
-  if (name == "u" || name == "x") {
-    if (r.style == Style::scales) return v * std::pow(10, static_cast<double>(channel % 7) / 2 - 2);
-  }
-  return r.style == Style::positive ? std::abs(v) : v;
+  const double v = random.normal(), a = std::abs(v);
+  if (name == "A") return -style.decay * (a + style.least);
+  if (name == "delta_bias" || name == "dt_bias") return softplus ? v / 2 : style.bias * a;
+  if (name == "delta" || name == "dt")
+    return softplus ? style.spread * v + style.middle + (v > 1.5 ? style.jump : 0) : style.step * a;
+  if (style.has_scales && (name == "u" || name == "x"))
+    return v * std::pow(10, static_cast<double>(channel % 7) / 2 - 2);
+  return style.is_positive ? a : v;
 }
 
-/// A tensor of a case, drawn and rounded to its dtype.
-inline Tensor draw(Random& random, const Recipe& r, const Part& part, const std::string& name,
-                   bool softplus, DType dtype) {
-  Tensor tensor{name, DType::F64, {}, nullptr, nullptr};
-  Index inner = 1;  // values for each value of the split letter
-  for (const char* c = part.file; *c; ++c) {
-    tensor.shape.push_back(r.extent.at(*c));
-    inner = *c == r.op->split || (!r.op->split && *c == 'd') ? 1 : inner * r.extent.at(*c);
-  }
-  const Index channels = r.extent.at(r.op->split ? r.op->split : 'd');
-  std::vector<double> values(tensor.size());
-  for (std::size_t i = 0; i < values.size(); ++i)
-    values[i] = draw(random, r, name, softplus, static_cast<Index>(i) / inner % channels);
-  tensor.data = values.data();
-  return to_dtype(tensor, part.stays_float && dtype != DType::F64 ? DType::F32 : dtype);
-}
-
-/// The case as a file in memory: inputs, cotangents and options.
+/// The case as a file in memory: inputs, cotangents and options; numbers are rounded to their dtype.
 inline Checkpoint make_case(Recipe r, DType dtype, std::uint64_t seed) {
   Random random(seed);
   Checkpoint file;
   file.where = r.label;
   if (r.extent.count('w')) r.extent['v'] = r.extent['w'] - 1;
-  std::size_t optional = 0;
-  for (const Part& part : r.op->inputs) optional += part.optional;
   const std::string op = r.op->name;
-  const bool last = r.option(optional), softplus = op == "ssd" || (op == "selective_scan" && last);
-  const auto add = [&](const Part& part, const std::string& name) {
-    file.tensors[name] = draw(random, r, part, name, softplus, dtype);
-  };
+  const char split = r.op->split ? r.op->split : 'd';
+  std::size_t options = 0;
+  for (const Part& part : r.op->parts) options += part.role == Role::input && part.optional;
+  const bool last = r.option(options), softplus = op == "ssd" || (op == "selective_scan" && last);
   std::size_t bit = 0;
-  for (const Part& part : r.op->inputs)
-    if (!part.optional || r.option(bit++)) add(part, part.name);
-  add(r.op->out, gradient(r.op->out));
-  if (r.op->end) add(*r.op->end, gradient(*r.op->end));
+  for (const Part& part : r.op->parts) {
+    if (!part.is_given()) continue;
+    if (part.role == Role::input && part.optional && !r.option(bit++)) continue;
+    Tensor tensor{part.name, DType::F64, {}, nullptr, nullptr};
+    Index inner = 1;  // values for each value of the split letter
+    for (const char* c = part.file; *c; ++c) {
+      tensor.shape.push_back(r.extent.at(*c));
+      inner = *c == split ? 1 : inner * r.extent.at(*c);
+    }
+    std::vector<double> values(tensor.size());
+    for (std::size_t i = 0; i < values.size(); ++i)
+      values[i] = draw(random, r.style, part.name, softplus,
+                       static_cast<Index>(i) / inner % r.extent.at(split));
+    tensor.data = values.data();
+    file.tensors[part.name] = to_dtype(tensor, part.dtype(dtype));
+  }
   file.metadata = {{"kind", op}};
-  if (r.op->split && op != "causal_conv1d") file.metadata["softplus"] = softplus ? "1" : "0";
+  if (is_of(kScans, *r.op)) file.metadata["softplus"] = softplus ? "1" : "0";
   if (op == "causal_conv1d") file.metadata["silu"] = last ? "1" : "0";
-  if (!r.op->split) file.metadata["eps"] = "1e-5";
+  if (is_of(kNorms, *r.op)) file.metadata["eps"] = "1e-5";
   if (op == "gated_rms_norm")
     file.metadata["group_size"] = std::to_string(r.extent.at('d') / r.extent.at('g'));
   return file;
@@ -850,7 +840,8 @@ inline std::vector<Recipe> recipes(const Operation& op, bool large) {
   std::vector<Recipe> all;
   unsigned choices = is_of("selective_scan causal_conv1d", op);  // softplus; silu
   std::string letters = "g";
-  for (const Part& part : op.inputs) choices += part.optional, letters += part.file;
+  for (const Part& part : op.parts)
+    if (part.role == Role::input) choices += part.optional, letters += part.file;
   for (unsigned bits = 0; bits < 1u << choices; ++bits) {
     usual['t'] = 29 + bits % 8;
     all.push_back({&op, "options" + std::to_string(bits), usual, bits, Style::usual});
@@ -884,70 +875,58 @@ using Change = std::function<bool(Case&)>;
 
 /// Entry i of the letter's axis of a tensor becomes what was entry from(i), or 0 if that is < 0.
 template <class From>
-void reorder(Case& c, const std::string& name, const Part& part, char letter, Index extent,
-             const From& from) {
-  const Numbers old = numbers(c, name);
-  if (!old.data()) return;
-  Tensor& tensor = c.file.tensors.at(name);
+void reorder(Case& c, const Part& part, char letter, Index extent, const From& from) {
+  if (!part.has(letter) || !c.file.find(part.name)) return;
+  const Numbers old = numbers(c, part.name);
+  const Tensor before = c.file.at(part.name);
+  Shape shape = before.shape;
   const auto axis = static_cast<std::size_t>(std::strchr(part.file, letter) - part.file);
-  const Index n = tensor.shape[axis];
+  const Index n = std::exchange(shape[axis], extent);
   Index inner = 1;
-  for (std::size_t i = axis + 1; i < tensor.shape.size(); ++i) inner *= tensor.shape[i];
-  const Tensor before = std::exchange(tensor, empty_tensor(name, DType::F64, [&] {
-                                        Shape shape = tensor.shape;
-                                        return shape[axis] = extent, shape;
-                                      }()));
-  auto* to = static_cast<double*>(const_cast<void*>(tensor.data));
-  for (Index a = 0; a < old.size() / (n * inner); ++a)
-    for (Index i = 0; i < extent; ++i)
-      for (Index k = 0; k < inner; ++k, ++to) {
-        const Index j = from(i);
-        *to = j < 0 ? 0 : old[(a * n + j) * inner + k];
-      }
+  for (std::size_t i = axis + 1; i < shape.size(); ++i) inner *= shape[i];
+  Numbers to = numbers(c.file.tensors.at(part.name) = empty_tensor(part.name, DType::F64, shape));
+  for (Index i = 0; i < to.size(); ++i) {
+    const Index j = from(i / inner % extent);
+    to[i] = j < 0 ? 0 : old[(i / inner / extent * n + j) * inner + i % inner];
+  }
 }
-
-/// The same for every tensor of the case that has the letter.
+/// The same for every tensor of the case.
 template <class From>
 void reorder_all(Case& c, char letter, Index extent, const From& from) {
-  for (const auto& [name, part] : all_parts(*c.op))
-    if (part.has(letter)) reorder(c, name, part, letter, extent, from);
+  for (const Part& part : c.op->parts) reorder(c, part, letter, extent, from);
 }
 
-inline Change times(const char* name, double by) {
-  return [=](Case& c) { return (numbers(c, name) *= by).size() > 0; };
-}
-inline Change drop(const char* name) {
+inline Change drop(const std::string& name) {
   return [=](Case& c) { return c.file.tensors.erase(name) > 0; };
 }
-inline Change values_are(const char* name, double (*f)(double)) {
+inline Change values_are(const std::string& name, const std::function<double(double)>& f) {
   return [=](Case& c) {
     for (double& v : numbers(c, name)) v = f(v);
     return c.file.find(name) != nullptr;
   };
 }
+inline Change times(const std::string& name, double by) {
+  return values_are(name, [=](double v) { return by * v; });
+}
 template <class T>
 Change set(T Case::*option, T value) {  // it was another
   return [=](Case& c) { return std::exchange(c.*option, value) != value; };
 }
-inline Change state_in(DType dtype) {
-  return [=](Case& c) { return c.flaws.chunk = 1, c.flaws.state_dtype = dtype, true; };
-}
-inline Change lost(bool Flaws::*what, Index K) {
-  return [=](Case& c) { return c.flaws.chunk = K, c.flaws.*what = true, K < c.judged; };
+inline Change flawed(const Flaws& flaws) {
+  return [=](Case& c) { return c.flaws = flaws, flaws.chunk < c.judged || flaws.chunk == 1; };
 }
 
 /// What stands at the end where a shifted tensor has no value.
 enum class Edge { zero, same, wrapped };
-inline Change shifted(const char* name, Index by, Edge edge) {
+inline Change shifted(const Part& part, Index by, Edge edge) {
   return [=](Case& c) {
     const Index L = c.judged;
-    const auto from = [=](Index t) {
+    reorder(c, part, 't', L, [=](Index t) {
       const Index s = t - by;
       if (edge == Edge::wrapped) return (s + L) % L;
       return s >= 0 && s < L ? s : edge == Edge::same ? t : -1;
-    };
-    reorder(c, name, all_parts(*c.op).at(name), 't', L, from);
-    return L > 1 && c.file.find(name);
+    });
+    return L > 1 && c.file.find(part.name);
   };
 }
 
@@ -955,9 +934,8 @@ inline Change shifted(const char* name, Index by, Edge edge) {
 /// reference is right for channels put in another order, as those of a group are neighbours there.
 inline bool repeat_groups(Case& c) {
   const Index G = c.groups(), S = c.splits(), width = S / G;
-  if (G == 1 || G == S) return false;
   reorder_all(c, c.op->split, S, [=](Index s) { return s % width * G + s / width; });
-  return true;
+  return G > 1 && G < S;
 }
 
 /// The last chunk computed to its end, zeros behind the sequence: there delta is softplus(bias).
@@ -974,15 +952,15 @@ inline double softplus_of(double v) { return std::max(v, 0.) + std::log1p(std::e
 
 /// delta as it is used, in the file's place of delta: (b, d, t) or (b, t, h).
 inline Numbers used_step(Case& c) {
-  const Part &step = c.op->inputs[1], bias = all_parts(*c.op).at(step.name + std::string("_bias"));
-  Numbers delta = numbers(c, step.name);
-  const Numbers add = numbers(c, bias.name);
+  const std::string step = c.op->step(), bias = step + "_bias";
+  Numbers delta = numbers(c, step);
+  const Numbers add = numbers(c, bias);
   const Index S = c.splits(), inner = c.op->split == 'd' ? c.extent.at('t') : 1;
   for (Index i = 0; i < delta.size(); ++i) {
     if (add.data()) delta[i] += add[i / inner % S];
     if (c.softplus) delta[i] = softplus_of(delta[i]);
   }
-  if (add.data()) numbers(c, bias.name) *= 0;
+  if (add.data()) numbers(c, bias) *= 0;
   return delta;
 }
 inline bool softplus_twice(Case& c) { return c.softplus && used_step(c).size() > 0; }
@@ -994,7 +972,7 @@ inline bool softplus_overflows(Case& c) {
   plain.softplus = false;
   const Numbers raw = used_step(plain);
   if (!c.softplus || raw.maxCoeff() <= most) return false;
-  Numbers delta = numbers(c, c.op->inputs[1].name);
+  Numbers delta = numbers(c, c.op->step());
   delta = (raw > most).select(std::numeric_limits<double>::infinity(), delta);
   return true;
 }
@@ -1023,18 +1001,18 @@ inline bool gate_first(Case& c) {
   return drop("D")(c);
 }
 
-/// A gate by which the output is multiplied at its end: without it, the output is that of z = no_z.
-inline Change gated_by(double (*gate)(double), double no_z) {
+/// A gate by which the output is multiplied at its end: without it, the output is that of silu 1.
+constexpr double kOpen = 1.2784645427610738;  // silu of it is 1
+inline double silu_of(double v) { return v / (1 + std::exp(-v)); }
+inline Change gated_by(double (*gate)(double)) {
   return [=](Case& c) {
     Numbers z = numbers(c, "z"), out = numbers(c, "out");
     if (!z.data()) return false;
     for (Index i = 0; i < out.size(); ++i) out[i] = z[i] == 0 ? 0 : out[i] / gate(z[i]);
-    z = z.unaryExpr([=](double v) { return v == 0 ? 0 : no_z; });
+    z = z.unaryExpr([](double v) { return v == 0 ? 0 : kOpen; });
     return true;
   };
 }
-inline double silu_of(double v) { return v / (1 + std::exp(-v)); }
-constexpr double kOpen = 1.2784645427610738;  // silu of it is 1
 
 inline bool center(Case& c) {
   const Index d = c.extent.at('d');
@@ -1052,16 +1030,6 @@ struct Bug {
 
 inline const std::vector<Bug> kBugs = {
     {kScans, "groups of B and C are repeated (0 1 0 1), not neighbours (0 0 1 1)", repeat_groups},
-    {kScans, "h0 is ignored", times("h0", 0)},
-    {kScans, "dhT is ignored", times("dhT", 0)},
-    {"causal_conv1d", "initial_states is ignored", times("initial_states", 0)},
-    {"causal_conv1d", "dfinal_states is ignored", times("dfinal_states", 0)},
-    {"selective_scan", "delta_bias is ignored", times("delta_bias", 0)},
-    {"selective_scan", "delta_bias is added twice", times("delta_bias", 2)},
-    {"ssd", "dt_bias is ignored", times("dt_bias", 0)},
-    {"ssd", "dt_bias is added twice", times("dt_bias", 2)},
-    {"causal_conv1d", "bias is ignored", times("bias", 0)},
-    {"causal_conv1d", "bias is added twice", times("bias", 2)},
     {kScans, "softplus is not applied", set(&Case::softplus, false)},
     {kScans, "softplus is applied where it is not asked for", set(&Case::softplus, true)},
     {kScans, "softplus is applied twice", softplus_twice},
@@ -1071,15 +1039,14 @@ inline const std::vector<Bug> kBugs = {
     {kScans, "A has lost its sign", times("A", -1)},
     {"selective_scan", "the gate comes before D: y silu(z) + D x", gate_first},
     {"selective_scan", "the gate has no sigmoid: y z, not y silu(z)",
-     gated_by([](double z) { return z; }, kOpen)},
+     gated_by([](double z) { return z; })},
     {"selective_scan", "the gate is the sigmoid alone, not silu(z)",
-     gated_by([](double z) { return silu_of(z) / z; }, kOpen)},
-    {kScans, "D is ignored", times("D", 0)},
-    {kScans, "D x is added twice", times("D", 2)},
+     gated_by([](double z) { return silu_of(z) / z; })},
     {"selective_scan", "z is ignored", drop("z")},
     {"selective_scan", "B is discretized by the exact zero-order hold, not as delta B", exact_zoh},
-    {kScans, "the state is stored in bfloat16", state_in(DType::BF16)},
-    {kScans, "the state is stored in float16", state_in(DType::F16)},
+    {kScans, "the decay is 1 + delta A, not exp(delta A)", flawed({1, false, false, {}, true})},
+    {kScans, "the state is stored in bfloat16", flawed({1, false, false, DType::BF16})},
+    {kScans, "the state is stored in float16", flawed({1, false, false, DType::F16})},
     {"causal_conv1d", "the taps are in reverse order",
      [](Case& c) {
        const Index w = c.extent.at('w');
@@ -1091,7 +1058,7 @@ inline const std::vector<Bug> kBugs = {
     {kNorms, "eps is ignored", set(&Case::eps, 0.0)},
     {"gated_rms_norm", "all channels are normalized together, not each group",
      set(&Case::norm_groups, Index{1})},
-    {"gated_rms_norm", "the gate comes after the norm", gated_by(silu_of, kOpen)},
+    {"gated_rms_norm", "the gate comes after the norm", gated_by(silu_of)},
     {kNorms, "weight is used as 1 + weight", values_are("weight", [](double w) { return 1 + w; })},
     {"rms_norm", "the mean is subtracted, as in a layer norm", center}};
 
@@ -1102,87 +1069,94 @@ inline std::vector<Bug> bugs(const Case& c, std::set<Index> chunks) {
   const auto add = [&](const Bug& bug) {
     if (is_of(bug.of, *c.op)) all.push_back(bug);
   };
+  for (const Part& part : c.op->parts) {
+    const std::string& name = part.name;
+    const bool is_input = part.role == Role::input;
+    if ((is_input && part.optional && name != "z") || name == "d" + c.op->end)
+      add({kStates, name + " is ignored", times(name, 0)});
+    if (is_input && (name == "D" || name.find("bias") != std::string::npos))
+      add({kStates, name + " is added twice", times(name, 2)});
+  }
   for (const Bug& bug : kBugs) add(bug);
-  for (const Part& part : c.op->inputs)
+  for (const Part& part : c.op->parts)
     for (const Index by : {1, -1})
       for (const Edge edge : {Edge::zero, Edge::same, Edge::wrapped})
-        if (part.has('t'))
-          add({kStates,
-               part.name + std::string(by > 0 ? " is one token late" : " is one token early"),
-               shifted(part.name, by, edge)});
+        if (part.role == Role::input && part.has('t'))
+          add({kStates, part.name + " is one token " + (by > 0 ? "late" : "early"),
+               shifted(part, by, edge)});
   for (Index K = 2; K <= 4096; K *= 2) chunks.insert(K);
   for (auto K = chunks.rbegin(); K != chunks.rend() && *K > 1; ++K) {
     const std::string n = std::to_string(*K), at = " lost at every boundary of chunks of " + n;
-    add({kStates, "the state is" + at, lost(&Flaws::loses_state, *K)});
-    add({kStates, "the gradient of the state is" + at, lost(&Flaws::loses_gradient, *K)});
+    add({kStates, "the state is" + at, flawed({*K, true})});
+    add({kStates, "the gradient of the state is" + at, flawed({*K, false, true})});
     add({kScans, "the tail of the last " + n + " tokens is not masked: the state goes on",
          padded_to(*K)});
   }
   return all;
 }
 
-/// Which values of one letter are wrong, where only some are: "only d 5", "t from 64 on", ...
-inline std::string places(char letter, const std::vector<Index>& wrong) {
+// --- places of what is wrong ---
+
+/// The values of a letter at which something is wrong.
+inline std::vector<Index> where(const std::vector<Index>& wrong) {
   std::vector<Index> at;
   for (std::size_t i = 0; i < wrong.size(); ++i)
     if (wrong[i] > 0) at.push_back(static_cast<Index>(i));
+  return at;
+}
+
+/// Those of one letter, where only some are wrong: "only d 5", "t from 64 on", ...
+inline std::string places(const std::string& name, const std::vector<Index>& wrong) {
+  const std::vector<Index> at = where(wrong);
   const Index n = static_cast<Index>(wrong.size()), count = static_cast<Index>(at.size());
   if (count == 0 || count == n) return "";
-  const std::string name(1, letter);
-  if (count == 1) return "only " + name + " " + std::to_string(at[0]);
-  const Index first = at.front(), last = at.back(), period = at[1] - first;
-  if (last - first + 1 == count) {
-    if (last == n - 1) return name + " from " + std::to_string(first) + " on";
-    return name + " " + std::to_string(first) + " to " + std::to_string(last);
-  }
+  const Index first = at.front(), last = at.back();
+  if (count == 1) return one_line("only ", name, " ", first);
+  if (last - first + 1 == count)
+    return last == n - 1 ? one_line(name, " from ", first, " on")
+                         : one_line(name, " ", first, " to ", last);
+  const Index period = at[1] - first;
   bool regular = count > 2;
   for (Index i = 0; i < count; ++i) regular = regular && at[i] == first + i * period;
-  if (regular)
-    return "every " + std::to_string(period) + "th " + name + " from " + std::to_string(first);
+  if (regular) return one_line("every ", period, "th ", name, " from ", first);
   for (Index lanes = 8; lanes <= 256 && lanes < n; lanes *= 2) {  // groups of lanes of a block
     std::set<Index> in_block;
     for (const Index i : at) in_block.insert(i % lanes);
     const Index low = *in_block.begin(), high = *in_block.rbegin(), size = in_block.size();
     if (size == high - low + 1 && size < lanes && count >= n / lanes * size)
-      return name + " " + std::to_string(low) + " to " + std::to_string(high) + " of every " +
-             std::to_string(lanes);
+      return one_line(name, " ", low, " to ", high, " of every ", lanes);
   }
-  return std::to_string(count) + " of " + std::to_string(n) + " " + name + " from " +
-         std::to_string(first);
+  return one_line(count, " of ", n, " ", name, " from ", first);
 }
 
 inline std::string pattern(const Verdict& v) {
   std::string text;
   for (const char* c = v.part.file; *c; ++c)
-    if (const std::string part = places(*c, v.wrong_at.at(*c)); !part.empty())
-      text += (text.empty() ? "wrong: " : ", ") + part;
+    if (const std::string some = places(std::string(1, *c), v.wrong_at.at(*c)); !some.empty())
+      text += (text.empty() ? "wrong: " : ", ") + some;
   return text;
 }
 
 /// Lengths of chunks at whose boundaries something may be lost: forward the first wrong token
 /// begins the second chunk; backward the last one ends a chunk.
 inline void add_suspects(const std::vector<Index>& wrong, std::set<Index>& chunks) {
-  std::vector<Index> at;
-  for (std::size_t t = 0; t < wrong.size(); ++t)
-    if (wrong[t] > 0) at.push_back(static_cast<Index>(t));
+  const std::vector<Index> at = where(wrong);
   if (at.empty()) return;
   chunks.insert(at.front());
   for (Index K = 2; K <= 64; ++K)
     if ((at.back() + 1) % K == 0) chunks.insert(K);
 }
 
-/// Wrong outputs that one and the same bug explains. The lower the rank, the better.
-struct Explanation {
-  std::string hint;
-  std::set<std::string> outputs = {};
-  int rank = 0;       // 1: a factor; 2: an output that is right would not be with this bug
+// --- what explains the verdict ---
+
+/// Wrong outputs that one and the same bug explains. The less, the better.
+struct Fit {
+  int rank = 3;  // 0: by a bug; 1: by a factor; 2: by a bug with which a right one would be wrong
+  std::vector<std::string> outputs = {};
   double rms = 0;     // what is left to be explained
   bool whole = true;  // nothing: all of them would be right
-  bool operator<(const Explanation& other) const {
-    const auto key = [](const Explanation& e) {
-      return std::tuple(e.rank, -static_cast<double>(e.outputs.size()), e.rms);
-    };
-    return key(*this) < key(other);
+  bool operator<(const Fit& e) const {
+    return std::tuple(rank, e.outputs.size(), rms) < std::tuple(e.rank, outputs.size(), e.rms);
   }
 };
 
@@ -1194,39 +1168,15 @@ inline bool explains(const Verdict& with, const Verdict& without, bool rounds) {
 }
 
 /// The case is judged once more, changed by a bug.
-inline Explanation attempt(const Bug& bug, const Case& changed, const Verdicts& verdicts) {
-  Explanation found{bug.hint};
+inline Fit attempt(int rank, const Case& changed, const Verdicts& verdicts) {
+  Fit fit{rank};
   for (const auto& [name, with] : Judge(changed).run()) {
     const Verdict& without = verdicts.at(name);
-    if (without.ok() && name[0] != 'd' && !with.ok()) found.rank = 2;
-    if (without.ok() || !without.is_shaped) continue;
-    if (!explains(with, without, changed.flaws.state_dtype.has_value())) continue;
-    found.outputs.insert(name), found.rms += with.rms(), found.whole &= with.ok();
+    if (without.ok() && with.part.role == Role::output && !with.ok()) fit.rank = 2;
+    if (without.ok() || !explains(with, without, changed.flaws.state_dtype.has_value())) continue;
+    fit.outputs.push_back(name), fit.rms += with.rms(), fit.whole &= with.ok();
   }
-  return found;
-}
-
-/// Outputs that are a number times what is right.
-inline void add_factors(Case c, const Verdicts& verdicts, std::vector<Explanation>& all) {
-  for (const auto& [name, v] : verdicts)
-    if (!v.ok() && v.entries >= 16 && std::isfinite(1 / v.scale())) numbers(c, name) /= v.scale();
-  for (const std::string& name : attempt({}, c, verdicts).outputs)
-    all.push_back(
-        {one_line("all of it is ", verdicts.at(name).scale(), " times what is right"), {name}, 1});
-}
-
-/// What explains most goes first, and then what explains most of the rest.
-inline void assign_hints(std::vector<Explanation> all, Verdicts& verdicts) {
-  while (!all.empty()) {
-    const Explanation best = *std::min_element(all.begin(), all.end());
-    for (const std::string& name : best.outputs) {
-      verdicts.at(name).hint = best.hint;
-      for (Explanation& other : all) other.outputs.erase(name);
-    }
-    all.erase(std::remove_if(all.begin(), all.end(),
-                             [](const Explanation& e) { return e.outputs.empty(); }),
-              all.end());
-  }
+  return fit;
 }
 
 /// Gives each wrong output the bug that explains it best, or else the pattern of its wrong entries.
@@ -1235,41 +1185,41 @@ inline void explain(const Case& c, Verdicts& verdicts, std::string& last) {
   constexpr Index kLargest = 1 << 22;  // steps of a state that are worth trying again and again
   std::size_t wrong = 0;
   std::set<Index> chunks;
+  Case scaled = c;  // outputs that are a number times what is right
   for (auto& [name, v] : verdicts) {
     if (v.ok() || !v.is_shaped) continue;
     const bool unwritten = std::max(v.zeros, v.nans) == v.entries;  // what stood there before
     v.hint = !unwritten ? pattern(v) : v.nans ? "all NaN" : "all zeros";
     wrong += !unwritten;
     if (v.part.has('t')) add_suspects(v.wrong_at.at('t'), chunks);
+    if (v.entries >= 16 && std::isfinite(1 / v.scale())) numbers(scaled, name) /= v.scale();
   }
-  Index steps = c.extent.at('b') * c.extent.at('t');
-  for (const char letter : {'d', 'h', 'p', 'n'})
-    steps *= c.extent.count(letter) ? c.extent.at(letter) : 1;
+  Index steps = 1;
+  for (const char letter : {'b', 't', 'd', 'h', 'p', 'n'}) steps *= c.size(letter);
   if (wrong == 0 || steps > kLargest) return;
-  std::vector<Explanation> found;
-  add_factors(c, verdicts, found);
+  std::map<std::string, Fit> best;  // of each output
+  const auto give = [&](const Fit& fit, const auto& hint) {
+    for (const std::string& name : fit.outputs)
+      if (fit < best[name]) best[name] = fit, verdicts.at(name).hint = hint(verdicts.at(name));
+  };
+  give(attempt(1, scaled, verdicts), [](const Verdict& v) {
+    return one_line("all of it is ", v.scale(), " times what is right");
+  });
   std::vector<Bug> all = bugs(c, chunks);
   std::stable_partition(all.begin(), all.end(), [&](const Bug& bug) { return bug.hint == last; });
+  Fit most;
   for (const Bug& bug : all) {
     Case changed = c;
     changed.is_guess = true;
     if (!bug.change(changed)) continue;
-    const Explanation e = attempt(bug, changed, verdicts);
-    if (e.outputs.empty()) continue;
-    found.push_back(e);
-    if (e.outputs.size() == wrong && e.rank == 0 && e.whole) break;
+    const Fit fit = attempt(0, changed, verdicts);
+    give(fit, [&](const Verdict&) { return bug.hint; });
+    if (!fit.outputs.empty() && fit < most) most = fit, last = bug.hint;
+    if (fit.outputs.size() == wrong && fit.rank == 0 && fit.whole) break;
   }
-  if (found.empty()) return;
-  last = std::min_element(found.begin(), found.end())->hint;
-  assign_hints(std::move(found), verdicts);
 }
 
 // ================================ 7. Doors =======================================================
-
-/// The dtype in which a kernel gives an output back.
-inline DType output_dtype(const Case& c, const Part& part) {
-  return part.stays_float && c.dtype != DType::F64 ? DType::F32 : c.dtype;
-}
 
 // --- raw: FOLDER/shapes.txt with a line "name dtype extents..." for each tensor, then a line
 // --- "option value" for each option; FOLDER/NAME.bin little-endian, in C order
@@ -1286,20 +1236,23 @@ inline void write_raw(const std::string& folder, const Checkpoint& file) {
   write_text(folder + "/shapes.txt", shapes.str());
 }
 
-inline Tensor read_bin(const std::string& path, const std::string& name, DType dtype, Shape shape) {
-  const MappedFile file(path);
-  Tensor tensor{name, dtype, std::move(shape), file.bytes().data(), file.memory()};
-  const std::uint64_t size = checked_bytes(tensor.shape, dtype, path);
-  if (file.bytes().size() != size)
-    fail("wrong size: ", path, ": expected ", size, " bytes for ", dtype_name(dtype), " ",
-         shape_text(tensor.shape), ", found ", file.bytes().size());
-  return tensor;
-}
-
 /// Outputs need no line: their shapes are known, and the size of the file says how many bits.
 inline Checkpoint read_raw(const std::string& folder) {
   Checkpoint file;
   file.where = folder;
+  const auto add = [&](const std::string& name, DType dtype, const Shape& shape, bool any_float) {
+    const std::string path = folder + "/" + name + ".bin";
+    const MappedFile bin(path);
+    Tensor tensor{name, dtype, shape, bin.bytes().data(), bin.memory()};
+    for (const DType other : {DType::F64, DType::F32})
+      if (any_float && bin.bytes().size() == tensor.size() * dtype_size(other))
+        tensor.dtype = other;
+    const std::uint64_t size = checked_bytes(shape, tensor.dtype, path);
+    if (bin.bytes().size() != size)
+      fail("wrong size: ", path, ": expected ", size, " bytes for ", dtype_name(tensor.dtype), " ",
+           shape_text(shape), ", found ", bin.bytes().size());
+    file.tensors[name] = tensor;
+  };
   std::istringstream shapes(read_file(folder + "/shapes.txt"));
   for (std::string line; std::getline(shapes, line);) {
     std::istringstream words(line);
@@ -1307,24 +1260,17 @@ inline Checkpoint read_raw(const std::string& folder) {
     if (!(words >> name)) continue;
     words >> second;
     const auto dtype = find_dtype(second, &DTypeInfo::name);
-    if (!dtype) {
-      file.metadata[name] = second;
-      continue;
-    }
     Shape shape;
     for (std::int64_t extent; words >> extent;) shape.push_back(extent);
-    file.tensors[name] = read_bin(folder + "/" + name + ".bin", name, *dtype, shape);
+    if (dtype)
+      add(name, *dtype, shape, false);
+    else
+      file.metadata[name] = second;
   }
   const Case c(folder, file);
-  for (const auto& [name, part] : c.outputs()) {
-    const std::string path = folder + "/" + name + ".bin";
-    Tensor tensor{name, output_dtype(c, part), c.shape(part), nullptr, nullptr};
-    if (file.find(name) || !std::filesystem::exists(path)) continue;
-    const std::uint64_t size = MappedFile(path).bytes().size();
-    for (const DType dtype : {DType::F64, DType::F32})
-      if (size == tensor.size() * dtype_size(dtype)) tensor.dtype = dtype;
-    file.tensors[name] = read_bin(path, name, tensor.dtype, tensor.shape);
-  }
+  for (const Part& part : c.outputs())
+    if (!file.find(part.name) && std::filesystem::exists(folder + "/" + part.name + ".bin"))
+      add(part.name, part.dtype(c.dtype), c.shape(part), true);
   return file;
 }
 
@@ -1352,27 +1298,25 @@ class SharedObject {
   /// Runs forward and backward, and adds what comes out to the case.
   void run(Case& c) const {
     for (const bool backward : {false, true}) {
-      std::vector<Tensor> tensors, outputs;
-      const auto add = [&](const std::string& name) {
-        if (const Tensor* tensor = c.file.find(name))
-          tensors.push_back(*tensor), tensors.back().name = name;
-      };
-      for (const Part& part : c.op->inputs) add(part.name);
-      if (backward) add(gradient(c.op->out));
-      if (backward && c.op->end) add(gradient(*c.op->end));
-      for (const auto& [name, part] : c.outputs())
-        if (backward == (name[0] == 'd'))
-          outputs.push_back(empty_tensor(name, output_dtype(c, part), c.shape(part)));
-      if (!call(c, backward, tensors, outputs)) continue;
-      for (const Tensor& output : outputs) c.file.tensors[output.name] = output;
+      std::vector<Tensor> tensors;
+      for (const Part& part : c.op->parts)
+        if (part.role == Role::input || (backward && part.role == Role::cotangent))
+          if (const Tensor* tensor = c.file.find(part.name))
+            tensors.push_back(*tensor), tensors.back().name = part.name;
+      const std::size_t inputs = tensors.size();
+      for (const Part& part : c.outputs())
+        if (backward == (part.role == Role::gradient))
+          tensors.push_back(empty_tensor(part.name, part.dtype(c.dtype), c.shape(part)));
+      if (!call(c, backward, tensors, inputs)) continue;
+      for (std::size_t i = inputs; i < tensors.size(); ++i)
+        c.file.tensors[tensors[i].name] = tensors[i];
     }
   }
 
  private:
-  /// False: the kernel says that it does not do such cases.
-  bool call(const Case& c, bool backward, std::vector<Tensor> tensors,
-            const std::vector<Tensor>& outputs) const {
-    tensors.insert(tensors.end(), outputs.begin(), outputs.end());
+  /// Fills the tensors after the inputs. False: the kernel says that it does not do such cases.
+  bool call(const Case& c, bool backward, const std::vector<Tensor>& tensors,
+            std::size_t inputs) const {
     std::vector<::tensor> described;
     std::deque<Memory> copies;
     for (const Tensor& t : tensors) {
@@ -1388,24 +1332,17 @@ class SharedObject {
         d.shape[i] = t.shape[i], d.stride[i] = step;
       described.push_back(d);
     }
-    const double numbers[] = {
-        c.eps, static_cast<double>(c.silu),
-        c.op->split ? 0 : static_cast<double>(c.extent.at('d') / c.norm_groups)};
-    const char* names[] = {"eps", "silu", "group_size"};
-    for (int i = 0; i < 3; ++i)
-      if (c.file.metadata.count(names[i]))
-        described.push_back({names[i], const_cast<double*>(&numbers[i]), VERIFY_F64, 0, {}, {}});
-    const ::call call{c.op->name,
-                      c.softplus,
-                      backward,
-                      Memory::kDevice,
-                      static_cast<std::int32_t>(described.size()),
-                      nullptr,
-                      described.data()};
+    const double group = static_cast<double>(c.size('d') / c.norm_groups);
+    std::pair<const char*, double> options[] = {
+        {"eps", c.eps}, {"silu", c.silu}, {"group_size", group}};
+    for (auto& [name, value] : options)
+      if (c.file.metadata.count(name)) described.push_back({name, &value, VERIFY_F64, 0, {}, {}});
+    ::call call{c.op->name, c.softplus, backward, Memory::kDevice, 0, nullptr, described.data()};
+    call.count = static_cast<std::int32_t>(described.size());
     const int status = run_(&call);
     if (status != VERIFY_DONE && status != VERIFY_UNSUPPORTED)
       fail("verify_kernel: ", c.name, ": expected 0 or ", VERIFY_UNSUPPORTED, ", found ", status);
-    for (std::size_t i = tensors.size() - outputs.size(); i < tensors.size(); ++i)
+    for (std::size_t i = inputs; i < tensors.size(); ++i)
       copies[i].copy_to(static_cast<char*>(const_cast<void*>(tensors[i].data)));
     return status == VERIFY_DONE;
   }
@@ -1445,21 +1382,21 @@ struct SuiteFlags {
   std::vector<Recipe> chosen() const {
     std::vector<Recipe> all;
     for (const Operation& op : kOperations)
-      if (has(op))
-        for (const Recipe& r : recipes(op, size == "large")) {
-          const std::string number = std::to_string(1000 + all.size()).substr(1);
-          all.push_back(r);
-          all.back().label = std::string(op.name) + "_" + number + "_" + r.label;
-        }
+      for (Recipe& r : recipes(op, size == "large")) {
+        if (!has(op)) continue;
+        const std::string number = std::to_string(1000 + all.size()).substr(1);
+        r.label = std::string(op.name) + "_" + number + "_" + r.label;
+        all.push_back(std::move(r));
+      }
     return all;
   }
-  /// Calls use(name, file) for every case.
+  /// Calls use(case) for every case.
   template <class Use>
   void for_each(const Use& use) const {
     const std::vector<Recipe> all = chosen();
+    const DType type = kCaseTypes.at(dtype.empty() ? "f32" : dtype);
     for (std::size_t i = 0; i < all.size(); ++i) {
-      const DType type = kCaseTypes.at(dtype.empty() ? "f32" : dtype);
-      use(all[i].label, make_case(all[i], type, seed * 1'000'003 + i));
+      use(Case(all[i].label, make_case(all[i], type, seed * 1'000'003 + i)));
       show_progress(static_cast<Index>(i + 1), static_cast<Index>(all.size()));
     }
   }
@@ -1479,16 +1416,13 @@ struct Vectors : SuiteFlags {
   void run() {
     const std::string to = make_folder(folder);
     for (const Recipe& r : chosen()) keep_outputs(*r.op, to + r.label);
-    for_each([&](const std::string& name, const Checkpoint& file) {
-      Case c(name, file);
+    for_each([&](Case c) {
       if (expected) add_expected(c);
-      if (raw) return write_raw(to + name, c.file);
+      if (raw) return write_raw(to + c.name, c.file);
       std::vector<Tensor> tensors;
-      for (const auto& [key, tensor] : c.file.tensors) {
-        tensors.push_back(tensor);
-        tensors.back().name = key;
-      }
-      write_safetensors(to + name + ".safetensors", tensors, c.file.metadata);
+      for (const auto& [key, tensor] : c.file.tensors)
+        tensors.push_back(tensor), tensors.back().name = key;
+      write_safetensors(to + c.name + ".safetensors", tensors, c.file.metadata);
     });
   }
 
@@ -1498,16 +1432,11 @@ struct Vectors : SuiteFlags {
     const std::string file = path + ".safetensors";
     const bool exists = std::filesystem::exists(file);
     const Checkpoint found = exists ? read_safetensors(file) : Checkpoint{};
-    for (const auto& part : all_parts(op)) {
-      const std::string& name = part.first;
-      const bool is_input = std::any_of(op.inputs.begin(), op.inputs.end(),
-                                        [&](const Part& input) { return input.name == name; });
-      const bool is_cotangent = name == gradient(op.out) || (op.end && name == gradient(*op.end));
-      if (is_input || is_cotangent) continue;
-      if (found.find(name) || std::filesystem::exists(path + "/" + name + ".bin"))
-        fail("outputs in the way: ", exists ? file : path, ": ", quote(name),
-             ": expected a folder without outputs");
-    }
+    for (const Part& part : op.parts)
+      if (part.role == Role::output || part.role == Role::gradient)
+        if (found.find(part.name) || std::filesystem::exists(path + "/" + part.name + ".bin"))
+          fail("outputs in the way: ", exists ? file : path, ": ", quote(part.name),
+               ": expected a folder without outputs");
   }
 };
 
@@ -1518,7 +1447,7 @@ struct Verify : SuiteFlags {
   std::string so;
   bool json = false;
   std::string last;  // the bug that explained something last
-  std::size_t judged = 0, wrong = 0, broken = 0;
+  std::size_t judged = 0, wrong = 0, broken = 0, others = 0;
 
   void declare(CLI::App* sub) {
     sub->add_option("paths", paths,
@@ -1538,43 +1467,33 @@ struct Verify : SuiteFlags {
       if (kernel) kernel->run(c);
       report(c);
     };
-    if (paths.empty())
-      for_each([&](const std::string& name, const Checkpoint& file) { judge(Case(name, file)); });
+    if (paths.empty()) for_each(judge);
     const std::vector<std::string> files = all_files();
-    std::size_t others = 0;
     for (std::size_t i = 0; i < files.size(); ++i) {
-      go_on_after(files.size() > 1, [&] {
-        const bool raw = std::filesystem::is_directory(files[i]);
+      try {
         const Case c(std::filesystem::path(files[i]).stem().string(),
-                     raw ? read_raw(files[i]) : read_safetensors(files[i]));
+                     std::filesystem::is_directory(files[i]) ? read_raw(files[i])
+                                                             : read_safetensors(files[i]));
         const bool chosen = has(*c.op) && (dtype.empty() || kCaseTypes.at(dtype) == c.dtype);
         chosen ? judge(c) : void(++others);
-      });
+      } catch (const std::runtime_error& error) {  // of many, the next one is read
+        if (files.size() == 1) throw;
+        warn(error.what()), ++broken;
+      }
       show_progress(static_cast<Index>(i + 1), static_cast<Index>(files.size()));
     }
-    conclude(files.size(), others);
+    conclude(files.size());
   }
 
  private:
-  /// A broken file is one line, and the next one is read; the only one is the end.
-  template <class Do>
-  void go_on_after(bool many, const Do& one) {
-    try {
-      one();
-    } catch (const std::runtime_error& error) {
-      if (!many) throw;
-      warn(error.what()), ++broken;
-    }
-  }
-  void conclude(std::size_t files, std::size_t others) const {
+  void conclude(std::size_t files) const {
+    const std::string found = one_line(wrong, " of ", judged, " tensors are beyond the bound");
     if (files > 0 && others == files)
       fail("no cases: expected some of --op and --dtype, found ", files, " others");
-    if (broken > 0)
-      fail(broken, " of ", files, " files are broken; ", wrong, " of ", judged,
-           " tensors are beyond the bound");
+    if (broken > 0) fail(broken, " of ", files, " files are broken; ", found);
     if (judged == 0)
       fail("nothing to judge: expected outputs (out, hT, gradients) beside the inputs, found none");
-    if (wrong > 0) fail(wrong, " of ", judged, " tensors are beyond the bound");
+    if (wrong > 0) fail(found);
     if (!json) std::cout << "all " << judged << " tensors are within the bound\n";
   }
   std::vector<std::string> all_files() const {
@@ -1583,24 +1502,21 @@ struct Verify : SuiteFlags {
       return exists(path / "shapes.txt");
     };
     for (const std::string& path : paths) {
-      if (!std::filesystem::is_directory(path) || is_raw(path)) {
-        files.push_back(path);
-        continue;
-      }
-      const std::size_t before = files.size();
-      for (const auto& entry : std::filesystem::directory_iterator(path))
-        if (entry.path().extension() == ".safetensors" || is_raw(entry.path()))
-          files.push_back(entry.path().string());
-      std::sort(files.begin() + static_cast<std::ptrdiff_t>(before), files.end());
-      if (files.size() == before)
-        fail("no cases: ", path, ": expected .safetensors files or raw cases");
+      std::set<std::string> found;
+      if (!std::filesystem::is_directory(path) || is_raw(path))
+        found.insert(path);
+      else
+        for (const auto& entry : std::filesystem::directory_iterator(path))
+          if (entry.path().extension() == ".safetensors" || is_raw(entry.path()))
+            found.insert(entry.path().string());
+      if (found.empty()) fail("no cases: ", path, ": expected .safetensors files or raw cases");
+      files.insert(files.end(), found.begin(), found.end());
     }
     return files;
   }
   void report(const Case& c) {
-    const auto parts = all_parts(*c.op);
     for (const auto& named : c.file.tensors)
-      if (!parts.count(named.first))
+      if (!c.op->find(named.first))
         warn(one_line(c.file.where, ": ", quote(named.first), ": not a tensor of ", c.op->name));
     Verdicts verdicts = Judge(c).run();
     explain(c, verdicts, last);
@@ -1608,24 +1524,25 @@ struct Verify : SuiteFlags {
       ++judged, wrong += !v.ok();
       const std::vector<Index> index =
           v.is_shaped ? unravel(v.at, c.shape(v.part)) : std::vector<Index>();
-      json ? print_json(c.name, name, v, index) : print_row(c.name, name, v, index);
+      json ? print_json(c.name, v, index) : print_row(c.name, v, index);
     }
   }
-  static void print_json(const std::string& file, const std::string& tensor, const Verdict& v,
+  static void print_json(const std::string& file, const Verdict& v,
                          const std::vector<Index>& index) {
     const double largest = std::numeric_limits<double>::max();  // JSON has no infinity
     const nlohmann::ordered_json line = {
-        {"file", file},           {"tensor", tensor},
+        {"file", file},           {"tensor", v.part.name},
         {"ok", v.ok()},           {"worst", std::min(v.worst, largest)},
         {"index", index},         {"got", v.got},
         {"expected", v.expected}, {"hint", v.hint}};
     std::cout << line << std::endl;
   }
   /// case, tensor, the worst error in units of the bound; of a wrong one where, what, and a hint
-  static void print_row(const std::string& file, const std::string& tensor, const Verdict& v,
+  static void print_row(const std::string& file, const Verdict& v,
                         const std::vector<Index>& index) {
-    std::cout << std::left << std::setw(44) << file << ' ' << std::setw(12) << tensor << std::right
-              << std::setw(10) << std::setprecision(3) << v.worst << (v.ok() ? "  ok" : "  WRONG");
+    std::cout << std::left << std::setw(44) << file << ' ' << std::setw(12) << v.part.name
+              << std::right << std::setw(10) << std::setprecision(3) << v.worst
+              << (v.ok() ? "  ok" : "  WRONG");
     for (std::size_t i = 0; i < index.size() && !v.ok(); ++i)
       std::cout << (i ? ", " : " at ") << v.part.file[i] << ' ' << index[i];
     if (!v.ok() && v.is_shaped)

@@ -5,7 +5,6 @@
 #include <filesystem>
 #include <iostream>
 #include <optional>
-#include <random>
 #include <string>
 
 #include "../mamba.hpp"
@@ -15,6 +14,7 @@ namespace test {
 
 using mamba::Index;
 using mamba::Matrix;
+using mamba::Random;
 using mamba::Token;
 using ssm::Row;
 using ssm::StateMatrix;
@@ -71,25 +71,6 @@ struct TempFolder {
     return static_cast<std::size_t>(std::distance(begin, end));
   }
   bool empty() const { return files() == 0; }
-};
-
-/// Normal random numbers, the same on every platform's std::mt19937_64 (Box-Muller by hand).
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : bits_(seed) {}
-  double uniform() { return static_cast<double>(bits_() >> 11) * 0x1p-53; }
-  double normal() {
-    return std::sqrt(-2 * std::log(1 - uniform())) * std::cos(6.283185307179586 * uniform());
-  }
-  template <class Scalar>
-  Matrix<Scalar> matrix(Index rows, Index cols, double scale = 1) {
-    Matrix<Scalar> m(rows, cols);
-    for (Index i = 0; i < m.size(); ++i) m.data()[i] = static_cast<Scalar>(scale * normal());
-    return m;
-  }
-
- private:
-  std::mt19937_64 bits_;
 };
 
 /// A tensor of a file as a matrix: the last extent is columns, all others together are rows.

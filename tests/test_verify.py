@@ -84,7 +84,7 @@ def scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fals
     for t in range(L):
         if t > 0 and (bug == "chunk" and t % 32 == 0 or bug == "chunk of 64" and t % 64 == 0):
             h = np.zeros_like(h)
-        a = np.exp(step[:, :, t, None] * A)
+        a = 1 + step[:, :, t, None] * A if bug == "linear decay" else np.exp(step[:, :, t, None] * A)
         b = step[:, :, t, None] * B[..., t]
         if bug == "zoh":
             b = (a - 1) / A * B[..., t]
@@ -215,6 +215,7 @@ check("B late", "B is one token late")
 check("B rolled", "B is one token late")
 check("C early", "C is one token early")
 check("zoh", "exact zero-order hold")
+check("linear decay", "the decay is 1 + delta A, not exp(delta A)")
 check("bf16 state", "stored in bfloat16")
 check("one channel", "only d")
 check("lanes", "d from 20 on")
@@ -298,6 +299,12 @@ with tempfile.TemporaryDirectory() as folder:
     r = subprocess.run([PROGRAM, "verify", "--so", so, "--op", "rms_norm"], stdout=subprocess.PIPE)
     claim("the example in C is right", r.returncode == 0 and b"within the bound" in r.stdout, r.stdout[-300:])
 
+    for code, said in (("int verify_kernel(const void* call) { return 7; }", "verify_kernel: rms_norm_000_options0: expected 0 or 1, found 7"),
+                       ("int other(void) { return 0; }", "expected a function verify_kernel, found none")):
+        subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", "-", "-o", so], input=code.encode(), check=True)
+        r = subprocess.run([PROGRAM, "verify", "--so", so, "--op", "rms_norm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        claim(f"{said}: one line", r.returncode == 1 and said in r.stderr.decode() and r.stderr.count(b"\n") == 1, r.stderr)
+
     raw = os.path.join(folder, "raw")
     subprocess.run([PROGRAM, "vectors", raw, "--raw", "--op", "rms_norm"], check=True)
     for case in os.listdir(raw):
@@ -309,6 +316,10 @@ with tempfile.TemporaryDirectory() as folder:
     r = subprocess.run([PROGRAM, "verify", raw, "--json"], stdout=subprocess.PIPE)
     rows = [json.loads(line) for line in r.stdout.splitlines()]
     claim("raw files are judged", r.returncode == 0 and rows and all(row["ok"] for row in rows), rows[:2])
+    open(os.path.join(raw, case, "out.bin"), "ab").write(b"more")
+    r = subprocess.run([PROGRAM, "verify", os.path.join(raw, case)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    claim("a raw file of another size is one line", r.returncode == 1 and r.stderr.startswith(b"mamba: wrong size: ")
+          and r.stderr.count(b"\n") == 1, r.stderr)
 
 # --- the command line ---
 
