@@ -1,15 +1,17 @@
-// What the GPU tests share: mamba.cu, numbers to the device and back, and the bounds of each
-// storage type.
+// What the GPU tests share: mamba.cu, numbers to the device and back, and the kernel checker's bound.
 #pragma once
 
 #include "support.hpp"
 
 #define MAMBA_NO_MAIN
 #include "mamba.cu"
+#include "verify.hpp"
 
 namespace test {
 
 using mamba::DeviceBuffer;
+using mamba::verify::Bounded;
+using mamba::verify::Rule;
 using bf16 = __nv_bfloat16;
 using half = __half;
 
@@ -21,28 +23,40 @@ inline const bool gpu_here = [] {
   std::exit(0);
 }();
 
-// Numerics (DESIGN): |got - want| <= k eps m. One k for each storage type. float: as for the forms
-// of the reference, sums in other orders and decays exp(sum of delta A). 16 bits: what is stored is
-// rounded once, tensor cores read factors rounded once more each; the rest is float.
+// Numbers of each storage type are judged as the kernel checker judges them (verify.hpp).
 template <class T>
-inline constexpr double kEps = 0x1p-24;
+inline constexpr Rule kRule = mamba::verify::rule(mamba::DType::F32);
 template <>
-inline constexpr double kEps<bf16> = 0x1p-8;
+inline constexpr Rule kRule<bf16> = mamba::verify::rule(mamba::DType::BF16);
 template <>
-inline constexpr double kEps<half> = 0x1p-11;
-template <class T>
-inline constexpr double kTiny = 0;  // below the smallest normal number, spacing is that of it
-template <>
-inline constexpr double kTiny<half> = 0x1p-14;
-template <class T>
-inline constexpr double kBound = sizeof(T) == 4 ? 256 : 4;
+inline constexpr Rule kRule<half> = mamba::verify::rule(mamba::DType::F16);
 
-struct Worst {  // the largest multiples of eps m that were seen, printed at the end of a test
+/// Checks that every number is within the bound of the reference's, which knows it. Returns the
+/// worst error in units of the bound.
+template <class Want>
+double check_bounded(const char* name, const Matrix<double>& got, const Want& want,
+                     const Rule& rule) {
+  REQUIRE(got.rows() == want.rows());
+  REQUIRE(got.cols() == want.cols());
+  double worst = 0;
+  Index row = 0, col = 0;
+  for (Index r = 0; r < got.rows(); ++r)
+    for (Index c = 0; c < got.cols(); ++c)
+      if (const double d = mamba::verify::distance(got(r, c), want(r, c), rule); d > worst)
+        worst = d, row = r, col = c;
+  INFO(name << ": worst at (" << row << ", " << col << "): " << worst << " bounds");
+  CHECK(worst <= 1);
+  return worst;
+}
+inline Matrix<Bounded> bounded(const Matrix<double>& m) { return m.cast<Bounded>(); }
+
+struct Worst {  // the largest errors that were seen, printed at the end of a test
   std::string what;
   double of_out = 0, of_state = 0;
+  const char* unit = "bounds";
   ~Worst() {
-    std::cout << what << ": worst output " << of_out << ", worst state " << of_state
-              << " roundings\n";
+    std::cout << what << ": worst output " << of_out << ", worst state " << of_state << " " << unit
+              << "\n";
   }
 };
 
@@ -84,7 +98,8 @@ const T* optional(const DeviceBuffer<T>& buffer) {
 }
 
 // Blocks of rows of one matrix, one for each sequence.
-inline auto of(Matrix<double>& m, Index b, Index batch) {
+template <class M>
+auto of(M& m, Index b, Index batch) {
   return m.middleRows(b * m.rows() / batch, m.rows() / batch);
 }
 

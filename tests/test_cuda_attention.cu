@@ -107,7 +107,7 @@ void check_attention(AttentionProblem p, AttentionKernel kernel, bool cached) {
     if (p.lengths[b] == 0) continue;
     const Matrix<double> m = p.magnitude(b, sizeof(T) == 4);
     const double worst = check_close("out", got.middleRows(begin[b], p.lengths[b]), p.want(b), m,
-                                     sizeof(T) == 4 ? 8 : kBound<T>, kEps<T>);
+                                     sizeof(T) == 4 ? 8 : kRule<T>.k, kRule<T>.eps);
     worst_attention = std::max(worst_attention, worst);
   }
 }
@@ -191,12 +191,12 @@ TEST_CASE("cuda causal_attention_backward: agrees with the reference, every type
     for (const auto& [heads, kv_heads] : {std::pair<Index, Index>{2, 2}, {6, 2}}) {
       const AttentionProblem p{P, heads, kv_heads, {1, 70, 0, 65}, {0, 0, 0, 0}, {}, {}};
       check_attention_backward<float>(p, 1e-5);
-      check_attention_backward<bf16>(p, 4 * kEps<bf16>);
-      check_attention_backward<half>(p, 4 * kEps<half>);
-      if (P == 64) check_attention_backward<half>(p, 4 * kEps<half>, true);
+      check_attention_backward<bf16>(p, 4 * kRule<bf16>.eps);
+      check_attention_backward<half>(p, 4 * kRule<half>.eps);
+      if (P == 64) check_attention_backward<half>(p, 4 * kRule<half>.eps, true);
     }
   const AttentionProblem many{16, 2, 1, {200, 3}, {0, 0}, {}, {}};  // several blocks of keys
-  check_attention_backward<half>(many, 4 * kEps<half>);
+  check_attention_backward<half>(many, 4 * kRule<half>.eps);
 }
 
 TEST_CASE("cuda rotary: q and k turn in place, and keys and values go to the cache") {

@@ -16,92 +16,7 @@ struct GradientCase {
 };
 
 using NamedGradients = std::map<std::string, Matrix<double>>;  // by the name of the input
-
-// One sequence.
-struct ScanTruth {
-  Matrix<double> x, delta, A, B, C, D, z, bias, h0, dout, dhT;
-  bool softplus;
-  Index groups;
-
-  NamedGradients reference() const {
-    const StateMatrix<double> A_columns = A;
-    ssm::ScanInputs<double> in;
-    in.x = x, in.delta = delta, in.A = A_columns, in.B = B, in.C = C;
-    if (D.size()) in.D = D;
-    if (z.size()) in.z = z;
-    if (bias.size()) in.delta_bias = bias;
-    in.delta_softplus = softplus;
-    const auto state = [&](const Matrix<double>& m) -> StateMatrix<double> {
-      if (m.size()) return m;
-      return StateMatrix<double>::Zero(A.rows(), A.cols());
-    };
-    StateMatrix<double> dh = state(dhT);
-    const StateMatrix<double> before = state(h0);
-    const auto d = ssm::selective_scan_backward<double>(in, before, dout, dh);
-    return {{"x", d.x}, {"delta", d.delta},     {"A", d.A}, {"B", d.B}, {"C", d.C}, {"D", d.D},
-            {"z", d.z}, {"bias", d.delta_bias}, {"h0", dh}};
-  }
-
-  // m (DESIGN: Numerics): the same recurrence, but with all terms of every sum made positive.
-  static double sigmoid(double v) { return 1 / (1 + std::exp(-v)); }
-
-  NamedGradients sizes() const {
-    const Index L = x.rows(), d = x.cols(), N = A.cols();
-    const auto of = [](double v) { return std::abs(v); };
-    const auto zeros = [](const Matrix<double>& m) {
-      return Matrix<double>(Matrix<double>::Zero(m.rows(), m.cols()));
-    };
-    NamedGradients g = {{"x", zeros(x)}, {"delta", zeros(x)},   {"A", zeros(A)},
-                        {"B", zeros(B)}, {"C", zeros(B)},       {"D", zeros(D)},
-                        {"z", zeros(z)}, {"bias", zeros(bias)}, {"h0", Matrix<double>::Zero(d, N)}};
-    std::vector<double> h(static_cast<std::size_t>(L + 1));
-    for (Index c = 0; c < d; ++c) {
-      const Index group = c / (d / groups);
-      const double D_c = D.size() ? of(D(0, c)) : 0;
-      std::vector<double> y(static_cast<std::size_t>(L)), gB = y, gh = y, dy = y, step = y;
-      for (Index t = 0; t < L; ++t) {
-        const auto s = static_cast<std::size_t>(t);
-        const double raw = delta(t, c) + (bias.size() ? bias(0, c) : 0);
-        step[s] = softplus ? std::log1p(std::exp(-std::abs(raw))) + std::max(raw, 0.) : raw;
-        dy[s] = of(dout(t, c)) * (z.size() ? of(z(t, c) * sigmoid(z(t, c))) : 1);
-      }
-      for (Index n = 0; n < N; ++n) {
-        const Index k = group * N + n;
-        h[0] = h0.size() ? of(h0(c, n)) : 0;
-        for (Index t = 0; t < L; ++t) {
-          const auto s = static_cast<std::size_t>(t);
-          h[s + 1] = std::exp(step[s] * A(c, n)) * h[s] + of(step[s] * x(t, c)) * of(B(t, k));
-          y[s] += of(C(t, k)) * h[s + 1];
-        }
-        double u = dhT.size() ? of(dhT(c, n)) : 0;
-        for (Index t = L - 1; t >= 0; --t) {
-          const auto s = static_cast<std::size_t>(t);
-          const double a = std::exp(step[s] * A(c, n)), g_t = of(C(t, k)) * dy[s] + u;
-          g["B"](t, k) += g_t * of(step[s] * x(t, c));
-          g["C"](t, k) += dy[s] * h[s + 1];
-          g["A"](c, n) += of(step[s]) * g_t * a * h[s];
-          gB[s] += g_t * of(B(t, k)), gh[s] += of(A(c, n)) * g_t * a * h[s];
-          u = a * g_t;
-        }
-        g["h0"](c, n) = u;
-      }
-      for (Index t = 0; t < L; ++t) {
-        const auto s = static_cast<std::size_t>(t);
-        const double raw = delta(t, c) + (bias.size() ? bias(0, c) : 0);
-        const double ddelta = (of(x(t, c)) * gB[s] + gh[s]) * (softplus ? sigmoid(raw) : 1);
-        g["x"](t, c) = of(step[s]) * gB[s] + D_c * dy[s];
-        g["delta"](t, c) = ddelta;
-        if (bias.size()) g["bias"](0, c) += ddelta;
-        if (D.size()) g["D"](0, c) += dy[s] * of(x(t, c));
-        if (!z.size()) continue;
-        const double gate = sigmoid(z(t, c));
-        g["z"](t, c) =
-            of(dout(t, c)) * (y[s] + D_c * of(x(t, c))) * gate * (1 + of(z(t, c) * (1 - gate)));
-      }
-    }
-    return g;
-  }
-};
+using Truth = std::map<std::string, Matrix<Bounded>>;
 
 // The buffers of a call.
 template <class T>
@@ -115,7 +30,7 @@ struct GradientProblem {
   GradientCase c;
   std::vector<Index> lengths;                                   // of the sequences
   Matrix<double> x, delta, A, B, C, D, z, bias, h0, dout, dhT;  // sequences one behind another
-  NamedGradients want, size;
+  Truth want;
   DeviceBuffer<T> x_d, delta_d, B_d, C_d, z_d, dout_d;
   DeviceBuffer<float> A_d, D_d, bias_d, h0_d, dhT_d;
   DeviceBuffer<int64_t> cu_seqlens_d;
@@ -149,38 +64,47 @@ struct GradientProblem {
     A_d = up<float>(A), D_d = up<float>(D), bias_d = up<float>(bias), h0_d = up<float>(h0);
     dout_d = up<T>(dout), dhT_d = up<float>(dhT);
     if (!same) cu_seqlens_d = DeviceBuffer<int64_t>(starts.data(), starts.size());
-    want = expected(false, starts), size = expected(true, starts);
+    want = expected(starts);
   }
 
-  NamedGradients expected(bool sizes, const std::vector<int64_t>& starts) const {
-    NamedGradients all = {{"x", x}, {"delta", x},   {"A", A},
-                          {"B", B}, {"C", C},       {"D", D},
-                          {"z", z}, {"bias", bias}, {"h0", Matrix<double>(c.batch * c.d, c.N)}};
+  Truth expected(const std::vector<int64_t>& starts) const {
+    Truth all = {
+        {"x", bounded(x)}, {"delta", bounded(x)},   {"A", bounded(A)},
+        {"B", bounded(B)}, {"C", bounded(C)},       {"D", bounded(D)},
+        {"z", bounded(z)}, {"bias", bounded(bias)}, {"h0", Matrix<Bounded>(c.batch * c.d, c.N)}};
     for (auto& [name, m] : all) m.setZero();
+    const StateMatrix<Bounded> A_b = bounded(A);
+    const Matrix<Bounded> D_b = bounded(D), bias_b = bounded(bias);
     for (Index b = 0; b < c.batch; ++b) {
       const Index first = starts[static_cast<std::size_t>(b)],
                   L = lengths[static_cast<std::size_t>(b)];
-      const auto part = [&](const Matrix<double>& m) -> Matrix<double> {
-        return m.size() ? Matrix<double>(m.middleRows(first, L)) : Matrix<double>(m);
+      const auto part = [&](const Matrix<double>& m) {
+        return bounded(m.size() ? Matrix<double>(m.middleRows(first, L)) : m);
       };
-      const auto state = [&](const Matrix<double>& m) -> Matrix<double> {
-        return m.size() ? Matrix<double>(m.middleRows(b * c.d, c.d)) : Matrix<double>(m);
+      const auto state = [&](const Matrix<double>& m) -> StateMatrix<Bounded> {
+        if (m.size()) return bounded(m.middleRows(b * c.d, c.d));
+        return StateMatrix<Bounded>::Zero(c.d, c.N);
       };
-      const ScanTruth truth{part(x),   part(delta), A,          part(B),
-                            part(C),   D,           part(z),    bias,
-                            state(h0), part(dout),  state(dhT), bool(c.options & 8),
-                            c.groups};
-      for (const auto& [name, m] : sizes ? truth.sizes() : truth.reference()) {
-        if (m.size() == 0) continue;
-        if (name == "A" || name == "D" || name == "bias") {
-          all[name] += m;
-        } else if (name == "h0") {
-          all[name].middleRows(b * c.d, c.d) = m;
-        } else {
-          all[name].middleRows(first, L) = m;
-        }
-      }
+      const Matrix<Bounded> x_b = part(x), delta_b = part(delta), B_b = part(B), C_b = part(C),
+                            z_b = part(z), dout_b = part(dout);
+      ssm::ScanInputs<Bounded> in;
+      in.x = x_b, in.delta = delta_b, in.A = A_b, in.B = B_b, in.C = C_b;
+      if (D.size()) in.D = D_b;
+      if (z.size()) in.z = z_b;
+      if (bias.size()) in.delta_bias = bias_b;
+      in.delta_softplus = c.options & 8;
+      const StateMatrix<Bounded> before = state(h0);
+      StateMatrix<Bounded> dh = state(dhT);
+      const auto d = ssm::selective_scan_backward<Bounded>(in, before, dout_b, dh);
+      all["x"].middleRows(first, L) = d.x, all["delta"].middleRows(first, L) = d.delta;
+      all["B"].middleRows(first, L) = d.B, all["C"].middleRows(first, L) = d.C;
+      if (z.size()) all["z"].middleRows(first, L) = d.z;
+      all["A"] += d.A, all["h0"].middleRows(b * c.d, c.d) = dh;
+      if (D.size()) all["D"] += d.D;
+      if (bias.size()) all["bias"] += d.delta_bias;
     }
+    for (const char* weight : {"A", "D", "bias"})  // they are added to ones
+      for (Bounded& v : all[weight].reshaped()) v.size += 1;
     return all;
   }
 
@@ -234,13 +158,10 @@ struct GradientProblem {
               << ", groups " << c.groups << ", options " << c.options << ", bytes of a number "
               << sizeof(T));
     for (const auto& [name, got] : this->run(run)) {
-      const bool weight = name == "A" || name == "D" || name == "bias";
-      const bool state = weight || name == "h0";  // float whatever the type
-      const Matrix<double> m(size.at(name).array() + (weight ? 1 : state ? 0 : kTiny<T>));
-      double& of = state ? worst.of_state : worst.of_out;
-      of = std::max(of,
-                    check_close(("d" + name).c_str(), got, want.at(name), m,
-                                state ? kBound<float> : kBound<T>, state ? kEps<float> : kEps<T>));
+      const bool is_state = name == "A" || name == "D" || name == "bias" || name == "h0";
+      double& of = is_state ? worst.of_state : worst.of_out;  // float whatever the type
+      of = std::max(of, check_bounded(("d" + name).c_str(), got, want.at(name),
+                                      is_state ? kRule<float> : kRule<T>));
     }
   }
 };

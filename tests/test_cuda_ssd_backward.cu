@@ -40,72 +40,54 @@ SsdProblem make_ssd_problem(const SsdBackwardCase& c, Index rows, std::uint64_t 
 }
 
 // All gradients of a batch; those that each sequence has of its own one below the other.
-struct SsdBatchGradients {
-  Matrix<double> x, dt, B, C, A, D, dt_bias, h0;
+template <class Number>
+struct SsdBatch {
+  Matrix<Number> x, dt, B, C, A, D, dt_bias, h0;
+  std::array<Matrix<Number>*, 8> all() { return {&x, &dt, &B, &C, &A, &D, &dt_bias, &h0}; }
+  std::array<const Matrix<Number>*, 8> all() const {
+    return {&x, &dt, &B, &C, &A, &D, &dt_bias, &h0};
+  }
 };
+using SsdBatchGradients = SsdBatch<double>;
 struct SsdGradientMember {
   const char* name;
-  Matrix<double> SsdBatchGradients::*matrix;
   bool of_sequence, of_data;  // not a sum over the batch; stored as data is
 };
 const SsdGradientMember kSsdGradientMembers[] = {
-    {"dx", &SsdBatchGradients::x, true, true},
-    {"ddt", &SsdBatchGradients::dt, true, true},
-    {"dB", &SsdBatchGradients::B, true, true},
-    {"dC", &SsdBatchGradients::C, true, true},
-    {"dA", &SsdBatchGradients::A, false, false},
-    {"dD", &SsdBatchGradients::D, false, false},
-    {"ddt_bias", &SsdBatchGradients::dt_bias, false, false},
-    {"dh0", &SsdBatchGradients::h0, true, false}};
+    {"dx", true, true},   {"ddt", true, true},  {"dB", true, true},         {"dC", true, true},
+    {"dA", false, false}, {"dD", false, false}, {"ddt_bias", false, false}, {"dh0", true, false}};
 
-// The reference on sequence b; on absolute values: the natural sizes of what is added.
-SsdBatchGradients ssd_backward_reference(const SsdProblem& p, Index b, bool sizes) {
+// The reference on sequence b.
+SsdBatch<Bounded> ssd_backward_reference(const SsdProblem& p, Index b) {
   const SsdBackwardCase& c = p.c;
-  const auto part = [&](const Matrix<double>& m, Index batch) -> Matrix<double> {
-    const Matrix<double> rows = m.middleRows(b * m.rows() / batch, m.rows() / batch);
-    return sizes ? Matrix<double>(rows.cwiseAbs()) : rows;
+  const auto part = [&](const Matrix<double>& m) { return bounded(of(m, b, c.batch)); };
+  const auto state = [&](const Matrix<double>& m) -> StateMatrix<Bounded> {
+    if (m.size()) return part(m);
+    return StateMatrix<Bounded>::Zero(c.H * c.P, c.N);
   };
-  const auto state = [&](const Matrix<double>& m) -> StateMatrix<double> {
-    if (m.size()) return part(m, c.batch);
-    return StateMatrix<double>::Zero(c.H * c.P, c.N);
-  };
-  const Matrix<double> x = part(p.x, c.batch), B = part(p.B, c.batch), C = part(p.C, c.batch),
-                       dout = part(p.dout, c.batch), dt = p.dt.middleRows(b * c.L, c.L);
-  const Matrix<double> D = sizes ? Matrix<double>(p.D.cwiseAbs()) : p.D;
-  const StateMatrix<double> A = p.A, h0 = state(p.h0);
-  ssm::SsdInputs<double> in;
+  const Matrix<Bounded> x = part(p.x), B = part(p.B), C = part(p.C), dout = part(p.dout),
+                        dt = part(p.dt), D = bounded(p.D), bias = bounded(p.bias);
+  const StateMatrix<Bounded> A = bounded(p.A), h0 = state(p.h0);
+  ssm::SsdInputs<Bounded> in;
   in.x = x, in.dt = dt, in.A = A, in.B = B, in.C = C;
   if (D.size()) in.D = D;
-  if (p.bias.size()) in.dt_bias = p.bias;
+  if (bias.size()) in.dt_bias = bias;
   in.dt_min = p.dt_min, in.dt_max = p.dt_max;
-  StateMatrix<double> dh = state(p.dhT);
-  const auto d = ssm::ssd_backward<double>(in, h0, dout, dh);
-  SsdBatchGradients all{d.x, d.dt, d.B, d.C, d.A, d.D, d.dt_bias, dh};
-  if (!sizes) return all;
-  // In ddelta = x . dX + A dl the second term is negative; of the two sizes the sum is wanted.
-  const Matrix<double> delta = ssm::step_size(in);
-  Matrix<double> x_dX(c.L, c.H);
-  for (Index i = 0; i < c.H; ++i) {
-    Matrix<double> delta_dX = d.x.middleCols(i * c.P, c.P);
-    if (D.size()) delta_dX -= D(0, i) * dout.middleCols(i * c.P, c.P);
-    x_dX.col(i) = delta_dX.cwiseProduct(x.middleCols(i * c.P, c.P)).rowwise().sum();
-  }
-  x_dX.array() /= delta.array();
-  all.dt = 2 * ssm::step_size_backward(in, x_dX) - d.dt;
-  if (p.bias.size()) all.dt_bias = all.dt.colwise().sum();
-  return all;
+  StateMatrix<Bounded> dh = state(p.dhT);
+  const auto d = ssm::ssd_sequential_backward<Bounded>(in, h0, dout, dh);
+  return {d.x, d.dt, d.B, d.C, d.A, d.D, d.dt_bias, dh};
 }
 
-SsdBatchGradients ssd_backward_reference(const SsdProblem& p, bool sizes) {
-  SsdBatchGradients all;
+SsdBatch<Bounded> ssd_backward_reference(const SsdProblem& p) {
+  SsdBatch<Bounded> all;
   for (Index b = 0; b < p.c.batch; ++b) {
-    const SsdBatchGradients one = ssd_backward_reference(p, b, sizes);
-    for (const SsdGradientMember& m : kSsdGradientMembers) {
-      const Matrix<double>& from = one.*m.matrix;
-      Matrix<double>& to = all.*m.matrix;
-      if (b == 0)
-        to = Matrix<double>::Zero(from.rows() * (m.of_sequence ? p.c.batch : 1), from.cols());
-      to.middleRows(m.of_sequence ? b * from.rows() : 0, from.rows()) += from;
+    const SsdBatch<Bounded> one = ssd_backward_reference(p, b);
+    for (std::size_t i = 0; i < one.all().size(); ++i) {
+      const bool of_sequence = kSsdGradientMembers[i].of_sequence;
+      const Matrix<Bounded>& from = *one.all()[i];
+      Matrix<Bounded>& to = *all.all()[i];
+      if (b == 0) to.setZero(from.rows() * (of_sequence ? p.c.batch : 1), from.cols());
+      to.middleRows(of_sequence ? b * from.rows() : 0, from.rows()) += from;
     }
   }
   return all;
@@ -188,27 +170,24 @@ struct WorstSsdGradients {
     std::cout << what << ": worst";
     for (std::size_t i = 0; i < std::size(kSsdGradientMembers); ++i)
       std::cout << (i ? ", " : " ") << kSsdGradientMembers[i].name << " " << worst[i];
-    std::cout << " roundings\n";
+    std::cout << " bounds\n";
   }
 };
 
 template <class T>
-void check_ssd_gradients(const SsdBatchGradients& got, const SsdBatchGradients& want,
-                         const SsdBatchGradients& sizes, bool rounds, WorstSsdGradients& worst) {
+void check_ssd_gradients(const SsdBatchGradients& got, const SsdBatch<Bounded>& want, bool rounds,
+                         WorstSsdGradients& worst) {
   for (std::size_t i = 0; i < std::size(kSsdGradientMembers); ++i) {
     const SsdGradientMember& m = kSsdGradientMembers[i];
-    const bool of_T = m.of_data || rounds;
-    // strong decays: what is far below the smallest normal float, 2^-126, may become zero
-    const Matrix<double> size = (sizes.*m.matrix).array() + (of_T ? kTiny<T> : 0) + 0x1p-100;
-    worst.worst[i] = std::max(worst.worst[i], check_close(m.name, got.*m.matrix, want.*m.matrix,
-                                                          size, of_T ? kBound<T> : kBound<float>,
-                                                          of_T ? kEps<T> : kEps<float>));
+    worst.worst[i] =
+        std::max(worst.worst[i], check_bounded(m.name, *got.all()[i], *want.all()[i],
+                                               m.of_data || rounds ? kRule<T> : kRule<float>));
   }
 }
 
 bool same_ssd_bits(const SsdBatchGradients& a, const SsdBatchGradients& b) {
-  for (const SsdGradientMember& m : kSsdGradientMembers)
-    if (a.*m.matrix != b.*m.matrix) return false;
+  for (std::size_t i = 0; i < a.all().size(); ++i)
+    if (*a.all()[i] != *b.all()[i]) return false;
   return true;
 }
 
@@ -216,8 +195,7 @@ template <class T>
 void ssd_backward_matches(const SsdBackwardCase& c, std::uint64_t seed, WorstSsdGradients& naive,
                           WorstSsdGradients& fused) {
   const SsdProblem problem = make_ssd_problem<T>(c, c.batch * c.L, seed);
-  const SsdBatchGradients want = ssd_backward_reference(problem, false),
-                          sizes = ssd_backward_reference(problem, true);
+  const SsdBatch<Bounded> want = ssd_backward_reference(problem);
   for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused}) {
     const DeviceSsdProblem<T> on_device(problem);
     if (rung > ssd_backward_rung(on_device.args)) continue;
@@ -228,7 +206,7 @@ void ssd_backward_matches(const SsdBackwardCase& c, std::uint64_t seed, WorstSsd
          << sizeof(T));
     run_ssd_backward(on_device.args, rung);
     const SsdBatchGradients first = on_device.results();
-    check_ssd_gradients<T>(first, want, sizes, !is_naive, is_naive ? naive : fused);
+    check_ssd_gradients<T>(first, want, !is_naive, is_naive ? naive : fused);
     run_ssd_backward(on_device.args, rung);
     CHECK(same_ssd_bits(on_device.results(), first));
   }
@@ -303,8 +281,7 @@ TEST_CASE(
 TEST_CASE("cuda ssd_backward: a cut sequence, its state's gradient carried over, is as one") {
   const SsdBackwardCase c = {1, 150, 2, 64, 64, 1, 23};
   const SsdProblem problem = make_ssd_problem<bf16>(c, c.L, 11);
-  const SsdBatchGradients want = ssd_backward_reference(problem, false),
-                          sizes = ssd_backward_reference(problem, true);
+  const SsdBatch<Bounded> want = ssd_backward_reference(problem);
   WorstSsdGradients naive{"ssd backward naive, cut"}, fused{"ssd backward fused, cut"};
   for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused})
     for (const Index cut : {0, 1, 64, 77, 149, 150}) {
@@ -328,6 +305,6 @@ TEST_CASE("cuda ssd_backward: a cut sequence, its state's gradient carried over,
       SsdBatchGradients got = whole.results();
       got.A += of_second.A, got.D += of_second.D, got.dt_bias += of_second.dt_bias;
       const bool is_naive = rung == SsdBackwardRung::kNaive;
-      check_ssd_gradients<bf16>(got, want, sizes, !is_naive, is_naive ? naive : fused);
+      check_ssd_gradients<bf16>(got, want, !is_naive, is_naive ? naive : fused);
     }
 }

@@ -110,11 +110,11 @@ void conv_backward_matches(const Ragged& r, Index d, Index width, bool bias, boo
   const Matrix<double> got = down(dx, r.rows(), stride).leftCols(d);
   const auto check = [&](const char* name, const Matrix<double>& of, const Matrix<double>& truth,
                          const Matrix<double>& size, double k, double eps) {
-    return check_close(name, of, truth, Matrix<double>(size.array() + kTiny<T>), k, eps);
+    return check_close(name, of, truth, Matrix<double>(size.array() + kRule<T>.smallest), k, eps);
   };
   worst.of_out =
-      std::max(worst.of_out, check("dx", got, want.dx, want.size_dx, kBound<T>, kEps<T>));
-  const double eps = kEps<float>;
+      std::max(worst.of_out, check("dx", got, want.dx, want.size_dx, kRule<T>.k, kRule<T>.eps));
+  const double eps = kRule<float>.eps;
   worst.of_state =
       std::max({worst.of_state,
                 check("dstate", down(dstate, past, d), want.dstate, want.size_dstate, 256, eps),
@@ -126,7 +126,7 @@ void conv_backward_matches(const Ragged& r, Index d, Index width, bool bias, boo
 
 template <class T>
 void conv_backward_matches_everywhere(const char* type) {
-  Worst worst{std::string("causal_conv1d_backward ") + type};
+  Worst worst{std::string("causal_conv1d_backward ") + type, 0, 0, "roundings"};
   Random random(5);
   for (const Index width : {2, 3, 4, 7})
     for (const Index d : {1, 5, 64, 132})
@@ -164,11 +164,11 @@ void norm_backward_matches(Index rows, Index d, Worst& worst) {
                         dout_d.data(), dweight.data()},
                        room.data(), nullptr);
   const Matrix<double> got = down(dx, rows, d), sum = want.x + before;
-  worst.of_out = std::max(worst.of_out, check_close("dx", got, sum, size, 64, kEps<float>));
+  worst.of_out = std::max(worst.of_out, check_close("dx", got, sum, size, 64, kRule<float>.eps));
   CHECK(max_difference(down(dout_d, rows, d), stored<T>(got)) == 0);
   worst.of_state = std::max(
       worst.of_state, check_close("dweight", down(dweight, 1, d), Matrix<double>(want.weight + one),
-                                  size_weight, 64, kEps<float>));
+                                  size_weight, 64, kRule<float>.eps));
 }
 
 template <class T>
@@ -191,8 +191,8 @@ void gated_norm_backward_matches(Index rows, Index d, Index groups, Worst& worst
       dv.row(t).segment(c, n) = r * (g + r * r * part * (g.dot(part) / double(n)));
       size_weight.row(0).segment(c, n) += r * part.cwiseProduct(dout_abs.row(t).segment(c, n));
     }
-  const Matrix<double> size_y = dv.array() * (1 + z.array().abs()) + kTiny<T>;
-  const Matrix<double> size_z = dv.array() * (y.array().abs() * 1.2) + kTiny<T>;
+  const Matrix<double> size_y = dv.array() * (1 + z.array().abs()) + kRule<T>.smallest;
+  const Matrix<double> size_z = dv.array() * (y.array().abs() * 1.2) + kRule<T>.smallest;
   const Index stride = d + 4;
   const auto y_d = up<T>(y), z_d = up_strided<T>(z, stride), dout_d = up<T>(dout);
   const auto dy = poisoned<T>(rows * d), dz = poisoned<T>(rows * stride);
@@ -206,17 +206,17 @@ void gated_norm_backward_matches(Index rows, Index d, Index groups, Worst& worst
   const Matrix<double> got_z = down(dz, rows, stride).leftCols(d);
   const double k = sizeof(T) == 4 ? 64 : 4;
   worst.of_out =
-      std::max({worst.of_out, check_close("dy", down(dy, rows, d), want.y, size_y, k, kEps<T>),
-                check_close("dz", got_z, want.z, size_z, k, kEps<T>)});
+      std::max({worst.of_out, check_close("dy", down(dy, rows, d), want.y, size_y, k, kRule<T>.eps),
+                check_close("dz", got_z, want.z, size_z, k, kRule<T>.eps)});
   worst.of_state = std::max(
       worst.of_state, check_close("dweight", down(dweight, 1, d), Matrix<double>(want.weight + one),
-                                  size_weight, 64, kEps<float>));
+                                  size_weight, 64, kRule<float>.eps));
 }
 
 template <class T>
 void norms_backward_match(const char* type) {
-  Worst rms{std::string("rms_norm_backward ") + type},
-      gated{std::string("gated_rms_norm_backward ") + type};
+  Worst rms{std::string("rms_norm_backward ") + type, 0, 0, "roundings"},
+      gated{std::string("gated_rms_norm_backward ") + type, 0, 0, "roundings"};
   for (const Index rows : {0, 1, 3, 33})
     for (const Index d : {4, 64, 1028}) norm_backward_matches<T>(rows, d, rms);
   norm_backward_matches<T>(kMostParts + 3, 4, rms);
@@ -249,8 +249,8 @@ void cross_entropy_matches(Index vocab, float scale, Worst& worst) {
   cross_entropy<T>(logits_d.data(), stride, rows, vocab, targets_d.data(), scale, nll_d.data(),
                    nullptr);
   const Matrix<double> size = (logits.rowwise().maxCoeff().cwiseAbs().array() + 40).matrix();
-  worst.of_state =
-      std::max(worst.of_state, check_close("nll", down(nll_d, rows, 1), nll, size, 4, kEps<float>));
+  worst.of_state = std::max(
+      worst.of_state, check_close("nll", down(nll_d, rows, 1), nll, size, 4, kRule<float>.eps));
   CUDA_CHECK(cudaDeviceSynchronize());
   std::vector<T> got(rows * stride * sizeof(float) / sizeof(T));
   CUDA_CHECK(cudaMemcpy(got.data(), logits_d.data(), got.size() * sizeof(T), cudaMemcpyDefault));
@@ -259,10 +259,11 @@ void cross_entropy_matches(Index vocab, float scale, Worst& worst) {
     for (Index v = 0; v < vocab; ++v) {
       dlogits(t, v) = float(got[t * stride * sizeof(float) / sizeof(T) + v]);
       const double distance = logits.row(t).maxCoeff() - logits(t, v);  // rounded in the exponent
-      size_d(t, v) = std::abs(want(t, v)) * (1 + distance) + kTiny<T> + 0x1p-126;
+      size_d(t, v) = std::abs(want(t, v)) * (1 + distance) + kRule<T>.smallest + 0x1p-126;
       if (v == targets[t]) size_d(t, v) += scale;
     }
-  worst.of_out = std::max(worst.of_out, check_close("dlogits", dlogits, want, size_d, 8, kEps<T>));
+  worst.of_out =
+      std::max(worst.of_out, check_close("dlogits", dlogits, want, size_d, 8, kRule<T>.eps));
 }
 
 }  // namespace
@@ -282,7 +283,7 @@ TEST_CASE("cuda rms_norm_backward, gated_rms_norm_backward: match the reference,
 }
 
 TEST_CASE("cuda cross_entropy: loss and gradient of logits, rows without a target, huge logits") {
-  Worst f32{"cross_entropy f32"}, b16{"cross_entropy bf16"};
+  Worst f32{"cross_entropy f32", 0, 0, "roundings"}, b16{"cross_entropy bf16", 0, 0, "roundings"};
   for (const Index vocab : {1, 3, 64, 519, 5000}) {
     cross_entropy_matches<float>(vocab, 0.25f, f32);
     cross_entropy_matches<bf16>(vocab, 0.25f, b16);
@@ -307,13 +308,13 @@ TEST_CASE("cuda embedding_backward: rows of one id are summed in order; bias_bac
       const auto dy_d = up<float>(dy);
       EmbeddingBackward embedding_backward;
       embedding_backward(ids_d.data(), rows, vocab, d, dy_d.data(), got.data(), nullptr);
-      check_close("d_embedding", down(got, vocab, d), want, size, 64, kEps<float>);
+      check_close("d_embedding", down(got, vocab, d), want, size, 64, kRule<float>.eps);
       const auto bias = up<float>(Matrix<double>(Matrix<double>::Ones(1, d))),
                  room = poisoned<float>(row_parts(rows, d));
       bias_backward(dy_d.data(), d, rows, d, bias.data(), room.data(), nullptr);
       const Matrix<double> one = Matrix<double>::Ones(1, d);
       check_close("dbias", down(bias, 1, d), Matrix<double>(dy.colwise().sum() + one.row(0)),
-                  Matrix<double>(dy.cwiseAbs().colwise().sum() + one.row(0)), 64, kEps<float>);
+                  Matrix<double>(dy.cwiseAbs().colwise().sum() + one.row(0)), 64, kRule<float>.eps);
     }
 }
 
