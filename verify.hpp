@@ -467,7 +467,7 @@ inline Named backward(const Case& c, const Named& in, const Matrix<Bounded>& sta
   return all;
 }
 
-/// 1 + delta A where exp(delta A) belongs, for every state, which a token of A = 0 then leaves alone.
+/// 1 + delta A where exp(delta A) belongs, for each state, which a token of A = 0 leaves alone.
 inline Matrix<Bounded> linear_decay(const Case& c, Named& in, const Matrix<Bounded>& state) {
   Matrix<Bounded> a;
   with_scan(c, in, [&](const auto& scan) {
@@ -749,7 +749,7 @@ inline double draw(Random& random, const Style& style, const std::string& name, 
   return style.is_positive ? a : v;
 }
 
-/// The case as a file in memory: inputs, cotangents and options; numbers are rounded to their dtype.
+/// The case as a file in memory: inputs and cotangents, rounded to their dtype, and options.
 inline Checkpoint make_case(Recipe r, DType dtype, std::uint64_t seed) {
   Random random(seed);
   Checkpoint file;
