@@ -364,6 +364,9 @@ with tempfile.TemporaryDirectory() as folder:
     code, out, err = run("verify", path)
     row = [line for line in out.splitlines() if " out " in line][0]
     claim("a wrong shape has no place", " at " not in row and "expected real numbers of shape" in row, row)
+    door.write_safetensors(path, dict(tensors, output=tensors["out"]), dtypes, options)
+    code, out, err = run("verify", path)
+    claim("a tensor of no known name is said", err.startswith("warning: ") and "'output': not a tensor of gated_rms_norm\n" in err, err)
     code, out, err = run("vectors", os.path.join(folder, "fresh"), "--op", "rms_norm")
     code, out, err = run("verify", os.path.join(folder, "fresh"))
     claim("without outputs there is nothing to judge", code == 1 and err.startswith("mamba: nothing to judge") and not out, err)
