@@ -1873,18 +1873,18 @@ struct Gradients : ModelFolder, TextFlags {
     check_output(out);
     const Document text = read(*this)[0];
     if (text.ids.size() < 2) fail(text.where, ": expected at least two tokens, found one");
-    if (in_double) {
-      ssm::Options<double> options{cpu_form(config)};
-      options.delta_ratio = engine_options.delta_ratio;
-      const auto model = load_model<ssm::Model<double>>(checkpoint, config);
-      auto gradients = zeros_like(model);
-      write(loss_of_text(model, text.ids, options, gradients), gradients);
-    } else {
-      Engine engine(checkpoint, config, engine_options);
-      ssm::Model<float> gradients;
-      const double loss = engine.gradients(text.ids, gradients);
-      write(static_cast<float>(loss), gradients);
-    }
+    if constexpr (!Engine::kHasDevice)  // else compiled for nothing
+      if (in_double) {
+        ssm::Options<double> options{cpu_form(config)};
+        options.delta_ratio = engine_options.delta_ratio;
+        const auto model = load_model<ssm::Model<double>>(checkpoint, config);
+        auto gradients = zeros_like(model);
+        return write(loss_of_text(model, text.ids, options, gradients), gradients);
+      }
+    Engine engine(checkpoint, config, engine_options);
+    ssm::Model<float> gradients;
+    const double loss = engine.gradients(text.ids, gradients);
+    write(static_cast<float>(loss), gradients);
   }
   template <class Scalar>
   void write(Scalar loss, const ssm::Model<Scalar>& gradients) const {
