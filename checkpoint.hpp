@@ -19,6 +19,7 @@
 #include <cstring>
 #include <deque>
 #include <filesystem>
+#include <initializer_list>
 #include <iostream>
 #include <limits>
 #include <map>
@@ -43,19 +44,32 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "checkpoints are little
 
 // ================================ 1. Errors and files ==================================
 
+/// A part of a line, and how a stream takes it.
+struct LinePart {
+  const void* value;
+  void (*write)(std::ostream&, const void*);
+
+  LinePart(const char* text) : value(text) {
+    write = [](std::ostream& out, const void* v) { out << static_cast<const char*>(v); };
+  }
+  template <class Value>
+  LinePart(const Value& of) : value(&of) {
+    write = [](std::ostream& out, const void* v) { out << *static_cast<const Value*>(v); };
+  }
+};
+
 /// The parts as one line. Control characters, which only a broken file brings, become '?'.
-template <class... Parts>
-std::string one_line(const Parts&... parts) {
+inline std::string line_of(std::initializer_list<LinePart> parts) {
   std::ostringstream out;
-  (out << ... << parts);
+  for (const LinePart& part : parts) part.write(out, part.value);
   std::string line = out.str();
   for (char& c : line) c = (c & 0xe0) == 0 ? '?' : c;
   return line;
 }
 
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  throw std::runtime_error(one_line(parts...));
+std::string one_line(const Parts&... parts) {
+  return line_of({parts...});
 }
 
 /// What is wrong is how the program was called: exit status 2.
@@ -63,9 +77,19 @@ struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+template <class Error>
+[[noreturn]] void fail_with(std::initializer_list<LinePart> parts) {
+  throw Error(line_of(parts));
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  fail_with<std::runtime_error>({parts...});
+}
+
 template <class... Parts>
 [[noreturn]] void fail_usage(const Parts&... parts) {
-  throw UsageError(one_line(parts...));
+  fail_with<UsageError>({parts...});
 }
 
 /// Fails with the system's reason if a call of it did.

@@ -134,33 +134,36 @@ template <class Scalar>  // (d_conv - 1, d)
 using ConvState = InOut<Matrix<typename TypeIdentity<Scalar>::Type>>;
 
 // An input that does not fit is refused with one line: which, what was expected, what was found.
-template <class M>
-[[noreturn]] void refuse(const char* operation, const char* input, const std::string& expected,
-                         const M& m) {
+struct Extents {
+  Index rows, cols;
+  template <class M>
+  Extents(const M& m) : rows(m.rows()), cols(m.cols()) {}
+};
+
+[[noreturn]] inline void refuse(const char* operation, const char* input,
+                                const std::string& expected, Extents m) {
   throw std::invalid_argument(std::string(operation) + ": " + input + ": expected " + expected +
-                              ", found (" + std::to_string(m.rows()) + ", " +
-                              std::to_string(m.cols()) + ")");
+                              ", found (" + std::to_string(m.rows) + ", " + std::to_string(m.cols) +
+                              ")");
 }
 
-template <class M>
-void expect_shape(const char* operation, const char* input, const M& m, Index rows, Index cols) {
-  if (m.rows() == rows && m.cols() == cols) return;
+inline void expect_shape(const char* operation, const char* input, Extents m, Index rows,
+                         Index cols) {
+  if (m.rows == rows && m.cols == cols) return;
   refuse(operation, input, "(" + std::to_string(rows) + ", " + std::to_string(cols) + ")", m);
 }
 
 // m (any, n k): n heads or groups side by side.
-template <class M>
-void expect_split(const char* operation, const char* input, const M& m, Index n) {
-  if (n > 0 && m.cols() % n == 0) return;
+inline void expect_split(const char* operation, const char* input, Extents m, Index n) {
+  if (n > 0 && m.cols % n == 0) return;
   refuse(operation, input, "a multiple of " + std::to_string(n) + " columns", m);
 }
 
 // B and C (L, G N): G groups, a divisor of the number of channels or heads that share them.
-template <class M>
-void expect_groups(const char* operation, const char* input, const M& m, Index L, Index N,
-                   Index sharing) {
-  const Index G = N > 0 ? m.cols() / N : 0;
-  if (m.rows() == L && G > 0 && m.cols() == G * N && sharing % G == 0) return;
+inline void expect_groups(const char* operation, const char* input, Extents m, Index L, Index N,
+                          Index sharing) {
+  const Index G = N > 0 ? m.cols / N : 0;
+  if (m.rows == L && G > 0 && m.cols == G * N && sharing % G == 0) return;
   refuse(operation, input,
          "(" + std::to_string(L) + ", G * " + std::to_string(N) + ") with G a divisor of " +
              std::to_string(sharing),
