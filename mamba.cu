@@ -7298,11 +7298,14 @@ struct ConvBackwardArgs {
 // A warp owns 32 kVector neighbouring channels and some rows of them. It walks them forwards, a
 // window of x and one of ds sliding through registers: s[t] needs the last width inputs, dx[t] is
 // complete when ds[t + width - 1] is there. So a warp begins with the width - 1 inputs before its
-// rows and goes on for width - 1 steps after them. x and dout are asked for some rows before
+// rows and goes on for width - 1 steps after them. x and dout are asked for kConvAhead rows before
 // their step. dweight and dbias stay in registers; a block adds up those of its warps, which are
 // neighbours in time. Grid as in the forward kernel.
+constexpr int kConvAhead = 4;
+
+// Blocks on a multiprocessor at once, see kConvBlocks.
 template <class T>
-constexpr int kConvAhead = sizeof(T) == 4 ? 2 : 4;
+constexpr int kConvBackwardBlocks = sizeof(T) == 2 ? 4 : 3;
 
 // dx of row p of x, p >= -(width - 1): before the sequence it is that of the state.
 template <int kVector, class T>
@@ -7376,7 +7379,7 @@ __device__ inline void store_conv_part(const ConvBackwardArgs<T>& a,
 }
 
 template <class T, int kWidth, int kVector>
-__global__ void __launch_bounds__(32 * kConvWarps, 4)
+__global__ void __launch_bounds__(32 * kConvWarps, kConvBackwardBlocks<T>)
     causal_conv1d_backward_kernel(ConvBackwardArgs<T> a, unsigned blocks, unsigned pieces,
                                   int rows_of_warp, float* parts) {
   const int64_t part = blockIdx.x / blocks, b = part / pieces;
@@ -7403,37 +7406,47 @@ __global__ void __launch_bounds__(32 * kConvWarps, 4)
   T* to = a.dx + (rows.first + begin - (kWidth - 1)) * a.dx_stride + d;  // of the next dx
   const bool with_state = a.dstate_out || (a.dstate && begin == 0);
   const float activate = a.in.activate ? 1.f : 0.f;
-  constexpr int kAhead = kConvAhead<T>;
-  Vector<T, kVector> x_ahead[kAhead], dout_ahead[kAhead];
-  const auto fetch = [&](int r, int t) {
-    x_ahead[r] = load<kVector>(x, exists && t < stop);
-    dout_ahead[r] = load<kVector>(dout, exists && t < stop);
+  Vector<T, kVector> x_ahead[kConvAhead], dout_ahead[kConvAhead];
+  const auto fetch = [&](int r, bool some) {
+    x_ahead[r] = load<kVector>(x, some);
+    dout_ahead[r] = load<kVector>(dout, some);
     x += a.in.x_stride, dout += a.dout_stride;
   };
 #pragma unroll
-  for (int r = 0; r < kAhead; ++r) fetch(r, r);
-  for (int first = 0; exists && first < n + kWidth - 1; first += kWidth)
+  for (int r = 0; r < kConvAhead; ++r) fetch(r, exists && r < stop);
+  // kWidth steps from `first` on. `plain`: their rows, and those asked for meanwhile, are the warp's
+  // own and none is a state's: no choices, so that the steps overlap.
+  const auto steps = [&](auto plain, int first) {
+    constexpr bool kPlain = decltype(plain)::value;
 #pragma unroll
     for (int r = 0; r < kWidth; ++r) {
       const int t = first + r, p = t - (kWidth - 1);
       float dout_t[kVector], dx[kVector];
-      unpack(x_ahead[r % kAhead], w.x[kWidth - 1]), unpack(dout_ahead[r % kAhead], dout_t);
-      fetch(r % kAhead, t + kAhead);
-      w.step(dout_t, activate, t < n, dx);
-      if (with_state && (p >= 0 || begin == 0) && p < n)
+      unpack(x_ahead[r % kConvAhead], w.x[kWidth - 1]);
+      unpack(dout_ahead[r % kConvAhead], dout_t);
+      fetch(r % kConvAhead, kPlain || t + kConvAhead < stop);
+      w.step(dout_t, activate, kPlain || t < n, dx);
+      if (!kPlain && with_state && (p >= 0 || begin == 0) && p < n)
         store_conv_dx<kVector>(a, b, rows, d, begin + p, dx);
-      else if (p >= 0 && p < n)
+      else if (kPlain || (p >= 0 && p < n))
         store(to, pack<T>(dx));
       to += a.dx_stride;
     }
+  };
+  for (int first = 0; exists && first < n + kWidth - 1; first += kWidth)
+    if (!with_state && first >= kWidth - 1 && first + kWidth + kConvAhead <= n)
+      steps(std::true_type(), first);
+    else
+      steps(std::false_type(), first);
   store_conv_part(a, w, part, d, parts);
 }
 
-// How many rows a warp takes: the more, the fewer are read twice and the fewer parts are added up,
-// as long as there are blocks for the whole GPU.
+// Grid: blocks of channels times pieces of a sequence, as many as take the least time if the GPU
+// works on `at_once` of them, then on as many more: a few left over would have it to themselves.
+// What a block does before its first row and after its last takes as long as ten rows.
 struct ConvBackwardGrid {
-  bool aligned;            // four channels can be read at a time
-  int64_t blocks, pieces;  // of channels; of a sequence
+  bool aligned;  // four channels can be read at a time
+  int64_t blocks, pieces;
   int rows_of_warp;
 };
 template <class T>
@@ -7443,13 +7456,18 @@ ConvBackwardGrid conv_backward_grid(const ConvBackwardArgs<T>& a) {
                        aligned4(in.weight, 4) && aligned4(in.bias, 4) &&
                        aligned4(a.dout, a.dout_stride) && aligned4(a.dx, a.dx_stride) &&
                        aligned4(a.dstate, in.d);
-  ConvBackwardGrid grid{aligned, ceil_div(in.d, (aligned ? 4 : 1) * 32), 0, 0};
-  for (int steps = 64; steps >= 16; steps /= 2) {
-    grid.rows_of_warp = steps - 3;
-    grid.pieces = std::max<int64_t>(1, ceil_div(in.L, kConvWarps * grid.rows_of_warp));
-    if (grid.blocks * grid.pieces * in.batch >= 16 * multiprocessors()) break;
+  ConvBackwardGrid best{aligned, ceil_div(in.d, (aligned ? 4 : 1) * 32), 0, 0};
+  const int64_t at_once = kConvBackwardBlocks<T> * multiprocessors();
+  const int64_t all = std::max<int64_t>(1, best.blocks * in.batch);
+  const int64_t most = std::max<int64_t>(1, 8 * at_once / all);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int64_t pieces = 1; pieces <= most; ++pieces) {
+    const int64_t rows = std::max<int64_t>(8, ceil_div(in.L, kConvWarps * pieces));
+    const int64_t time = ceil_div(all * pieces, at_once) * (rows + 10);
+    if (time < least) least = time, best.pieces = pieces, best.rows_of_warp = int(rows);
   }
-  return grid;
+  best.pieces = std::max<int64_t>(1, ceil_div(in.L, kConvWarps * best.rows_of_warp));
+  return best;
 }
 // Bytes of workspace that causal_conv1d_backward needs.
 template <class T>
