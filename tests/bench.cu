@@ -63,7 +63,7 @@ double matmul_peak(const Queue& queue) {
 
 struct Flags {
   std::vector<std::string> ops;
-  bool cold = false, skip_naive = false;
+  bool cold = false, skip_naive = false, states = false;
   std::string only;
 };
 
@@ -82,6 +82,7 @@ class Bench {
   const Queue& queue() const { return queue_; }
   cudaStream_t stream() const { return queue_.stream(); }
   double bandwidth() const { return bandwidth_; }
+  bool states() const { return flags_.states; }
   bool wants(const std::string& shape) const {
     return shape.find(flags_.only) != std::string::npos;
   }
@@ -188,10 +189,15 @@ void bench_conv_backward(Bench& bench, DType dtype, const Sizes& s) {
   a.in.x = x.data(), a.in.weight = weight.data(), a.in.bias = bias.data(), a.in.x_stride = d;
   a.dout = dout.data(), a.dx = dx.data(), a.dout_stride = a.dx_stride = d;
   a.dweight = dweight.data(), a.dbias = dbias.data();
+  const int64_t of_state = bench.states() ? s.batch * (kWidth - 1) * d : 0;
+  const auto state = bench.random<T>(of_state);
+  const auto dstate_out = bench.random<float>(of_state), dstate = bench.random<float>(of_state);
+  a.in.state = state.data(), a.dstate_out = dstate_out.data(), a.dstate = dstate.data();
   const DeviceBuffer<std::byte> room(causal_conv1d_backward_workspace(a));
   bench.report(
       {"causal_conv1d_backward", "causal_conv1d_backward_kernel", shape, dtype,
-       double(3 * rows * d) * sizeof(T), 6. * double(kWidth * d * rows)},
+       double(3 * rows * d + of_state) * sizeof(T) + double(2 * of_state) * sizeof(float),
+       6. * double(kWidth * d * rows)},
       [&] { causal_conv1d_backward(a, reinterpret_cast<float*>(room.data()), bench.stream()); });
 }
 
@@ -260,10 +266,15 @@ void bench_scan_backward(Bench& bench, DType dtype, const Sizes& s) {
   a.in.B_stride = a.in.C_stride = a.dB_stride = a.dC_stride = N;
   a.dout = dout.data(), a.dx = dx.data(), a.ddelta = ddelta.data(), a.dz = dz.data();
   a.dB = dB.data(), a.dC = dC.data(), a.dA = dA.data(), a.dD = dD.data(), a.dbias = dbias.data();
+  const int64_t of_state = bench.states() ? s.batch * d * N : 0;
+  const auto h0 = bench.random<float>(of_state), dhT = bench.random<float>(of_state),
+             dh0 = bench.random<float>(of_state);
+  a.in.h0 = h0.data(), a.dhT = dhT.data(), a.dh0 = dh0.data();
   const auto report = [&](const char* kernel, size_t workspace_bytes, const auto& launch) {
     const DeviceBuffer<std::byte> workspace(workspace_bytes);
     bench.report({"selective_scan_backward", kernel, shape, dtype,
-                  double(rows * (7 * d + 4 * N)) * sizeof(T) + double(2 * d * N) * sizeof(float),
+                  double(rows * (7 * d + 4 * N)) * sizeof(T) +
+                      double(2 * d * N + 3 * of_state) * sizeof(float),
                   17. * double(d * N * rows)},
                  [&] { launch(a, reinterpret_cast<float*>(workspace.data()), bench.stream()); });
   };
@@ -335,14 +346,20 @@ void bench_ssd_backward(Bench& bench, DType dtype, const Sizes& s) {
   a.dA = of_heads.data(), a.dD = a.dA + H, a.ddt_bias = a.dD + H;
   a.x_stride = a.dout_stride = a.dx_stride = d, a.dt_stride = a.ddt_stride = H;
   a.B_stride = a.C_stride = a.dB_stride = a.dC_stride = N;
+  const int64_t of_state = bench.states() ? s.batch * d * N : 0;
+  const auto h0 = bench.random<float>(of_state), dhT = bench.random<float>(of_state),
+             dh0 = bench.random<float>(of_state);
+  a.h0 = h0.data(), a.dhT = dhT.data(), a.dh0 = dh0.data();
   for (const SsdBackwardRung rung : {SsdBackwardRung::kNaive, SsdBackwardRung::kFused}) {
     const bool naive = rung == SsdBackwardRung::kNaive;
     const DeviceBuffer<std::byte> workspace(ssd_backward_workspace_bytes(a, rung));
     a.workspace = workspace.data();
-    bench.report({"ssd_backward", naive ? "ssd_backward_naive_kernel" : "ssd_backward_fused_kernel",
-                  shape, dtype, double(rows * (3 * d + 2 * H + 4 * N)) * sizeof(T),
-                  14. * double(d * N * rows)},  // of the recurrence, the states made again
-                 [&] { ssd_backward(a, rung, bench.stream()); });
+    bench.report(
+        {"ssd_backward", naive ? "ssd_backward_naive_kernel" : "ssd_backward_fused_kernel", shape,
+         dtype,
+         double(rows * (3 * d + 2 * H + 4 * N)) * sizeof(T) + double(3 * of_state) * sizeof(float),
+         14. * double(d * N * rows)},  // of the recurrence, the states made again
+        [&] { ssd_backward(a, rung, bench.stream()); });
   }
 }
 
@@ -690,6 +707,8 @@ int main(int argc, char** argv) {
                              "sampler", "decode", "prefill", "train"}));
   app.add_flag("--cold", flags.cold, "with a cold L2 cache, one call at a time");
   app.add_flag("--skip-naive", flags.skip_naive, "leave out the naive rungs");
+  app.add_flag("--states", flags.states,
+               "backward: with a state before and a state's gradient after");
   app.add_option("--only", flags.only, "shapes that contain this text");
   CLI11_PARSE(app, argc, argv);
   try {
