@@ -30,9 +30,11 @@ def claim(name, ok, detail=""):
 
 def close(a, b, tolerance):
     """Tables or JSON of the same words and of numbers that differ by at most the tolerance, relatively."""
+    number = re.compile(r"-?\d+(\.\d+)?(e[-+]?\d+)?")
     a, b = (re.findall(r'[^\s,:{}"]+', text) for text in (a, b))
     return len(a) == len(b) and all(
-        x == y or x[0].isdigit() and y[0].isdigit() and abs(float(x) - float(y)) <= tolerance * abs(float(x)) for x, y in zip(a, b))
+        x == y or number.fullmatch(x) and number.fullmatch(y) and abs(float(x) - float(y)) <= tolerance * abs(float(x))
+        for x, y in zip(a, b))
 
 
 def numbers(path):
