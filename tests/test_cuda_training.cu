@@ -424,7 +424,7 @@ Learned<double> in_double(const Config& config, Learned<Scalar> from) {
 }
 
 /// The reference in double: what the learner under test is to do.
-struct Truth {
+struct LearnerInDouble {
   Config config;
   Learned<double> learned;
   ssm::Model<double> sum = zeros<double>(config);
@@ -492,7 +492,7 @@ TEST_CASE(
     CAPTURE(tiny.name);
     const bool attention = !tiny.config.attention_layers.empty();
     CudaLearner learner(tiny.config, learned_of(tiny), options_of(DType::F32));
-    Truth truth{tiny.config, in_double(tiny.config, learned_of(tiny))};
+    LearnerInDouble truth{tiny.config, in_double(tiny.config, learned_of(tiny))};
     const auto& ids = tiny.ids;
     std::vector<Batch> batches = {
         {{part(ids, 0, 9), 1}, {part(ids, 9, 2), 1}, {part(ids, 3, 30), 21}, {part(ids, 5, 9), 8}},
