@@ -37,7 +37,7 @@ test: mamba build/tests  ## the same, then all tests that this machine can run
 
 # Those in kernels need the emulated GPU, and so nvcc's headers.
 mutants: build/tests  ## real bugs of the field, planted one by one: the tests have to notice each
-	@if command -v $(NVCC) >/dev/null && [ "$$(uname -m)" = x86_64 ]; then $(MAKE) build/emulated/tests; fi
+	@if command -v $(NVCC) >/dev/null && [ "$$(uname -m)" = x86_64 ]; then $(MAKE) build/emulated/tests_cuda; fi
 	CUDA_INCLUDE=$(CUDA_INCLUDE) tests/mutants/run.py $(ARGS)
 
 mamba: mamba.cpp $(HEADERS) | setup
@@ -99,26 +99,22 @@ build/tests_cuda: build/kernels.cuda.o build/models.cuda.o build/gradients.cuda.
 # make test-emulated EMULATE='cuda ssd*,cuda sampler*,cuda generate: greedy tokens*'
 EMULATE ?= cuda causal_conv1d: *,cuda selective_scan: *,cuda selective_scan_step: *,cuda selective_scan_backward in short: *,cuda ssd_backward: short*,cuda rms_norm*,cuda models: float32*,cuda causal_conv1d_backward: *,cuda cross_entropy: *,cuda gradients: whole*,cuda causal_attention: *,cuda causal_attention_backward: *,cuda rotary: *,cuda layer_norm*
 CUDA_INCLUDE ?= $(dir $(shell command -v $(NVCC)))../include
-EMULATED = $(patsubst tests/%.cu,build/emulated/%.o,$(wildcard tests/test_*.cu)) build/emulated/emulate_runtime.o
+EMULATED = $(addprefix build/emulated/,kernels.o models.o gradients.o emulate_runtime.o)
 
-test-emulated: build/emulated/tests  ## GPU tests where there is no GPU: kernels run on the CPU, thread by thread
+test-emulated: build/emulated/tests_cuda  ## GPU tests where there is no GPU: kernels run on the CPU, thread by thread
 	@echo "emulated GPU: $(EMULATE)"
-	./build/emulated/tests "$(EMULATE)"
+	./build/emulated/tests_cuda "$(EMULATE)"
 
-build/emulated/tests: $(EMULATED) build/main.o
+build/emulated/tests_cuda: $(EMULATED) build/main.o
 	$(CXX) $^ -o $@ $(LIBS) $(CATCH2)
 
 .SECONDARY:  # what was translated stays, to be read and debugged
 build/emulated/%.cu: %.cu tests/emulate.py
-	@mkdir -p build/emulated
+	@mkdir -p $(@D)
 	python3 tests/emulate.py $< $@
 
-build/emulated/test_%.cpp: tests/test_%.cu tests/emulate.py
-	@mkdir -p build/emulated
-	python3 tests/emulate.py $< $@
-
-build/emulated/%.o: build/emulated/%.cpp build/emulated/mamba.cu tests/emulate.hpp tests/finetuned.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
-	$(CXX) -std=c++17 -O1 -g1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -c $< -o $@ $(LIBS)
+build/emulated/%.o: build/%.cu $(CUDA_TESTS:%=build/emulated/%) build/emulated/mamba.cu tests/emulate.hpp tests/finetuned.hpp tests/support_cuda.hpp tests/random_model.hpp tests/support.hpp $(HEADERS) | setup
+	$(CXX) -std=c++17 -O1 -w -Ibuild/emulated -Itests -I. -isystem $(CUDA_INCLUDE) -x c++ -c $< -o $@ $(LIBS)
 
 build/emulated/emulate_runtime.o: tests/emulate_runtime.cpp tests/emulate.hpp
 	@mkdir -p build/emulated

@@ -5,7 +5,7 @@
 
 With --seconds, as many as fit into that time, beginning each day where another day's run would not. A bug that no
 test notices is a failure; so is one whose text no longer stands in its file exactly once. The tests as they are have
-to pass first: build/tests, and build/emulated/tests for kernels, which are left out where that was not built.
+to pass first: build/tests, and build/emulated/tests_cuda for kernels, which are left out where that was not built.
 """
 import argparse
 import os
@@ -71,7 +71,7 @@ def run_tests(program, bug, limit=300):
 
 
 def program_as_it_is(bug):
-    return os.path.join(ROOT, "build", "emulated" if bug["test"].endswith(".cu") else "", "tests")
+    return os.path.join(ROOT, "build", "emulated/tests_cuda" if bug["test"].endswith(".cu") else "tests")
 
 
 def build(bug):
