@@ -28,6 +28,7 @@
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <deque>
@@ -396,13 +397,12 @@ inline Json original_config(const Config& c) {
   return json;
 }
 
-/// Writes DIR/config.json in the Hugging Face layout, or where that has no words for the model, in
-/// the original one.
-inline void write_config(const std::string& directory, const Config& c) {
-  const std::string path = directory + "/config.json";
-  if (c.original_only()) return write_text(path, original_config(c).dump(2) + "\n");
+/// DIR/config.json in the Hugging Face layout, or where that has no words for the model, in the
+/// original one. Fails where neither has.
+inline std::string config_text(const Config& c) {
+  if (c.original_only()) return original_config(c).dump(2) + "\n";
   if (c.d_inner % c.d_model != 0)
-    fail("cannot write: ", path, ": expand: this layout knows whole numbers only, found ",
+    fail("cannot write: config.json: expand: this layout knows whole numbers only, found ",
          c.d_inner, " / ", c.d_model);
   const bool two = c.version == 2;
   nlohmann::ordered_json json = {
@@ -420,7 +420,10 @@ inline void write_config(const std::string& directory, const Config& c) {
     if (std::isinf(c.dt_max)) json["time_step_limit"][1] = {{"__float__", "Infinity"}};
   }
   for (const auto& [name, ids] : c.token_ids.items()) json[name] = ids;
-  write_text(path, json.dump(2) + "\n");
+  return json.dump(2) + "\n";
+}
+inline void write_config(const std::string& directory, const Config& c) {
+  write_text(directory + "/config.json", config_text(c));
 }
 
 // =======================================================================================
@@ -2291,6 +2294,7 @@ Command command(const char* name, const char* what) {
 template <class Engine>
 int run(int argc, char** argv, const std::vector<Command>& more = {}) {
   take_standard_numbers();
+  std::signal(SIGXFSZ, SIG_IGN);  // a file too large is an error of its writer, with a line
   std::ios::sync_with_stdio(false);
   CLI::App app("Mamba and Mamba-2: " + std::string(Engine::kDescription), Engine::kName);
   app.require_subcommand(1);

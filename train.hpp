@@ -273,7 +273,7 @@ inline Source whole_texts(const std::vector<Piece>& given, const DataOptions& o)
 }
 
 /// Texts piece by piece, `batch` of them at a time, one in each slot: a piece goes on from the
-/// state in which the piece before it ended (--carry-state).
+/// state in which the piece before it of its text ended (--carry-state).
 inline Source carried_texts(const std::vector<Piece>& texts, const DataOptions& o) {
   const auto order = shuffled(texts.size(), o.seed, 0);
   const auto slots = std::make_shared<std::vector<std::vector<Piece>>>(o.batch);
@@ -1274,7 +1274,7 @@ struct Train : ModelFolder {
     sub->add_option("--batch", d.batch, "pieces at a time")->check(kPositive);
     sub->add_option("--seed", d.seed, "of the start and of the order")->check(kNonNegative);
     auto* packed = sub->add_flag("--packed", d.packed, "whole texts instead of random windows");
-    sub->add_flag("--carry-state", d.carry_state, "texts piece by piece, from state to state")
+    sub->add_flag("--carry-state", d.carry_state, "each text piece by piece, from state to state")
         ->excludes(packed);
     sub->add_option("--validation", validation_file, "texts or .jsonl to score now and then");
     sub->add_option("--log", log_file, "a CSV file with a row for each step");
@@ -1310,6 +1310,7 @@ struct Train : ModelFolder {
     check_out();
     if (lora.rank > 0 && folder.empty()) fail_usage("--lora: expected --model, to adapt it");
     Learned<float> learned = begin();
+    if (lora.rank == 0) config_text(config);  // what cannot be written is not trained
     data_options.pairs = options.dpo > 0;
     source = read_data(data, *this, data_options);
     if (!validation_file.empty())
@@ -1326,6 +1327,8 @@ struct Train : ModelFolder {
     for (const char* file : {"/model.safetensors", "/adapter_model.safetensors"})
       if (!begun() && std::filesystem::exists(out + file))
         fail("--out: ", out, file, " is there: name another folder");
+    if (!resume && std::filesystem::is_regular_file(log_file))
+      fail("--log: ", log_file, " is there: name another file");
     if (resume && !begun()) warn("--resume: " + trainer() + " is not there: begins anew");
   }
 

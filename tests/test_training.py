@@ -151,6 +151,7 @@ def ends_in_one_line(folder):
     chat = write(f"{folder}/chat.jsonl", '{"messages": [{"role": "user", "content": "Hello"}]}\n')
     unanswered = write(f"{folder}/unanswered.jsonl", '{"prompt": [1, 2]}\n')
     empty = write(f"{folder}/empty.txt", " \n")
+    odd = write(f"{folder}/odd.json", json.dumps({**TINY, "expand": 1.5625}))
     for name, arguments, status, words in [
             ("no data", ["--config", config, "--data", f"{folder}/none.jsonl"], 1, "none.jsonl"),
             ("no model", ["--data", data], 2, "--model, --shape and --config"),
@@ -164,6 +165,8 @@ def ends_in_one_line(folder):
             ("weights as validation", ["--config", config, "--data", data, "--validation", "weights/stories/model.safetensors"],
              1, "expected texts"),
             ("no answer", ["--config", config, "--data", unanswered], 1, "line 1: answer: expected a string or an array"),
+            ("a log that is there", ["--config", config, "--data", data, "--log", data], 1, "train.jsonl is there"),
+            ("sizes that no config has words for", ["--config", odd, "--data", data], 1, "expand: this layout knows whole"),
             ("a folder without a name", ["--config", config, "--data", data, "--out", ""], 2, "--out: expected a folder"),
             ("half precision", ["--config", config, "--data", data, "--dtype", "f16"], 2, "f16 not in {f32"),
             ("an adapter of nothing", ["--config", config, "--data", data, "--lora", 4], 2, "--lora: expected --model"),
@@ -177,7 +180,7 @@ def ends_in_one_line(folder):
         if "diverging" not in name:
             claim(f"train: {name}: no folder is made", not os.path.exists(f"{folder}/out"))
         shutil.rmtree(f"{folder}/out", ignore_errors=True)
-    r = run("train", "--config", config, "--data", data, *out, restore_signals=False, preexec_fn=lambda: __import__("resource").setrlimit(
+    r = run("train", "--config", config, "--data", data, *out, preexec_fn=lambda: __import__("resource").setrlimit(
         __import__("resource").RLIMIT_FSIZE, (1000, 1000)))
     claim("train: a full disk", r.returncode == 1 and "cannot write" in r.stderr, f"{r.returncode} {r.stderr}")
     left = [f for f in os.listdir(f"{folder}/out") if "safetensors" in f] if os.path.exists(f"{folder}/out") else []
