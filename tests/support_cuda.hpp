@@ -50,6 +50,21 @@ double check_bounded(const char* name, const Matrix<double>& got, const Want& wa
 }
 inline Matrix<Bounded> bounded(const Matrix<double>& m) { return m.cast<Bounded>(); }
 
+/// A scan's inputs; of the optional ones an empty matrix is none.
+inline ssm::ScanInputs<Bounded> scan_inputs(const Matrix<Bounded>& x, const Matrix<Bounded>& delta,
+                                            const StateMatrix<Bounded>& A, const Matrix<Bounded>& B,
+                                            const Matrix<Bounded>& C, const Matrix<Bounded>& D,
+                                            const Matrix<Bounded>& z, const Matrix<Bounded>& bias,
+                                            bool softplus) {
+  ssm::ScanInputs<Bounded> in;
+  in.x = x, in.delta = delta, in.A = A, in.B = B, in.C = C;
+  if (D.size()) in.D = D;
+  if (z.size()) in.z = z;
+  if (bias.size()) in.delta_bias = bias;
+  in.delta_softplus = softplus;
+  return in;
+}
+
 struct Worst {  // the largest errors that were seen, printed at the end of a test
   std::string what;
   double of_out = 0, of_state = 0;

@@ -87,12 +87,7 @@ struct GradientProblem {
       };
       const Matrix<Bounded> x_b = part(x), delta_b = part(delta), B_b = part(B), C_b = part(C),
                             z_b = part(z), dout_b = part(dout);
-      ssm::ScanInputs<Bounded> in;
-      in.x = x_b, in.delta = delta_b, in.A = A_b, in.B = B_b, in.C = C_b;
-      if (D.size()) in.D = D_b;
-      if (z.size()) in.z = z_b;
-      if (bias.size()) in.delta_bias = bias_b;
-      in.delta_softplus = c.options & 8;
+      const auto in = scan_inputs(x_b, delta_b, A_b, B_b, C_b, D_b, z_b, bias_b, c.options & 8);
       const StateMatrix<Bounded> before = state(h0);
       StateMatrix<Bounded> dh = state(dhT);
       const auto d = ssm::selective_scan_backward<Bounded>(in, before, dout_b, dh);

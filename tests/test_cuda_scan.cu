@@ -55,12 +55,7 @@ struct ScanProblem {
     const Matrix<Bounded> x_b = part(x), delta_b = part(delta), B_b = part(B), C_b = part(C),
                           z_b = part(z), D_b = bounded(D), bias_b = bounded(bias);
     const StateMatrix<Bounded> A_b = bounded(A);
-    ssm::ScanInputs<Bounded> in;
-    in.x = x_b, in.delta = delta_b, in.A = A_b, in.B = B_b, in.C = C_b;
-    if (D.size()) in.D = D_b;
-    if (z.size()) in.z = z_b;
-    if (bias.size()) in.delta_bias = bias_b;
-    in.delta_softplus = c.options & 8;
+    const auto in = scan_inputs(x_b, delta_b, A_b, B_b, C_b, D_b, z_b, bias_b, c.options & 8);
     StateMatrix<Bounded> h = StateMatrix<Bounded>::Zero(c.d, c.N);
     if (h0.size()) h = part(h0);
     of(out, b, c.batch) = ssm::selective_scan_sequential<Bounded>(in, h);
